@@ -1,0 +1,30 @@
+"""corequant for Hugging Face models: plan, quantize, verify, save, load, evaluate."""
+
+from corequant_transformers.architectures import Architecture, register
+from corequant_transformers.checkpoint import load, load_tokenizer
+from corequant_transformers.pipeline import Calibration, Quantized, calibrate, plan, quantize
+from corequant_transformers.sources import Source
+from corequant_transformers.testing import tiny_model
+from corequant_transformers.texts import Evaluation, evaluate, token_windows
+from corequant_transformers.verifying import Trace, Verification, trace, verify
+
+__all__ = [
+    "Architecture",
+    "Calibration",
+    "Evaluation",
+    "Quantized",
+    "Source",
+    "Trace",
+    "Verification",
+    "calibrate",
+    "evaluate",
+    "load",
+    "load_tokenizer",
+    "plan",
+    "quantize",
+    "register",
+    "tiny_model",
+    "token_windows",
+    "trace",
+    "verify",
+]

@@ -1,0 +1,331 @@
+"""Directories that hold a quantized model: written whole or not at all, read with suspicion.
+
+A directory holds ``corequant.safetensors`` (codes, scales and the float matrices), ``config.json``,
+``float_config.json`` (the float model's config), ``recipe.toml``, ``report.json`` and the
+tokenizer's files. Its model type is one that only this package knows and its weights have a name of
+their own: a reader that would ignore the run-time rotation finds neither a model class nor weights
+and stops, where it would otherwise compute nonsense.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+import transformers
+
+import corequant as cq
+from corequant.errors import CheckpointError, OutputError, RecipeError
+from corequant.export import from_arrays, to_arrays
+from corequant.recipe import Recipe
+from corequant_transformers.layers import QuantizedLinear
+from corequant_transformers.planning import ModelPlan, plan_model
+from corequant_transformers.sources import quiet_transformers, read_json
+
+__all__ = ["check_output", "is_quantized", "load", "load_tokenizer", "read_recipe", "save"]
+
+WEIGHTS = "corequant.safetensors"
+FORMAT_VERSION = 1
+
+
+def check_output(path: str | Path) -> Path:
+    """Return the path of a directory that can be written, before any work is done.
+
+    Raises
+    ------
+    OutputError
+        If it holds something already, or its parent is missing or can't be written.
+    """
+    target = Path(path).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(f"output must be a new or empty directory, got {target}")
+    if not target.parent.is_dir():
+        raise OutputError(f"output's parent folder must exist, got {target.parent}")
+    try:
+        # Permission bits don't tell for a superuser or a read-only file system; trying does.
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"output's parent folder can't be written: {error}") from error
+    return target
+
+
+def save(
+    model: Any,
+    plan: ModelPlan,
+    output: str | Path,
+    *,
+    report: dict[str, Any],
+    float_config: str,
+    tokenizer: Any = None,
+    copied_files: list[Path] | None = None,
+) -> Path:
+    """Write a quantized model to a new directory, read it back and compare, then give it its name.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        With a ``QuantizedLinear`` for each quantized matrix of the plan.
+    plan : ModelPlan
+    output : str or Path
+        A new or empty directory.
+    report : dict
+        Written to ``report.json``.
+    float_config : str
+        Text of the float model's ``config.json``.
+    tokenizer : transformers tokenizer, optional
+        Saved by its own ``save_pretrained`` if there are no files to copy.
+    copied_files : list of Path, optional
+        Copied byte for byte.
+
+    Returns
+    -------
+    Path
+        The directory.
+
+    Raises
+    ------
+    OutputError
+        If it can't be written, or what was written doesn't read back equal. Nothing is left then.
+    """
+    target = check_output(output)
+    tensors = _tensors(model, plan)
+    with _new_directory(target) as folder:
+        for file in copied_files or []:
+            shutil.copyfile(file, folder / file.name)
+        if tokenizer is not None and not copied_files:
+            with quiet_transformers():
+                tokenizer.save_pretrained(folder)
+        (folder / "float_config.json").write_text(float_config, encoding="utf-8")
+        (folder / "config.json").write_text(_config(model, plan, float_config), encoding="utf-8")
+        (folder / "recipe.toml").write_text(plan.recipe.to_toml(), encoding="utf-8")
+        (folder / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+        weights = folder / WEIGHTS
+        safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+        # The writer makes files that only their owner can read.
+        weights.chmod((folder / "config.json").stat().st_mode)
+        _compare(weights, tensors)
+    return target
+
+
+def load(path: str | Path) -> Any:
+    """Load a quantized model with its run-time rotations and activation quantizers.
+
+    Parameters
+    ----------
+    path : str or Path
+        A directory that ``quantize`` wrote.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        Of the float model's class, in evaluation mode, computing in float32.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is missing, truncated, malformed or not what the recipe leads to expect.
+    """
+    folder = Path(path)
+    plan, config = _read_plan(folder)
+    config.tie_word_embeddings = False
+    with quiet_transformers():
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    tensors = _read_tensors(folder / WEIGHTS)
+    for matrix in plan.quantized:
+        own = {k: t.numpy() for k, t in tensors.items() if k.startswith(f"{matrix.name}.weight_")}
+        quantized = from_arrays(matrix.name, own, plan.recipe.weights, matrix.shape)
+        bias = tensors.pop(f"{matrix.name}.bias", None)
+        layer = QuantizedLinear(
+            quantized,
+            bias,
+            matrix.input.rotation if matrix.online else None,
+            plan.recipe.activations,
+            matrix.name,
+        )
+        had_bias = model.get_submodule(matrix.name).bias is not None
+        if had_bias != (bias is not None):
+            raise CheckpointError(f"{folder / WEIGHTS} must hold {matrix.name}.bias: {had_bias}")
+        model.set_submodule(matrix.name, layer)
+        for key in own:
+            del tensors[key]
+    expected = {k: v for k, v in model.state_dict().items() if not _belongs(k, plan)}
+    _check_same(folder, expected, tensors)
+    model.load_state_dict(tensors, strict=False)
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """Load the tokenizer of a directory that ``quantize`` wrote."""
+    folder = Path(path)
+    _, config = _read_plan(folder)
+    try:
+        with quiet_transformers():
+            return transformers.AutoTokenizer.from_pretrained(
+                folder, config=config, local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:
+        # Tokenizers raise errors of many kinds for missing and broken files.
+        raise CheckpointError(f"{folder} has no tokenizer that loads: {error}") from error
+
+
+def is_quantized(path: str | Path) -> bool:
+    """Tell whether a path is a directory that ``quantize`` wrote."""
+    return (Path(path) / WEIGHTS).is_file()
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read the recipe of a directory that ``quantize`` wrote."""
+    file = Path(path) / "recipe.toml"
+    try:
+        return Recipe.from_toml(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, RecipeError) as error:
+        raise CheckpointError(f"{file} can't be read: {error}") from error
+
+
+def _read_plan(folder: Path) -> tuple[ModelPlan, Any]:
+    if not folder.is_dir():
+        raise CheckpointError(f"MODEL must be a directory that corequant wrote, got {folder}")
+    settings = read_json(folder / "config.json").get("quantization_config")
+    if not isinstance(settings, dict) or settings.get("quant_method") != "corequant":
+        raise CheckpointError(f"{folder / 'config.json'} must be of quant_method corequant")
+    version = settings.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"format_version of {folder} must be {FORMAT_VERSION} for this corequant, got {version}"
+        )
+    values = read_json(folder / "float_config.json")
+    try:
+        config = transformers.AutoConfig.for_model(**values)
+    except Exception as error:
+        # Transformers validates configs with errors of several kinds.
+        raise CheckpointError(f"{folder / 'float_config.json'}: {error}") from error
+    return plan_model(config, read_recipe(folder)), config
+
+
+def _config(model: Any, plan: ModelPlan, float_config: str) -> str:
+    kind = plan.architecture.model_type
+    values = json.loads(float_config)
+    values.update(
+        # Readers that don't know the type print it: it should say what to do.
+        model_type=f"corequant_{kind} (load it with corequant_transformers.load)",
+        architectures=[f"Corequant{type(model).__name__}"],
+        tie_word_embeddings=False,
+        quantization_config={
+            "quant_method": "corequant",
+            "format_version": FORMAT_VERSION,
+            "corequant_version": _version(),
+            "load_with": "corequant_transformers.load",
+            "recipe": plan.recipe.to_dict(),
+        },
+    )
+    return json.dumps(values, indent=2)
+
+
+def _version() -> str:
+    import importlib.metadata
+
+    return importlib.metadata.version("corequant")
+
+
+def _belongs(key: str, plan: ModelPlan) -> bool:
+    return any(key.startswith(f"{m.name}.") for m in plan.quantized)
+
+
+def _tensors(model: Any, plan: ModelPlan) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for matrix in plan.quantized:
+        layer = model.get_submodule(matrix.name)
+        for key, array in to_arrays(matrix.name, layer.quantized).items():
+            tensors[key] = torch.from_numpy(array)
+        if layer.bias is not None:
+            tensors[f"{matrix.name}.bias"] = layer.bias
+    rest = {k: v for k, v in model.state_dict().items() if not _belongs(k, plan)}
+    return {k: v.detach().contiguous() for k, v in {**rest, **tensors}.items()}
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load_file(file)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing") from None
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{file} is truncated or malformed: {error}") from error
+
+
+def _check_same(
+    folder: Path, expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]
+) -> None:
+    for name in sorted(set(expected) ^ set(found)):
+        what = "lacks the tensor" if name in expected else "has an unexpected tensor"
+        raise CheckpointError(f"{folder / WEIGHTS} {what} {name}")
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{name} of {folder / WEIGHTS} must have shape {tuple(tensor.shape)}, "
+                f"got {tuple(found[name].shape)}"
+            )
+        if found[name].is_floating_point() and not bool(found[name].isfinite().all()):
+            raise CheckpointError(f"{name} of {folder / WEIGHTS} holds NaN or infinity")
+
+
+def _compare(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    written = _read_tensors(file)
+    for name, tensor in tensors.items():
+        # Bits are compared, so that a changed sign of zero counts.
+        same = name in written and np.array_equal(_bytes(tensor), _bytes(written[name]))
+        if not same:
+            raise OutputError(f"{name} did not read back as it was written to {file}")
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+@contextmanager
+def _new_directory(target: Path) -> Iterator[Path]:
+    """Give a temporary sibling of ``target``; rename it on success, remove it on any failure."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise OutputError(f"output can't be written: {error}") from error
+    try:
+        yield folder
+        folder.chmod(0o777 & ~_umask())
+        for file in folder.iterdir():
+            _sync(file)
+        _sync(folder)
+        if target.is_dir():
+            target.rmdir()
+        folder.rename(target)
+        _sync(target.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        if isinstance(error, cq.CorequantError):
+            raise
+        raise OutputError(f"{target} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,179 @@
+"""Where a model comes from: a Transformers directory, or a GGUF file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from corequant.errors import CheckpointError
+
+__all__ = ["Source", "quiet_transformers"]
+
+_OWN_TYPE = "corequant_"
+_TOKENIZER_PATTERNS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "*.tiktoken",
+    "LICENSE*",
+)
+
+
+class Source:
+    """A model on disk.
+
+    Parameters
+    ----------
+    path : str or Path
+        A directory with ``config.json`` and safetensors files, or a ``.gguf`` file.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such model, or a file that its index names is missing.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.is_gguf = self.path.suffix == ".gguf" and self.path.is_file()
+        if not self.is_gguf:
+            self._check_directory()
+
+    def _check_directory(self) -> None:
+        if not self.path.is_dir():
+            raise CheckpointError(
+                f"MODEL must be a directory with config.json or a .gguf file, got {self.path}"
+            )
+        config = read_json(self.path / "config.json")
+        kind = config.get("model_type")
+        if isinstance(kind, str) and kind.startswith(_OWN_TYPE):
+            raise CheckpointError(
+                f"{self.path} is already quantized by corequant; quantize the float model, or load "
+                "this one with corequant_transformers.load"
+            )
+        for shard in self._shards():
+            if not shard.is_file():
+                raise CheckpointError(f"the model's file {shard} is missing")
+
+    def _shards(self) -> list[Path]:
+        index = self.path / "model.safetensors.index.json"
+        if not index.is_file():
+            return [self.path / "model.safetensors"]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} must map tensor names to files, got no weight_map")
+        names = sorted({str(name) for name in weight_map.values()})
+        for name in names:
+            if Path(name).name != name:
+                raise CheckpointError(f"{index} must name files of its own folder, got {name!r}")
+        return [self.path / name for name in names]
+
+    def _location(self) -> tuple[str, dict[str, str]]:
+        if self.is_gguf:
+            return str(self.path.parent), {"gguf_file": self.path.name}
+        return str(self.path), {}
+
+    def config(self) -> Any:
+        """Return the Transformers config."""
+        where, options = self._location()
+        with _as_checkpoint_error(self.path):
+            return transformers.AutoConfig.from_pretrained(
+                where, local_files_only=True, trust_remote_code=False, **options
+            )
+
+    def tokenizer(self) -> Any:
+        """Return the tokenizer."""
+        where, options = self._location()
+        with _as_checkpoint_error(self.path):
+            return transformers.AutoTokenizer.from_pretrained(
+                where, local_files_only=True, trust_remote_code=False, **options
+            )
+
+    def load(self, dtype: torch.dtype = torch.float32) -> Any:
+        """Return the float model, in evaluation mode and without gradients.
+
+        Raises
+        ------
+        CheckpointError
+            If a file is truncated or malformed, or weights are missing.
+        """
+        where, options = self._location()
+        with _as_checkpoint_error(self.path):
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                where,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
+        model, info = loaded
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise CheckpointError(
+                f"{self.path} lacks {len(missing)} weights, the first is {missing[0]}"
+            )
+        if self.is_gguf:
+            # Transformers marks it as quantized although it decoded every weight to float.
+            model.is_quantized = False
+            model.hf_quantizer = None
+            model.config.__dict__.pop("quantization_config", None)
+        return model.eval().requires_grad_(False)
+
+    def copied_files(self) -> list[Path]:
+        """Return the tokenizer's and generation's files, to be kept byte for byte."""
+        if self.is_gguf:
+            return []
+        found = {f for pattern in _TOKENIZER_PATTERNS for f in self.path.glob(pattern)}
+        return sorted(f for f in found if f.is_file())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; anything else is a CheckpointError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep Transformers' own progress bars and reports off the terminal for a while."""
+    log: Any = transformers.utils.logging
+    before = log.get_verbosity()
+    bars = log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(before)
+        if bars:
+            log.enable_progress_bar()
+
+
+@contextmanager
+def _as_checkpoint_error(path: Path) -> Iterator[None]:
+    try:
+        with quiet_transformers():
+            yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # Transformers, safetensors and gguf each raise errors of their own for broken files.
+        raise CheckpointError(f"{path} can't be loaded: {type(error).__name__}: {error}") from error

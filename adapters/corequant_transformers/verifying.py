@@ -1,0 +1,247 @@
+"""Prove that a transformed model computes the float model's function, and that it was transformed.
+
+Everything is compared in float64. Norms that compute in float32, as those of Transformers do, are
+lifted to float64 for the comparison; otherwise they would hide a small error behind their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import corequant as cq
+from corequant.errors import VerificationError
+from corequant_transformers.planning import ModelPlan
+from corequant_transformers.texts import check_tokens
+from corequant_transformers.transforming import OnlineRotation
+
+__all__ = ["Trace", "Verification", "trace", "verify"]
+
+TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What a float model computes on some tokens, and which weights it does it with.
+
+    Attributes
+    ----------
+    tokens : numpy.ndarray (windows, length), int64
+    logits : torch.Tensor (windows, length, vocabulary), float64
+    blocks : list of torch.Tensor (windows, length, hidden), float64
+        Output of each decoder block.
+    fingerprints : dict of str to float
+        A weighted sum of each matrix that the plan changes.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    logits: torch.Tensor
+    blocks: list[torch.Tensor]
+    fingerprints: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What ``verify`` found; every error is relative to the largest magnitude of the float model's.
+
+    Attributes
+    ----------
+    logits_error : float
+        Largest difference of logits.
+    block_errors : tuple of float
+        Largest difference of each decoder block's output, rotated back.
+    matrices_changed, rotations_online, permutations : int
+        Matrices that changed, layers with a run-time rotation, permutations that move a channel.
+    """
+
+    logits_error: float
+    block_errors: tuple[float, ...]
+    matrices_changed: int
+    rotations_online: int
+    permutations: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def trace(model: Any, plan: ModelPlan, tokens: npt.NDArray[np.int64]) -> Trace:
+    """Record a float64 model's logits, block outputs and weight fingerprints.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        In float64 (``model.double()``).
+    plan : ModelPlan
+    tokens : numpy.ndarray (windows, length), int64
+
+    Returns
+    -------
+    Trace
+    """
+    windows = check_tokens(tokens)
+    logits, blocks = _run(model, plan, windows)
+    return Trace(windows, logits, blocks, _fingerprints(model, plan))
+
+
+@torch.no_grad()
+def verify(
+    reference: Trace,
+    model: Any,
+    plan: ModelPlan,
+    permutations: Mapping[str, npt.NDArray[np.int64]],
+    tolerance: float = TOLERANCE,
+) -> Verification:
+    """Compare a transformed float64 model with the trace of the model that it came from.
+
+    Parameters
+    ----------
+    reference : Trace
+        Of the model before it was transformed.
+    model : transformers.PreTrainedModel
+        The same model afterwards, in float64, not quantized yet.
+    plan : ModelPlan
+        What should have happened.
+    permutations : mapping of str to numpy.ndarray
+        By region.
+    tolerance : float
+        Largest relative error allowed.
+
+    Returns
+    -------
+    Verification
+
+    Raises
+    ------
+    VerificationError
+        If outputs differ (the message names the first block where they do), or if a matrix didn't
+        change, a run-time rotation is missing, or every permutation is the identity.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant_transformers as cqhf
+    >>> from corequant.recipe import Recipe
+    >>> result = cqhf.quantize(
+    ...     cqhf.tiny_model("qwen2"), Recipe(block_size=16), np.arange(64).reshape(2, 32))
+    >>> result.verification.logits_error < 1e-9
+    True
+    """
+    acted = _check_acted(reference, model, plan, permutations)
+    logits, blocks = _run(model, plan, reference.tokens)
+    errors = []
+    width = plan.matrices[0].input.rotation
+    for before, after in zip(reference.blocks, blocks, strict=True):
+        back = cq.block_hadamard(after, width, inverse=True)
+        errors.append(_relative(before, back))
+    logits_error = _relative(reference.logits, logits)
+    bad = [i for i, e in enumerate(errors) if not e <= tolerance]
+    if bad:
+        raise VerificationError(
+            f"the transformed model differs from the float model from decoder block {bad[0]} on: "
+            f"relative error {errors[bad[0]]:.2e}, allowed {tolerance:.0e}"
+        )
+    if not logits_error <= tolerance:
+        raise VerificationError(
+            "the transformed model's blocks agree with the float model's but its logits don't: "
+            f"relative error {logits_error:.2e}, allowed {tolerance:.0e}"
+        )
+    return Verification(logits_error, tuple(errors), *acted)
+
+
+def _check_acted(
+    reference: Trace,
+    model: Any,
+    plan: ModelPlan,
+    permutations: Mapping[str, npt.NDArray[np.int64]],
+) -> tuple[int, int, int]:
+    now = _fingerprints(model, plan)
+    same = [name for name, value in reference.fingerprints.items() if now[name] == value]
+    if same or not now:
+        raise VerificationError(
+            f"{len(same)} of {len(now)} matrices that should have been transformed did not change, "
+            f"the first is {same[0] if same else 'none planned'}"
+        )
+    for matrix in plan.online:
+        hooks = model.get_submodule(matrix.name)._forward_pre_hooks.values()
+        sizes = [h.block_size for h in hooks if isinstance(h, OnlineRotation)]
+        if sizes != [matrix.input.rotation]:
+            raise VerificationError(
+                f"{matrix.name} must rotate its input by blocks of {matrix.input.rotation} once, "
+                f"got rotations {sizes}"
+            )
+    missing = [m.name for m in plan.regions if m.name not in permutations]
+    if missing:
+        raise VerificationError(f"no permutation was chosen for {missing[0]}")
+    moving = sum(bool((p != np.arange(len(p))).any()) for p in permutations.values())
+    if plan.regions and not moving:
+        raise VerificationError(
+            f"all {len(plan.regions)} permutations are the identity, although the recipe asks for "
+            f"{plan.recipe.permutation!r}"
+        )
+    return len(now), len(plan.online), moving
+
+
+def _fingerprints(model: Any, plan: ModelPlan) -> dict[str, float]:
+    # Weights 1..1009 in row order, so that moving entries about shows, not only changing them.
+    result = {}
+    for matrix in plan.matrices:
+        flat = model.get_submodule(matrix.name).weight.detach().reshape(-1)
+        total = 0.0
+        for start in range(0, flat.numel(), 1009 * 4096):
+            part = flat[start : start + 1009 * 4096]
+            weights = torch.arange(part.numel(), dtype=part.dtype) % 1009 + 1
+            total += float(part @ weights)
+        result[matrix.name] = total
+    return result
+
+
+def _run(
+    model: Any, plan: ModelPlan, tokens: npt.NDArray[np.int64]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    if model.dtype != torch.float64:
+        raise TypeError(f"model must be in float64 to be verified, got {model.dtype}")
+    blocks: list[torch.Tensor] = []
+
+    def record(module: torch.nn.Module, args: Any, output: Any) -> None:
+        blocks.append(output[0] if isinstance(output, tuple) else output)
+
+    with ExitStack() as stack:
+        stack.enter_context(_norms_in_float64(model))
+        for i in range(plan.dimensions.blocks):
+            block = model.get_submodule(plan.architecture.block.format(i))
+            stack.callback(block.register_forward_hook(record).remove)
+        logits = model(input_ids=torch.from_numpy(tokens), use_cache=False).logits
+    return logits, blocks
+
+
+@contextmanager
+def _norms_in_float64(model: torch.nn.Module) -> Iterator[None]:
+    norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
+    try:
+        for norm in norms:
+            norm.forward = _float64_norm(norm)
+        yield
+    finally:
+        for norm in norms:
+            # The instance's attribute hid the class's method.
+            norm.__dict__.pop("forward", None)
+
+
+def _float64_norm(norm: Any) -> Any:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        mean_square = x.pow(2).mean(-1, keepdim=True)
+        result: torch.Tensor = norm.weight * (x * torch.rsqrt(mean_square + norm.variance_epsilon))
+        return result
+
+    return forward
+
+
+def _relative(reference: torch.Tensor, other: torch.Tensor) -> float:
+    return float((reference - other).abs().max() / reference.abs().max())

@@ -1,0 +1,5 @@
+"""corequant's kernels for torch tensors."""
+
+from corequant_torch.backend import TorchBackend
+
+__all__ = ["TorchBackend"]

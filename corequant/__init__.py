@@ -1,0 +1,95 @@
+"""corequant: permute, rotate, quantize.
+
+The numerical core of post-training quantization with block rotations, on plain arrays.
+"""
+
+from corequant._dispatch import available_backends
+from corequant.calibration import ActivationStats
+from corequant.diagnostics import block_mass, mass_concentration, outlier_bounds
+from corequant.errors import (
+    ArchitectureError,
+    BackendError,
+    BlockSizeError,
+    CalibrationError,
+    CheckpointError,
+    CorequantError,
+    HadamardOrderError,
+    NonFiniteError,
+    OutputError,
+    PermutationError,
+    RecipeError,
+    ShapeError,
+    SpecError,
+    VerificationError,
+)
+from corequant.formats import NumberFormat, formats
+from corequant.hadamard import hadamard_factors, hadamard_matrix, valid_block_sizes
+from corequant.merging import fold_norm, merge_permutation, merge_rotation
+from corequant.packing import pack, unpack
+from corequant.permutation import (
+    absmax,
+    identity_permutation,
+    invert_permutation,
+    massdiff,
+    random_permutation,
+    zigzag,
+)
+from corequant.quantization import (
+    QuantizedTensor,
+    choose_qparams,
+    dequantize,
+    fake_quantize,
+    quantize,
+)
+from corequant.rotation import block_hadamard, random_signs
+from corequant.rounding import round_to_nearest
+from corequant.specs import Granularity, QuantSpec, ScaleSearch
+
+__all__ = [
+    "ActivationStats",
+    "ArchitectureError",
+    "BackendError",
+    "BlockSizeError",
+    "CalibrationError",
+    "CheckpointError",
+    "CorequantError",
+    "Granularity",
+    "HadamardOrderError",
+    "NonFiniteError",
+    "NumberFormat",
+    "OutputError",
+    "PermutationError",
+    "QuantSpec",
+    "QuantizedTensor",
+    "RecipeError",
+    "ScaleSearch",
+    "ShapeError",
+    "SpecError",
+    "VerificationError",
+    "absmax",
+    "available_backends",
+    "block_hadamard",
+    "block_mass",
+    "choose_qparams",
+    "dequantize",
+    "fake_quantize",
+    "fold_norm",
+    "formats",
+    "hadamard_factors",
+    "hadamard_matrix",
+    "identity_permutation",
+    "invert_permutation",
+    "mass_concentration",
+    "massdiff",
+    "merge_permutation",
+    "merge_rotation",
+    "outlier_bounds",
+    "pack",
+    "quantize",
+    "random_permutation",
+    "random_signs",
+    "round_to_nearest",
+    "unpack",
+    "valid_block_sizes",
+    "zigzag",
+]

@@ -1,0 +1,82 @@
+"""Which backend owns an array: the root module of the array's type is the backend's name.
+
+NumPy's is built in. Any other is found through the entry point group ``corequant.backends`` the
+first time that one of its arrays is seen, so that no framework is imported to ask.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from functools import cache
+from typing import Any
+
+from corequant._numpy import NumpyBackend
+from corequant.errors import BackendError
+from corequant.protocols import Backend
+
+__all__ = ["available_backends", "backend_for", "get_backend"]
+
+_GROUP = "corequant.backends"
+_EXTRAS = {"torch": "torch"}
+
+
+def available_backends() -> tuple[str, ...]:
+    """Return the names of the installed backends, ``numpy`` first.
+
+    Nothing is imported: a name says that a backend is registered, not that its framework works.
+
+    Returns
+    -------
+    tuple of str
+
+    Examples
+    --------
+    >>> import corequant as cq
+    >>> cq.available_backends()[0]
+    'numpy'
+    """
+    others = {e.name for e in importlib.metadata.entry_points(group=_GROUP)} - {"numpy"}
+    return ("numpy", *sorted(others))
+
+
+@cache
+def get_backend(name: str) -> Backend:
+    """Return the backend of that name, importing it now; BackendError says how to get it."""
+    if name == "numpy":
+        return NumpyBackend()
+    found = [e for e in importlib.metadata.entry_points(group=_GROUP) if e.name == name]
+    if not found:
+        raise BackendError(
+            f"no backend for arrays of {name!r} is installed; installed are: "
+            f"{', '.join(available_backends())}"
+        )
+    try:
+        backend: Backend = found[0].load()()
+    except ImportError as error:
+        extra = _EXTRAS.get(name, name)
+        raise BackendError(
+            f"the backend {name!r} can't be imported ({error}); "
+            f'install what it needs with: pip install "corequant[{extra}]"'
+        ) from error
+    return backend
+
+
+@cache
+def _backend_of_type(kind: Any) -> Backend:
+    names = [base.__module__.partition(".")[0] for base in kind.__mro__]
+    known = available_backends()
+    for name in names:
+        if name in known:
+            return get_backend(name)
+    raise TypeError(
+        f"expected an array of one of {', '.join(known)}, got {kind.__module__}.{kind.__qualname__}"
+    )
+
+
+def backend_for(**arrays: Any) -> Backend:
+    """Return the one backend that owns all the named arrays; None among them is passed over."""
+    owners = {n: _backend_of_type(type(a)) for n, a in arrays.items() if a is not None}
+    if len(set(owners.values())) > 1:
+        told = ", ".join(f"{name} belongs to {b.name}" for name, b in owners.items())
+        raise TypeError(f"arrays must all belong to one backend, but {told}")
+    return next(iter(owners.values()))

@@ -1,0 +1,148 @@
+"""Checks that several public functions share; each names the argument, the rule and the value."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant.errors import BlockSizeError, NonFiniteError, PermutationError, ShapeError
+
+__all__ = [
+    "check_array",
+    "check_divides",
+    "check_finite",
+    "check_floating",
+    "check_index",
+    "check_matrix",
+    "check_permutation",
+    "check_scores",
+    "divisors",
+    "is_floating",
+    "join_some",
+]
+
+
+def check_index(name: str, value: Any, minimum: int = 1) -> int:
+    """Return ``value`` as int, or raise TypeError or ValueError below ``minimum``."""
+    if isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be an integer, got the bool {value}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number}")
+    return number
+
+
+def check_array(name: str, x: Any) -> None:
+    """Raise unless ``x``, of any backend, is of a real floating dtype with at least one axis."""
+    if x.ndim == 0:
+        raise ShapeError(f"{name} must have at least 1 axis, got a scalar")
+    if isinstance(x, np.ndarray):
+        check_floating(name, x)
+    elif not getattr(x.dtype, "is_floating_point", False):
+        raise TypeError(f"{name} must have a real floating dtype, got {x.dtype}")
+
+
+def check_floating(name: str, x: npt.NDArray[Any], minimum_ndim: int = 1) -> None:
+    """Raise unless ``x`` is an array of a real floating type with enough axes."""
+    if x.ndim < minimum_ndim:
+        raise ShapeError(f"{name} must have at least {minimum_ndim} axes, got shape {x.shape}")
+    if not is_floating(x.dtype):
+        raise TypeError(f"{name} must have a real floating dtype, got {x.dtype}")
+
+
+def is_floating(dtype: np.dtype[Any]) -> bool:
+    """Tell whether ``dtype`` is NumPy's or ml_dtypes' real floating type of at least 16 bits."""
+    if dtype.kind == "f":
+        return dtype.itemsize in (2, 4, 8)
+    return dtype.name == "bfloat16"
+
+
+def check_finite(name: str, x: npt.NDArray[Any]) -> None:
+    """Raise NonFiniteError if the NumPy array ``x`` holds NaN or infinity."""
+    good = np.isfinite(x)
+    if good.all():
+        return
+    index = np.unravel_index(int(np.argmin(good)), x.shape)
+    raise NonFiniteError(
+        name, int(good.size - np.count_nonzero(good)), tuple(map(int, index)), float(x[index])
+    )
+
+
+def check_matrix(name: str, w: Any) -> npt.NDArray[Any]:
+    """Return ``w`` if it is a finite floating NumPy array (out_features, in_features)."""
+    if not isinstance(w, np.ndarray):
+        raise TypeError(f"{name} must be a numpy.ndarray, got {type(w).__name__}")
+    check_floating(name, w)
+    if w.ndim != 2:
+        raise ShapeError(f"{name} must be (out_features, in_features), got shape {w.shape}")
+    check_finite(name, w)
+    return w
+
+
+def check_scores(name: str, score: Any) -> npt.NDArray[np.float64]:
+    """Return a finite, non-negative vector (d,) in float64."""
+    if not isinstance(score, np.ndarray):
+        raise TypeError(f"{name} must be a numpy.ndarray, got {type(score).__name__}")
+    if score.ndim != 1 or score.size == 0:
+        raise ShapeError(f"{name} must be a vector (d,) with d at least 1, got {score.shape}")
+    check_floating(name, score)
+    check_finite(name, score)
+    values = score.astype(np.float64)
+    if (values < 0).any():
+        where = int(np.argmax(values < 0))
+        raise ValueError(f"{name} must not be negative, got {values[where]} at index {where}")
+    return values
+
+
+def check_permutation(name: str, p: Any, d: int | None = None) -> npt.NDArray[np.int64]:
+    """Return ``p`` as int64 if it is a permutation of ``0..len(p)-1`` of length ``d``."""
+    if not isinstance(p, np.ndarray):
+        raise TypeError(f"{name} must be a numpy.ndarray, got {type(p).__name__}")
+    if p.dtype.kind not in "iu":
+        raise TypeError(f"{name} must have an integer dtype, got {p.dtype}")
+    if p.ndim != 1:
+        raise ShapeError(f"{name} must be a vector (d,), got shape {p.shape}")
+    if d is not None and len(p) != d:
+        raise PermutationError(f"{name} must have length d={d}, got {len(p)}")
+    if p.size and (int(p.max()) >= len(p) or int(p.min()) < 0):
+        bad = int(np.argmax((p < 0) | (p >= len(p))))
+        raise PermutationError(
+            f"{name} must hold indices 0..{len(p) - 1}, got {p[bad]} at position {bad}"
+        )
+    counts = np.bincount(p.astype(np.int64), minlength=len(p))
+    if (counts != 1).any():
+        twice, never = int(np.argmax(counts)), int(np.argmin(counts))
+        raise PermutationError(
+            f"{name} must hold every index once, got {twice} {counts[twice]} times "
+            f"and {never} never"
+        )
+    return p.astype(np.int64)
+
+
+def check_divides(name: str, size: int, d: int) -> None:
+    """Raise BlockSizeError unless ``size`` divides the axis length ``d``."""
+    if d % size:
+        works = join_some([b for b in divisors(d) if b > 1])
+        raise BlockSizeError(f"{name} must divide d={d}, got {size}; these do: {works}")
+
+
+def divisors(n: int) -> list[int]:
+    """Return all divisors of ``n`` in ascending order."""
+    small = [k for k in range(1, int(n**0.5) + 1) if n % k == 0]
+    return sorted({*small, *(n // k for k in small)})
+
+
+def join_some(items: list[Any] | tuple[Any, ...], most: int = 16) -> str:
+    """Join items by commas, the middle left out where they are more than ``most``."""
+    if not items:
+        return "none"
+    if len(items) <= most:
+        return ", ".join(map(str, items))
+    half = most // 2
+    return f"{', '.join(map(str, items[:half]))}, ..., {', '.join(map(str, items[-half:]))}"

@@ -1,0 +1,176 @@
+"""Streaming, mergeable statistics of activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant._dispatch import backend_for
+from corequant._validation import check_array, check_index
+from corequant.errors import CalibrationError, NonFiniteError, ShapeError
+
+__all__ = ["ActivationStats"]
+
+Vector = npt.NDArray[np.float64]
+
+
+class ActivationStats:
+    """Sums over the tokens of an activation, from which means of every kind follow.
+
+    Tokens are rows: ``update`` takes arrays (..., d). Sums and counts are kept rather than means,
+    so two objects that saw different tokens merge to what one object would have seen.
+
+    Parameters
+    ----------
+    d : int
+        Number of channels.
+    gram : bool
+        Also collect XᵀX (d, d), for adaptive rounding.
+    token_normalize : bool
+        Scale each token to mean square 1 before anything else, so that the few tokens with massive
+        activations don't decide alone. All-zero tokens stay zero.
+    dtype : numpy dtype
+        Of the Gram matrix: float32 (default) or float64. Means are always float64.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``d`` is not a positive integer or ``dtype`` another one.
+
+    Notes
+    -----
+    ``H = XᵀX / n`` as in GPTQ (arXiv 2210.17323, section 3), without its factor 2. Grouping the
+    tokens in other batches changes results only by rounding.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> stats = cq.ActivationStats(2).update(np.array([[1.0, -3.0], [3.0, 1.0]]))
+    >>> stats.count, stats.mean_abs, stats.absmax
+    (2, array([2., 2.]), array([3., 3.]))
+    """
+
+    def __init__(
+        self,
+        d: int,
+        *,
+        gram: bool = False,
+        token_normalize: bool = False,
+        dtype: npt.DTypeLike = np.float32,
+    ) -> None:
+        self.d = check_index("d", d)
+        self.token_normalize = bool(token_normalize)
+        self._dtype = np.dtype(dtype)
+        if self._dtype not in (np.float32, np.float64):
+            raise ValueError(f"dtype must be float32 or float64, got {self._dtype}")
+        self._count = 0
+        self._sum_abs = np.zeros(d)
+        self._sum_square = np.zeros(d)
+        self._absmax = np.zeros(d)
+        self._gram = np.zeros((d, d), self._dtype) if gram else None
+
+    def update(self, x: Any) -> ActivationStats:
+        """Add the tokens of ``x`` and return self.
+
+        Parameters
+        ----------
+        x : array (..., d)
+            NumPy array or torch tensor of a floating dtype; an empty one adds nothing.
+
+        Raises
+        ------
+        NonFiniteError
+            If ``x`` holds NaN or infinity; nothing has been added then.
+        ShapeError, TypeError
+            If the last axis is not d long, or the dtype not floating.
+        """
+        backend = backend_for(x=x)
+        check_array("x", x)
+        if int(x.shape[-1]) != self.d:
+            raise ShapeError(f"x must have d={self.d} channels, got shape {tuple(x.shape)}")
+        bad = backend.first_nonfinite(x)
+        if bad is not None:
+            raise NonFiniteError("x", *bad)
+        tokens = int(np.prod(x.shape[:-1]))
+        if tokens == 0:
+            return self
+        if self.token_normalize:
+            x = backend.token_normalize(x)
+        sum_abs, sum_square, absmax = backend.moments(x)
+        self._sum_abs += sum_abs
+        self._sum_square += sum_square
+        np.maximum(self._absmax, absmax, out=self._absmax)
+        if self._gram is not None:
+            self._gram += backend.gram(x)
+        self._count += tokens
+        return self
+
+    def merge(self, other: ActivationStats) -> ActivationStats:
+        """Return the statistics of both objects' tokens; neither is changed.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``other`` is something else or collects other statistics.
+        """
+        if not isinstance(other, ActivationStats):
+            raise TypeError(f"other must be ActivationStats, got {type(other).__name__}")
+        if self._key() != other._key():
+            raise ValueError(
+                f"other must collect the same statistics {self._key()}, got {other._key()}"
+            )
+        merged = ActivationStats(
+            self.d,
+            gram=self._gram is not None,
+            token_normalize=self.token_normalize,
+            dtype=self._dtype,
+        )
+        merged._count = self._count + other._count
+        merged._sum_abs = self._sum_abs + other._sum_abs
+        merged._sum_square = self._sum_square + other._sum_square
+        merged._absmax = np.maximum(self._absmax, other._absmax)
+        if self._gram is not None and other._gram is not None:
+            merged._gram = self._gram + other._gram
+        return merged
+
+    def _key(self) -> tuple[object, ...]:
+        return self.d, self._gram is not None, self.token_normalize, self._dtype.name
+
+    @property
+    def count(self) -> int:
+        """Number n of tokens seen."""
+        return self._count
+
+    @property
+    def mean_abs(self) -> Vector:
+        """Mean of |x| of each channel, float64 (d,)."""
+        return self._sum_abs / self._seen()
+
+    @property
+    def mean_square(self) -> Vector:
+        """Mean of x² of each channel, float64 (d,)."""
+        return self._sum_square / self._seen()
+
+    @property
+    def absmax(self) -> Vector:
+        """Largest |x| of each channel, float64 (d,)."""
+        self._seen()
+        return self._absmax.copy()
+
+    @property
+    def gram(self) -> npt.NDArray[Any]:
+        """``H = XᵀX / n`` (d, d), in the dtype chosen."""
+        if self._gram is None:
+            raise ValueError("gram was not collected; make ActivationStats with gram=True")
+        return np.divide(self._gram, self._dtype.type(self._seen()))
+
+    def _seen(self) -> int:
+        if self._count == 0:
+            raise CalibrationError("ActivationStats has seen no tokens; call update first")
+        return self._count
+
+    def __repr__(self) -> str:
+        """Show d and the number of tokens."""
+        return f"ActivationStats(d={self.d}, count={self._count})"

@@ -1,0 +1,137 @@
+"""Measures of how activation mass lies in a vector, and what a rotation can do to its range."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant._validation import check_divides, check_finite, check_floating, check_index
+from corequant.errors import ShapeError
+
+__all__ = ["block_mass", "mass_concentration", "outlier_bounds"]
+
+Array = npt.NDArray[Any]
+
+
+def block_mass(x: Array, block_size: int) -> npt.NDArray[np.float64]:
+    """Sum |x| over each block of the last axis.
+
+    Parameters
+    ----------
+    x : numpy.ndarray (..., d)
+    block_size : int
+        Block length b; must divide d.
+
+    Returns
+    -------
+    numpy.ndarray (..., d/b), float64
+        The ℓ1 norm of each block.
+
+    Raises
+    ------
+    BlockSizeError, NonFiniteError, ShapeError, TypeError
+        For a size that doesn't divide d, NaN or infinity, or something other than a float array.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> cq.block_mass(np.array([1.0, -2, 3, 4]), 2)
+    array([3., 7.])
+    """
+    mass: npt.NDArray[np.float64] = np.abs(_blocks(x, block_size)).sum(-1)
+    return mass
+
+
+def mass_concentration(x: Array, block_size: int | None = None) -> npt.NDArray[np.float64]:
+    """Compute ``δ(x) = ‖x‖₁ / (d ‖x‖_∞)``: 1/d for a single spike, 1 for equal magnitudes.
+
+    Parameters
+    ----------
+    x : numpy.ndarray (..., d)
+    block_size : int, optional
+        Take δ of each block of so many channels instead of the whole axis.
+
+    Returns
+    -------
+    numpy.ndarray (...), or (..., d/b) with a block size, float64
+        All-zero vectors count as flat: δ = 1.
+
+    Raises
+    ------
+    BlockSizeError, NonFiniteError, ShapeError, TypeError
+        As for ``block_mass``.
+
+    Notes
+    -----
+    ``δ ≤ 1/√d`` suffices for a full-vector Hadamard rotation not to enlarge the largest
+    magnitude. Source: arXiv 2601.22347, section 3.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> cq.mass_concentration(np.array([[4.0, 0, 0, 0], [1, 1, -1, 1]]))
+    array([0.25, 1.  ])
+    """
+    blocks = np.abs(_blocks(x, block_size))
+    largest = blocks.max(-1)
+    with np.errstate(invalid="ignore"):
+        # Dividing first keeps the sum of huge finite values finite.
+        share = (blocks / np.where(largest > 0, largest, 1)[..., None]).mean(-1)
+    delta: npt.NDArray[np.float64] = np.where(largest > 0, share, 1.0)
+    return delta[..., 0] if block_size is None else delta
+
+
+def outlier_bounds(
+    x: Array, block_size: int | None = None
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Bound the largest magnitude that a block rotation of each vector can leave.
+
+    Parameters
+    ----------
+    x : numpy.ndarray (..., d)
+    block_size : int, optional
+        Block length b of the rotation; the whole axis by default.
+
+    Returns
+    -------
+    lower, upper : numpy.ndarray (...), float64
+        ``max_j ‖x_j‖₂/√b ≤ ‖x R̃‖_∞ ≤ max_j ‖x_j‖₁/√b`` over blocks j.
+
+    Raises
+    ------
+    BlockSizeError, NonFiniteError, ShapeError, TypeError
+        As for ``block_mass``.
+
+    Notes
+    -----
+    The upper bound is Proposition 3.3 of arXiv 2601.22347, met exactly when a block's signs equal a
+    column of H. The lower bound holds as a rotation keeps ℓ2 norms and the largest of b entries is
+    at least their root mean square.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> lower, upper = cq.outlier_bounds(np.array([3.0, 1, 1, 1]), 4)
+    >>> float(lower) <= np.abs(cq.block_hadamard(np.array([3.0, 1, 1, 1]), 4)).max() <= float(upper)
+    True
+    """
+    blocks = _blocks(x, block_size)
+    root = np.sqrt(blocks.shape[-1])
+    lower = np.linalg.norm(blocks, axis=-1).max(-1) / root
+    upper = np.abs(blocks).sum(-1).max(-1) / root
+    return lower, upper
+
+
+def _blocks(x: Any, block_size: int | None) -> npt.NDArray[np.float64]:
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f"x must be a numpy.ndarray, got {type(x).__name__}")
+    check_floating("x", x)
+    d = x.shape[-1]
+    if d == 0:
+        raise ShapeError("the last axis of x must not be empty, got length 0")
+    size = d if block_size is None else check_index("block_size", block_size)
+    check_divides("block_size", size, d)
+    check_finite("x", x)
+    return x.astype(np.float64).reshape(*x.shape[:-1], d // size, size)

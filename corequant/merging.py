@@ -1,0 +1,161 @@
+"""Fold norm gains, permutations, signs and rotations into the weights around them.
+
+Weights are (out_features, in_features) and a linear layer is ``y = x Wᵀ + bias``. The ``input``
+side of a weight is what it reads, the ``output`` side what it writes. If the activation between two
+layers becomes ``x' = (x[..., p] ∘ s) R̃``, the writer is merged on its output side and every
+reader on its input side with the same arguments, and the function of the pair stays what it was.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant._validation import check_finite, check_floating, check_permutation
+from corequant.errors import ShapeError
+from corequant.rotation import block_hadamard
+
+__all__ = ["fold_norm", "merge_permutation", "merge_rotation"]
+
+Array = npt.NDArray[Any]
+
+
+def fold_norm(W: Array, gain: Array) -> Array:
+    """Fold the gain of a norm into a weight that reads the norm's output.
+
+    Parameters
+    ----------
+    W : numpy.ndarray (out_features, d)
+    gain : numpy.ndarray (d,)
+        What the norm multiplies its normalised input by; afterwards the norm's own gain must be 1.
+
+    Returns
+    -------
+    numpy.ndarray (out_features, d)
+        ``W ∘ gain`` in the dtype of W, computed in float64.
+
+    Raises
+    ------
+    NonFiniteError, ShapeError, TypeError
+        If an argument is not a finite floating array of that shape.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> cq.fold_norm(np.array([[1.0, 2.0]]), np.array([3.0, 0.5]))
+    array([[3., 1.]])
+    """
+    _check_weight("W", W, 2)
+    _check_weight("gain", gain, 1)
+    if gain.shape[0] != W.shape[1]:
+        raise ShapeError(f"gain must have shape ({W.shape[1]},), got {gain.shape}")
+    product = W.astype(np.float64) * gain.astype(np.float64)
+    return product.astype(W.dtype)
+
+
+def merge_permutation(W: Array, permutation: Array, *, side: str) -> Array:
+    """Permute the channels that a weight reads or writes.
+
+    Parameters
+    ----------
+    W : numpy.ndarray (out_features, in_features), or (out_features,) for a bias
+    permutation : numpy.ndarray, integer
+        Of the channels on that side; new channel k holds old channel ``permutation[k]``.
+    side : {"input", "output"}
+        A bias has only an output side.
+
+    Returns
+    -------
+    numpy.ndarray
+        A C-contiguous copy.
+
+    Raises
+    ------
+    PermutationError, ShapeError, TypeError, ValueError
+        If the permutation isn't one of that many channels, or for a wrong side.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> cq.merge_permutation(np.array([[1.0, 2.0, 3.0]]), np.array([2, 0, 1]), side="input")
+    array([[3., 1., 2.]])
+    """
+    axis = _axis(W, side)
+    p = check_permutation("permutation", permutation, W.shape[axis])
+    # Fancy indexing of columns gives Fortran order, which some writers store wrongly.
+    return np.ascontiguousarray(np.take(W, p, axis=axis))
+
+
+def merge_rotation(
+    W: Array,
+    block_size: int | None = None,
+    *,
+    side: str,
+    signs: npt.NDArray[Any] | None = None,
+) -> Array:
+    """Rotate the channels that a weight reads or writes.
+
+    Parameters
+    ----------
+    W : numpy.ndarray (out_features, in_features), or (out_features,) for a bias
+    block_size : int, optional
+        Block length of the rotation; the whole side by default.
+    side : {"input", "output"}
+        ``input`` gives ``W D R̃``, ``output`` gives ``R̃ᵀ D W``, D being the signs.
+    signs : numpy.ndarray, optional
+        ±1 for each channel of that side, applied before the rotation.
+
+    Returns
+    -------
+    numpy.ndarray
+        A C-contiguous array in the dtype of W, computed in float64.
+
+    Raises
+    ------
+    BlockSizeError, HadamardOrderError, NonFiniteError, ShapeError, TypeError, ValueError
+        As for ``block_hadamard``, and if W is not finite or the side a wrong one.
+
+    Notes
+    -----
+    A reader of ``x R̃`` must hold ``W R̃``, since ``x R̃ (W R̃)ᵀ = x Wᵀ``. Source: QuaRot, arXiv
+    2404.00456, section 4.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> rng = np.random.default_rng(0)
+    >>> x, W = rng.normal(size=(3, 8)), rng.normal(size=(5, 8))
+    >>> y = cq.block_hadamard(x, 4) @ cq.merge_rotation(W, 4, side="input").T
+    >>> bool(np.allclose(y, x @ W.T))
+    True
+    """
+    axis = _axis(W, side)
+    check_finite("W", W)
+    wide = np.moveaxis(W, axis, -1).astype(np.float64)
+    rotated = np.moveaxis(block_hadamard(wide, block_size, signs=signs), -1, axis)
+    return np.ascontiguousarray(rotated, dtype=W.dtype)
+
+
+def _axis(W: Any, side: str) -> int:
+    if side not in ("input", "output"):
+        raise ValueError(f"side must be 'input' or 'output', got {side!r}")
+    if not isinstance(W, np.ndarray):
+        raise TypeError(f"W must be a numpy.ndarray, got {type(W).__name__}")
+    check_floating("W", W)
+    if W.ndim > 2 or (W.ndim == 1 and side == "input"):
+        raise ShapeError(
+            "W must be (out_features, in_features), or (out_features,) with side 'output', "
+            f"got shape {W.shape} with side {side!r}"
+        )
+    return 1 if side == "input" else 0
+
+
+def _check_weight(name: str, W: Any, ndim: int) -> None:
+    if not isinstance(W, np.ndarray):
+        raise TypeError(f"{name} must be a numpy.ndarray, got {type(W).__name__}")
+    check_floating(name, W)
+    if W.ndim != ndim:
+        raise ShapeError(f"{name} must have {ndim} axes, got shape {W.shape}")
+    check_finite(name, W)

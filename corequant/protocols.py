@@ -1,0 +1,72 @@
+"""What a backend implements: the few kernels from which everything else is composed."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant.specs import QuantSpec
+
+__all__ = ["Array", "Backend", "Moments"]
+
+Array = Any
+"""An array of the backend's own type: numpy.ndarray, torch.Tensor, ..."""
+
+Moments = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]
+"""Sums of |x| and of x² and the largest |x| of each channel, float64, shape (d,)."""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Kernels on one kind of array.
+
+    The public functions check their arguments once and call these; a kernel trusts what it gets.
+    Arrays are of the backend's own type and any stride. Results live where the input lives.
+    ``signs`` is a NumPy array of ±1 (d,); scales and zero points are the backend's arrays.
+    """
+
+    name: str
+
+    def describe(self) -> dict[str, str]:
+        """Return versions and devices, for people to read."""
+
+    def first_nonfinite(self, x: Array) -> tuple[int, tuple[int, ...], float] | None:
+        """Return count, first index and value of NaN and Inf in ``x``, or None without any."""
+
+    def block_hadamard(
+        self,
+        x: Array,
+        block_size: int,
+        *,
+        inverse: bool,
+        signs: npt.NDArray[np.int8] | None,
+        out: Array | None,
+    ) -> Array:
+        """Rotate blocks of the last axis by H/√b, ``out`` being x's equal in shape and dtype."""
+
+    def token_normalize(self, x: Array) -> Array:
+        """Return the rows of ``x`` (..., d) as (tokens, d), each scaled to mean square 1."""
+
+    def moments(self, x: Array) -> Moments:
+        """Return channel sums over all leading axes of ``x`` (..., d)."""
+
+    def gram(self, x: Array) -> npt.NDArray[Any]:
+        """Return XᵀX of the rows of ``x`` (..., d), in float32, or float64 for float64 input."""
+
+    def choose_qparams(self, x: Array, spec: QuantSpec) -> tuple[Array, Array | None]:
+        """Return scales and zero points (None when symmetric), shaped as ``spec`` asks."""
+
+    def quantize(
+        self, x: Array, spec: QuantSpec, scales: Array, zero_points: Array | None
+    ) -> Array:
+        """Return int8 codes of ``x``."""
+
+    def dequantize(
+        self, codes: Array, spec: QuantSpec, scales: Array, zero_points: Array | None
+    ) -> Array:
+        """Return ``(codes - zero_points) * scales`` in the dtype of the scales."""
+
+    def fake_quantize(self, x: Array, spec: QuantSpec) -> Array:
+        """Return ``x`` rounded to the grid that it chooses for itself, in x's dtype."""

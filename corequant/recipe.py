@@ -1,0 +1,151 @@
+"""What to do to a model, as one frozen value that reads and writes TOML."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from corequant._validation import check_index
+from corequant.errors import RecipeError, SpecError
+from corequant.specs import Granularity, QuantSpec
+
+__all__ = ["PERMUTATIONS", "Recipe"]
+
+PERMUTATIONS = ("identity", "massdiff", "zigzag", "absmax", "random")
+"""Names that ``Recipe.permutation`` takes."""
+
+ROUNDINGS = ("nearest",)
+"""Names that ``Recipe.rounding`` takes."""
+
+_WEIGHTS = QuantSpec.parse("int4:channel:symmetric:mse")
+_ACTIVATIONS = QuantSpec.parse("int4:token:asymmetric")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to permute, rotate and quantize a model.
+
+    Attributes
+    ----------
+    block_size : int, optional
+        Block length of the online rotation at each ``down_proj``; None rotates the full vector.
+    permutation : str
+        How channels are assigned to blocks: one of ``PERMUTATIONS``.
+    weights : QuantSpec
+        Quantizer of the linear layers' weights. Read from a string, it searches its scales by
+        squared error unless the string says ``absmax``.
+    activations : QuantSpec, optional
+        Quantizer of their inputs, per token at run time; None leaves them in float.
+    rounding : str
+        How weights are rounded: one of ``ROUNDINGS``.
+    samples, sequence_length : int
+        Calibration windows and tokens per window.
+    seed : int
+        Of everything that is drawn at random.
+
+    Raises
+    ------
+    RecipeError
+        If a field has no meaning.
+
+    Examples
+    --------
+    >>> from corequant.recipe import Recipe
+    >>> recipe = Recipe(block_size=16, weights="int4:channel:symmetric")
+    >>> str(recipe.weights), str(recipe.activations)
+    ('int4:channel:symmetric:mse', 'int4:token:asymmetric')
+    >>> Recipe.from_toml(recipe.to_toml()) == recipe
+    True
+    """
+
+    block_size: int | None = None
+    permutation: str = "massdiff"
+    weights: QuantSpec = _WEIGHTS
+    activations: QuantSpec | None = _ACTIVATIONS
+    rounding: str = "nearest"
+    samples: int = 8
+    sequence_length: int = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Parse specs that are strings and refuse values without a meaning."""
+        try:
+            if isinstance(self.weights, str):
+                weights = QuantSpec.parse(self.weights, scale_search="mse")
+                object.__setattr__(self, "weights", weights)
+            if isinstance(self.activations, str):
+                off = self.activations.strip().lower() == "none"
+                spec = None if off else QuantSpec.parse(self.activations, granularity="token")
+                object.__setattr__(self, "activations", spec)
+        except SpecError as error:
+            raise RecipeError(str(error)) from error
+        _check_choice("permutation", self.permutation, PERMUTATIONS)
+        _check_choice("rounding", self.rounding, ROUNDINGS)
+        for name, least in (("samples", 1), ("sequence_length", 2), ("seed", 0), ("block_size", 1)):
+            value = getattr(self, name)
+            if name == "block_size" and value is None:
+                continue
+            try:
+                check_index(name, value, least)
+            except (TypeError, ValueError) as error:
+                raise RecipeError(str(error)) from error
+        if not isinstance(self.weights, QuantSpec):
+            raise RecipeError(f"weights must be a QuantSpec, got {type(self.weights).__name__}")
+        if self.weights.granularity is Granularity.TOKEN:
+            raise RecipeError(f"weights have no tokens to scale by, got {self.weights}")
+        if self.activations is not None and not isinstance(self.activations, QuantSpec):
+            got = type(self.activations).__name__
+            raise RecipeError(f"activations must be a QuantSpec or None, got {got}")
+        if self.activations is not None and self.activations.granularity is Granularity.CHANNEL:
+            raise RecipeError(
+                f"activations can't be scaled by channel at run time, got {self.activations}; "
+                "write token, group or tensor"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values: specs in string form, absent ones left out."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        # An absent block size is the default, absent activations are not.
+        values["activations"] = "none" if self.activations is None else str(self.activations)
+        values["weights"] = _explicit(self.weights)
+        return {name: value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Build a recipe from plain values; an unknown key is a RecipeError."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise RecipeError(
+                f"unknown recipe key {unknown[0]!r}, expected some of {', '.join(sorted(known))}"
+            )
+        return cls(**values)
+
+    def to_toml(self) -> str:
+        """Write the recipe as TOML (needs tomli-w, of the extra ``transformers``)."""
+        import tomli_w
+
+        return tomli_w.dumps(self.to_dict())
+
+    @classmethod
+    def from_toml(cls, text: str) -> Recipe:
+        """Read what ``to_toml`` writes; malformed TOML is a RecipeError."""
+        try:
+            values = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"the recipe is not TOML: {error}") from error
+        return cls.from_dict(values)
+
+
+def _explicit(spec: QuantSpec) -> str:
+    # Recipe reads weights with another default search than QuantSpec does.
+    text = str(spec)
+    search = spec.scale_search.value
+    return text if text.endswith(search) else f"{text}:{search}"
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise RecipeError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,154 @@
+"""Rotations of the last axis by block-diagonal Hadamard matrices.
+
+``y = x R̃`` with ``R̃ = diag(R, ..., R)`` and ``R = H/√b``, H a Hadamard matrix of order b.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant._dispatch import backend_for
+from corequant._validation import (
+    check_array,
+    check_divides,
+    check_index,
+    divisors,
+    join_some,
+)
+from corequant.errors import HadamardOrderError, ShapeError
+from corequant.hadamard import hadamard_factors, valid_block_sizes
+
+__all__ = ["block_hadamard", "check_block_size", "check_signs", "random_signs"]
+
+
+def block_hadamard(
+    x: Any,
+    block_size: int | None = None,
+    *,
+    inverse: bool = False,
+    signs: npt.NDArray[Any] | None = None,
+    out: Any = None,
+) -> Any:
+    """Rotate each block of the last axis by a normalised Hadamard matrix.
+
+    Parameters
+    ----------
+    x : array (..., d)
+        NumPy array or torch tensor, float16, bfloat16, float32 or float64, of any stride.
+        NaN and infinity spread within their own block and no further.
+    block_size : int, optional
+        Length b of a block; must divide d and be the order of a Hadamard matrix. The whole axis
+        (the full-vector rotation) by default.
+    inverse : bool
+        Apply the transpose, which undoes the rotation. H need not be symmetric, so rotating twice
+        is not the same as undoing.
+    signs : numpy.ndarray (d,), optional
+        ±1 for each channel, multiplied before the rotation (after it, when inverse): the
+        randomised Hadamard rotation.
+    out : array, optional
+        Where the result goes: shape and dtype of ``x``, and either ``x`` itself or apart from it.
+
+    Returns
+    -------
+    array (..., d)
+        Of the type, dtype and device of ``x``; computed in float32, or float64 for float64.
+
+    Raises
+    ------
+    BlockSizeError, HadamardOrderError
+        If b doesn't divide d, or no Hadamard matrix has the order b.
+    ShapeError, TypeError, ValueError
+        For the wrong shape or dtype, signs other than ±1, or an overlapping ``out``.
+
+    Notes
+    -----
+    Source: block rotations as in "Pushing the Limits of Block Rotations in Post-Training
+    Quantization", arXiv 2601.22347, section 3; the randomised rotation as in QuIP#,
+    arXiv 2402.04396.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> x = np.array([[4.0, 0, 0, 0, 1, 1, 1, 1]])
+    >>> cq.block_hadamard(x, 4)
+    array([[2., 2., 2., 2., 2., 0., 0., 0.]])
+    >>> bool(np.allclose(cq.block_hadamard(cq.block_hadamard(x), inverse=True), x))
+    True
+    """
+    backend = backend_for(x=x, out=out)
+    check_array("x", x)
+    d = int(x.shape[-1])
+    size = check_block_size("block_size", block_size, d)
+    sign = check_signs("signs", signs, d)
+    if out is not None:
+        check_array("out", out)
+        if tuple(out.shape) != tuple(x.shape) or out.dtype != x.dtype:
+            raise ShapeError(
+                f"out must have x's shape {tuple(x.shape)} and dtype {x.dtype}, "
+                f"got {tuple(out.shape)} and {out.dtype}"
+            )
+        _check_out(x, out)
+    return backend.block_hadamard(x, size, inverse=bool(inverse), signs=sign, out=out)
+
+
+def _check_out(x: Any, out: Any) -> None:
+    if not isinstance(out, np.ndarray) or out is x:
+        writeable = not isinstance(out, np.ndarray) or out.flags.writeable
+    else:
+        writeable = out.flags.writeable
+        same = out.ctypes.data == x.ctypes.data and out.strides == x.strides
+        if not same and np.shares_memory(out, x):
+            raise ValueError("out must be x itself or share no memory with it, got an overlap")
+    if not writeable:
+        raise ValueError("out must be writeable, got a read-only array")
+
+
+def check_block_size(name: str, block_size: Any, d: int) -> int:
+    """Return the block size that ``block_size`` means for an axis of length ``d``.
+
+    Raises BlockSizeError or HadamardOrderError, naming the sizes that work.
+    """
+    if d < 1:
+        raise ShapeError(f"the last axis must not be empty, got length {d}")
+    size = d if block_size is None else check_index(name, block_size)
+    check_divides(name, size, d)
+    try:
+        hadamard_factors(size)
+    except HadamardOrderError:
+        factors = join_some([b for b in divisors(size) if b > 1])
+        raise HadamardOrderError(
+            f"{name} must be the order of a Hadamard matrix, got {size} (divisors {factors}); "
+            f"these divide d={d} and work: {join_some(valid_block_sizes(d))}"
+        ) from None
+    return size
+
+
+def check_signs(name: str, signs: Any, d: int) -> npt.NDArray[np.int8] | None:
+    """Return signs as int8 (d,), or None; raise unless all are ±1."""
+    if signs is None:
+        return None
+    if not isinstance(signs, np.ndarray):
+        raise TypeError(f"{name} must be a numpy.ndarray, got {type(signs).__name__}")
+    if signs.shape != (d,):
+        raise ShapeError(f"{name} must have shape ({d},), got {signs.shape}")
+    wrong = np.abs(signs) != 1
+    if wrong.any():
+        where = int(np.argmax(wrong))
+        raise ValueError(f"{name} must be +1 or -1, got {signs[where]} at index {where}")
+    return signs.astype(np.int8)
+
+
+def random_signs(d: int, seed: int | np.random.Generator) -> npt.NDArray[np.int8]:
+    """Draw ``d`` signs ±1, int8, from a seed or a generator.
+
+    Examples
+    --------
+    >>> import corequant as cq
+    >>> cq.random_signs(4, seed=0).shape
+    (4,)
+    """
+    generator = np.random.default_rng(seed)
+    return generator.choice(np.array([-1, 1], np.int8), check_index("d", d))
