@@ -14,10 +14,10 @@ import json
 import time
 from pathlib import Path
 
-import corequant_transformers as cqhf
 from rich.console import Console
 from rich.table import Table
 
+import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 
 VARIANTS = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from corequant._numpy import NumpyBackend
 from corequant.errors import BackendError
@@ -62,7 +62,7 @@ def get_backend(name: str) -> Backend:
 
 
 @cache
-def _backend_of_type(kind: Any) -> Backend:
+def _owner(kind: Any) -> Backend:
     names = [base.__module__.partition(".")[0] for base in kind.__mro__]
     known = available_backends()
     for name in names:
@@ -75,7 +75,7 @@ def _backend_of_type(kind: Any) -> Backend:
 
 def backend_for(**arrays: Any) -> Backend:
     """Return the one backend that owns all the named arrays; None among them is passed over."""
-    owners = {n: _backend_of_type(type(a)) for n, a in arrays.items() if a is not None}
+    owners = {n: _owner(cast(Any, type(a))) for n, a in arrays.items() if a is not None}
     if len(set(owners.values())) > 1:
         told = ", ".join(f"{name} belongs to {b.name}" for name, b in owners.items())
         raise TypeError(f"arrays must all belong to one backend, but {told}")

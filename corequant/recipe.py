@@ -38,6 +38,9 @@ class Recipe:
         squared error unless the string says ``absmax``.
     activations : QuantSpec, optional
         Quantizer of their inputs, per token at run time; None leaves them in float.
+    random_signs : bool
+        Multiply the residual stream by random signs before it is rotated. Without them the first
+        channel of the rotated stream is the sum of all, which has a far larger range.
     rounding : str
         How weights are rounded: one of ``ROUNDINGS``.
     samples, sequence_length : int
@@ -64,6 +67,7 @@ class Recipe:
     permutation: str = "massdiff"
     weights: QuantSpec = _WEIGHTS
     activations: QuantSpec | None = _ACTIVATIONS
+    random_signs: bool = True
     rounding: str = "nearest"
     samples: int = 8
     sequence_length: int = 2048
@@ -91,6 +95,8 @@ class Recipe:
                 check_index(name, value, least)
             except (TypeError, ValueError) as error:
                 raise RecipeError(str(error)) from error
+        if not isinstance(self.random_signs, bool):
+            raise RecipeError(f"random_signs must be true or false, got {self.random_signs!r}")
         if not isinstance(self.weights, QuantSpec):
             raise RecipeError(f"weights must be a QuantSpec, got {type(self.weights).__name__}")
         if self.weights.granularity is Granularity.TOKEN:

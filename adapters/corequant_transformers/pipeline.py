@@ -64,8 +64,10 @@ class Quantized:
     verification : Verification
     report : dict
         Plain values: recipe, verification, a row per region and matrix, seconds, peak memory.
-    path : Path or None
-        Where it was saved.
+    float_config : str
+        Text of the float model's ``config.json``.
+    copied_files : list of Path
+        Tokenizer files of the float model.
     """
 
     model: Any
@@ -74,7 +76,26 @@ class Quantized:
     permutations: dict[str, npt.NDArray[np.int64]]
     verification: Verification
     report: dict[str, Any]
-    path: Path | None
+    float_config: str
+    copied_files: list[Path]
+
+    def save(self, output: str | Path) -> Path:
+        """Write the model to a new or empty directory and return its path.
+
+        Raises
+        ------
+        OutputError
+            If it can't be written or doesn't read back equal; nothing is left there then.
+        """
+        return save(
+            self.model,
+            self.plan,
+            output,
+            report=self.report,
+            float_config=self.float_config,
+            tokenizer=self.tokenizer,
+            copied_files=self.copied_files,
+        )
 
 
 def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
@@ -212,7 +233,8 @@ def quantize(
     2
     """
     started = time.monotonic()
-    target = None if output is None else check_output(output)
+    if output is not None:
+        check_output(output)
     source = Source(model) if isinstance(model, str | Path) else None
     table = plan(model, recipe)
     if source is not None:
@@ -249,19 +271,15 @@ def quantize(
         "seconds": round(time.monotonic() - started, 1),
         "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }
-    if target is not None:
+    copied = source.copied_files() if source else []
+    result = Quantized(
+        work, tokenizer, table, permutations, verification, report, float_config, copied
+    )
+    if output is not None:
         progress("save", 0, 1)
-        save(
-            work,
-            table,
-            target,
-            report=report,
-            float_config=float_config,
-            tokenizer=tokenizer,
-            copied_files=source.copied_files() if source else None,
-        )
+        result.save(output)
         progress("save", 1, 1)
-    return Quantized(work, tokenizer, table, permutations, verification, report, target)
+    return result
 
 
 def _transform(

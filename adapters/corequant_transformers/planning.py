@@ -12,9 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from corequant.errors import ArchitectureError, BlockSizeError, HadamardOrderError
+from corequant.hadamard import hadamard_factors, valid_block_sizes
 from corequant.recipe import Recipe
-from corequant.rotation import check_block_size
+from corequant.rotation import check_block_size, random_signs
+from corequant.specs import QuantSpec
 from corequant_transformers.architectures import (
     Architecture,
     Dimensions,
@@ -22,22 +27,28 @@ from corequant_transformers.architectures import (
     dimensions_of,
 )
 
-__all__ = ["MatrixPlan", "ModelPlan", "Side", "plan_model"]
+__all__ = ["MatrixPlan", "ModelPlan", "Side", "check_modules", "plan_model"]
+
+RESIDUAL = "residual"
+"""Name of the residual stream's signs."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """What happens to the channels on one side of a matrix: first permuted, then rotated.
+    """What happens to the channels on one side of a matrix, in the order of the attributes.
 
     Attributes
     ----------
     permutation : str, optional
         Name of the region whose permutation applies; the name of the matrix that reads it.
+    signs : str, optional
+        Name of the signs that the channels are multiplied by before they are rotated.
     rotation : int, optional
         Block length of the rotation; None leaves the channels alone.
     """
 
     permutation: str | None = None
+    signs: str | None = None
     rotation: int | None = None
 
 
@@ -91,6 +102,38 @@ class ModelPlan:
     matrices: tuple[MatrixPlan, ...]
     norms: tuple[str, ...]
 
+    def draw_signs(self) -> dict[str, npt.NDArray[np.int8]]:
+        """Return the signs that sides refer to by name, drawn from the recipe's seed."""
+        if not self.recipe.random_signs:
+            return {}
+        return {RESIDUAL: random_signs(self.dimensions.hidden, self.recipe.seed)}
+
+    def cost(self) -> dict[str, Any]:
+        """Return what the plan costs: run-time additions, sizes in MiB, block sizes that work.
+
+        ``peak_mib`` is the estimated peak memory of ``quantize``: the model in float64 while it is
+        verified, and what torch and a window's activations take.
+        """
+        additions = sum(
+            m.shape[1] * _additions_per_channel(m.input.rotation or 1) for m in self.online
+        )
+        products = sum(m.shape[0] * m.shape[1] for m in self.quantized)
+        spec = self.recipe.weights
+        stored = sum(
+            m.shape[0] * (m.shape[1] * spec.format.bits / 8 + 4 * m.shape[1] / _scaled(spec, m))
+            for m in self.quantized
+        )
+        entries = sum(m.shape[0] * m.shape[1] for m in self.matrices)
+        return {
+            "online_rotations": len(self.online),
+            "online_additions_per_token": additions,
+            "online_share": additions / products,
+            "quantized_mib": stored / 2**20,
+            "float_mib": 4 * products / 2**20,
+            "peak_mib": (8 * entries + 3 * 128 * 8 * self.dimensions.vocabulary) / 2**20 + 700,
+            "block_sizes": list(valid_block_sizes(self.dimensions.intermediate)),
+        }
+
     @property
     def regions(self) -> tuple[MatrixPlan, ...]:
         """The matrices whose inputs are permuted: statistics are collected there."""
@@ -129,7 +172,10 @@ def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
     architecture = architecture_of(config)
     sizes = dimensions_of(config)
     block = _rotation("block_size", recipe.block_size, "intermediate_size", sizes.intermediate)
-    residual = Side(rotation=_rotation("residual rotation", None, "hidden_size", sizes.hidden))
+    residual = Side(
+        signs=RESIDUAL if recipe.random_signs else None,
+        rotation=_rotation("residual rotation", None, "hidden_size", sizes.hidden),
+    )
     head = Side(rotation=_rotation("head rotation", None, "head_dim", sizes.head_dim))
     permuted = recipe.permutation != "identity" and block < sizes.intermediate
     matrices = [
@@ -188,6 +234,16 @@ def _mlp(
         output=residual,
         online=True,
     )
+
+
+def _additions_per_channel(block_size: int) -> int:
+    core, power = hadamard_factors(block_size)
+    return power.bit_length() - 1 + (core if core > 1 else 0)
+
+
+def _scaled(spec: QuantSpec, matrix: MatrixPlan) -> int:
+    # How many entries share a scale; a whole tensor's single scale is not worth a special case.
+    return spec.group_size or matrix.shape[1]
 
 
 def _rotation(what: str, size: int | None, field: str, width: int) -> int:

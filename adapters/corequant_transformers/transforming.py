@@ -17,6 +17,7 @@ __all__ = ["OnlineRotation", "choose_permutation", "transform_matrix", "transfor
 
 Array = npt.NDArray[Any]
 Permutations = Mapping[str, npt.NDArray[np.int64]]
+Signs = Mapping[str, npt.NDArray[np.int8]]
 
 
 class OnlineRotation:
@@ -53,6 +54,7 @@ def transform_matrix(
     matrix: MatrixPlan,
     gain: Array | None,
     permutations: Permutations,
+    signs: Signs,
 ) -> tuple[Array, Array | None]:
     """Return a matrix and its bias after everything that the row says.
 
@@ -65,21 +67,26 @@ def transform_matrix(
         Of the norm that the row folds.
     permutations : mapping of str to numpy.ndarray
         By region.
+    signs : mapping of str to numpy.ndarray
+        By name.
     """
     if gain is not None:
         W = cq.fold_norm(W, gain)
-    W = _transform_side(W, matrix.input, "input", permutations)
-    W = _transform_side(W, matrix.output, "output", permutations)
+    W = _transform_side(W, matrix.input, "input", permutations, signs)
+    W = _transform_side(W, matrix.output, "output", permutations, signs)
     if bias is not None:
-        bias = _transform_side(bias, matrix.output, "output", permutations)
+        bias = _transform_side(bias, matrix.output, "output", permutations, signs)
     return W, bias
 
 
-def _transform_side(W: Array, side: Side, name: str, permutations: Permutations) -> Array:
+def _transform_side(
+    W: Array, side: Side, name: str, permutations: Permutations, signs: Signs
+) -> Array:
     if side.permutation is not None:
         W = cq.merge_permutation(W, permutations[side.permutation], side=name)
     if side.rotation is not None:
-        W = cq.merge_rotation(W, side.rotation, side=name)
+        drawn = None if side.signs is None else signs[side.signs]
+        W = cq.merge_rotation(W, side.rotation, side=name, signs=drawn)
     return W
 
 
@@ -102,6 +109,7 @@ def transform_model(
 
     Embedding and head must not be tied any more.
     """
+    signs = plan.draw_signs()
     for done, matrix in enumerate(plan.matrices):
         module = model.get_submodule(matrix.name)
         norm = model.get_submodule(matrix.norm) if matrix.norm is not None else None
@@ -112,6 +120,7 @@ def transform_model(
             matrix,
             None if norm is None else norm.weight.detach().numpy(),
             permutations,
+            signs,
         )
         module.weight = torch.nn.Parameter(torch.from_numpy(W), requires_grad=False)
         if b is not None:

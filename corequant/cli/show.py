@@ -1,0 +1,192 @@
+"""What the command prints for people: tables and progress bars."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
+
+__all__ = [
+    "backends",
+    "demo",
+    "evaluation",
+    "inspection",
+    "plan_dict",
+    "plan_table",
+    "progress",
+    "quantized",
+]
+
+_console = Console()
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Give a callable ``(phase, done, total)`` that draws a bar for each phase on stderr."""
+    bars = Progress(
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    tasks: dict[str, Any] = {}
+    with bars:
+
+        def report(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total)
+            bars.update(tasks[phase], completed=done, total=total)
+
+        yield report
+
+
+def plan_dict(plan: Any) -> dict[str, Any]:
+    """Return a plan as plain values."""
+    return {
+        "model_type": plan.architecture.model_type,
+        "recipe": plan.recipe.to_dict(),
+        **plan.cost(),
+        "matrices": [
+            {
+                "name": m.name,
+                "shape": list(m.shape),
+                "norm": m.norm,
+                "input_permuted": m.input.permutation is not None,
+                "input_rotation": m.input.rotation,
+                "online": m.online,
+                "output_permuted": m.output.permutation is not None,
+                "output_rotation": m.output.rotation,
+                "quantized": m.quantized,
+            }
+            for m in plan.matrices
+        ],
+    }
+
+
+def plan_table(plan: Any) -> None:
+    """Print what happens to each kind of matrix; one decoder block stands for all."""
+    sizes = plan.dimensions
+    table = Table(
+        Column("matrix", no_wrap=True), "shape", "folds", "reads", "writes", "rounded",
+        title=f"{plan.architecture.model_type}: {sizes.blocks} blocks, hidden {sizes.hidden}, "
+        f"intermediate {sizes.intermediate}, head {sizes.head_dim}",
+    )  # fmt: skip
+    first = plan.architecture.block.format(0)
+    others = plan.architecture.block.format("")
+    for m in plan.matrices:
+        if m.name.startswith(others) and not m.name.startswith(first + "."):
+            continue
+        table.add_row(
+            m.name.removeprefix(first + "."),
+            "×".join(map(str, m.shape)),
+            "" if m.norm is None else "norm",
+            _side(m.input, "online " if m.online else ""),
+            _side(m.output, ""),
+            "yes" if m.quantized else "",
+        )
+    _console.print(table)
+    cost = plan.cost()
+    recipe = plan.recipe
+    _console.print(f"weights {recipe.weights}, activations {recipe.activations or 'float'}")
+    _console.print(
+        f"online rotations: {cost['online_rotations']}, "
+        f"{cost['online_additions_per_token']:,} additions per token "
+        f"({cost['online_share']:.2%} of the linear layers' multiplications)\n"
+        f"quantized weights: {cost['quantized_mib']:.1f} MiB of {cost['float_mib']:.1f} MiB float; "
+        f"peak memory about {cost['peak_mib']:.0f} MiB"
+    )
+    _console.print(
+        f"block sizes that work for intermediate {sizes.intermediate}: "
+        + ", ".join(map(str, cost["block_sizes"]))
+    )
+
+
+def quantized(result: Any, output: Path) -> None:
+    """Print what ``quantize`` did."""
+    found = result.verification
+    _console.print(
+        f"verified before quantizing: logits agree with the float model to "
+        f"{found.logits_error:.1e} (float64), {found.matrices_changed} matrices changed, "
+        f"{found.rotations_online} online rotations, {found.permutations} permutations"
+    )
+    _console.print(
+        f"saved to {output} in {result.report['seconds']} s, "
+        f"peak memory {result.report['peak_rss_mib']} MiB"
+    )
+
+
+def evaluation(model: Path, result: Any) -> None:
+    """Print a perplexity."""
+    _console.print(
+        f"perplexity [bold]{result.perplexity:.3f}[/bold] over {result.predicted} positions "
+        f"({result.windows} windows of {result.sequence_length}): {model}"
+    )
+
+
+def inspection(model: Path, recipe: Any, report: dict[str, Any], sizes: dict[str, int]) -> None:
+    """Print recipe, verification, regions and files of a quantized directory."""
+    _console.print(f"[bold]{model}[/bold]")
+    _console.print(recipe.to_toml().rstrip(), highlight=False)
+    found = report.get("verification", {})
+    _console.print(
+        f"verified: logits to {found.get('logits_error', float('nan')):.1e}, "
+        f"{found.get('matrices_changed')} matrices changed"
+    )
+    regions = report.get("regions", [])
+    if regions:
+        table = Table("region", "largest block mass / mean", "after permutation")
+        for row in regions:
+            mean = row["mean_block_mass"]
+            table.add_row(
+                row["name"],
+                f"{row['largest_block_mass'] / mean:.3f}",
+                f"{row['largest_block_mass_permuted'] / mean:.3f}",
+            )
+        _console.print(table)
+    files = Table("file", "bytes")
+    for name, size in sizes.items():
+        files.add_row(name, f"{size:,}")
+    _console.print(files)
+
+
+def demo(result: Any) -> None:
+    """Print the demo's table and what it made."""
+    table = Table("rotation", "permutation", "perplexity", "recovery")
+    for row in result.rows:
+        recovery = "" if row.recovery is None else f"{row.recovery:.3f}"
+        table.add_row(row.rotation, row.permutation, f"{row.perplexity:.2f}", recovery)
+    _console.print(table)
+    _console.print(
+        f"recovery = perplexity of the full-vector rotation / perplexity; "
+        f"INT4 weights and activations\nbest: {result.best}, saved to {result.output} and loaded "
+        f"again; it says:\n[italic]{result.sentence}[/italic]"
+    )
+
+
+def backends(rows: dict[str, dict[str, str]]) -> None:
+    """Print one line for each backend."""
+    table = Table("backend", "what it has")
+    for name, found in rows.items():
+        table.add_row(name, ", ".join(f"{k} {v}" for k, v in found.items()))
+    _console.print(table)
+
+
+def _side(side: Any, prefix: str) -> str:
+    permuted = "permuted, " if side.permutation is not None else ""
+    if side.rotation is None:
+        return permuted.rstrip(", ")
+    return f"{permuted}{prefix}rotated {side.rotation}"

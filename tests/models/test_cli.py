@@ -1,0 +1,171 @@
+"""The command, as a person or a script would use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import corequant_transformers as cqhf
+from corequant.recipe import Recipe
+from tests.models.test_checkpoint import word_level
+
+ROOT = Path(__file__).parents[2]
+COMMAND = Path(sys.executable).with_name("corequant")
+TEXT = "a b c d e f g h i j k l m n o p " * 40
+
+
+def run(*arguments, cwd=None, check=True):
+    done = subprocess.run(
+        [COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli")
+    cqhf.tiny_model("llama").save_pretrained(path / "model")
+    word_level(path / "model")
+    (path / "text.txt").write_text(TEXT)
+    return path
+
+
+SMALL = ("--samples", "2", "--sequence-length", "64", "--block-size", "16")
+
+
+def test_plan_json(folder):
+    plan = json.loads(run("plan", "model", "--block-size", "16", "--json", cwd=folder).stdout)
+    down = next(m for m in plan["matrices"] if m["name"].endswith("0.mlp.down_proj"))
+    assert down["online"]
+    assert down["input_rotation"] == 16
+    assert plan["online_rotations"] == 2
+    table = run("plan", "model", "--block-size", "16", cwd=folder).stdout
+    assert "block sizes that work" in table
+
+
+def test_quantize_evaluate_inspect(folder, tmp_path):
+    out = tmp_path / "out"
+    done = run(
+        "quantize", "model", "-o", out, "--calibration", "text.txt", *SMALL, "--json", cwd=folder
+    )
+    report = json.loads(done.stdout)
+    assert report["verification"]["logits_error"] < 1e-9
+    assert report["recipe"]["weights"] == "int4:channel:symmetric:mse"
+    evaluation = json.loads(
+        run(
+            "evaluate", out, "--text", "text.txt", "--sequence-length", "64", "--windows", "3",
+            "--json", cwd=folder,
+        ).stdout
+    )  # fmt: skip
+    assert evaluation["predicted"] == 3 * 63
+    expected = cqhf.evaluate(
+        cqhf.load(out), TEXT, cqhf.load_tokenizer(out), windows=3, sequence_length=64
+    )
+    assert evaluation["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+    assert "after permutation" in run("inspect", out).stdout
+    assert json.loads(run("inspect", out, "--json").stdout)["files"]["corequant.safetensors"] > 0
+
+
+def test_float_models_are_evaluated_too(folder):
+    done = run(
+        "evaluate", "model", "--text", "text.txt", "--sequence-length", "64", "--json", cwd=folder
+    )
+    assert json.loads(done.stdout)["windows"] == 10
+
+
+def test_a_recipe_file(folder, tmp_path):
+    recipe = Recipe(block_size=32, permutation="zigzag", samples=1, sequence_length=32)
+    (tmp_path / "r.toml").write_text(recipe.to_toml())
+    done = run(
+        "quantize", "model", "-o", tmp_path / "out", "--calibration", "text.txt",
+        "--recipe", tmp_path / "r.toml", "--json", cwd=folder,
+    )  # fmt: skip
+    assert Recipe.from_dict(json.loads(done.stdout)["recipe"]) == recipe
+
+
+def test_backends():
+    rows = json.loads(run("backends", "--json").stdout)
+    assert set(rows) == {"numpy", "torch"}
+    assert "numpy" in run("backends").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["plan", "nowhere"], 1, "must be a directory with config.json or a .gguf file"),
+        (["plan", "model", "--block-size", "7"], 1, "block_size must divide d=96, got 7"),
+        (["plan", "model", "--permutation", "x"], 1, "permutation must be one of"),
+        (["plan", "model", "--weights", "int4:chanel"], 1, "did you mean 'channel'"),
+        (["plan"], 2, "Missing argument"),
+        (["plan", "model", "--nonsense"], 2, "No such option"),
+        (["quantize", "model", "-o", "out", "--calibration", "none.txt"], 1, "readable UTF-8"),
+        (["quantize", "model", "-o", "out", "--calibration", "text.txt"], 1, "must fill"),
+        (["quantize", "model", "-o", "model", "--calibration", "text.txt"], 1, "new or empty"),
+        (["quantize", "model", "-o", "a/b", "--calibration", "text.txt"], 1, "parent folder"),
+        (["evaluate", "model", "--text", "empty.txt"], 1, "must not be empty"),
+        (["inspect", "model"], 1, "recipe.toml can't be read"),
+    ],
+)
+def test_errors_are_one_line(folder, arguments, status, words):
+    (folder / "empty.txt").write_text("")
+    done = run(*arguments, cwd=folder, check=False)
+    assert done.returncode == status
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert words in done.stderr
+    assert not (folder / "out").exists()
+
+
+def test_interrupt(folder, tmp_path):
+    long = tmp_path / "long.txt"
+    long.write_text(TEXT * 200)
+    log = tmp_path / "log"
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            [COMMAND, "quantize", "model", "-o", tmp_path / "out", "--calibration", long,
+             "--samples", "900", "--sequence-length", "128", "--block-size", "16"],
+            cwd=folder, stdout=subprocess.DEVNULL, stderr=errors,
+            # Bars are drawn live on terminals only.
+            env={**os.environ, "FORCE_COLOR": "1"},
+        )  # fmt: skip
+        until = time.monotonic() + 120
+        while b"calibrate" not in log.read_bytes() and time.monotonic() < until:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in log.read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "long.txt"]
+
+
+def readme_commands():
+    blocks = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+    return [line for line in lines if line.startswith("corequant ")]
+
+
+@pytest.mark.real_model
+def test_the_readmes_commands(smollm2_path, tmp_path):
+    from pydoc_data.topics import topics
+
+    (tmp_path / smollm2_path.name).symlink_to(smollm2_path)
+    names = sorted(topics)
+    (tmp_path / "calibration.txt").write_text("\n".join(topics[n] for n in names[:20]))
+    (tmp_path / "test.txt").write_text("\n".join(topics[n] for n in names[-20:]))
+    commands = readme_commands()
+    assert len(commands) == 4
+    for command in commands:
+        done = run(*shlex.split(command)[1:], cwd=tmp_path)
+        assert done.stdout
+    assert (tmp_path / "smollm2-int4" / "corequant.safetensors").is_file()

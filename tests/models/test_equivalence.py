@@ -1,0 +1,172 @@
+"""Permuting, rotating and merging leaves the function alone; every mistake is caught."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import corequant as cq
+import corequant_transformers as cqhf
+from corequant.recipe import PERMUTATIONS, Recipe
+from corequant_transformers.transforming import OnlineRotation, transform_model, untie
+from tests.models.conftest import ARCHITECTURES
+
+
+def prepare(kind, tokens, recipe=None, **config):
+    """Return plan, permutations, untied float64 model and its trace."""
+    recipe = recipe or Recipe(block_size=16)
+    model = cqhf.tiny_model(kind, **config)
+    plan = cqhf.plan(model, recipe)
+    data = cqhf.calibrate(model, recipe, tokens)
+    permutations = {
+        m.name: cq.massdiff(data.statistics[m.name].mean_abs, m.input.rotation)
+        for m in plan.regions
+    }
+    untie(model, plan)
+    model.double()
+    return plan, permutations, model, cqhf.trace(model, plan, tokens)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("block_size", [None, 12, 32])
+def test_transformed_models_agree_in_float64(kind, tied, block_size, tokens):
+    recipe = Recipe(block_size=block_size)
+    model = cqhf.tiny_model(kind, tie_word_embeddings=tied)
+    found = cqhf.quantize(model, recipe, tokens).verification
+    assert found.logits_error < 1e-10
+    assert max(found.block_errors) < 1e-10
+    assert found.rotations_online == 2
+    assert found.permutations == (0 if block_size is None else 2)
+
+
+@pytest.mark.parametrize("permutation", PERMUTATIONS)
+@pytest.mark.parametrize("random_signs", [False, True])
+def test_every_permutation_is_merged(permutation, random_signs, tokens):
+    recipe = Recipe(block_size=16, permutation=permutation, random_signs=random_signs)
+    found = cqhf.quantize(cqhf.tiny_model("qwen2"), recipe, tokens).verification
+    assert found.logits_error < 1e-10
+    assert found.permutations == (0 if permutation == "identity" else 2)
+
+
+@pytest.mark.parametrize("config", [{"attention_bias": True}, {"mlp_bias": True}])
+def test_biases(config, tokens):
+    found = cqhf.quantize(cqhf.tiny_model("llama", **config), Recipe(block_size=16), tokens)
+    assert found.verification.logits_error < 1e-10
+
+
+def test_the_given_model_is_left_alone(tokens):
+    model = cqhf.tiny_model("llama", tie_word_embeddings=True)
+    before = copy.deepcopy(model.state_dict())
+    cqhf.quantize(model, Recipe(block_size=16), tokens)
+    after = model.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_norms_are_lifted_only_while_verifying(tokens):
+    _, _, model, _ = prepare("qwen3", tokens)
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def transformed(kind, tokens, damage):
+    plan, permutations, model, reference = prepare(kind, tokens)
+    damage(plan, permutations, model)
+    return plan, permutations, model, reference
+
+
+def test_a_correct_transform_passes(tokens):
+    plan, permutations, model, reference = prepare("llama", tokens)
+    transform_model(model, plan, permutations)
+    assert cqhf.verify(reference, model, plan, permutations).logits_error < 1e-10
+
+
+def test_a_wrong_permutation_is_caught(tokens):
+    plan, permutations, model, reference = prepare("llama", tokens)
+    transform_model(model, plan, permutations)
+    up = model.model.layers[1].mlp.up_proj
+    up.weight.data[[3, 7]] = up.weight.data[[7, 3]]
+    with pytest.raises(cq.VerificationError, match="from decoder block 1 on"):
+        cqhf.verify(reference, model, plan, permutations)
+
+
+def test_an_inverted_permutation_is_caught(tokens):
+    plan, permutations, model, reference = prepare("llama", tokens)
+    transform_model(model, plan, permutations)
+    down = model.model.layers[0].mlp.down_proj
+    name = "model.layers.0.mlp.down_proj"
+    columns = cq.block_hadamard(down.weight.data, 16, inverse=True)[
+        :, np.argsort(permutations[name])
+    ][:, np.argsort(permutations[name])]
+    down.weight.data = cq.block_hadamard(columns.contiguous(), 16)
+    with pytest.raises(cq.VerificationError, match="from decoder block 0 on"):
+        cqhf.verify(reference, model, plan, permutations)
+
+
+def test_a_forgotten_norm_fold_is_caught(tokens):
+    plan, permutations, model, reference = prepare("llama", tokens)
+    # The gain is dropped before the transform can fold it.
+    torch.nn.init.ones_(model.model.layers[1].input_layernorm.weight)
+    transform_model(model, plan, permutations)
+    with pytest.raises(cq.VerificationError, match="from decoder block 1 on"):
+        cqhf.verify(reference, model, plan, permutations)
+
+
+def test_a_forgotten_final_norm_fold_is_caught(tokens):
+    plan, permutations, model, reference = prepare("llama", tokens)
+    torch.nn.init.ones_(model.model.norm.weight)
+    transform_model(model, plan, permutations)
+    with pytest.raises(cq.VerificationError, match="logits don't"):
+        cqhf.verify(reference, model, plan, permutations)
+
+
+def test_a_transform_that_did_nothing_is_caught(tokens):
+    plan, permutations, model, reference = prepare("llama", tokens)
+    with pytest.raises(cq.VerificationError, match="16 of 16 matrices .* did not change"):
+        cqhf.verify(reference, model, plan, permutations)
+
+
+def test_a_missing_online_rotation_is_caught_before_its_nonsense(tokens):
+    plan, permutations, model, reference = prepare("llama", tokens)
+    transform_model(model, plan, permutations)
+    model.model.layers[0].mlp.down_proj._forward_pre_hooks.clear()
+    with pytest.raises(cq.VerificationError, match=r"must rotate its input .* got rotations \[\]"):
+        cqhf.verify(reference, model, plan, permutations)
+
+
+def test_a_second_online_rotation_is_caught(tokens):
+    plan, permutations, model, reference = prepare("llama", tokens)
+    transform_model(model, plan, permutations)
+    model.model.layers[0].mlp.down_proj.register_forward_pre_hook(OnlineRotation(16))
+    with pytest.raises(cq.VerificationError, match=r"got rotations \[16, 16\]"):
+        cqhf.verify(reference, model, plan, permutations)
+
+
+def test_identity_permutations_are_caught_when_others_were_asked_for(tokens):
+    plan, permutations, model, reference = prepare("llama", tokens)
+    same = {name: np.arange(len(p)) for name, p in permutations.items()}
+    transform_model(model, plan, same)
+    with pytest.raises(cq.VerificationError, match="are the identity"):
+        cqhf.verify(reference, model, plan, same)
+    with pytest.raises(cq.VerificationError, match="no permutation was chosen"):
+        cqhf.verify(reference, model, plan, {})
+
+
+def test_verifying_needs_float64(tokens):
+    plan, permutations, model, reference = prepare("llama", tokens)
+    with pytest.raises(TypeError, match="float64"):
+        cqhf.verify(reference, model.float(), plan, permutations)
+
+
+@pytest.mark.real_model
+def test_the_real_model_agrees_in_float64(smollm2, help_tokens):
+    found = cqhf.quantize(smollm2[0], Recipe(block_size=16), help_tokens[:2]).verification
+    assert found.logits_error < 1e-9
+    assert len(found.block_errors) == 30
+    assert max(found.block_errors) < 1e-9
+    assert (found.matrices_changed, found.rotations_online, found.permutations) == (212, 30, 30)

@@ -1,0 +1,215 @@
+"""Bad models, bad calibration and bad recipes: a typed error before work is lost."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import corequant as cq
+import corequant_transformers as cqhf
+from corequant.recipe import Recipe
+from corequant_transformers.texts import token_windows
+
+
+def run(model=None, tokens=None, **recipe):
+    tokens = np.arange(64).reshape(2, 32) if tokens is None else tokens
+    model = cqhf.tiny_model("llama") if model is None else model
+    return cqhf.quantize(model, Recipe(**{"block_size": 16, **recipe}), tokens)
+
+
+def test_same_seed_same_codes_other_seed_other_codes():
+    first, second, third = (run(permutation="random", seed=s) for s in (1, 1, 2))
+    name = "model.layers.0.mlp.down_proj"
+    codes = [r.model.get_submodule(name).quantized.codes for r in (first, second, third)]
+    np.testing.assert_array_equal(codes[0], codes[1])
+    assert (codes[0] != codes[2]).any()
+
+
+def test_global_generators_are_not_touched():
+    torch.manual_seed(5)
+    numpy_state = np.random.get_state()[1].copy()  # noqa: NPY002
+    torch_state = torch.get_rng_state()
+    run(permutation="random")
+    np.testing.assert_array_equal(numpy_state, np.random.get_state()[1])  # noqa: NPY002
+    assert torch.equal(torch_state, torch.get_rng_state())
+
+
+def test_calibration_is_reusable():
+    model = cqhf.tiny_model("llama")
+    tokens = np.arange(64).reshape(2, 32)
+    data = cqhf.calibrate(model, Recipe(), tokens)
+    direct, reused = run(model, tokens), run(model, data)
+    for name, p in direct.permutations.items():
+        np.testing.assert_array_equal(p, reused.permutations[name])
+
+
+def test_statistics_are_those_of_what_down_reads():
+    model = cqhf.tiny_model("llama")
+    tokens = np.arange(64).reshape(2, 32)
+    data = cqhf.calibrate(model, Recipe(), tokens)
+    seen = []
+    down = model.model.layers[1].mlp.down_proj
+    handle = down.register_forward_pre_hook(lambda m, a: seen.append(a[0].reshape(-1, 96).numpy()))
+    with torch.no_grad():
+        for window in tokens:
+            model(torch.from_numpy(window)[None])
+    handle.remove()
+    found = data.statistics["model.layers.1.mlp.down_proj"]
+    assert found.count == 64
+    np.testing.assert_allclose(found.mean_abs, np.abs(np.concatenate(seen)).mean(0), rtol=1e-6)
+
+
+def test_nan_in_a_weight_names_it():
+    model = cqhf.tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[4, 5] = torch.nan
+    with pytest.raises(cq.NonFiniteError, match=r"layers\.1\.mlp\.up_proj\.weight.*\(4, 5\)"):
+        run(model)
+
+
+def test_infinite_activations_name_layer_and_window():
+    model = cqhf.tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data *= 1e38
+    model.model.layers[1].mlp.gate_proj.weight.data *= 1e30
+    with pytest.raises(
+        cq.NonFiniteError, match=r"input of model\.layers\.1\.mlp\.down_proj in calibration window"
+    ):
+        run(model)
+
+
+def test_infinite_activations_at_run_time_name_the_layer():
+    result = run()
+    result.model.model.embed_tokens.weight.data[3] = torch.inf
+    with pytest.raises(cq.NonFiniteError, match=r"input of model\.layers\.0\.self_attn"):
+        cqhf.evaluate(result.model, np.array([[3, 3, 3]]))
+
+
+def test_unknown_architecture_says_what_to_describe():
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(
+            "gpt2", n_embd=8, n_head=2, n_layer=1, vocab_size=16, n_positions=16
+        )
+    )
+    with pytest.raises(cq.ArchitectureError, match=r"got 'gpt2'; to describe another"):
+        run(model)
+
+
+def test_a_description_that_does_not_fit_is_refused(monkeypatch):
+    monkeypatch.setitem(
+        cqhf.architectures._KNOWN, "llama", cqhf.Architecture("llama", up="mlp.wrong")
+    )
+    with pytest.raises(cq.ArchitectureError, match=r"mlp\.wrong\.weight must have shape"):
+        run()
+
+
+def test_a_new_architecture_can_be_registered(monkeypatch):
+    monkeypatch.setattr(cqhf.architectures, "_KNOWN", {})
+    with pytest.raises(cq.ArchitectureError):
+        run()
+    cqhf.register(cqhf.Architecture("llama"))
+    assert run().verification.logits_error < 1e-10
+    with pytest.raises(TypeError):
+        cqhf.register("llama")
+
+
+@pytest.mark.parametrize(
+    ("config", "recipe", "error", "words"),
+    [
+        ({}, {"block_size": 10}, cq.BlockSizeError, "intermediate_size=96.*divide d=96, got 10"),
+        ({}, {"block_size": 6}, cq.HadamardOrderError, "intermediate_size=96.*got 6"),
+        ({"hidden_size": 188}, {}, cq.HadamardOrderError, "hidden_size=188"),
+        ({"head_dim": 6}, {}, cq.HadamardOrderError, "head_dim=6"),
+        ({}, {"weights": "int4:group36"}, cq.BlockSizeError, "group size of weights.*36"),
+        ({}, {"activations": "int4:group20"}, cq.BlockSizeError, "group size of activations"),
+    ],
+)
+def test_sizes_that_do_not_fit(config, recipe, error, words):
+    with pytest.raises(error, match=words):
+        run(cqhf.tiny_model("llama", **config), **recipe)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("hidden_size", -4, "hidden_size must be a positive integer"),
+        ("intermediate_size", None, "intermediate_size must be a positive integer"),
+        ("num_key_value_heads", 3, "must divide num_attention_heads"),
+    ],
+)
+def test_malformed_configs(field, value, words):
+    class Config:
+        model_type = "llama"
+        hidden_size, intermediate_size, vocab_size = 48, 96, 128
+        num_attention_heads, num_key_value_heads, num_hidden_layers = 4, 2, 2
+
+    setattr(Config, field, value)
+    with pytest.raises(cq.ArchitectureError, match=words):
+        cqhf.architectures.dimensions_of(Config)
+
+
+class Letters:
+    """A tokenizer of single characters."""
+
+    def __call__(self, text, **options):
+        return {"input_ids": [ord(c) % 128 for c in text]}
+
+
+@pytest.mark.parametrize(
+    ("text", "samples", "words"),
+    [
+        ("", 1, "must not be empty"),
+        (" \n ", 1, "must not be empty"),
+        ("short", 1, "must fill one window of sequence_length=16 tokens, got 5"),
+        ("x" * 40, 4, "must fill 4 windows of 16 tokens, it has 40 tokens and fills 2"),
+    ],
+)
+def test_text_that_is_too_short(text, samples, words):
+    with pytest.raises(cq.CalibrationError, match=words):
+        token_windows(text, Letters(), 16, samples)
+
+
+def test_windows_are_consecutive_and_the_rest_is_dropped():
+    windows = token_windows("abcdefgh", Letters(), 3)
+    assert windows.tolist() == [[97, 98, 99], [100, 101, 102]]
+
+
+@pytest.mark.parametrize(
+    "tokens", [np.ones((2, 3)), np.ones(4, int), np.ones((0, 4), int), np.ones((3, 1), int)]
+)
+def test_bad_token_windows(tokens):
+    with pytest.raises(cq.CalibrationError, match="token windows must be integers"):
+        run(tokens=tokens)
+    with pytest.raises(cq.CalibrationError, match="token windows must be integers"):
+        cqhf.evaluate(cqhf.tiny_model("llama"), tokens)
+
+
+def test_text_needs_a_tokenizer():
+    with pytest.raises(TypeError, match="tokenizer must be given"):
+        run(tokens="some text")
+    with pytest.raises(TypeError, match="tokenizer must be given"):
+        cqhf.evaluate(cqhf.tiny_model("llama"), "some text")
+
+
+def test_perplexity_is_transformers_own_loss():
+    model = cqhf.tiny_model("qwen3")
+    tokens = np.random.default_rng(0).integers(0, 128, (3, 300 // 3))
+    with torch.no_grad():
+        losses = [
+            float(model(input_ids=t[None], labels=t[None]).loss) for t in torch.from_numpy(tokens)
+        ]
+    found = cqhf.evaluate(model, tokens)
+    assert found.perplexity == pytest.approx(np.exp(np.mean(losses)), rel=1e-6)
+    assert found.predicted == 3 * 99
+
+
+def test_plan_costs():
+    plan = cqhf.plan(cqhf.tiny_model("llama"), Recipe(block_size=16))
+    cost = plan.cost()
+    assert cost["online_rotations"] == 2
+    # 96 channels, 4 butterfly stages, 2 layers.
+    assert cost["online_additions_per_token"] == 96 * 4 * 2
+    full = cqhf.plan(cqhf.tiny_model("llama"), Recipe()).cost()
+    # 96 = 12 · 8: three stages and twelve additions.
+    assert full["online_additions_per_token"] == 96 * 15 * 2
+    assert cost["block_sizes"] == [2, 4, 8, 12, 16, 24, 32, 48, 96]

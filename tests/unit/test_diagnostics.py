@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import corequant as cq
+from tests.conftest import heavy_tailed
+
+
+def test_concentration_lies_between_spike_and_flat(rng):
+    spike = np.zeros(16)
+    spike[5] = -3
+    assert cq.mass_concentration(spike) == 1 / 16
+    assert cq.mass_concentration(np.array([1.0, -1, 1, 1])) == 1
+    assert cq.mass_concentration(np.zeros(4)) == 1
+    delta = cq.mass_concentration(heavy_tailed(rng, 50, 64))
+    assert ((delta >= 1 / 64) & (delta <= 1)).all()
+    assert cq.mass_concentration(heavy_tailed(rng, 5, 64), 16).shape == (5, 4)
+
+
+def test_block_mass_is_the_l1_norm(rng):
+    x = rng.normal(size=(3, 12))
+    np.testing.assert_allclose(cq.block_mass(x, 4), np.abs(x).reshape(3, 3, 4).sum(-1))
+
+
+@pytest.mark.parametrize("b", [4, 16, None])
+def test_bounds_hold(rng, b):
+    x = heavy_tailed(rng, 500, 64)
+    lower, upper = cq.outlier_bounds(x, b)
+    truth = np.abs(cq.block_hadamard(x, b)).max(-1)
+    assert (lower <= truth * (1 + 1e-12)).all()
+    assert (truth <= upper * (1 + 1e-12)).all()
+
+
+def test_upper_bound_is_met_by_adversarial_signs(rng):
+    magnitudes = np.abs(rng.normal(size=16))
+    x = magnitudes * cq.hadamard_matrix(16)[:, 3]
+    _, upper = cq.outlier_bounds(x, 16)
+    assert np.abs(cq.block_hadamard(x, 16)).max() == pytest.approx(float(upper), rel=1e-14)
+
+
+@pytest.mark.parametrize("function", [cq.block_mass, cq.mass_concentration, cq.outlier_bounds])
+def test_bad_input(function):
+    with pytest.raises(cq.BlockSizeError):
+        function(np.ones(10), 4)
+    with pytest.raises(cq.NonFiniteError):
+        function(np.array([1.0, np.nan]), 2)
+    with pytest.raises(TypeError):
+        function(np.ones(4, int), 2)
+    with pytest.raises(TypeError):
+        function([1.0], 1)
+    with pytest.raises(cq.ShapeError):
+        function(np.ones((2, 0)), 1)

@@ -1,0 +1,46 @@
+"""What ``import corequant`` may load, and how long it may take."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_import_loads_no_framework_and_no_compiler():
+    loaded = run(
+        "import sys, corequant; "
+        "print(sorted({m.partition('.')[0] for m in sys.modules} & {'torch', 'transformers', "
+        "'numba', 'llvmlite', 'scipy', 'safetensors', 'rich', 'typer', 'corequant_torch', "
+        "'corequant_transformers'}))"
+    )
+    assert loaded == "[]"
+
+
+def test_a_numpy_call_imports_no_torch():
+    loaded = run(
+        "import sys, numpy as np, corequant as cq; cq.block_hadamard(np.ones(8)); "
+        "print('torch' in sys.modules)"
+    )
+    assert loaded == "False"
+
+
+def test_import_takes_less_than_50_ms_beyond_numpy():
+    # The quickest of several processes: the others measure what else the machine is doing.
+    code = (
+        "import time, numpy, numpy.random; t = time.perf_counter(); import corequant; "
+        "print(time.perf_counter() - t)"
+    )
+    assert min(float(run(code)) for _ in range(5)) < 0.05
+
+
+def test_public_names_are_sorted_and_there():
+    import corequant
+
+    assert list(corequant.__all__) == sorted(corequant.__all__)
+    for name in corequant.__all__:
+        assert name == "formats" or getattr(corequant, name).__doc__

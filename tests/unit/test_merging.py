@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import corequant as cq
+
+
+def test_a_pair_of_layers_keeps_its_function(rng):
+    x, first, second = (rng.normal(size=s) for s in ((7, 10), (24, 10), (5, 24)))
+    bias = rng.normal(size=24)
+    expected = (x @ first.T + bias) @ second.T
+    p = cq.random_permutation(24, 0)
+    signs = cq.random_signs(24, 1)
+
+    def change(W, side):
+        W = cq.merge_permutation(W, p, side=side)
+        return cq.merge_rotation(W, 12, side=side, signs=signs)
+
+    new = (x @ change(first, "output").T + change(bias, "output")) @ change(second, "input").T
+    np.testing.assert_allclose(new, expected, atol=1e-12)
+
+
+def test_output_side_is_what_the_activation_becomes(rng):
+    x, W = rng.normal(size=(3, 6)), rng.normal(size=(8, 6))
+    p = cq.random_permutation(8, 2)
+    y = x @ W.T
+    np.testing.assert_array_equal(x @ cq.merge_permutation(W, p, side="output").T, y[:, p])
+    np.testing.assert_allclose(
+        x @ cq.merge_rotation(W, 4, side="output").T, cq.block_hadamard(y, 4), atol=1e-14
+    )
+
+
+def test_fold_norm(rng):
+    x, W, gain = rng.normal(size=(3, 6)), rng.normal(size=(8, 6)), rng.normal(size=6)
+    np.testing.assert_allclose(x @ cq.fold_norm(W, gain).T, (x * gain) @ W.T, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_results_are_contiguous_copies_in_the_same_dtype(rng, dtype):
+    W = rng.normal(size=(8, 16)).astype(dtype)
+    before = W.copy()
+    results = [
+        cq.merge_permutation(W, cq.random_permutation(16, 0), side="input"),
+        cq.merge_rotation(W, 8, side="input"),
+        cq.merge_rotation(W, 8, side="output"),
+        cq.fold_norm(W, np.ones(16, dtype)),
+    ]
+    for result in results:
+        assert result.flags.c_contiguous
+        assert result.dtype == dtype
+        assert not np.shares_memory(result, W)
+    np.testing.assert_array_equal(W, before)
+
+
+def test_merging_rounds_once(rng):
+    W = rng.normal(size=(8, 64)).astype(np.float32)
+    exact = cq.merge_rotation(W.astype(np.float64), 64, side="input")
+    np.testing.assert_array_equal(cq.merge_rotation(W, 64, side="input"), exact.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda W: cq.merge_permutation(W, np.arange(3), side="input"), cq.PermutationError, "d=4"),
+        (lambda W: cq.merge_permutation(W, np.arange(4), side="in"), ValueError, "side"),
+        (lambda W: cq.merge_permutation(W[0], np.arange(4), side="input"), cq.ShapeError, "side"),
+        (lambda W: cq.merge_rotation(W, 3, side="input"), cq.BlockSizeError, "d=4"),
+        (lambda W: cq.merge_rotation(W * np.nan, side="input"), cq.NonFiniteError, "W must be"),
+        (lambda W: cq.merge_rotation(W.astype(int), side="input"), TypeError, "floating"),
+        (lambda W: cq.merge_rotation([[1.0]], side="input"), TypeError, "ndarray"),
+        (lambda W: cq.fold_norm(W, np.ones(3)), cq.ShapeError, r"shape \(4,\)"),
+        (lambda W: cq.fold_norm(W, np.full(4, np.inf)), cq.NonFiniteError, "gain must be"),
+        (lambda W: cq.fold_norm(W[0], np.ones(4)), cq.ShapeError, "2 axes"),
+    ],
+)
+def test_bad_input(rng, call, error, words):
+    with pytest.raises(error, match=words):
+        call(rng.normal(size=(2, 4)))
