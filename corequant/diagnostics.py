@@ -113,8 +113,9 @@ def outlier_bounds(
     Examples
     --------
     >>> import numpy as np, corequant as cq
-    >>> lower, upper = cq.outlier_bounds(np.array([3.0, 1, 1, 1]), 4)
-    >>> float(lower) <= np.abs(cq.block_hadamard(np.array([3.0, 1, 1, 1]), 4)).max() <= float(upper)
+    >>> x = np.array([3.0, 1, 1, 1])
+    >>> lower, upper = cq.outlier_bounds(x, 4)
+    >>> bool(lower <= np.abs(cq.block_hadamard(x, 4)).max() <= upper)
     True
     """
     blocks = _blocks(x, block_size)

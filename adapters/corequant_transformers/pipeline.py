@@ -120,8 +120,8 @@ def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
     >>> import corequant_transformers as cqhf
     >>> from corequant.recipe import Recipe
     >>> table = cqhf.plan(cqhf.tiny_model("llama"), Recipe(block_size=16))
-    >>> table.online[0].name, table.online[0].input
-    ('model.layers.0.mlp.down_proj', Side(permutation='model.layers.0.mlp.down_proj', rotation=16))
+    >>> table.online[0].name, table.online[0].input.rotation
+    ('model.layers.0.mlp.down_proj', 16)
     """
     config = Source(model).config() if isinstance(model, str | Path) else model.config
     return plan_model(config, recipe)

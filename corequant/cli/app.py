@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 
 _DEFAULT = Recipe()
+_INTERRUPTED = 130
 
 Model = Annotated[Path, typer.Argument(help="A Transformers directory or a GGUF file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
@@ -186,23 +187,22 @@ def backends(as_json: Json = False) -> None:
 def run() -> int:
     """Run the command line and return its exit status; expected errors print one line."""
     try:
-        app(standalone_mode=False)
+        # Commands return nothing; a number is the exit status of the command line library.
+        status = int(app(standalone_mode=False) or 0)
     except CorequantError as error:
         print(f"corequant: {error}", file=sys.stderr)
         return 1
-    except typer.Abort:
-        print("corequant: interrupted; nothing was left half-written", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("corequant: interrupted; nothing was left half-written", file=sys.stderr)
-        return 130
+    except (typer.Abort, KeyboardInterrupt):
+        status = _INTERRUPTED
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             # A usage error of the command line library.
             print(f"corequant: {error.format_message()}; see --help", file=sys.stderr)
             return int(error.exit_code)
         raise
-    return 0
+    if status == _INTERRUPTED:
+        print("corequant: interrupted; nothing was left half-written", file=sys.stderr)
+    return status
 
 
 def _recipe(file: Path | None, **options: Any) -> Recipe:
