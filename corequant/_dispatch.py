@@ -6,7 +6,6 @@ first time that one of its arrays is seen, so that no framework is imported to a
 
 from __future__ import annotations
 
-import importlib.metadata
 from functools import cache
 from typing import Any, cast
 
@@ -35,7 +34,7 @@ def available_backends() -> tuple[str, ...]:
     >>> cq.available_backends()[0]
     'numpy'
     """
-    others = {e.name for e in importlib.metadata.entry_points(group=_GROUP)} - {"numpy"}
+    others = {e.name for e in _registered()} - {"numpy"}
     return ("numpy", *sorted(others))
 
 
@@ -44,7 +43,7 @@ def get_backend(name: str) -> Backend:
     """Return the backend of that name, importing it now; BackendError says how to get it."""
     if name == "numpy":
         return NumpyBackend()
-    found = [e for e in importlib.metadata.entry_points(group=_GROUP) if e.name == name]
+    found = [e for e in _registered() if e.name == name]
     if not found:
         raise BackendError(
             f"no backend for arrays of {name!r} is installed; installed are: "
@@ -59,6 +58,13 @@ def get_backend(name: str) -> Backend:
             f'install what it needs with: pip install "corequant[{extra}]"'
         ) from error
     return backend
+
+
+def _registered() -> Any:
+    # Imported here because it would double the time that importing corequant takes.
+    import importlib.metadata
+
+    return importlib.metadata.entry_points(group=_GROUP)
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from functools import lru_cache
 from typing import Any
 
@@ -29,6 +28,8 @@ class NumpyBackend:
 
     def describe(self) -> dict[str, str]:
         """Return versions and the number of threads."""
+        import importlib.metadata
+
         packages = ("numpy", "numba", "scipy")
         versions = {p: importlib.metadata.version(p) for p in packages}
         return {**versions, "threads": str(thread_count())}

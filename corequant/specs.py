@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import enum
 import re
 from dataclasses import dataclass, replace
@@ -181,6 +180,8 @@ def _lookup(what: str, name: str, table: Any) -> Any:
 
 
 def _hint(word: str, known: list[str]) -> str:
+    import difflib
+
     near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     did = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     return f", expected one of {', '.join(known)}{did}"
