@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import modeling_gguf_pytorch_utils
 
 from corequant.errors import CheckpointError
 
@@ -159,9 +161,14 @@ def quiet_transformers() -> Iterator[None]:
     bars = log.is_progress_bar_enabled()
     log.set_verbosity_error()
     log.disable_progress_bar()
+    # The GGUF reader draws its bar without asking that switch.
+    reader: Any = modeling_gguf_pytorch_utils
+    gguf_bar = reader.tqdm
+    reader.tqdm = functools.partial(gguf_bar, disable=True)
     try:
         yield
     finally:
+        reader.tqdm = gguf_bar
         log.set_verbosity(before)
         if bars:
             log.enable_progress_bar()
