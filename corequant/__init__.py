@@ -6,6 +6,7 @@ The numerical core of post-training quantization with block rotations, on plain 
 from corequant._dispatch import available_backends
 from corequant.calibration import ActivationStats
 from corequant.diagnostics import block_mass, mass_concentration, outlier_bounds
+from corequant.equalization import smoothquant_scales
 from corequant.errors import (
     ArchitectureError,
     BackendError,
@@ -24,10 +25,11 @@ from corequant.errors import (
 )
 from corequant.formats import NumberFormat, formats
 from corequant.hadamard import hadamard_factors, hadamard_matrix, valid_block_sizes
-from corequant.merging import fold_norm, merge_permutation, merge_rotation
+from corequant.merging import fold_norm, merge_factors, merge_permutation, merge_rotation
 from corequant.packing import pack, unpack
 from corequant.permutation import (
     absmax,
+    energydiff,
     identity_permutation,
     invert_permutation,
     massdiff,
@@ -41,6 +43,7 @@ from corequant.quantization import (
     fake_quantize,
     quantize,
 )
+from corequant.ranges import rangediff, sign_descent
 from corequant.rotation import block_hadamard, random_signs
 from corequant.rounding import round_to_nearest
 from corequant.specs import Granularity, QuantSpec, ScaleSearch
@@ -72,6 +75,7 @@ __all__ = [
     "block_mass",
     "choose_qparams",
     "dequantize",
+    "energydiff",
     "fake_quantize",
     "fold_norm",
     "formats",
@@ -81,6 +85,7 @@ __all__ = [
     "invert_permutation",
     "mass_concentration",
     "massdiff",
+    "merge_factors",
     "merge_permutation",
     "merge_rotation",
     "outlier_bounds",
@@ -88,7 +93,10 @@ __all__ = [
     "quantize",
     "random_permutation",
     "random_signs",
+    "rangediff",
     "round_to_nearest",
+    "sign_descent",
+    "smoothquant_scales",
     "unpack",
     "valid_block_sizes",
     "zigzag",

@@ -99,6 +99,12 @@ class NumpyBackend:
         product: Array = np.matmul(rows.T, rows)
         return product
 
+    def energy_gram(self, x: Array) -> Array:
+        """Return EᵀE (d, d) of the energies ``d·x²/‖x‖²`` of the rows of ``x``."""
+        energy = np.square(self.token_normalize(x))
+        product: Array = np.matmul(energy.T, energy)
+        return product
+
     def choose_qparams(self, x: Array, spec: QuantSpec) -> tuple[Array, Array | None]:
         """Return scales and zero points, shaped as ``qparams_shape`` says."""
         from corequant._numba.quantize import affine_parameters, search_shrink

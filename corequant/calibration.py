@@ -28,6 +28,13 @@ class ActivationStats:
         Number of channels.
     gram : bool
         Also collect XᵀX (d, d), for adaptive rounding.
+    energy_gram : bool
+        Also collect EᵀE (d, d) of the channel energies ``e = d·x²/‖x‖²`` of each token, which says
+        which channels are large in the same token, for ``energydiff``.
+    reservoir : int
+        Also keep a uniform random sample of so many tokens, for searches that need tokens.
+    seed : int
+        Of that sample. Objects to be merged must have seeds of their own.
     token_normalize : bool
         Scale each token to mean square 1 before anything else, so that the few tokens with massive
         activations don't decide alone. All-zero tokens stay zero.
@@ -57,6 +64,9 @@ class ActivationStats:
         d: int,
         *,
         gram: bool = False,
+        energy_gram: bool = False,
+        reservoir: int = 0,
+        seed: int = 0,
         token_normalize: bool = False,
         dtype: npt.DTypeLike = np.float32,
     ) -> None:
@@ -70,6 +80,12 @@ class ActivationStats:
         self._sum_square = np.zeros(d)
         self._absmax = np.zeros(d)
         self._gram = np.zeros((d, d), self._dtype) if gram else None
+        self._energy_gram = np.zeros((d, d), self._dtype) if energy_gram else None
+        # The tokens with the smallest random keys are a uniform sample, also of merged streams.
+        self._room = check_index("reservoir", reservoir, 0)
+        self._generator = np.random.default_rng(check_index("seed", seed, 0))
+        self._keys = np.empty(0)
+        self._tokens = np.empty((0, d), np.float32)
 
     def update(self, x: Any) -> ActivationStats:
         """Add the tokens of ``x`` and return self.
@@ -104,6 +120,10 @@ class ActivationStats:
         np.maximum(self._absmax, absmax, out=self._absmax)
         if self._gram is not None:
             self._gram += backend.gram(x)
+        if self._energy_gram is not None:
+            self._energy_gram += backend.energy_gram(x)
+        if self._room:
+            self._sample(x, tokens)
         self._count += tokens
         return self
 
@@ -124,6 +144,8 @@ class ActivationStats:
         merged = ActivationStats(
             self.d,
             gram=self._gram is not None,
+            energy_gram=self._energy_gram is not None,
+            reservoir=self._room,
             token_normalize=self.token_normalize,
             dtype=self._dtype,
         )
@@ -133,10 +155,40 @@ class ActivationStats:
         merged._absmax = np.maximum(self._absmax, other._absmax)
         if self._gram is not None and other._gram is not None:
             merged._gram = self._gram + other._gram
+        if self._energy_gram is not None and other._energy_gram is not None:
+            merged._energy_gram = self._energy_gram + other._energy_gram
+        merged._keep(
+            np.concatenate([self._keys, other._keys]),
+            np.concatenate([self._tokens, other._tokens]),
+        )
         return merged
 
+    def _sample(self, x: Any, tokens: int) -> None:
+        keys = self._generator.random(tokens)
+        limit = np.partition(self._keys, -1)[-1] if len(self._keys) == self._room else 1.0
+        # Only tokens that get in are copied out of the backend's array.
+        chosen = np.flatnonzero(keys < limit)
+        chosen = chosen[np.argsort(keys[chosen], kind="stable")[: self._room]]
+        rows = x.reshape(tokens, self.d)[chosen]
+        rows = np.asarray(rows if isinstance(rows, np.ndarray) else rows.float().cpu().numpy())
+        self._keep(
+            np.concatenate([self._keys, keys[chosen]]),
+            np.concatenate([self._tokens, rows.astype(np.float32)]),
+        )
+
+    def _keep(self, keys: Vector, tokens: npt.NDArray[np.float32]) -> None:
+        first = np.argsort(keys, kind="stable")[: self._room]
+        self._keys, self._tokens = keys[first], tokens[first]
+
     def _key(self) -> tuple[object, ...]:
-        return self.d, self._gram is not None, self.token_normalize, self._dtype.name
+        return (
+            self.d,
+            self._gram is not None,
+            self._energy_gram is not None,
+            self._room,
+            self.token_normalize,
+            self._dtype.name,
+        )
 
     @property
     def count(self) -> int:
@@ -165,6 +217,26 @@ class ActivationStats:
         if self._gram is None:
             raise ValueError("gram was not collected; make ActivationStats with gram=True")
         return np.divide(self._gram, self._dtype.type(self._seen()))
+
+    @property
+    def energy_gram(self) -> npt.NDArray[Any]:
+        """``C = EᵀE / n`` (d, d) of token-normalised energies, in the dtype chosen."""
+        if self._energy_gram is None:
+            raise ValueError(
+                "energy_gram was not collected; make ActivationStats with energy_gram=True"
+            )
+        return np.divide(self._energy_gram, self._dtype.type(self._seen()))
+
+    @property
+    def mean_energy(self) -> Vector:
+        """Mean of ``d·x²/‖x‖²`` of each channel, float64 (d,); needs ``energy_gram``."""
+        mean: Vector = self.energy_gram.sum(1, dtype=np.float64) / self.d
+        return mean
+
+    @property
+    def tokens(self) -> npt.NDArray[np.float32]:
+        """The sampled tokens, float32 (at most ``reservoir``, d), in random order."""
+        return self._tokens.copy()
 
     def _seen(self) -> int:
         if self._count == 0:

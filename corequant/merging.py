@@ -17,7 +17,7 @@ from corequant._validation import check_finite, check_floating, check_permutatio
 from corequant.errors import ShapeError
 from corequant.rotation import block_hadamard
 
-__all__ = ["fold_norm", "merge_permutation", "merge_rotation"]
+__all__ = ["fold_norm", "merge_factors", "merge_permutation", "merge_rotation"]
 
 Array = npt.NDArray[Any]
 
@@ -86,6 +86,50 @@ def merge_permutation(W: Array, permutation: Array, *, side: str) -> Array:
     p = check_permutation("permutation", permutation, W.shape[axis])
     # Fancy indexing of columns gives Fortran order, which some writers store wrongly.
     return np.ascontiguousarray(np.take(W, p, axis=axis))
+
+
+def merge_factors(W: Array, factors: npt.NDArray[Any], *, side: str) -> Array:
+    """Multiply the channels that a weight writes, or undo that in one that reads them.
+
+    Signs and scales pass only through linear paths: elementwise products with other activations,
+    but no activation function.
+
+    Parameters
+    ----------
+    W : numpy.ndarray (out_features, in_features), or (out_features,) for a bias
+    factors : numpy.ndarray (channels,)
+        What the activation is multiplied by, of any sign, not 0.
+    side : {"input", "output"}
+        ``output`` multiplies rows, ``input`` divides columns.
+
+    Returns
+    -------
+    numpy.ndarray
+        In the dtype of W, computed in float64.
+
+    Raises
+    ------
+    NonFiniteError, ShapeError, TypeError, ValueError
+        If an argument is malformed or a factor is 0.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> cq.merge_factors(np.array([[1.0, 2.0]]), np.array([2.0, -1.0]), side="input")
+    array([[ 0.5, -2. ]])
+    """
+    axis = _axis(W, side)
+    check_finite("W", W)
+    _check_weight("factors", factors, 1)
+    if factors.shape[0] != W.shape[axis]:
+        raise ShapeError(f"factors must have shape ({W.shape[axis]},), got {factors.shape}")
+    if not factors.all():
+        raise ValueError(f"factors must not be 0, got 0 at index {int(np.argmin(factors != 0))}")
+    wide = factors.astype(np.float64)
+    if side == "input":
+        return np.ascontiguousarray(W.astype(np.float64) / wide, dtype=W.dtype)
+    column = wide if W.ndim == 1 else wide[:, None]
+    return np.ascontiguousarray(W.astype(np.float64) * column, dtype=W.dtype)
 
 
 def merge_rotation(

@@ -55,6 +55,9 @@ class Backend(Protocol):
     def gram(self, x: Array) -> npt.NDArray[Any]:
         """Return XᵀX of the rows of ``x`` (..., d), in float32, or float64 for float64 input."""
 
+    def energy_gram(self, x: Array) -> npt.NDArray[Any]:
+        """Return EᵀE of the energies ``d·x²/‖x‖²`` of the rows of ``x``, like ``gram``."""
+
     def choose_qparams(self, x: Array, spec: QuantSpec) -> tuple[Array, Array | None]:
         """Return scales and zero points (None when symmetric), shaped as ``spec`` asks."""
 

@@ -11,10 +11,23 @@ from corequant._validation import check_index
 from corequant.errors import RecipeError, SpecError
 from corequant.specs import Granularity, QuantSpec
 
-__all__ = ["PERMUTATIONS", "Recipe"]
+__all__ = ["FACTORS", "PERMUTATIONS", "Recipe"]
 
-PERMUTATIONS = ("identity", "massdiff", "zigzag", "absmax", "random")
+PERMUTATIONS = (
+    "identity",
+    "massdiff",
+    "zigzag",
+    "absmax",
+    "random",
+    "energy",
+    "energydiff",
+    "rangediff",
+    "auto",
+)
 """Names that ``Recipe.permutation`` takes."""
+
+FACTORS = ("none", "signs", "scales")
+"""Names that ``Recipe.factors`` takes."""
 
 ROUNDINGS = ("nearest",)
 """Names that ``Recipe.rounding`` takes."""
@@ -32,7 +45,11 @@ class Recipe:
     block_size : int, optional
         Block length of the online rotation at each ``down_proj``; None rotates the full vector.
     permutation : str
-        How channels are assigned to blocks: one of ``PERMUTATIONS``.
+        How channels are assigned to blocks: one of ``PERMUTATIONS``; ``auto`` tries all and keeps
+        the best for each layer.
+    factors : str
+        What else is merged through the linear path of the MLP before its rotation: one of
+        ``FACTORS``; ``scales`` chooses scales and signs.
     weights : QuantSpec
         Quantizer of the linear layers' weights. Read from a string, it searches its scales by
         squared error unless the string says ``absmax``.
@@ -65,6 +82,7 @@ class Recipe:
 
     block_size: int | None = None
     permutation: str = "massdiff"
+    factors: str = "none"
     weights: QuantSpec = _WEIGHTS
     activations: QuantSpec | None = _ACTIVATIONS
     random_signs: bool = True
@@ -86,6 +104,7 @@ class Recipe:
         except SpecError as error:
             raise RecipeError(str(error)) from error
         _check_choice("permutation", self.permutation, PERMUTATIONS)
+        _check_choice("factors", self.factors, FACTORS)
         _check_choice("rounding", self.rounding, ROUNDINGS)
         for name, least in (("samples", 1), ("sequence_length", 2), ("seed", 0), ("block_size", 1)):
             value = getattr(self, name)

@@ -2,15 +2,18 @@
 
 from corequant_transformers.architectures import Architecture, register
 from corequant_transformers.checkpoint import load, load_tokenizer
-from corequant_transformers.pipeline import Calibration, Quantized, calibrate, plan, quantize
+from corequant_transformers.choosing import Calibration
+from corequant_transformers.pipeline import Quantized, calibrate, plan, quantize
 from corequant_transformers.sources import Source
 from corequant_transformers.testing import tiny_model
 from corequant_transformers.texts import Evaluation, evaluate, token_windows
+from corequant_transformers.transforming import Choices
 from corequant_transformers.verifying import Trace, Verification, trace, verify
 
 __all__ = [
     "Architecture",
     "Calibration",
+    "Choices",
     "Evaluation",
     "Quantized",
     "Source",

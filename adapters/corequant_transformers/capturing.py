@@ -11,10 +11,14 @@ import numpy.typing as npt
 import torch
 
 import corequant as cq
+from corequant_transformers.choosing import Calibration, needs_second_order, needs_tokens
 from corequant_transformers.planning import MatrixPlan, ModelPlan
 from corequant_transformers.texts import check_tokens
 
 __all__ = ["collect_statistics"]
+
+_RESERVOIR = 1024
+"""Tokens kept of each layer: 6 MiB at 1536 channels."""
 
 
 @torch.no_grad()
@@ -23,7 +27,7 @@ def collect_statistics(
     plan: ModelPlan,
     tokens: npt.NDArray[np.int64],
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, cq.ActivationStats]:
+) -> Calibration:
     """Run the float model over token windows and gather what each MLP's ``down`` reads.
 
     Parameters
@@ -37,21 +41,42 @@ def collect_statistics(
 
     Returns
     -------
-    dict of str to ActivationStats
-        By the name of the matrix that reads the activation.
+    Calibration
+        With statistics by the name of the matrix that reads the activation. Where choices are
+        judged by tokens, the last window is held out, and every second token is enough for the
+        statistics.
 
     Raises
     ------
     NonFiniteError
         If an activation holds NaN or infinity; names the layer and the window.
     """
-    statistics = {m.name: cq.ActivationStats(m.shape[1]) for m in plan.online}
+    recipe = plan.recipe
+    kept = _RESERVOIR if needs_tokens(recipe) else 0
+    statistics = {
+        m.name: cq.ActivationStats(
+            m.shape[1], energy_gram=needs_second_order(recipe), reservoir=kept, seed=recipe.seed
+        )
+        for m in plan.online
+    }
+    held_out = {
+        m.name: cq.ActivationStats(m.shape[1], reservoir=kept, seed=recipe.seed)
+        for m in plan.online
+        if kept
+    }
+    windows = check_tokens(tokens)
+    # A single window has to serve for both.
+    judging = len(windows) - 1 if kept and len(windows) > 1 else len(windows)
+    stride = 2 if needs_second_order(recipe) else 1
     position = 0
 
     def watch(matrix: MatrixPlan) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
         def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
             try:
-                statistics[matrix.name].update(args[0])
+                if position < judging:
+                    statistics[matrix.name].update(args[0][..., ::stride, :])
+                if kept and (position >= judging or len(windows) == 1):
+                    held_out[matrix.name].update(args[0])
             except cq.NonFiniteError as error:
                 name = f"the input of {matrix.name} in calibration window {position}"
                 raise cq.NonFiniteError(name, error.count, error.index, error.value) from None
@@ -59,7 +84,6 @@ def collect_statistics(
         return hook
 
     trunk = model.get_submodule(plan.architecture.embedding.rpartition(".")[0])
-    windows = check_tokens(tokens)
     with ExitStack() as hooks:
         for matrix in plan.online:
             handle = model.get_submodule(matrix.name).register_forward_pre_hook(watch(matrix))
@@ -67,4 +91,4 @@ def collect_statistics(
         for position, window in enumerate(windows):
             trunk(input_ids=torch.from_numpy(window)[None], use_cache=False)
             progress(position + 1, len(windows))
-    return statistics
+    return Calibration(windows, statistics, held_out)

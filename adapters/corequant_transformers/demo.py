@@ -19,7 +19,7 @@ import torch
 from corequant.errors import CheckpointError
 from corequant.recipe import Recipe
 from corequant_transformers.checkpoint import check_output, load
-from corequant_transformers.pipeline import Progress, Quantized, calibrate, quantize
+from corequant_transformers.pipeline import Progress, calibrate, quantize
 from corequant_transformers.sources import Source, quiet_transformers
 from corequant_transformers.texts import evaluate, token_windows
 
@@ -142,27 +142,26 @@ def run(
     progress(step, 0, total)
     rows = [Row("float", "", evaluate(model, tokens[SAMPLES:]).perplexity, None)]
     progress(step, 1, total)
-    best: tuple[float, str, Quantized] | None = None
-    full = 0.0
+    best, full = Recipe(), float("inf")
+    lowest = full
     for done, (block_size, permutation) in enumerate(VARIANTS, 2):
-        made = quantize(
-            model,
-            Recipe(block_size=block_size, permutation=permutation),
-            data,
-            tokenizer=tokenizer,
-        )
-        perplexity = evaluate(made.model, tokens[SAMPLES:]).perplexity
+        recipe = Recipe(block_size=block_size, permutation=permutation)
+        perplexity = evaluate(quantize(model, recipe, data).model, tokens[SAMPLES:]).perplexity
         full = perplexity if block_size is None else full
-        rotation = "full vector" if block_size is None else f"blocks of {block_size}"
-        rows.append(Row(rotation, permutation, perplexity, full / perplexity))
-        if best is None or perplexity < best[0]:
-            best = perplexity, f"{rotation}, {permutation}", made
-        del made
+        rows.append(Row(_name(recipe), permutation, perplexity, full / perplexity))
+        if perplexity < lowest:
+            best, lowest = recipe, perplexity
         progress(step, done, total)
-    if best is None:
-        raise AssertionError("VARIANTS is empty")
-    best[2].save(output)
-    return Demo(tuple(rows), best[1], str(output), _speak(output, tokenizer))
+    # Made anew rather than kept, so that no more than two models are in memory at a time.
+    progress("save the best", 0, 1)
+    quantize(model, best, data, output, tokenizer=tokenizer)
+    progress("save the best", 1, 1)
+    told = f"{_name(best)}, {best.permutation}"
+    return Demo(tuple(rows), told, str(output), _speak(output, tokenizer))
+
+
+def _name(recipe: Recipe) -> str:
+    return "full vector" if recipe.block_size is None else f"blocks of {recipe.block_size}"
 
 
 def _speak(path: Path, tokenizer: Any) -> str:

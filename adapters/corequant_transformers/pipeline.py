@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,11 +19,12 @@ from corequant.recipe import Recipe
 from corequant.rounding import round_to_nearest
 from corequant_transformers.capturing import collect_statistics
 from corequant_transformers.checkpoint import check_output, save
+from corequant_transformers.choosing import Calibration, choose
 from corequant_transformers.layers import QuantizedLinear
 from corequant_transformers.planning import ModelPlan, check_modules, plan_model
 from corequant_transformers.sources import Source
 from corequant_transformers.texts import check_tokens, token_windows
-from corequant_transformers.transforming import choose_permutation, transform_model, untie
+from corequant_transformers.transforming import Choices, transform_model, untie
 from corequant_transformers.verifying import Verification, trace, verify
 
 __all__ = ["Calibration", "Quantized", "calibrate", "plan", "quantize"]
@@ -32,21 +33,6 @@ Progress = Callable[[str, int, int], None]
 """Called as ``progress(phase, done, total)``."""
 
 _VERIFIED_TOKENS = 128
-
-
-@dataclass(frozen=True, eq=False)
-class Calibration:
-    """Token windows and the float model's statistics on them; made by ``calibrate``.
-
-    Attributes
-    ----------
-    tokens : numpy.ndarray (windows, length), int64
-    statistics : mapping of str to ActivationStats
-        Of what each MLP's ``down`` reads, by its name.
-    """
-
-    tokens: npt.NDArray[np.int64]
-    statistics: Mapping[str, cq.ActivationStats]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +45,8 @@ class Quantized:
         With a ``QuantizedLinear`` for every quantized matrix.
     tokenizer : transformers tokenizer or None
     plan : ModelPlan
-    permutations : dict of str to numpy.ndarray
-        By region.
+    choices : Choices
+        Permutations and factors by region.
     verification : Verification
     report : dict
         Plain values: recipe, verification, a row per region and matrix, seconds, peak memory.
@@ -73,7 +59,7 @@ class Quantized:
     model: Any
     tokenizer: Any
     plan: ModelPlan
-    permutations: dict[str, npt.NDArray[np.int64]]
+    choices: Choices
     verification: Verification
     report: dict[str, Any]
     float_config: str
@@ -167,10 +153,9 @@ def calibrate(
         tokens = check_tokens(calibration)
     table = plan_model(model.config, recipe)
     check_modules(table, _shapes(model))
-    statistics = collect_statistics(
+    return collect_statistics(
         model, table, tokens, lambda done, total: progress("calibrate", done, total)
     )
-    return Calibration(tokens, statistics)
 
 
 def quantize(
@@ -256,25 +241,25 @@ def quantize(
     if not isinstance(calibration, Calibration):
         calibration = calibrate(work, recipe, calibration, progress=progress)
 
-    permutations = {
-        m.name: choose_permutation(recipe, calibration.statistics[m.name], m.input.rotation or 1, i)
-        for i, m in enumerate(table.regions)
-    }
-    verification = _transform(work, table, permutations, calibration.tokens, progress)
+    choices, regions = choose(
+        table,
+        calibration,
+        lambda name: np.asarray(work.get_submodule(name).weight.detach().numpy()),
+        lambda done, total: progress("choose", done, total),
+    )
+    verification = _transform(work, table, choices, calibration.tokens, progress)
     rows = _quantize_matrices(work, table, progress)
     report = {
         "recipe": recipe.to_dict(),
         "verification": verification.to_dict(),
         "calibration_tokens": int(calibration.tokens.size),
-        "regions": [_region_row(m.name, table, permutations, calibration) for m in table.regions],
+        "regions": regions,
         "matrices": rows,
         "seconds": round(time.monotonic() - started, 1),
         "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }
     copied = source.copied_files() if source else []
-    result = Quantized(
-        work, tokenizer, table, permutations, verification, report, float_config, copied
-    )
+    result = Quantized(work, tokenizer, table, choices, verification, report, float_config, copied)
     if output is not None:
         progress("save", 0, 1)
         result.save(output)
@@ -285,18 +270,16 @@ def quantize(
 def _transform(
     model: Any,
     table: ModelPlan,
-    permutations: dict[str, npt.NDArray[np.int64]],
+    choices: Choices,
     tokens: npt.NDArray[np.int64],
     progress: Progress,
 ) -> Verification:
     untie(model, table)
     model.double()
     reference = trace(model, table, tokens[:1, :_VERIFIED_TOKENS])
-    transform_model(
-        model, table, permutations, lambda done, total: progress("transform", done, total)
-    )
+    transform_model(model, table, choices, lambda done, total: progress("transform", done, total))
     progress("verify", 0, 1)
-    verification = verify(reference, model, table, permutations)
+    verification = verify(reference, model, table, choices)
     progress("verify", 1, 1)
     return verification
 
@@ -323,23 +306,6 @@ def _quantize_matrices(model: Any, table: ModelPlan, progress: Progress) -> list
         progress("quantize", done + 1, len(table.quantized))
     model.float()
     return rows
-
-
-def _region_row(
-    name: str,
-    table: ModelPlan,
-    permutations: dict[str, npt.NDArray[np.int64]],
-    calibration: Calibration,
-) -> dict[str, Any]:
-    block = next(m.input.rotation for m in table.regions if m.name == name) or 1
-    mean = calibration.statistics[name].mean_abs
-    permutation = permutations[name]
-    return {
-        "name": name,
-        "largest_block_mass": float(cq.block_mass(mean, block).max()),
-        "largest_block_mass_permuted": float(cq.block_mass(mean[permutation], block).max()),
-        "mean_block_mass": float(cq.block_mass(mean, block).mean()),
-    }
 
 
 def _shapes(model: Any) -> dict[str, tuple[int, ...]]:

@@ -41,14 +41,14 @@ class Side:
     ----------
     permutation : str, optional
         Name of the region whose permutation applies; the name of the matrix that reads it.
-    signs : str, optional
-        Name of the signs that the channels are multiplied by before they are rotated.
+    factors : str, optional
+        Name of the signs or scales that the activation's channels are multiplied by.
     rotation : int, optional
         Block length of the rotation; None leaves the channels alone.
     """
 
     permutation: str | None = None
-    signs: str | None = None
+    factors: str | None = None
     rotation: int | None = None
 
 
@@ -102,11 +102,12 @@ class ModelPlan:
     matrices: tuple[MatrixPlan, ...]
     norms: tuple[str, ...]
 
-    def draw_signs(self) -> dict[str, npt.NDArray[np.int8]]:
-        """Return the signs that sides refer to by name, drawn from the recipe's seed."""
+    def draw_signs(self) -> dict[str, npt.NDArray[np.float64]]:
+        """Return the residual stream's random signs by their name, drawn from the recipe's seed."""
         if not self.recipe.random_signs:
             return {}
-        return {RESIDUAL: random_signs(self.dimensions.hidden, self.recipe.seed)}
+        signs = random_signs(self.dimensions.hidden, self.recipe.seed)
+        return {RESIDUAL: signs.astype(np.float64)}
 
     def cost(self) -> dict[str, Any]:
         """Return what the plan costs: run-time additions, sizes in MiB, block sizes that work.
@@ -136,8 +137,8 @@ class ModelPlan:
 
     @property
     def regions(self) -> tuple[MatrixPlan, ...]:
-        """The matrices whose inputs are permuted: statistics are collected there."""
-        return tuple(m for m in self.matrices if m.input.permutation == m.name)
+        """The matrices whose inputs are permuted or multiplied by factors of their own."""
+        return tuple(m for m in self.matrices if m.name in (m.input.permutation, m.input.factors))
 
     @property
     def quantized(self) -> tuple[MatrixPlan, ...]:
@@ -173,7 +174,7 @@ def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
     sizes = dimensions_of(config)
     block = _rotation("block_size", recipe.block_size, "intermediate_size", sizes.intermediate)
     residual = Side(
-        signs=RESIDUAL if recipe.random_signs else None,
+        factors=RESIDUAL if recipe.random_signs else None,
         rotation=_rotation("residual rotation", None, "hidden_size", sizes.hidden),
     )
     head = Side(rotation=_rotation("head rotation", None, "head_dim", sizes.head_dim))
@@ -190,7 +191,9 @@ def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
     for i in range(sizes.blocks):
         path = architecture.block.format(i)
         matrices += _attention(architecture, sizes, path, residual, head)
-        matrices += _mlp(architecture, sizes, path, residual, block, permuted)
+        matrices += _mlp(
+            architecture, sizes, path, residual, block, permuted, recipe.factors != "none"
+        )
         norms += [f"{path}.{architecture.attention_norm}", f"{path}.{architecture.mlp_norm}"]
     matrices.append(
         MatrixPlan(
@@ -219,18 +222,27 @@ def _attention(
 
 
 def _mlp(
-    a: Architecture, sizes: Dimensions, path: str, residual: Side, block: int, permuted: bool
+    a: Architecture,
+    sizes: Dimensions,
+    path: str,
+    residual: Side,
+    block: int,
+    permuted: bool,
+    multiplied: bool,
 ) -> Iterator[MatrixPlan]:
     norm = f"{path}.{a.mlp_norm}"
-    region = f"{path}.{a.down}" if permuted else None
+    name = f"{path}.{a.down}"
+    region = name if permuted else None
     inner = Side(permutation=region)
+    # The gate passes through an activation function, so factors go through up alone.
+    linear = Side(permutation=region, factors=name if multiplied else None)
     wide = (sizes.intermediate, sizes.hidden)
     yield MatrixPlan(f"{path}.{a.gate}", wide, norm, residual, output=inner)
-    yield MatrixPlan(f"{path}.{a.up}", wide, norm, residual, output=inner)
+    yield MatrixPlan(f"{path}.{a.up}", wide, norm, residual, output=linear)
     yield MatrixPlan(
-        f"{path}.{a.down}",
+        name,
         (sizes.hidden, sizes.intermediate),
-        input=Side(permutation=region, rotation=block),
+        input=Side(permutation=region, factors=linear.factors, rotation=block),
         output=residual,
         online=True,
     )

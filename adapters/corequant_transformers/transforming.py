@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,25 @@ import numpy.typing as npt
 import torch
 
 import corequant as cq
-from corequant.recipe import Recipe
 from corequant_transformers.planning import MatrixPlan, ModelPlan, Side
 
-__all__ = ["OnlineRotation", "choose_permutation", "transform_matrix", "transform_model", "untie"]
+__all__ = ["Choices", "OnlineRotation", "transform_matrix", "transform_model", "untie"]
 
 Array = npt.NDArray[Any]
-Permutations = Mapping[str, npt.NDArray[np.int64]]
-Signs = Mapping[str, npt.NDArray[np.int8]]
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """What calibration chose and chance drew, by the names that a plan's sides give.
+
+    Attributes
+    ----------
+    permutations : mapping of str to numpy.ndarray (channels,), int64
+    factors : mapping of str to numpy.ndarray (channels,), float64
+    """
+
+    permutations: Mapping[str, npt.NDArray[np.int64]]
+    factors: Mapping[str, npt.NDArray[np.float64]]
 
 
 class OnlineRotation:
@@ -31,30 +43,12 @@ class OnlineRotation:
         return (cq.block_hadamard(args[0], self.block_size), *args[1:])
 
 
-def choose_permutation(
-    recipe: Recipe, statistics: cq.ActivationStats, block_size: int, index: int
-) -> npt.NDArray[np.int64]:
-    """Return the permutation that the recipe asks for, of region ``index``."""
-    match recipe.permutation:
-        case "massdiff":
-            return cq.massdiff(statistics.mean_abs, block_size)
-        case "zigzag":
-            return cq.zigzag(statistics.absmax, block_size)
-        case "absmax":
-            return cq.absmax(statistics.absmax, block_size)
-        case "random":
-            generator = np.random.default_rng([recipe.seed, index])
-            return cq.random_permutation(statistics.d, generator)
-    return cq.identity_permutation(statistics.d)
-
-
 def transform_matrix(
     W: Array,
     bias: Array | None,
     matrix: MatrixPlan,
     gain: Array | None,
-    permutations: Permutations,
-    signs: Signs,
+    choices: Choices,
 ) -> tuple[Array, Array | None]:
     """Return a matrix and its bias after everything that the row says.
 
@@ -65,28 +59,24 @@ def transform_matrix(
     matrix : MatrixPlan
     gain : numpy.ndarray (in_features,), optional
         Of the norm that the row folds.
-    permutations : mapping of str to numpy.ndarray
-        By region.
-    signs : mapping of str to numpy.ndarray
-        By name.
+    choices : Choices
     """
     if gain is not None:
         W = cq.fold_norm(W, gain)
-    W = _transform_side(W, matrix.input, "input", permutations, signs)
-    W = _transform_side(W, matrix.output, "output", permutations, signs)
+    W = _transform_side(W, matrix.input, "input", choices)
+    W = _transform_side(W, matrix.output, "output", choices)
     if bias is not None:
-        bias = _transform_side(bias, matrix.output, "output", permutations, signs)
+        bias = _transform_side(bias, matrix.output, "output", choices)
     return W, bias
 
 
-def _transform_side(
-    W: Array, side: Side, name: str, permutations: Permutations, signs: Signs
-) -> Array:
+def _transform_side(W: Array, side: Side, name: str, choices: Choices) -> Array:
     if side.permutation is not None:
-        W = cq.merge_permutation(W, permutations[side.permutation], side=name)
+        W = cq.merge_permutation(W, choices.permutations[side.permutation], side=name)
+    if side.factors is not None:
+        W = cq.merge_factors(W, choices.factors[side.factors], side=name)
     if side.rotation is not None:
-        drawn = None if side.signs is None else signs[side.signs]
-        W = cq.merge_rotation(W, side.rotation, side=name, signs=drawn)
+        W = cq.merge_rotation(W, side.rotation, side=name)
     return W
 
 
@@ -102,14 +92,13 @@ def untie(model: Any, plan: ModelPlan) -> None:
 def transform_model(
     model: Any,
     plan: ModelPlan,
-    permutations: Permutations,
+    choices: Choices,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Transform every matrix of a torch model in place, in its own precision, and hook rotations.
 
     Embedding and head must not be tied any more.
     """
-    signs = plan.draw_signs()
     for done, matrix in enumerate(plan.matrices):
         module = model.get_submodule(matrix.name)
         norm = model.get_submodule(matrix.norm) if matrix.norm is not None else None
@@ -119,8 +108,7 @@ def transform_model(
             None if bias is None else bias.detach().numpy(),
             matrix,
             None if norm is None else norm.weight.detach().numpy(),
-            permutations,
-            signs,
+            choices,
         )
         module.weight = torch.nn.Parameter(torch.from_numpy(W), requires_grad=False)
         if b is not None:

@@ -6,7 +6,7 @@ lifted to float64 for the comparison; otherwise they would hide a small error be
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ import corequant as cq
 from corequant.errors import VerificationError
 from corequant_transformers.planning import RESIDUAL, ModelPlan
 from corequant_transformers.texts import check_tokens
-from corequant_transformers.transforming import OnlineRotation
+from corequant_transformers.transforming import Choices, OnlineRotation
 
 __all__ = ["Trace", "Verification", "trace", "verify"]
 
@@ -97,7 +97,7 @@ def verify(
     reference: Trace,
     model: Any,
     plan: ModelPlan,
-    permutations: Mapping[str, npt.NDArray[np.int64]],
+    choices: Choices,
     tolerance: float = TOLERANCE,
 ) -> Verification:
     """Compare a transformed float64 model with the trace of the model that it came from.
@@ -110,8 +110,8 @@ def verify(
         The same model afterwards, in float64, not quantized yet.
     plan : ModelPlan
         What should have happened.
-    permutations : mapping of str to numpy.ndarray
-        By region.
+    choices : Choices
+        The permutations and factors that were applied.
     tolerance : float
         Largest relative error allowed.
 
@@ -135,11 +135,11 @@ def verify(
     True
     """
     _check_dtype(model)
-    acted = _check_acted(reference, model, plan, permutations)
+    acted = _check_acted(reference, model, plan, choices)
     logits, blocks = _run(model, plan, reference.tokens)
     errors = []
     width = plan.matrices[0].input.rotation
-    signs = plan.draw_signs().get(RESIDUAL)
+    signs = choices.factors.get(RESIDUAL)
     for before, after in zip(reference.blocks, blocks, strict=True):
         back = cq.block_hadamard(after, width, inverse=True, signs=signs)
         errors.append(_relative(before, back))
@@ -167,7 +167,7 @@ def _check_acted(
     reference: Trace,
     model: Any,
     plan: ModelPlan,
-    permutations: Mapping[str, npt.NDArray[np.int64]],
+    choices: Choices,
 ) -> tuple[int, int, int]:
     now = _fingerprints(model, plan)
     same = [name for name, value in reference.fingerprints.items() if now[name] == value]
@@ -184,13 +184,14 @@ def _check_acted(
                 f"{matrix.name} must rotate its input by blocks of {matrix.input.rotation} once, "
                 f"got rotations {sizes}"
             )
-    missing = [m.name for m in plan.regions if m.name not in permutations]
+    permuted = [m.name for m in plan.matrices if m.input.permutation is not None]
+    missing = [name for name in permuted if name not in choices.permutations]
     if missing:
         raise VerificationError(f"no permutation was chosen for {missing[0]}")
-    moving = sum(bool((p != np.arange(len(p))).any()) for p in permutations.values())
-    if plan.regions and not moving:
+    moving = sum(bool((p != np.arange(len(p))).any()) for p in choices.permutations.values())
+    if permuted and not moving:
         raise VerificationError(
-            f"all {len(plan.regions)} permutations are the identity, although the recipe asks for "
+            f"all {len(permuted)} permutations are the identity, although the recipe asks for "
             f"{plan.recipe.permutation!r}"
         )
     return len(now), len(plan.online), moving

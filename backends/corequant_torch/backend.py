@@ -61,6 +61,10 @@ class TorchBackend:
         """Return XᵀX (d, d) of the rows of ``x``."""
         return self._numpy.gram(_to_numpy(x))
 
+    def energy_gram(self, x: torch.Tensor) -> npt.NDArray[Any]:
+        """Return EᵀE (d, d) of the energies ``d·x²/‖x‖²`` of the rows of ``x``."""
+        return self._numpy.energy_gram(_to_numpy(x))
+
     def choose_qparams(
         self, x: torch.Tensor, spec: QuantSpec
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -13,7 +13,7 @@ import corequant_transformers as cqhf
 from corequant._dispatch import available_backends, get_backend
 from corequant.cli import show
 from corequant.errors import BackendError, CalibrationError, CorequantError
-from corequant.recipe import PERMUTATIONS, Recipe
+from corequant.recipe import FACTORS, PERMUTATIONS, Recipe
 from corequant_transformers import demo as demonstration
 from corequant_transformers.checkpoint import is_quantized, read_recipe
 from corequant_transformers.sources import read_json
@@ -37,6 +37,9 @@ BlockSize = Annotated[
     typer.Option(help="Block length of the online rotation; without it, the full vector."),
 ]
 Permutation = Annotated[str, typer.Option(help=f"One of {', '.join(PERMUTATIONS)}.")]
+Factors = Annotated[
+    str, typer.Option(help=f"Also merged through the MLP's linear path: {', '.join(FACTORS)}.")
+]
 Weights = Annotated[
     str, typer.Option(help="Format, granularity, symmetry and scale search of the weights.")
 ]
@@ -55,6 +58,7 @@ def plan(
     recipe: RecipeFile = None,
     block_size: BlockSize = None,
     permutation: Permutation = _DEFAULT.permutation,
+    factors: Factors = _DEFAULT.factors,
     weights: Weights = str(_DEFAULT.weights),
     activations: Activations = str(_DEFAULT.activations),
     as_json: Json = False,
@@ -64,6 +68,7 @@ def plan(
         recipe,
         block_size=block_size,
         permutation=permutation,
+        factors=factors,
         weights=weights,
         activations=activations,
     )
@@ -82,6 +87,7 @@ def quantize(
     recipe: RecipeFile = None,
     block_size: BlockSize = None,
     permutation: Permutation = _DEFAULT.permutation,
+    factors: Factors = _DEFAULT.factors,
     weights: Weights = str(_DEFAULT.weights),
     activations: Activations = str(_DEFAULT.activations),
     samples: Samples = _DEFAULT.samples,
@@ -94,6 +100,7 @@ def quantize(
         recipe,
         block_size=block_size,
         permutation=permutation,
+        factors=factors,
         weights=weights,
         activations=activations,
         samples=samples,

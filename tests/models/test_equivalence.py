@@ -25,9 +25,10 @@ def prepare(kind, tokens, recipe=None, **config):
         m.name: cq.massdiff(data.statistics[m.name].mean_abs, m.input.rotation)
         for m in plan.regions
     }
+    choices = cqhf.Choices(permutations, plan.draw_signs())
     untie(model, plan)
     model.double()
-    return plan, permutations, model, cqhf.trace(model, plan, tokens)
+    return plan, choices, model, cqhf.trace(model, plan, tokens)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -58,6 +59,22 @@ def test_biases(config, tokens):
     assert found.verification.logits_error < 1e-10
 
 
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("factors", ["signs", "scales"])
+@pytest.mark.parametrize("permutation", ["identity", "auto"])
+def test_factors_are_merged(kind, factors, permutation, tokens):
+    config = {"mlp_bias": True} if kind == "llama" else {}
+    recipe = Recipe(block_size=16, permutation=permutation, factors=factors)
+    result = cqhf.quantize(cqhf.tiny_model(kind, **config), recipe, tokens)
+    assert result.verification.logits_error < 1e-10
+    name = "model.layers.0.mlp.down_proj"
+    row = result.report["regions"][0]
+    assert row["output_errors"][row["factors"]] <= row["output_errors"]["none"]
+    assert name in result.choices.factors
+    if permutation == "auto":
+        assert row["errors"][row["permutation"]] == min(row["errors"].values())
+
+
 def test_the_given_model_is_left_alone(tokens):
     model = cqhf.tiny_model("llama", tie_word_embeddings=True)
     before = copy.deepcopy(model.state_dict())
@@ -74,93 +91,88 @@ def test_the_norms_are_lifted_only_while_verifying(tokens):
     assert not any("forward" in m.__dict__ for m in model.modules())
 
 
-def transformed(kind, tokens, damage):
-    plan, permutations, model, reference = prepare(kind, tokens)
-    damage(plan, permutations, model)
-    return plan, permutations, model, reference
-
-
 def test_a_correct_transform_passes(tokens):
-    plan, permutations, model, reference = prepare("llama", tokens)
-    transform_model(model, plan, permutations)
-    assert cqhf.verify(reference, model, plan, permutations).logits_error < 1e-10
+    plan, choices, model, reference = prepare("llama", tokens)
+    transform_model(model, plan, choices)
+    assert cqhf.verify(reference, model, plan, choices).logits_error < 1e-10
 
 
 def test_a_wrong_permutation_is_caught(tokens):
-    plan, permutations, model, reference = prepare("llama", tokens)
-    transform_model(model, plan, permutations)
+    plan, choices, model, reference = prepare("llama", tokens)
+    transform_model(model, plan, choices)
     up = model.model.layers[1].mlp.up_proj
     up.weight.data[[3, 7]] = up.weight.data[[7, 3]]
     with pytest.raises(cq.VerificationError, match="from decoder block 1 on"):
-        cqhf.verify(reference, model, plan, permutations)
+        cqhf.verify(reference, model, plan, choices)
 
 
 def test_an_inverted_permutation_is_caught(tokens):
-    plan, permutations, model, reference = prepare("llama", tokens)
-    transform_model(model, plan, permutations)
+    plan, choices, model, reference = prepare("llama", tokens)
+    transform_model(model, plan, choices)
     down = model.model.layers[0].mlp.down_proj
     name = "model.layers.0.mlp.down_proj"
     columns = cq.block_hadamard(down.weight.data, 16, inverse=True)[
-        :, np.argsort(permutations[name])
-    ][:, np.argsort(permutations[name])]
+        :, np.argsort(choices.permutations[name])
+    ][:, np.argsort(choices.permutations[name])]
     down.weight.data = cq.block_hadamard(columns.contiguous(), 16)
     with pytest.raises(cq.VerificationError, match="from decoder block 0 on"):
-        cqhf.verify(reference, model, plan, permutations)
+        cqhf.verify(reference, model, plan, choices)
 
 
 def test_a_forgotten_norm_fold_is_caught(tokens):
-    plan, permutations, model, reference = prepare("llama", tokens)
+    plan, choices, model, reference = prepare("llama", tokens)
     # The gain is dropped before the transform can fold it.
     torch.nn.init.ones_(model.model.layers[1].input_layernorm.weight)
-    transform_model(model, plan, permutations)
+    transform_model(model, plan, choices)
     with pytest.raises(cq.VerificationError, match="from decoder block 1 on"):
-        cqhf.verify(reference, model, plan, permutations)
+        cqhf.verify(reference, model, plan, choices)
 
 
 def test_a_forgotten_final_norm_fold_is_caught(tokens):
-    plan, permutations, model, reference = prepare("llama", tokens)
+    plan, choices, model, reference = prepare("llama", tokens)
     torch.nn.init.ones_(model.model.norm.weight)
-    transform_model(model, plan, permutations)
+    transform_model(model, plan, choices)
     with pytest.raises(cq.VerificationError, match="logits don't"):
-        cqhf.verify(reference, model, plan, permutations)
+        cqhf.verify(reference, model, plan, choices)
 
 
 def test_a_transform_that_did_nothing_is_caught(tokens):
-    plan, permutations, model, reference = prepare("llama", tokens)
+    plan, choices, model, reference = prepare("llama", tokens)
     with pytest.raises(cq.VerificationError, match="16 of 16 matrices .* did not change"):
-        cqhf.verify(reference, model, plan, permutations)
+        cqhf.verify(reference, model, plan, choices)
 
 
 def test_a_missing_online_rotation_is_caught_before_its_nonsense(tokens):
-    plan, permutations, model, reference = prepare("llama", tokens)
-    transform_model(model, plan, permutations)
+    plan, choices, model, reference = prepare("llama", tokens)
+    transform_model(model, plan, choices)
     model.model.layers[0].mlp.down_proj._forward_pre_hooks.clear()
     with pytest.raises(cq.VerificationError, match=r"must rotate its input .* got rotations \[\]"):
-        cqhf.verify(reference, model, plan, permutations)
+        cqhf.verify(reference, model, plan, choices)
 
 
 def test_a_second_online_rotation_is_caught(tokens):
-    plan, permutations, model, reference = prepare("llama", tokens)
-    transform_model(model, plan, permutations)
+    plan, choices, model, reference = prepare("llama", tokens)
+    transform_model(model, plan, choices)
     model.model.layers[0].mlp.down_proj.register_forward_pre_hook(OnlineRotation(16))
     with pytest.raises(cq.VerificationError, match=r"got rotations \[16, 16\]"):
-        cqhf.verify(reference, model, plan, permutations)
+        cqhf.verify(reference, model, plan, choices)
 
 
 def test_identity_permutations_are_caught_when_others_were_asked_for(tokens):
-    plan, permutations, model, reference = prepare("llama", tokens)
-    same = {name: np.arange(len(p)) for name, p in permutations.items()}
+    plan, choices, model, reference = prepare("llama", tokens)
+    identity = {name: np.arange(len(p)) for name, p in choices.permutations.items()}
+    same = cqhf.Choices(identity, choices.factors)
     transform_model(model, plan, same)
     with pytest.raises(cq.VerificationError, match="are the identity"):
         cqhf.verify(reference, model, plan, same)
     with pytest.raises(cq.VerificationError, match="no permutation was chosen"):
-        cqhf.verify(reference, model, plan, {})
+        cqhf.verify(reference, model, plan, cqhf.Choices({}, choices.factors))
 
 
 def test_verifying_needs_float64(tokens):
-    plan, permutations, model, reference = prepare("llama", tokens)
+    plan, choices, model, reference = prepare("llama", tokens)
     with pytest.raises(TypeError, match="float64"):
-        cqhf.verify(reference, model.float(), plan, permutations)
+        cqhf.verify(reference, model.float(), plan, choices)
 
 
 @pytest.mark.real_model

@@ -41,8 +41,8 @@ def test_calibration_is_reusable():
     tokens = np.arange(64).reshape(2, 32)
     data = cqhf.calibrate(model, Recipe(), tokens)
     direct, reused = run(model, tokens), run(model, data)
-    for name, p in direct.permutations.items():
-        np.testing.assert_array_equal(p, reused.permutations[name])
+    for name, p in direct.choices.permutations.items():
+        np.testing.assert_array_equal(p, reused.choices.permutations[name])
 
 
 def test_statistics_are_those_of_what_down_reads():

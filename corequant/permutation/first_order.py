@@ -1,8 +1,4 @@
-"""Permutations that decide which channels share a block.
-
-A permutation ``p`` (int64, length d) stands for ``y = x[..., p]``: new channel k holds old channel
-``p[k]``, and block j is ``p[j*b:(j+1)*b]``.
-"""
+"""Permutations from one number for each channel: its mean magnitude, energy or maximum."""
 
 from __future__ import annotations
 
@@ -67,8 +63,8 @@ def massdiff(mean_abs: npt.NDArray[Any], block_size: int) -> Permutation:
            [8., 7., 4., 3.]])
     """
     mean = check_scores("mean_abs", mean_abs)
-    blocks = _block_count(mean, block_size)
-    order = _descending(mean)
+    blocks = block_count(mean, block_size)
+    order = descending(mean)
     members: list[list[int]] = [[int(c)] for c in order[:blocks]]
     room = len(mean) // blocks
     open_blocks = [(float(mean[c]), j) for j, c in enumerate(order[:blocks])] if room > 1 else []
@@ -115,8 +111,8 @@ def zigzag(score: npt.NDArray[Any], block_size: int) -> Permutation:
            [8., 7., 4., 3.]])
     """
     values = check_scores("score", score)
-    blocks = _block_count(values, block_size)
-    deal = _descending(values).reshape(-1, blocks)
+    blocks = block_count(values, block_size)
+    deal = descending(values).reshape(-1, blocks)
     deal[1::2] = deal[1::2, ::-1]
     return np.ascontiguousarray(deal.T).reshape(-1)
 
@@ -153,8 +149,8 @@ def absmax(score: npt.NDArray[Any], block_size: int) -> Permutation:
     array([3, 1, 2, 0])
     """
     values = check_scores("score", score)
-    _block_count(values, block_size)
-    return _descending(values)
+    block_count(values, block_size)
+    return descending(values)
 
 
 def random_permutation(d: int, seed: int | np.random.Generator) -> Permutation:
@@ -225,11 +221,13 @@ def invert_permutation(p: npt.NDArray[Any]) -> Permutation:
     return inverse
 
 
-def _descending(values: npt.NDArray[np.float64]) -> Permutation:
+def descending(values: npt.NDArray[np.float64]) -> Permutation:
+    """Return the order of descending values, equal ones by their index."""
     return np.argsort(-values, kind="stable").astype(np.int64)
 
 
-def _block_count(values: npt.NDArray[np.float64], block_size: Any) -> int:
+def block_count(values: npt.NDArray[np.float64], block_size: Any) -> int:
+    """Return how many blocks ``block_size`` cuts the channels into, or raise."""
     size = check_index("block_size", block_size)
     check_divides("block_size", size, len(values))
     return len(values) // size

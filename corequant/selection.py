@@ -1,0 +1,251 @@
+"""Choose what stands in front of a block rotation by the error that is left after rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant._validation import check_matrix
+from corequant.calibration import ActivationStats
+from corequant.equalization import smoothquant_scales
+from corequant.errors import CalibrationError
+from corequant.permutation import energydiff, identity_permutation, massdiff, zigzag
+from corequant.quantization import as_spec, dequantize, fake_quantize
+from corequant.ranges import rangediff, sign_descent
+from corequant.rotation import block_hadamard
+from corequant.rounding import round_to_nearest
+from corequant.specs import QuantSpec
+
+__all__ = ["Selection", "rotation_error", "select_permutation", "select_scales"]
+
+Array = npt.NDArray[Any]
+
+_SEARCH_TOKENS = 512
+"""Tokens that the range search sees: more cost time and gained nothing measurable."""
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The best of several candidates.
+
+    Attributes
+    ----------
+    permutation : numpy.ndarray (d,), int64
+    method : str
+        The candidate's name.
+    errors : dict of str to float
+        ``rotation_error`` of every candidate on the tokens held out.
+    """
+
+    permutation: npt.NDArray[np.int64]
+    method: str
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+def rotation_error(
+    x: Array,
+    block_size: int | None,
+    spec: QuantSpec | str,
+    *,
+    permutation: npt.NDArray[np.int64] | None = None,
+    factors: Array | None = None,
+) -> float:
+    """Measure the error of rounding tokens after permuting, scaling and rotating them.
+
+    Parameters
+    ----------
+    x : numpy.ndarray (tokens, d)
+    block_size : int, optional
+        Block length of the rotation; the whole axis by default.
+    spec : QuantSpec or str
+        The activations' quantizer.
+    permutation : numpy.ndarray (d,), optional
+    factors : numpy.ndarray (d,), optional
+        Multiplied before the rotation, in the permuted order; signs or scales.
+
+    Returns
+    -------
+    float
+        Mean over tokens of ``‖Q(z) - z‖² / ‖z‖²``, z being the rotated token; zero tokens count 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from corequant.selection import rotation_error
+    >>> x = np.random.default_rng(0).normal(size=(64, 32)) * np.repeat([8.0, 1], 16)
+    >>> rotation_error(x, 32, "int4:token:symmetric") < rotation_error(x, 2, "int4:token:symmetric")
+    True
+    """
+    spec = as_spec(spec)
+    z = x if permutation is None else np.ascontiguousarray(x[:, permutation])
+    z = z if factors is None else z * factors
+    z = block_hadamard(z, block_size)
+    wrong = np.square(fake_quantize(z, spec) - z, dtype=np.float64).sum(1)
+    power = np.square(z, dtype=np.float64).sum(1)
+    return float(np.divide(wrong, power, out=np.zeros_like(power), where=power > 0).mean())
+
+
+def select_permutation(
+    statistics: ActivationStats,
+    held_out: Array,
+    block_size: int,
+    spec: QuantSpec | str,
+    *,
+    seed: int | np.random.Generator = 0,
+) -> Selection:
+    """Make every permutation there is and keep the one with the least error on tokens held out.
+
+    Parameters
+    ----------
+    statistics : ActivationStats
+        With ``energy_gram`` and a ``reservoir``, which the range search works on.
+    held_out : numpy.ndarray (tokens, d)
+        Tokens that the statistics have not seen.
+    block_size : int
+    spec : QuantSpec or str
+        The deployed quantizer of the activations. With a group that is no larger than a block no
+        permutation helps, and the identity usually wins.
+    seed : int or numpy.random.Generator
+        Of the range search.
+
+    Returns
+    -------
+    Selection
+
+    Raises
+    ------
+    CalibrationError
+        If there are no tokens to search on or to judge by.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> from corequant.selection import select_permutation
+    >>> x = np.random.default_rng(0).normal(size=(256, 64)) * np.repeat([8.0, 1], [8, 56])
+    >>> stats = cq.ActivationStats(64, energy_gram=True, reservoir=128).update(x[:192])
+    >>> chosen = select_permutation(stats, x[192:], 8, "int4:token:asymmetric")
+    >>> chosen.errors[chosen.method] < chosen.errors["identity"]
+    True
+    """
+    spec = as_spec(spec)
+    seen = statistics.tokens
+    _check_tokens("statistics.tokens", seen)
+    _check_tokens("held_out", held_out)
+    second = energydiff(statistics.energy_gram, block_size)
+
+    def search() -> npt.NDArray[np.int64]:
+        return rangediff(
+            seen[:_SEARCH_TOKENS], block_size, start=second, symmetric=spec.symmetric, seed=seed
+        )
+
+    makers: Mapping[str, Callable[[], npt.NDArray[np.int64]]] = {
+        "identity": lambda: identity_permutation(statistics.d),
+        "massdiff": lambda: massdiff(statistics.mean_abs, block_size),
+        "zigzag": lambda: zigzag(statistics.mean_abs, block_size),
+        "energy": lambda: massdiff(statistics.mean_energy, block_size),
+        "energydiff": lambda: second,
+        "rangediff": search,
+    }
+    made = {name: make() for name, make in makers.items()}
+    errors = {
+        name: rotation_error(held_out, block_size, spec, permutation=p) for name, p in made.items()
+    }
+    best = min(errors, key=lambda name: errors[name])
+    return Selection(made[best], best, errors)
+
+
+def select_scales(
+    tokens: Array,
+    judge: Array,
+    W: Array,
+    block_size: int | None,
+    activations: QuantSpec | str,
+    weights: QuantSpec | str,
+    *,
+    exponents: tuple[float, ...] = (0.2, 0.35, 0.5, 0.65),
+    signs: bool = True,
+) -> tuple[npt.NDArray[np.float64], dict[str, float]]:
+    """Choose the factors that tokens are multiplied by before they are rotated.
+
+    For each exponent of a SmoothQuant grid, and for no scaling, signs are descended and the error
+    of the layer's output is measured with both the tokens and the weight rounded.
+
+    Parameters
+    ----------
+    tokens : numpy.ndarray (tokens, d)
+        Permuted already; signs are searched on them.
+    judge : numpy.ndarray (tokens, d)
+        Others, permuted likewise, by which candidates are judged.
+    W : numpy.ndarray (out_features, d)
+        The weight that reads them, permuted already.
+    block_size : int, optional
+    activations, weights : QuantSpec or str
+        The deployed quantizers.
+    exponents : tuple of float
+        The grid; empty to choose signs alone.
+    signs : bool
+        Whether to choose signs too.
+
+    Returns
+    -------
+    factors : numpy.ndarray (d,), float64
+        For the tokens; the weight's columns are divided by them.
+    errors : dict of str to float
+        Relative squared error of the output for each candidate, on the tokens that judge.
+
+    Raises
+    ------
+    CalibrationError, ShapeError, NonFiniteError, TypeError
+        If there are no tokens, or W is not a finite matrix.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from corequant.selection import select_scales
+    >>> rng = np.random.default_rng(0)
+    >>> x, W = rng.normal(size=(128, 32)) * np.exp(rng.normal(size=32)), rng.normal(size=(16, 32))
+    >>> A = "int4:token:asymmetric"
+    >>> factors, errors = select_scales(x[:64], x[64:], W, 8, A, "int4:channel")
+    >>> min(errors.values()) <= errors["none"]
+    True
+    """
+    activation_spec, weight_spec = as_spec(activations), as_spec(weights)
+    check_matrix("W", W)
+    d = W.shape[1]
+    size = d if block_size is None else block_size
+    _check_tokens("tokens", tokens)
+    _check_tokens("judge", judge)
+    seen, judge = tokens.astype(np.float32), judge.astype(np.float32)
+    exact = judge @ W.T.astype(np.float32)
+    power = float(np.square(exact, dtype=np.float64).sum()) or 1.0
+
+    def output_error(factors: npt.NDArray[np.float64]) -> float:
+        z = block_hadamard((judge * factors).astype(np.float32), size)
+        rotated = block_hadamard((W / factors).astype(np.float32), size)
+        product = (
+            fake_quantize(z, activation_spec) @ dequantize(round_to_nearest(rotated, weight_spec)).T
+        )
+        return float(np.square(product - exact, dtype=np.float64).sum()) / power
+
+    candidates: dict[str, npt.NDArray[np.float64]] = {"none": np.ones(d)}
+    for exponent in exponents:
+        scales = smoothquant_scales(np.abs(seen).max(0), np.abs(W).max(0), exponent)
+        candidates[f"scales {exponent}"] = 1 / scales
+    if signs:
+        for name, factors in list(candidates.items()):
+            scaled = (seen[:_SEARCH_TOKENS] * factors).astype(np.float32)
+            found = sign_descent(scaled, size, symmetric=activation_spec.symmetric)
+            told = "signs" if name == "none" else f"{name}, signs"
+            candidates[told] = factors * found
+    errors = {name: output_error(factors) for name, factors in candidates.items()}
+    best = min(errors, key=lambda name: errors[name])
+    return candidates[best], errors
+
+
+def _check_tokens(name: str, tokens: Array) -> None:
+    if not len(tokens):
+        raise CalibrationError(f"{name} must hold at least one token, got none")
