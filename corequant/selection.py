@@ -107,8 +107,7 @@ def select_permutation(
         Tokens that the statistics have not seen.
     block_size : int
     spec : QuantSpec or str
-        The deployed quantizer of the activations. With a group that is no larger than a block no
-        permutation helps, and the identity usually wins.
+        The deployed quantizer of the activations.
     seed : int or numpy.random.Generator
         Of the range search.
 

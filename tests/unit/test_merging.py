@@ -77,3 +77,18 @@ def test_merging_rounds_once(rng):
 def test_bad_input(rng, call, error, words):
     with pytest.raises(error, match=words):
         call(rng.normal(size=(2, 4)))
+
+
+def test_factors_pass_through_a_linear_pair(rng):
+    x, up, down = rng.normal(size=(3, 6)), rng.normal(size=(8, 6)), rng.normal(size=(4, 8))
+    bias, factors = rng.normal(size=8), rng.normal(size=8)
+    expected = (x @ up.T + bias) @ down.T
+    written = x @ cq.merge_factors(up, factors, side="output").T
+    written += cq.merge_factors(bias, factors, side="output")
+    np.testing.assert_allclose(written, (x @ up.T + bias) * factors)
+    read = cq.merge_factors(down, factors, side="input")
+    np.testing.assert_allclose(written @ read.T, expected, atol=1e-12)
+    with pytest.raises(ValueError, match="0 at index 2"):
+        cq.merge_factors(up, np.array([1.0, 1, 0, 1, 1, 1, 1, 1]), side="output")
+    with pytest.raises(cq.ShapeError):
+        cq.merge_factors(up, factors, side="input")
