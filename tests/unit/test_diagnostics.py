@@ -51,3 +51,42 @@ def test_bad_input(function):
         function([1.0], 1)
     with pytest.raises(cq.ShapeError):
         function(np.ones((2, 0)), 1)
+
+
+@pytest.mark.parametrize("b", [8, 32, None])
+def test_bounds_on_a_hundred_thousand_heavy_tails(rng, b):
+    x = heavy_tailed(rng, 33_334, 64)
+    lower, upper = cq.outlier_bounds(x, b)
+    truth = np.abs(cq.block_hadamard(x, b)).max(-1)
+    assert (lower <= truth * (1 + 1e-12)).all()
+    assert (truth <= upper * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 0.05])
+def test_probable_bounds_fail_no_more_often_than_stated(rng, epsilon):
+    x = heavy_tailed(rng, 20_000, 64) * rng.choice([-1.0, 1.0], (20_000, 64))
+    published, sharper = cq.probable_outlier_bounds(x, 16, epsilon)
+    truth = np.abs(cq.block_hadamard(x, 16)).max(-1)
+    assert (sharper <= published).all()
+    # Three standard deviations of a binomial with that rate.
+    allowed = epsilon + 3 * np.sqrt(epsilon * (1 - epsilon) / len(x))
+    assert (truth > sharper).mean() <= allowed
+    assert (truth > 0.5 * sharper).any()
+
+
+def test_sharper_bound_forgets_the_block_size_when_energies_balance():
+    x = np.ones(64)
+    whole = cq.probable_outlier_bounds(x)[1]
+    for b in (4, 16, 32):
+        assert cq.probable_outlier_bounds(x, b)[1] == pytest.approx(float(whole))
+    with pytest.raises(ValueError, match="epsilon"):
+        cq.probable_outlier_bounds(x, 4, 1.5)
+
+
+def test_load_balance():
+    assert cq.load_balance(np.array([4.0, 1, 2, 3]), 2) == 1.0
+    assert cq.load_balance(np.zeros(4), 2) == 1.0
+    # One channel that outweighs a block's share: no assignment does better.
+    assert cq.load_balance(np.array([9.0, 0, 1, 1]), 2) == 1.0
+    with pytest.raises(ValueError, match="negative"):
+        cq.load_balance(-np.ones(4), 2)
