@@ -3,9 +3,9 @@
 Usage: python bench/bench_permutations.py --model M --calibration valid.txt --text test.txt
 
 The error is the mean over tokens of the relative squared error of the rotated input of each
-``down_proj``, rounded to INT4 asymmetric per token; a figure is the geometric mean over all layers of
-its ratio to the error behind the full-vector rotation. 4096 tokens calibrate, 4096 others judge. For
-the last two rows, which trade against the rounded weight, it is the layer's output error instead.
+``down_proj``, rounded to INT4 asymmetric per token; a figure is the geometric mean over all layers
+of its ratio to the error behind the full-vector rotation. 4096 tokens calibrate, 4096 others judge.
+For the last two rows, which trade against the rounded weight, it is the layer's output error.
 """
 
 from __future__ import annotations
