@@ -32,6 +32,7 @@ FACTORS = ("none", "signs", "scales")
 ROUNDINGS = ("nearest",)
 """Names that ``Recipe.rounding`` takes."""
 
+_LEAST = {"samples": 1, "sequence_length": 2, "seed": 0}
 _WEIGHTS = QuantSpec.parse("int4:channel:symmetric:mse")
 _ACTIVATIONS = QuantSpec.parse("int4:token:asymmetric")
 
@@ -42,8 +43,12 @@ class Recipe:
 
     Attributes
     ----------
-    block_size : int, optional
-        Block length of the online rotation at each ``down_proj``; None rotates the full vector.
+    block_size : int, tuple of int or "auto", optional
+        Block length of the online rotation at each ``down_proj``; None rotates the full vector, a
+        tuple gives each layer its own, and ``auto`` takes for each the least power of two, from 16,
+        whose error on held-out tokens is within ``tolerance`` of the full rotation's.
+    tolerance : float
+        Of an automatic block size: 0.05 allows 5 % more error.
     permutation : str
         How channels are assigned to blocks: one of ``PERMUTATIONS``; ``auto`` tries all and keeps
         the best for each layer.
@@ -80,7 +85,8 @@ class Recipe:
     True
     """
 
-    block_size: int | None = None
+    block_size: int | tuple[int, ...] | str | None = None
+    tolerance: float = 0.05
     permutation: str = "massdiff"
     factors: str = "none"
     weights: QuantSpec = _WEIGHTS
@@ -106,14 +112,19 @@ class Recipe:
         _check_choice("permutation", self.permutation, PERMUTATIONS)
         _check_choice("factors", self.factors, FACTORS)
         _check_choice("rounding", self.rounding, ROUNDINGS)
-        for name, least in (("samples", 1), ("sequence_length", 2), ("seed", 0), ("block_size", 1)):
-            value = getattr(self, name)
-            if name == "block_size" and value is None:
-                continue
+        if isinstance(self.block_size, list):
+            object.__setattr__(self, "block_size", tuple(self.block_size))
+        whole = [(name, getattr(self, name), least) for name, least in _LEAST.items()]
+        whole += [("block_size", size, 1) for size in self._sizes()]
+        for name, value, least in whole:
             try:
                 check_index(name, value, least)
             except (TypeError, ValueError) as error:
                 raise RecipeError(str(error)) from error
+        if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, int | float):
+            raise RecipeError(f"tolerance must be a number, got {self.tolerance!r}")
+        if not 0 <= self.tolerance < float("inf"):
+            raise RecipeError(f"tolerance must be finite and not negative, got {self.tolerance}")
         if not isinstance(self.random_signs, bool):
             raise RecipeError(f"random_signs must be true or false, got {self.random_signs!r}")
         if not isinstance(self.weights, QuantSpec):
@@ -129,12 +140,19 @@ class Recipe:
                 "write token, group or tensor"
             )
 
+    def _sizes(self) -> tuple[Any, ...]:
+        if self.block_size is None or self.block_size == "auto":
+            return ()
+        return self.block_size if isinstance(self.block_size, tuple) else (self.block_size,)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values: specs in string form, absent ones left out."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         # An absent block size is the default, absent activations are not.
         values["activations"] = "none" if self.activations is None else str(self.activations)
         values["weights"] = _explicit(self.weights)
+        if isinstance(self.block_size, tuple):
+            values["block_size"] = list(self.block_size)
         return {name: value for name, value in values.items() if value is not None}
 
     @classmethod

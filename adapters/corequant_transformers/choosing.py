@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 import corequant as cq
+from corequant.hadamard import valid_block_sizes
 from corequant.recipe import Recipe
-from corequant.selection import Selection, select_permutation, select_scales
+from corequant.selection import (
+    Selection,
+    rotation_error,
+    select_permutation,
+    select_scales,
+)
 from corequant_transformers.planning import MatrixPlan, ModelPlan
 from corequant_transformers.transforming import Choices
 
-__all__ = ["Calibration", "choose", "needs_second_order", "needs_tokens"]
+__all__ = ["Calibration", "choose", "choose_block_sizes", "needs_second_order", "needs_tokens"]
 
 Array = npt.NDArray[Any]
 SECOND_ORDER = ("energy", "energydiff", "rangediff", "auto")
@@ -47,7 +53,30 @@ def needs_second_order(recipe: Recipe) -> bool:
 
 def needs_tokens(recipe: Recipe) -> bool:
     """Tell whether the recipe's choices need tokens, not only sums over them."""
-    return recipe.permutation in ("rangediff", "auto") or recipe.factors != "none"
+    judged = recipe.permutation in ("rangediff", "auto") or recipe.block_size == "auto"
+    return judged or recipe.factors != "none"
+
+
+def choose_block_sizes(plan: ModelPlan, calibration: Calibration) -> Recipe:
+    """Return the plan's recipe with a block size for each layer instead of an automatic one."""
+    recipe = plan.recipe
+    if recipe.block_size != "auto":
+        return recipe
+    width = plan.dimensions.intermediate
+    candidates = [b for b in valid_block_sizes(width) if b >= 16 and b & (b - 1) == 0 and b < width]
+    sizes = []
+    for index, matrix in enumerate(plan.online):
+        x = calibration.held_out[matrix.name].tokens
+        spec = _activations(recipe)
+        limit = (1 + recipe.tolerance) * rotation_error(x, None, spec)
+        chosen = width
+        for b in candidates:
+            p = _permutation(recipe, matrix.name, b, calibration, index).permutation
+            if rotation_error(x, b, spec, permutation=p) <= limit:
+                chosen = b
+                break
+        sizes.append(chosen)
+    return replace(recipe, block_size=tuple(sizes))
 
 
 def choose(
@@ -80,7 +109,8 @@ def choose(
         row: dict[str, Any] = {"name": matrix.name}
         order = cq.identity_permutation(matrix.shape[1])
         if matrix.input.permutation is not None:
-            chosen = _permutation(plan.recipe, matrix, calibration, index)
+            b = matrix.input.rotation or 1
+            chosen = _permutation(plan.recipe, matrix.name, b, calibration, index)
             order = permutations[matrix.name] = chosen.permutation
             row |= {"permutation": chosen.method, "errors": chosen.errors}
         if matrix.input.factors is not None:
@@ -93,15 +123,14 @@ def choose(
 
 
 def _permutation(
-    recipe: Recipe, matrix: MatrixPlan, calibration: Calibration, index: int
+    recipe: Recipe, name: str, b: int, calibration: Calibration, index: int
 ) -> Selection:
-    statistics = calibration.statistics[matrix.name]
-    b = matrix.input.rotation or 1
+    statistics = calibration.statistics[name]
     generator = np.random.default_rng([recipe.seed, index])
-    spec = recipe.activations or cq.QuantSpec.parse("int4:token:asymmetric")
+    spec = _activations(recipe)
     match recipe.permutation:
         case "auto":
-            held_out = calibration.held_out[matrix.name].tokens
+            held_out = calibration.held_out[name].tokens
             return select_permutation(statistics, held_out, b, spec, seed=generator)
         case "massdiff":
             p = cq.massdiff(statistics.mean_abs, b)
@@ -136,8 +165,13 @@ def _factors(
     judge = calibration.held_out[matrix.name].tokens[:, order]
     W = weight(matrix.name)[:, order].astype(np.float32)
     options: dict[str, Any] = {} if recipe.factors == "scales" else {"exponents": ()}
-    spec = recipe.activations or cq.QuantSpec.parse("int4:token:asymmetric")
+    spec = _activations(recipe)
     return select_scales(seen, judge, W, matrix.input.rotation, spec, recipe.weights, **options)
+
+
+def _activations(recipe: Recipe) -> cq.QuantSpec:
+    # Without a quantizer to choose for, the usual one stands in.
+    return recipe.activations or cq.QuantSpec.parse("int4:token:asymmetric")
 
 
 def _masses(

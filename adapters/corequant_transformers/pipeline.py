@@ -19,7 +19,7 @@ from corequant.recipe import Recipe
 from corequant.rounding import round_to_nearest
 from corequant_transformers.capturing import collect_statistics
 from corequant_transformers.checkpoint import check_output, save
-from corequant_transformers.choosing import Calibration, choose
+from corequant_transformers.choosing import Calibration, choose, choose_block_sizes
 from corequant_transformers.layers import QuantizedLinear
 from corequant_transformers.planning import ModelPlan, check_modules, plan_model
 from corequant_transformers.sources import Source
@@ -241,6 +241,8 @@ def quantize(
     if not isinstance(calibration, Calibration):
         calibration = calibrate(work, recipe, calibration, progress=progress)
 
+    recipe = choose_block_sizes(table, calibration)
+    table = plan_model(work.config, recipe)
     choices, regions = choose(
         table,
         calibration,

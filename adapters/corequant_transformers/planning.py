@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant.errors import ArchitectureError, BlockSizeError, HadamardOrderError
+from corequant.errors import ArchitectureError, BlockSizeError, HadamardOrderError, RecipeError
 from corequant.hadamard import hadamard_factors, valid_block_sizes
 from corequant.recipe import Recipe
 from corequant.rotation import check_block_size, random_signs
@@ -172,13 +172,12 @@ def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
     """
     architecture = architecture_of(config)
     sizes = dimensions_of(config)
-    block = _rotation("block_size", recipe.block_size, "intermediate_size", sizes.intermediate)
+    blocks = _block_sizes(recipe, sizes)
     residual = Side(
         factors=RESIDUAL if recipe.random_signs else None,
         rotation=_rotation("residual rotation", None, "hidden_size", sizes.hidden),
     )
     head = Side(rotation=_rotation("head rotation", None, "head_dim", sizes.head_dim))
-    permuted = recipe.permutation != "identity" and block < sizes.intermediate
     matrices = [
         MatrixPlan(
             architecture.embedding,
@@ -191,9 +190,7 @@ def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
     for i in range(sizes.blocks):
         path = architecture.block.format(i)
         matrices += _attention(architecture, sizes, path, residual, head)
-        matrices += _mlp(
-            architecture, sizes, path, residual, block, permuted, recipe.factors != "none"
-        )
+        matrices += _mlp(architecture, sizes, path, residual, blocks[i], recipe)
         norms += [f"{path}.{architecture.attention_norm}", f"{path}.{architecture.mlp_norm}"]
     matrices.append(
         MatrixPlan(
@@ -227,15 +224,16 @@ def _mlp(
     path: str,
     residual: Side,
     block: int,
-    permuted: bool,
-    multiplied: bool,
+    recipe: Recipe,
 ) -> Iterator[MatrixPlan]:
     norm = f"{path}.{a.mlp_norm}"
     name = f"{path}.{a.down}"
+    # A single block leaves nothing to permute.
+    permuted = recipe.permutation != "identity" and block < sizes.intermediate
     region = name if permuted else None
     inner = Side(permutation=region)
     # The gate passes through an activation function, so factors go through up alone.
-    linear = Side(permutation=region, factors=name if multiplied else None)
+    linear = Side(permutation=region, factors=None if recipe.factors == "none" else name)
     wide = (sizes.intermediate, sizes.hidden)
     yield MatrixPlan(f"{path}.{a.gate}", wide, norm, residual, output=inner)
     yield MatrixPlan(f"{path}.{a.up}", wide, norm, residual, output=linear)
@@ -256,6 +254,22 @@ def _additions_per_channel(block_size: int) -> int:
 def _scaled(spec: QuantSpec, matrix: MatrixPlan) -> int:
     # How many entries share a scale; a whole tensor's single scale is not worth a special case.
     return spec.group_size or matrix.shape[1]
+
+
+def _block_sizes(recipe: Recipe, sizes: Dimensions) -> list[int]:
+    """Return each layer's block size; an automatic one counts as the full vector until chosen."""
+    given = recipe.block_size
+    wanted: tuple[int | None, ...]
+    if isinstance(given, tuple):
+        wanted = given
+    else:
+        wanted = (given if isinstance(given, int) else None,) * sizes.blocks
+    if len(wanted) != sizes.blocks:
+        raise RecipeError(
+            f"block_size must be one number or one for each of {sizes.blocks} blocks, "
+            f"got {len(wanted)}"
+        )
+    return [_rotation("block_size", b, "intermediate_size", sizes.intermediate) for b in wanted]
 
 
 def _rotation(what: str, size: int | None, field: str, width: int) -> int:

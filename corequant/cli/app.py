@@ -33,8 +33,11 @@ _INTERRUPTED = 130
 Model = Annotated[Path, typer.Argument(help="A Transformers directory or a GGUF file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 BlockSize = Annotated[
-    int | None,
-    typer.Option(help="Block length of the online rotation; without it, the full vector."),
+    str | None,
+    typer.Option(
+        help="Block length of the online rotation, or auto; without it, the full vector.",
+        metavar="INTEGER|auto",
+    ),
 ]
 Permutation = Annotated[str, typer.Option(help=f"One of {', '.join(PERMUTATIONS)}.")]
 Factors = Annotated[
@@ -239,6 +242,9 @@ def run() -> int:
 
 def _recipe(file: Path | None, **options: Any) -> Recipe:
     if file is None:
+        size = options["block_size"]
+        if size is not None and size.lstrip("-").isdigit():
+            options["block_size"] = int(size)
         return Recipe(**options)
     return Recipe.from_toml(_read_text("recipe", file))
 

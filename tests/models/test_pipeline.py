@@ -213,3 +213,34 @@ def test_plan_costs():
     # 96 = 12 · 8: three stages and twelve additions.
     assert full["online_additions_per_token"] == 96 * 15 * 2
     assert cost["block_sizes"] == [2, 4, 8, 12, 16, 24, 32, 48, 96]
+
+
+def test_automatic_block_sizes_are_the_least_within_tolerance():
+    tokens = np.random.default_rng(0).integers(0, 128, (4, 64))
+    chosen = {
+        tolerance: run(
+            cqhf.tiny_model("llama"),
+            tokens,
+            block_size="auto",
+            tolerance=tolerance,
+            permutation="energydiff",
+        )
+        for tolerance in (0.0, 1000.0)
+    }
+    assert chosen[1000.0].plan.recipe.block_size == (16, 16)
+    assert all(a >= 16 for a in chosen[0.0].plan.recipe.block_size)
+    for result in chosen.values():
+        assert result.verification.logits_error < 1e-10
+        rotations = tuple(m.input.rotation for m in result.plan.online)
+        assert rotations == result.plan.recipe.block_size
+
+
+def test_a_block_size_for_each_layer(tmp_path):
+    recipe = Recipe(block_size=(16, 96))
+    tokens = np.arange(64).reshape(2, 32)
+    result = cqhf.quantize(cqhf.tiny_model("llama"), recipe, tokens, tmp_path / "out")
+    loaded = cqhf.load(tmp_path / "out")
+    assert [layer.mlp.down_proj.rotation for layer in loaded.model.layers] == [16, 96]
+    assert list(result.choices.permutations) == ["model.layers.0.mlp.down_proj"]
+    with pytest.raises(cq.RecipeError, match="one for each of 2 blocks, got 3"):
+        run(block_size=(16, 16, 16))

@@ -7,7 +7,7 @@ from corequant.recipe import PERMUTATIONS, Recipe
 
 
 @pytest.mark.parametrize("permutation", PERMUTATIONS)
-@pytest.mark.parametrize("block_size", [None, 16])
+@pytest.mark.parametrize("block_size", [None, 16, "auto", (16, 32)])
 @pytest.mark.parametrize("activations", ["none", "int4:token:asymmetric", "int8"])
 @pytest.mark.parametrize("weights", ["int4:channel", "int3:group64:asymmetric:absmax"])
 def test_toml_round_trip(permutation, block_size, activations, weights):
@@ -33,6 +33,11 @@ def test_weights_search_their_scales_unless_told_otherwise():
         ({"block_size": 2.5}, "block_size must be an integer"),
         ({"weights": "int4:chanel"}, "unknown part 'chanel'.*did you mean 'channel'"),
         ({"weights": "int4:token"}, "weights have no tokens"),
+        ({"block_size": (16, 0)}, "block_size must be at least 1"),
+        ({"block_size": "many"}, "block_size must be an integer"),
+        ({"tolerance": -1}, "tolerance must be finite"),
+        ({"tolerance": "x"}, "tolerance must be a number"),
+        ({"factors": "some"}, "factors must be one of"),
         ({"weights": 4}, "weights must be a QuantSpec"),
         ({"activations": "int9"}, "unknown format 'int9'"),
         ({"activations": "int4:channel"}, "can't be scaled by channel"),
