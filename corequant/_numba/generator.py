@@ -1,0 +1,258 @@
+"""The generator: turns a plan into one LLVM function body, loops and all.
+
+Numbers of a block have the address (chunk, vector): along rows a chunk is a tile of consecutive
+vectors, down columns it is a row's share of a strip. The first pass along rows works inside a
+chunk; every other pass combines the same vector of several chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from corequant._numba.cores import mix
+from corequant._numba.plans import Plan
+from corequant._numba.vectors import VECTOR_BYTES, Vectors
+
+__all__ = ["rotate"]
+
+_WORD = ir.IntType(64)
+
+
+@intrinsic(prefer_literal=True)
+def rotate(  # type: ignore[no-untyped-def]
+    context, src, twin, dst, src_step, dst_step, units, signs, period, phase, scale, scratch, plan
+):
+    """Rotate ``units`` units of ``src`` into ``dst`` (addresses), which may be the same.
+
+    ``twin`` equals ``src``. ``src_step`` and ``dst_step`` are bytes from row to row, used for
+    columns only. ``signs`` is the address of ``period`` factors, of which the first unit uses those
+    from ``phase`` on; after the rotation they take the place of ``scale``.
+    """
+    if not isinstance(plan, types.StringLiteral):
+        return None
+    chosen = Plan.parse(plan.literal_value)
+    signature = types.void(*([types.intp] * 9), scale, types.intp, plan)
+
+    def generate(target, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        _Body(builder, chosen, arguments).emit()
+        return target.get_dummy_value()
+
+    return signature, generate
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where vectors lie: a byte pointer, and bytes from chunk to chunk."""
+
+    base: Any
+    step: Any
+    in_array: bool
+
+
+class _Body:
+    """One kernel's body under construction."""
+
+    def __init__(self, builder: Any, plan: Plan, arguments: Any) -> None:
+        self.b = builder
+        self.plan = plan
+        self.v = Vectors(builder, plan.dtype)
+        (src, twin, dst, src_step, dst_step, units, signs, period, phase, scale, scratch) = (
+            arguments[:11]
+        )
+        self.src, self.twin, self.dst = map(self._pointer, (src, twin, dst))
+        self.signs, self.scratch = self._pointer(signs), self._pointer(scratch)
+        self.steps = (src_step, dst_step)
+        self.units, self.period, self.phase = units, period, phase
+        self.factor = self.v.splat(scale)
+
+    def emit(self) -> None:
+        """Emit the loop over units."""
+        plan, b = self.plan, self.b
+        vectors = plan.strip or plan.unit // plan.lanes
+        moved = vectors * self.v.stored_bytes
+        phase = cgutils.alloca_once_value(b, self.phase)
+        with self._loop(self.units) as unit:
+            offset = b.mul(unit, _word(moved))
+            self.from_twin = self.v.address(self.twin, offset)
+            self.ahead = self.v.address(self.src, b.add(offset, _word(self._distance(moved))))
+            if plan.signs != "none" and not plan.strip:
+                at = b.load(phase)
+                self.unit_signs = self.v.address(self.signs, b.mul(at, _word(self.v.scalar_bytes)))
+                following = b.add(at, _word(plan.unit))
+                wraps = b.icmp_signed("==", following, self.period)
+                b.store(b.select(wraps, _word(0), following), phase)
+            self._unit(
+                self._array(self.v.address(self.src, offset), 0),
+                self._array(self.v.address(self.dst, offset), 1),
+                moved,
+            )
+        if plan.stream:
+            self.v.fence()
+
+    def _unit(self, source: _Place, target: _Place, moved: int) -> None:
+        plan = self.plan
+        rest = _Place(self.scratch, plan.pitch, in_array=False)
+        count = plan.passes
+        lines = -(-moved * (plan.block if plan.strip else 1) // VECTOR_BYTES)
+        self.share = -(-lines // count)
+        number = 0
+        if plan.tile:
+            self._first_pass(source, target if count == 1 else rest, number, count == 1)
+            number += 1
+        distance = 1
+        for radix in plan.radices:
+            here = source if number == 0 else rest
+            last = number == count - 1
+            self._pass(radix, distance, here, target if last else rest, number, last)
+            distance *= radix
+            number += 1
+        if plan.core > 1:
+            here = source if number == 0 else rest
+            self._core_pass(distance, here, target, number)
+
+    def _first_pass(self, source: _Place, target: _Place, number: int, last: bool) -> None:
+        """Stages inside a vector, then between the vectors of a tile."""
+        plan, v = self.plan, self.v
+        stages = (min(plan.power, plan.lanes)).bit_length() - 1
+        together = max(1, min(plan.tile, plan.power // plan.lanes))
+        with self._loop(plan.chunks) as chunk:
+            self._prefetch(number, chunk, plan.chunks)
+            vectors = []
+            for i in range(plan.tile):
+                if plan.paired_loads:
+                    at = self._offset(source, chunk, i)
+                    left, right = v.address(source.base, at), v.address(self.from_twin, at)
+                    vectors.append(v.load_butterfly(left, right))
+                else:
+                    vectors.append(self._load(source, chunk, i))
+            start = 1 if plan.paired_loads else 0
+            for stage in range(start, stages):
+                vectors = [v.lane_butterfly(vector, 1 << stage) for vector in vectors]
+            for i in range(0, plan.tile, together):
+                vectors[i : i + together] = v.butterflies(vectors[i : i + together])
+            for i, vector in enumerate(vectors):
+                self._store(vector, target, chunk, i, last)
+
+    def _pass(
+        self, radix: int, distance: int, source: _Place, target: _Place, number: int, last: bool
+    ) -> None:
+        """Stages between ``radix`` chunks, each ``distance`` chunks from the next."""
+        width = self.plan.tile or self.plan.strip
+        groups = self.plan.chunks // (radix * distance)
+        with self._loop(groups) as group, self._loop(distance) as inner, self._loop(width) as vector:
+            first = self.b.add(self.b.mul(group, _word(radix * distance)), inner)
+            tile = self._index((group, distance), (inner, width), vector)
+            self._prefetch(number, tile, groups * distance * width)
+            chunks = [self.b.add(first, _word(i * distance)) for i in range(radix)]
+            loaded = [self._load(source, chunk, vector) for chunk in chunks]
+            for chunk, turned in zip(chunks, self.v.butterflies(loaded), strict=True):
+                self._store(turned, target, chunk, vector, last)
+
+    def _core_pass(self, distance: int, source: _Place, target: _Place, number: int) -> None:
+        """The core's stage: between K chunks, each p numbers from the next."""
+        plan = self.plan
+        width = plan.tile or plan.strip
+        with self._loop(distance) as inner, self._loop(width) as vector:
+            tile = self._index((inner, width), vector)
+            self._prefetch(number, tile, distance * width)
+
+            def load(k: Any) -> Any:
+                return self._load(source, self._chunk(inner, k, distance), vector)
+
+            def store(k: Any, mixed: Any) -> None:
+                self._store(mixed, target, self._chunk(inner, k, distance), vector, True)
+
+            mix(self.v, plan.core, plan.inverse, load, store, self._loop)
+
+    def _chunk(self, inner: Any, k: Any, distance: int) -> Any:
+        step = _word(k * distance) if isinstance(k, int) else self.b.mul(k, _word(distance))
+        return self.b.add(inner, step)
+
+    def _load(self, place: _Place, chunk: Any, vector: Any) -> Any:
+        pointer = self.v.address(place.base, self._offset(place, chunk, vector))
+        if not place.in_array:
+            return self.v.load(pointer)
+        loaded = self.v.load_stored(pointer)
+        if self.plan.signs == "before":
+            loaded = self.v.scale(loaded, self._sign(chunk, vector))
+        return loaded
+
+    def _store(self, vector: Any, place: _Place, chunk: Any, at: Any, last: bool) -> None:
+        pointer = self.v.address(place.base, self._offset(place, chunk, at))
+        if not last:
+            self.v.store(vector, pointer, VECTOR_BYTES)
+            return
+        signed = self.plan.signs == "after"
+        vector = self.v.scale(vector, self._sign(chunk, at) if signed else self.factor)
+        stream = self.plan.stream
+        self.v.store_stored(vector, pointer, stream, stream > 0)
+
+    def _sign(self, chunk: Any, vector: Any) -> Any:
+        if self.plan.strip:
+            offset = self.b.mul(chunk, _word(self.v.scalar_bytes))
+            return self.v.load_scalar(self.v.address(self.signs, offset))
+        place = _Place(self.unit_signs, self.plan.tile * VECTOR_BYTES, in_array=False)
+        return self.v.load(self.v.address(place.base, self._offset(place, chunk, vector)))
+
+    def _array(self, pointer: Any, which: int) -> _Place:
+        if self.plan.strip:
+            return _Place(pointer, self.steps[which], in_array=True)
+        return _Place(pointer, self.plan.tile * self.v.stored_bytes, in_array=True)
+
+    def _offset(self, place: _Place, chunk: Any, vector: Any) -> Any:
+        size = self.v.stored_bytes if place.in_array else VECTOR_BYTES
+        within = vector * size if isinstance(vector, int) else self.b.mul(vector, _word(size))
+        return self.b.add(self.b.mul(chunk, _word(place.step)), _word(within))
+
+    def _distance(self, moved: int) -> int:
+        return self.plan.ahead if self.plan.strip else max(self.plan.ahead, moved)
+
+    def _prefetch(self, number: int, tile: Any, tiles: int) -> None:
+        """Fetch this tile's share of what comes ``ahead``, so that all passes overlap with it."""
+        plan = self.plan
+        if not plan.ahead:
+            return
+        if plan.strip:
+            self._prefetch_rows(number, tile, tiles)
+            return
+        each = -(-self.share // tiles)
+        start = self.b.mul(tile, _word(each * VECTOR_BYTES))
+        for k in range(each):
+            offset = number * self.share * VECTOR_BYTES + k * VECTOR_BYTES
+            self.v.prefetch(self.v.address(self.ahead, self.b.add(start, _word(offset))))
+
+    def _prefetch_rows(self, number: int, tile: Any, tiles: int) -> None:
+        pass
+
+    def _index(self, *parts: Any) -> Any:
+        """Number the turns of nested loops: ((i, n), (j, m), k) gives (i n + j) m + k."""
+        total = _word(0)
+        for part in parts[:-1]:
+            index, length = part
+            total = self.b.mul(self.b.add(total, index), _word(length))
+        return self.b.add(total, parts[-1])
+
+    @contextmanager
+    def _loop(self, count: Any) -> Iterator[Any]:
+        if isinstance(count, int) and count == 1:
+            yield _word(0)
+            return
+        with cgutils.for_range(self.b, _word(count), intp=_WORD) as loop:
+            yield loop.index
+
+    def _pointer(self, address: Any) -> Any:
+        return self.b.inttoptr(address, ir.IntType(8).as_pointer())
+
+
+def _word(value: Any) -> Any:
+    return ir.Constant(_WORD, value) if isinstance(value, int) else value
+
+
+Load = Callable[[Any], Any]

@@ -1,0 +1,198 @@
+"""Plans: how a rotation is cut into passes over a tile of registers.
+
+A block of K·p numbers is turned by the stages of Sylvester's matrix of order p, butterflies at
+distances 1, 2, 4, ..., p/2, then by the core of order K. A pass does several stages on as many
+vectors as registers hold. Every plan does the stages in that one order, so that every plan gives
+the same bits; plans differ in speed alone. ``docs/kernels.md`` tells why each is as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+from llvmlite import binding
+
+from corequant._numba.vectors import VECTOR_BYTES, compute_dtype, lanes_of
+
+__all__ = ["Plan", "plan_columns", "plan_rows"]
+
+_AHEAD = 8192
+"""Bytes that a processor which needs it is told to fetch ahead: 4 KiB is 5 % slower, 16 KiB not
+faster (Emerald Rapids, in place, block size 64)."""
+
+# Vectors per tile of the first pass, then the radices of the passes across tiles, by the order p
+# over the vector's length.
+_ROWS: dict[int, tuple[int, tuple[int, ...]]] = {
+    1: (4, ()),
+    2: (4, ()),
+    4: (4, ()),
+    8: (8, ()),
+    16: (4, (4,)),
+    32: (4, (8,)),
+    64: (8, (8,)),
+    128: (8, (16,)),
+    256: (8, (8, 4)),
+    512: (8, (8, 8)),
+    1024: (8, (16, 8)),
+    2048: (8, (16, 16)),
+    4096: (8, (8, 8, 8)),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Passes of one kernel.
+
+    Attributes
+    ----------
+    dtype : str
+        Of the arrays; float16 and bfloat16 are computed in float32.
+    core : int
+        K, the order of the core; 1 without one.
+    power : int
+        p, the order of Sylvester's matrix.
+    inverse : bool
+        Multiply by the transpose of the core.
+    tile : int
+        Vectors in a tile of the first pass along rows; 0 for a rotation down columns.
+    radices : tuple of int
+        Tiles (rows of the matrix, for columns) combined by each pass that follows.
+    strip : int
+        Vectors beside each other in a rotation down columns; 0 along rows.
+    signs : {"none", "before", "after"}
+        Where signs are multiplied.
+    stream : int
+        Alignment in bytes of stores that bypass the cache; 0 for ordinary stores.
+    ahead : int
+        Bytes to fetch ahead of the first pass; 0 leaves that to the processor.
+    paired_loads : bool
+        Let the load ports do the first butterfly's shuffles.
+    """
+
+    dtype: str
+    core: int
+    power: int
+    inverse: bool = False
+    tile: int = 0
+    radices: tuple[int, ...] = ()
+    strip: int = 0
+    signs: str = "none"
+    stream: int = 0
+    ahead: int = 0
+    paired_loads: bool = False
+
+    def __str__(self) -> str:
+        """Write the form that ``parse`` reads; it is what a compiled kernel is cached under."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def parse(cls, text: str) -> Plan:
+        """Read the string form."""
+        fields = json.loads(text)
+        return cls(**{**fields, "radices": tuple(fields["radices"])})
+
+    @property
+    def lanes(self) -> int:
+        """Numbers in a vector."""
+        return lanes_of(self.dtype)
+
+    @property
+    def block(self) -> int:
+        """Block size K·p."""
+        return self.core * self.power
+
+    @property
+    def unit(self) -> int:
+        """Numbers that one turn of the outermost loop along rows covers: blocks, or one block."""
+        return max(self.block, self.tile * self.lanes)
+
+    @property
+    def passes(self) -> int:
+        """How often a number is loaded and stored."""
+        return (self.tile > 0) + len(self.radices) + (self.core > 1)
+
+    @property
+    def pitch(self) -> int:
+        """Bytes from tile to tile in the scratch, one vector more than they fill.
+
+        Without it, tiles a power of two apart would share a few sets of the first-level cache.
+        """
+        return ((self.tile or self.strip) + 1) * VECTOR_BYTES
+
+    @property
+    def chunks(self) -> int:
+        """Tiles (rows, for columns) in a block."""
+        return self.block if self.strip else max(1, self.block // (self.tile * self.lanes))
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of scratch that a kernel needs, 64-aligned; 0 for a single pass."""
+        return self.chunks * self.pitch if self.passes > 1 else 0
+
+
+@lru_cache(maxsize=256)
+def plan_rows(dtype: str, core: int, power: int, inverse: bool, signs: str, stream: int) -> Plan:
+    """Plan a rotation along the last axis; p at least a vector's length, or K = 1."""
+    vectors = max(1, power // lanes_of(dtype))
+    tile, radices = _ROWS[vectors] if vectors in _ROWS else _long(vectors)
+    if core > 1 and tile > vectors:
+        tile = vectors
+    plain = dtype == "float32" and power > 1 and signs != "before"
+    return Plan(
+        dtype=dtype,
+        core=core,
+        power=power,
+        inverse=inverse and core > 1,
+        tile=tile,
+        radices=radices,
+        signs=signs,
+        stream=stream,
+        ahead=_AHEAD if _wants_prefetch() else 0,
+        paired_loads=plain and _wants_prefetch(),
+    )
+
+
+@lru_cache(maxsize=256)
+def plan_columns(dtype: str, core: int, power: int, inverse: bool, signs: str) -> Plan:
+    """Plan a rotation down the first axis: rows are combined, vectors lie along them."""
+    radices = _split(power)
+    single = len(radices) + (core > 1) == 1
+    return Plan(
+        dtype=dtype,
+        core=core,
+        power=power,
+        inverse=inverse and core > 1,
+        radices=radices,
+        strip=1 if single else 4,
+        signs=signs,
+        ahead=256 if _wants_prefetch() else 0,
+    )
+
+
+def _split(order: int) -> tuple[int, ...]:
+    """Split a power of two into radices of at most 16, as even as that gets."""
+    bits = order.bit_length() - 1
+    count = -(-bits // 4)
+    return tuple(1 << ((bits + k) // count) for k in range(count))
+
+
+def _long(vectors: int) -> tuple[int, tuple[int, ...]]:
+    return 8, _split(vectors // 8)
+
+
+@lru_cache(maxsize=1)
+def _wants_prefetch() -> bool:
+    # Intel's cores are short of scheduler entries: the butterflies that wait for memory fill them
+    # before enough lines are under way. AMD's lose by prefetching (Zen 4).
+    return binding.get_host_cpu_name() not in {"znver1", "znver2", "znver3", "znver4", "znver5"}
+
+
+def describe(plan: Plan) -> str:
+    """Say in words what a plan does."""
+    first = [f"{plan.tile} vectors"] if plan.tile else []
+    steps = [*first, *(f"radix {r}" for r in plan.radices)]
+    if plan.core > 1:
+        steps.append(f"core {plan.core}")
+    return f"{compute_dtype(plan.dtype)}: " + ", ".join(steps)

@@ -1,0 +1,36 @@
+"""Compiled rotations: one source for every plan, a kernel each time that a new plan is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from corequant._numba.generator import rotate
+from corequant._numba.jit import jit_signature
+from corequant._numba.plans import Plan
+
+__all__ = ["kernel_for"]
+
+Kernel = Callable[..., None]
+
+_WORDS = ", ".join(["intp"] * 9)
+
+
+@lru_cache(maxsize=512)
+def kernel_for(plan: Plan) -> Kernel:
+    """Compile the kernel of a plan; see ``generator.rotate`` for what it takes."""
+    return _compile(str(plan), "float64" if plan.dtype == "float64" else "float32")
+
+
+def _compile(plan: str, real: str) -> Kernel:
+    @jit_signature(f"void({_WORDS}, {real}, intp)")
+    def rotate_units(  # type: ignore[no-untyped-def]
+        src, twin, dst, src_step, dst_step, units, signs, period, phase, scale, scratch
+    ):
+        rotate(
+            src, twin, dst, src_step, dst_step, units, signs, period, phase, scale, scratch, plan
+        )
+
+    kernel: Any = rotate_units
+    return kernel  # type: ignore[no-any-return]
