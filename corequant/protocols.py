@@ -40,11 +40,13 @@ class Backend(Protocol):
         x: Array,
         block_size: int,
         *,
+        axis: int,
         inverse: bool,
         signs: npt.NDArray[np.int8] | None,
         out: Array | None,
+        threads: int | None,
     ) -> Array:
-        """Rotate blocks of the last axis by H/√b, ``out`` being x's equal in shape and dtype."""
+        """Rotate blocks of one axis by H/√b, ``out`` being x's equal in shape and dtype."""
 
     def token_normalize(self, x: Array) -> Array:
         """Return the rows of ``x`` (..., d) as (tokens, d), each scaled to mean square 1."""

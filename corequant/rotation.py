@@ -1,4 +1,4 @@
-"""Rotations of the last axis by block-diagonal Hadamard matrices.
+"""Rotations of an axis by block-diagonal Hadamard matrices.
 
 ``y = x R̃`` with ``R̃ = diag(R, ..., R)`` and ``R = H/√b``, H a Hadamard matrix of order b.
 """
@@ -28,11 +28,13 @@ def block_hadamard(
     x: Any,
     block_size: int | None = None,
     *,
+    axis: int = -1,
     inverse: bool = False,
     signs: npt.NDArray[Any] | None = None,
     out: Any = None,
+    threads: int | None = None,
 ) -> Any:
-    """Rotate each block of the last axis by a normalised Hadamard matrix.
+    """Rotate each block of one axis by a normalised Hadamard matrix.
 
     Parameters
     ----------
@@ -42,6 +44,9 @@ def block_hadamard(
     block_size : int, optional
         Length b of a block; must divide d and be the order of a Hadamard matrix. The whole axis
         (the full-vector rotation) by default.
+    axis : int
+        The axis that the d channels lie along; the last one by default. Axis 0 is a weight's
+        output side.
     inverse : bool
         Apply the transpose, which undoes the rotation. H need not be symmetric, so rotating twice
         is not the same as undoing.
@@ -50,11 +55,16 @@ def block_hadamard(
         randomised Hadamard rotation.
     out : array, optional
         Where the result goes: shape and dtype of ``x``, and either ``x`` itself or apart from it.
+    threads : int, optional
+        At most so many threads; all that the process may use by default. The result doesn't
+        depend on it.
 
     Returns
     -------
     array (..., d)
-        Of the type, dtype and device of ``x``; computed in float32, or float64 for float64.
+        Of the type, dtype and device of ``x``; computed in float32, or float64 for float64, and
+        rounded once. Its relative error, root mean square, is that of the plain butterflies in the
+        same dtype: about 1e-7 in float32.
 
     Raises
     ------
@@ -80,7 +90,8 @@ def block_hadamard(
     """
     backend = backend_for(x=x, out=out)
     check_array("x", x)
-    d = int(x.shape[-1])
+    place = check_axis("axis", axis, x.ndim)
+    d = int(x.shape[place])
     size = check_block_size("block_size", block_size, d)
     sign = check_signs("signs", signs, d)
     if out is not None:
@@ -91,7 +102,18 @@ def block_hadamard(
                 f"got {tuple(out.shape)} and {out.dtype}"
             )
         _check_out(x, out)
-    return backend.block_hadamard(x, size, inverse=bool(inverse), signs=sign, out=out)
+    count = None if threads is None else check_index("threads", threads)
+    return backend.block_hadamard(
+        x, size, axis=place, inverse=bool(inverse), signs=sign, out=out, threads=count
+    )
+
+
+def check_axis(name: str, axis: Any, ndim: int) -> int:
+    """Return the axis counted from the front; raise unless there is one."""
+    place = check_index(name, axis, minimum=-ndim)
+    if place >= ndim:
+        raise ValueError(f"{name} must be less than the number of axes {ndim}, got {place}")
+    return place % ndim
 
 
 def _check_out(x: Any, out: Any) -> None:
@@ -112,7 +134,7 @@ def check_block_size(name: str, block_size: Any, d: int) -> int:
     Raises BlockSizeError or HadamardOrderError, naming the sizes that work.
     """
     if d < 1:
-        raise ShapeError(f"the last axis must not be empty, got length {d}")
+        raise ShapeError(f"the axis of the channels must not be empty, got length {d}")
     size = d if block_size is None else check_index(name, block_size)
     check_divides(name, size, d)
     try:

@@ -38,14 +38,25 @@ class TorchBackend:
         x: torch.Tensor,
         block_size: int,
         *,
+        axis: int,
         inverse: bool,
         signs: npt.NDArray[np.int8] | None,
         out: torch.Tensor | None,
+        threads: int | None,
     ) -> torch.Tensor:
-        """Rotate blocks of the last axis; see ``corequant.block_hadamard``."""
-        rotated = self._numpy.block_hadamard(
-            _to_numpy(x), block_size, inverse=inverse, signs=signs, out=None
-        )
+        """Rotate blocks of one axis; see ``corequant.block_hadamard``."""
+        options: dict[str, Any] = {
+            "axis": axis,
+            "inverse": inverse,
+            "signs": signs,
+            "threads": threads,
+        }
+        if out is not None and out.dtype != torch.bfloat16:
+            self._numpy.block_hadamard(
+                _to_numpy(x), block_size, out=_to_numpy(out), **options
+            )
+            return out
+        rotated = self._numpy.block_hadamard(_to_numpy(x), block_size, out=None, **options)
         result = _to_torch(rotated, x.dtype)
         return result if out is None else out.copy_(result)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -33,11 +34,12 @@ def rotate(  # type: ignore[no-untyped-def]
 
     ``twin`` equals ``src``. ``src_step`` and ``dst_step`` are bytes from row to row, used for
     columns only. ``signs`` is the address of ``period`` factors, of which the first unit uses those
-    from ``phase`` on; after the rotation they take the place of ``scale``.
+    from ``phase`` on; after the rotation they take the place of ``scale``. ``plan`` is a literal,
+    a plan's string form after a word that is not looked at.
     """
     if not isinstance(plan, types.StringLiteral):
         return None
-    chosen = Plan.parse(plan.literal_value)
+    chosen = Plan.parse(plan.literal_value.partition(" ")[2])
     signature = types.void(*([types.intp] * 9), scale, types.intp, plan)
 
     def generate(target, builder, signature, arguments):  # type: ignore[no-untyped-def]
@@ -54,6 +56,16 @@ class _Place:
     base: Any
     step: Any
     in_array: bool
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """What one pass works on: its number, the part of the unit, and chunks in a part."""
+
+    number: int
+    part: Any
+    chunks: int
+    last: bool = False
 
 
 class _Body:
@@ -81,7 +93,7 @@ class _Body:
         with self._loop(self.units) as unit:
             offset = b.mul(unit, _word(moved))
             self.from_twin = self.v.address(self.twin, offset)
-            self.ahead = self.v.address(self.src, b.add(offset, _word(self._distance(moved))))
+            self.ahead = self.v.address(self.src, b.add(offset, _word(max(plan.ahead, moved))))
             if plan.signs != "none" and not plan.strip:
                 at = b.load(phase)
                 self.unit_signs = self.v.address(self.signs, b.mul(at, _word(self.v.scalar_bytes)))
@@ -97,33 +109,36 @@ class _Body:
             self.v.fence()
 
     def _unit(self, source: _Place, target: _Place, moved: int) -> None:
+        """All passes over one unit, all but the last one part after the other.
+
+        A part is what the last pass combines, so that it stays in the first-level cache until then.
+        """
         plan = self.plan
         rest = _Place(self.scratch, plan.pitch, in_array=False)
-        count = plan.passes
-        lines = -(-moved * (plan.block if plan.strip else 1) // VECTOR_BYTES)
-        self.share = -(-lines // count)
-        number = 0
-        if plan.tile:
-            self._first_pass(source, target if count == 1 else rest, number, count == 1)
-            number += 1
+        lines = -(-moved // VECTOR_BYTES)
+        self.share = -(-lines // plan.passes)
+        steps: list[Callable[..., None]] = [self._first_pass] if plan.tile else []
         distance = 1
         for radix in plan.radices:
-            here = source if number == 0 else rest
-            last = number == count - 1
-            self._pass(radix, distance, here, target if last else rest, number, last)
+            steps.append(partial(self._pass, radix, distance))
             distance *= radix
-            number += 1
         if plan.core > 1:
-            here = source if number == 0 else rest
-            self._core_pass(distance, here, target, number)
+            steps.append(partial(self._core_pass, distance))
+        *early, final = steps
+        chunks = plan.chunks // plan.parts
+        with self._loop(plan.parts if early else 1) as part:
+            for number, step in enumerate(early):
+                step(_Stretch(number, part, chunks), source if number == 0 else rest, rest)
+        whole = _Stretch(len(early), _word(0), plan.chunks, last=True)
+        final(whole, rest if early else source, target)
 
-    def _first_pass(self, source: _Place, target: _Place, number: int, last: bool) -> None:
+    def _first_pass(self, over: _Stretch, source: _Place, target: _Place) -> None:
         """Stages inside a vector, then between the vectors of a tile."""
         plan, v = self.plan, self.v
         stages = (min(plan.power, plan.lanes)).bit_length() - 1
         together = max(1, min(plan.tile, plan.power // plan.lanes))
-        with self._loop(plan.chunks) as chunk:
-            self._prefetch(number, chunk, plan.chunks)
+        with self._loop(over.chunks) as index:
+            chunk = self._prefetch(over, index, over.chunks)
             vectors = []
             for i in range(plan.tile):
                 if plan.paired_loads:
@@ -132,44 +147,45 @@ class _Body:
                     vectors.append(v.load_butterfly(left, right))
                 else:
                     vectors.append(self._load(source, chunk, i))
-            start = 1 if plan.paired_loads else 0
-            for stage in range(start, stages):
+            for stage in range(int(plan.paired_loads), stages):
                 vectors = [v.lane_butterfly(vector, 1 << stage) for vector in vectors]
             for i in range(0, plan.tile, together):
                 vectors[i : i + together] = v.butterflies(vectors[i : i + together])
             for i, vector in enumerate(vectors):
-                self._store(vector, target, chunk, i, last)
+                self._store(vector, target, chunk, i, over.last)
 
     def _pass(
-        self, radix: int, distance: int, source: _Place, target: _Place, number: int, last: bool
+        self, radix: int, distance: int, over: _Stretch, source: _Place, target: _Place
     ) -> None:
         """Stages between ``radix`` chunks, each ``distance`` chunks from the next."""
         width = self.plan.tile or self.plan.strip
-        groups = self.plan.chunks // (radix * distance)
-        with self._loop(groups) as group, self._loop(distance) as inner, self._loop(width) as vector:
-            first = self.b.add(self.b.mul(group, _word(radix * distance)), inner)
-            tile = self._index((group, distance), (inner, width), vector)
-            self._prefetch(number, tile, groups * distance * width)
-            chunks = [self.b.add(first, _word(i * distance)) for i in range(radix)]
-            loaded = [self._load(source, chunk, vector) for chunk in chunks]
+        groups = over.chunks // (radix * distance)
+        with self._loop(groups) as group, self._loop(distance) as inner, self._loop(width) as at:
+            number = self._number((group, distance), (inner, width), at)
+            self._prefetch(over, number, groups * distance * width)
+            start = self.b.mul(over.part, _word(over.chunks))
+            start = self.b.add(start, self.b.mul(group, _word(radix * distance)))
+            start = self.b.add(start, inner)
+            chunks = [self.b.add(start, _word(i * distance)) for i in range(radix)]
+            loaded = [self._load(source, chunk, at) for chunk in chunks]
             for chunk, turned in zip(chunks, self.v.butterflies(loaded), strict=True):
-                self._store(turned, target, chunk, vector, last)
+                self._store(turned, target, chunk, at, over.last)
 
-    def _core_pass(self, distance: int, source: _Place, target: _Place, number: int) -> None:
+    def _core_pass(self, distance: int, over: _Stretch, source: _Place, target: _Place) -> None:
         """The core's stage: between K chunks, each p numbers from the next."""
         plan = self.plan
         width = plan.tile or plan.strip
-        with self._loop(distance) as inner, self._loop(width) as vector:
-            tile = self._index((inner, width), vector)
-            self._prefetch(number, tile, distance * width)
+        tables = self.v.address(self.scratch, plan.kept)
+        with self._loop(distance) as inner, self._loop(width) as at:
+            self._prefetch(over, self._number((inner, width), at), distance * width)
 
             def load(k: Any) -> Any:
-                return self._load(source, self._chunk(inner, k, distance), vector)
+                return self._load(source, self._chunk(inner, k, distance), at)
 
             def store(k: Any, mixed: Any) -> None:
-                self._store(mixed, target, self._chunk(inner, k, distance), vector, True)
+                self._store(mixed, target, self._chunk(inner, k, distance), at, over.last)
 
-            mix(self.v, plan.core, plan.inverse, load, store, self._loop)
+            mix(self.v, plan.core, plan.inverse, load, store, tables)
 
     def _chunk(self, inner: Any, k: Any, distance: int) -> Any:
         step = _word(k * distance) if isinstance(k, int) else self.b.mul(k, _word(distance))
@@ -179,6 +195,8 @@ class _Body:
         pointer = self.v.address(place.base, self._offset(place, chunk, vector))
         if not place.in_array:
             return self.v.load(pointer)
+        if self.plan.strip and self.plan.ahead:
+            self.v.prefetch(self.v.address(pointer, self.plan.ahead))
         loaded = self.v.load_stored(pointer)
         if self.plan.signs == "before":
             loaded = self.v.scale(loaded, self._sign(chunk, vector))
@@ -191,7 +209,7 @@ class _Body:
             return
         signed = self.plan.signs == "after"
         vector = self.v.scale(vector, self._sign(chunk, at) if signed else self.factor)
-        stream = self.plan.stream
+        stream = min(self.plan.stream, self.v.stored_bytes)
         self.v.store_stored(vector, pointer, stream, stream > 0)
 
     def _sign(self, chunk: Any, vector: Any) -> Any:
@@ -211,31 +229,26 @@ class _Body:
         within = vector * size if isinstance(vector, int) else self.b.mul(vector, _word(size))
         return self.b.add(self.b.mul(chunk, _word(place.step)), _word(within))
 
-    def _distance(self, moved: int) -> int:
-        return self.plan.ahead if self.plan.strip else max(self.plan.ahead, moved)
+    def _prefetch(self, over: _Stretch, number: Any, tiles: int) -> Any:
+        """Fetch this tile's share of what comes next, so that all passes overlap with memory.
 
-    def _prefetch(self, number: int, tile: Any, tiles: int) -> None:
-        """Fetch this tile's share of what comes ``ahead``, so that all passes overlap with it."""
+        Returns the number of the tile in the unit.
+        """
         plan = self.plan
-        if not plan.ahead:
-            return
-        if plan.strip:
-            self._prefetch_rows(number, tile, tiles)
-            return
-        each = -(-self.share // tiles)
-        start = self.b.mul(tile, _word(each * VECTOR_BYTES))
-        for k in range(each):
-            offset = number * self.share * VECTOR_BYTES + k * VECTOR_BYTES
-            self.v.prefetch(self.v.address(self.ahead, self.b.add(start, _word(offset))))
+        tile = self.b.add(self.b.mul(over.part, _word(tiles)), number)
+        if plan.ahead and not plan.strip:
+            parts = plan.chunks // over.chunks
+            each = -(-self.share // (tiles * parts))
+            start = self.b.mul(tile, _word(each * VECTOR_BYTES))
+            for k in range(each):
+                offset = (over.number * self.share + k) * VECTOR_BYTES
+                self.v.prefetch(self.v.address(self.ahead, self.b.add(start, _word(offset))))
+        return tile
 
-    def _prefetch_rows(self, number: int, tile: Any, tiles: int) -> None:
-        pass
-
-    def _index(self, *parts: Any) -> Any:
+    def _number(self, *parts: Any) -> Any:
         """Number the turns of nested loops: ((i, n), (j, m), k) gives (i n + j) m + k."""
         total = _word(0)
-        for part in parts[:-1]:
-            index, length = part
+        for index, length in parts[:-1]:
             total = self.b.mul(self.b.add(total, index), _word(length))
         return self.b.add(total, parts[-1])
 
@@ -253,6 +266,3 @@ class _Body:
 
 def _word(value: Any) -> Any:
     return ir.Constant(_WORD, value) if isinstance(value, int) else value
-
-
-Load = Callable[[Any], Any]

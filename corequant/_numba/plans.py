@@ -14,6 +14,7 @@ from functools import lru_cache
 
 from llvmlite import binding
 
+from corequant._numba.cores import mix_scratch
 from corequant._numba.vectors import VECTOR_BYTES, compute_dtype, lanes_of
 
 __all__ = ["Plan", "plan_columns", "plan_rows"]
@@ -28,17 +29,19 @@ _ROWS: dict[int, tuple[int, tuple[int, ...]]] = {
     1: (4, ()),
     2: (4, ()),
     4: (4, ()),
-    8: (8, ()),
+    8: (4, (2,)),
     16: (4, (4,)),
-    32: (4, (8,)),
-    64: (8, (8,)),
+    32: (8, (4,)),
+    64: (4, (4, 4)),
     128: (8, (16,)),
-    256: (8, (8, 4)),
-    512: (8, (8, 8)),
+    256: (4, (8, 8)),
+    512: (4, (8, 4, 4)),
     1024: (8, (16, 8)),
     2048: (8, (16, 16)),
     4096: (8, (8, 8, 8)),
 }
+# Stores that bypass the cache want few lines at a time in the last pass.
+_STREAMED = {16: (8, (2,)), 128: (4, (8, 4))}
 
 
 @dataclass(frozen=True)
@@ -127,16 +130,29 @@ class Plan:
         return self.block if self.strip else max(1, self.block // (self.tile * self.lanes))
 
     @property
-    def scratch(self) -> int:
-        """Bytes of scratch that a kernel needs, 64-aligned; 0 for a single pass."""
+    def parts(self) -> int:
+        """Parts of a block that the last pass combines."""
+        if self.core > 1:
+            return self.core
+        return self.radices[-1] if self.radices else 1
+
+    @property
+    def kept(self) -> int:
+        """Bytes of scratch that hold a block between passes; 0 for a single pass."""
         return self.chunks * self.pitch if self.passes > 1 else 0
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of scratch that a kernel needs, 64-aligned."""
+        return self.kept + mix_scratch(self.core)
 
 
 @lru_cache(maxsize=256)
 def plan_rows(dtype: str, core: int, power: int, inverse: bool, signs: str, stream: int) -> Plan:
     """Plan a rotation along the last axis; p at least a vector's length, or K = 1."""
     vectors = max(1, power // lanes_of(dtype))
-    tile, radices = _ROWS[vectors] if vectors in _ROWS else _long(vectors)
+    table = _ROWS | _STREAMED if stream else _ROWS
+    tile, radices = table[vectors] if vectors in table else _long(vectors)
     if core > 1 and tile > vectors:
         tile = vectors
     plain = dtype == "float32" and power > 1 and signs != "before"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from importlib import resources
 from typing import Any
+from zlib import crc32
 
 from corequant._numba.generator import rotate
 from corequant._numba.jit import jit_signature
@@ -20,7 +22,15 @@ _WORDS = ", ".join(["intp"] * 9)
 @lru_cache(maxsize=512)
 def kernel_for(plan: Plan) -> Kernel:
     """Compile the kernel of a plan; see ``generator.rotate`` for what it takes."""
-    return _compile(str(plan), "float64" if plan.dtype == "float64" else "float32")
+    return _compile(f"{_edition()} {plan}", "float64" if plan.dtype == "float64" else "float32")
+
+
+@lru_cache(maxsize=1)
+def _edition() -> str:
+    """Digest of the generator: numba looks at this file alone to tell whether a cache is stale."""
+    folder = resources.files(__package__)
+    names = ("cores.py", "generator.py", "vectors.py")
+    return f"{crc32(b''.join((folder / name).read_bytes() for name in names)):08x}"
 
 
 def _compile(plan: str, real: str) -> Kernel:

@@ -152,6 +152,21 @@ class Vectors:
         read, second_level, data = (ir.Constant(_INT32, k) for k in (0, 2, 1))
         self.builder.call(function, [pointer, read, second_level, data])
 
+    def constant_table(self, rows: list[list[int]]) -> Any:
+        """Put a table of small numbers into the module."""
+        kind = ir.ArrayType(ir.ArrayType(_INT32, len(rows[0])), len(rows))
+        module = self.builder.module
+        table = ir.GlobalVariable(module, kind, module.get_unique_name("corequant_table"))
+        table.linkage = "internal"
+        table.global_constant = True
+        table.initializer = ir.Constant(kind, rows)
+        return table
+
+    def table_entry(self, table: Any, row: Any, column: int) -> Any:
+        """Read a number of ``constant_table``."""
+        indices = [ir.Constant(_WORD, 0), row, ir.Constant(_WORD, column)]
+        return self.builder.zext(self.builder.load(self.builder.gep(table, indices)), _WORD)
+
     def fence(self) -> None:
         """Make streamed stores visible before whatever follows."""
         self.builder.fence("seq_cst")

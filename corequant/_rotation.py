@@ -1,0 +1,207 @@
+"""Block rotations of NumPy arrays: choose the plan, hand addresses to its kernel.
+
+Along the last axis an array is one run of numbers, cut into units of whole blocks; along any other
+axis rows are combined, a strip of columns at a time. Leftovers go through a small padded copy.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from corequant._numba.hadamard import rotate_blocks
+from corequant._numba.plans import Plan, plan_columns, plan_rows
+from corequant._numba.rotation import kernel_for
+from corequant._numba.vectors import VECTOR_BYTES, compute_dtype, lanes_of
+from corequant._threads import for_rows
+from corequant.hadamard import hadamard_factors
+
+__all__ = ["aligned", "rotate"]
+
+Array = npt.NDArray[Any]
+Signs = npt.NDArray[np.int8] | None
+
+_STREAMED_BYTES = 1 << 25
+"""Results of at least 32 MiB bypass the cache: they would push everything else out of it."""
+
+_TRANSPOSED = 256
+"""Blocks that are turned into columns at a time."""
+
+
+def rotate(
+    x: Array,
+    block_size: int,
+    *,
+    axis: int,
+    inverse: bool,
+    signs: Signs,
+    out: Array | None,
+    threads: int | None,
+) -> Array:
+    """Rotate blocks along ``axis`` of ``x`` into ``out`` or a new array."""
+    result = np.empty(x.shape, x.dtype) if out is None else out
+    if x.size == 0:
+        return result
+    source = np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
+    direct = result.dtype.isnative and result.flags.c_contiguous
+    target = result if direct else np.empty_like(source)
+    axis %= x.ndim
+    core, power = hadamard_factors(block_size)
+    if numba.config.DISABLE_JIT:
+        _rotate_plainly(source, target, block_size, axis, inverse, signs)
+    elif axis < x.ndim - 1:
+        _rotate_columns(source, target, block_size, axis, inverse, signs, threads)
+    elif core > 1 and power < lanes_of(x.dtype.name):
+        _rotate_transposed(source, target, block_size, inverse, signs, threads)
+    else:
+        _rotate_rows(source, target, block_size, inverse, signs, threads)
+    if target is not result:
+        result[...] = target
+    return result
+
+
+def aligned(size: int, dtype: Any = np.uint8) -> Array:
+    """Return an uninitialised vector that starts on a line of cache."""
+    kind = np.dtype(dtype)
+    raw = np.empty(size * kind.itemsize + VECTOR_BYTES, np.uint8)
+    start = -raw.ctypes.data % VECTOR_BYTES
+    return raw[start : start + size * kind.itemsize].view(kind)
+
+
+def factors(signs: Signs, dtype: str, block_size: int, inverse: bool) -> tuple[str, Array, Any]:
+    """Return where signs are multiplied, what by, and the scale, in the computed dtype."""
+    kind = np.dtype(compute_dtype(dtype))
+    scale = kind.type(1 / math.sqrt(block_size))
+    if signs is None:
+        return "none", np.empty(0, kind), scale
+    if inverse:
+        return "after", signs.astype(kind) * scale, scale
+    return "before", signs.astype(kind), scale
+
+
+def _rotate_rows(
+    x: Array, out: Array, block_size: int, inverse: bool, signs: Signs, threads: int | None
+) -> None:
+    core, power = hadamard_factors(block_size)
+    name = x.dtype.name
+    where, multipliers, scale = factors(signs, name, block_size, inverse)
+    plan = plan_rows(name, core, power, inverse, where, _stream(x, out))
+    kernel = kernel_for(plan)
+    d = x.shape[-1]
+    period = math.lcm(d, plan.unit)
+    repeated = np.tile(multipliers, period // d)
+    size = x.dtype.itemsize
+    source, target, table = x.ctypes.data, out.ctypes.data, repeated.ctypes.data
+    units, rest = divmod(x.size, plan.unit)
+
+    def work(first: int, last: int) -> None:
+        scratch = aligned(plan.scratch)
+        at = first * plan.unit
+        start, end = source + at * size, target + at * size
+        kernel(
+            *(start, start, end, 0, 0, last - first),
+            *(table, period, at % period, scale, scratch.ctypes.data),
+        )
+
+    for_rows(units, plan.unit, work, threads)
+    if rest:
+        tail = np.zeros(plan.unit, x.dtype)
+        tail[:rest] = x.reshape(-1)[-rest:]
+        plan = plan_rows(name, core, power, inverse, where, 0)
+        scratch = aligned(plan.scratch)
+        address = tail.ctypes.data
+        kernel_for(plan)(
+            *(address, address, address, 0, 0, 1),
+            *(table, period, units * plan.unit % period, scale, scratch.ctypes.data),
+        )
+        out.reshape(-1)[-rest:] = tail[:rest]
+
+
+def _rotate_columns(
+    x: Array,
+    out: Array,
+    block_size: int,
+    axis: int,
+    inverse: bool,
+    signs: Signs,
+    threads: int | None,
+) -> None:
+    core, power = hadamard_factors(block_size)
+    name = x.dtype.name
+    where, multipliers, scale = factors(signs, name, block_size, inverse)
+    plan = plan_columns(name, core, power, inverse, where)
+    width = plan.strip * plan.lanes
+    columns = math.prod(x.shape[axis + 1 :])
+    strips, rest = divmod(columns, width)
+    blocks = x.size // (block_size * columns)
+    per_axis = x.shape[axis] // block_size
+    source, target = (a.reshape(blocks, block_size, columns) for a in (x, out))
+    kernel = kernel_for(plan)
+    step = columns * x.dtype.itemsize
+
+    def turn(src: int, dst: int, row: int, block: int, count: int, scratch: int) -> None:
+        signed = block % per_axis * block_size * multipliers.dtype.itemsize
+        table = multipliers.ctypes.data + signed
+        kernel(src, src, dst, row, row, count, table, 0, 0, scale, scratch)
+
+    def work(first: int, last: int) -> None:
+        scratch = aligned(plan.scratch).ctypes
+        while first < last:
+            block, strip = divmod(first, strips)
+            count = min(last - first, strips - strip)
+            at = block * block_size * step + strip * width * x.dtype.itemsize
+            turn(x.ctypes.data + at, out.ctypes.data + at, step, block, count, scratch.data)
+            first += count
+
+    for_rows(blocks * strips, block_size * width, work, threads)
+    if rest:
+        scratch = aligned(plan.scratch)
+        tail = np.zeros((block_size, width), x.dtype)
+        for block in range(blocks):
+            tail[:, :rest] = source[block, :, -rest:]
+            address = tail.ctypes.data
+            turn(address, address, width * x.dtype.itemsize, block, 1, scratch.ctypes.data)
+            target[block, :, -rest:] = tail[:, :rest]
+
+
+def _rotate_transposed(
+    x: Array, out: Array, block_size: int, inverse: bool, signs: Signs, threads: int | None
+) -> None:
+    """Rotate blocks that are no whole number of vectors, as columns of a copy."""
+    if signs is not None and not inverse:
+        x = x * signs.astype(x.dtype)
+    source, target = x.reshape(-1, block_size), out.reshape(-1, block_size)
+
+    def work(first: int, last: int) -> None:
+        for start in range(first, last, _TRANSPOSED):
+            stop = min(start + _TRANSPOSED, last)
+            columns = np.ascontiguousarray(source[start:stop].T)
+            _rotate_columns(columns, columns, block_size, 0, inverse, None, 1)
+            target[start:stop] = columns.T
+
+    for_rows(len(source), block_size, work, threads)
+    if signs is not None and inverse:
+        out *= signs.astype(out.dtype)
+
+
+def _rotate_plainly(
+    x: Array, out: Array, block_size: int, axis: int, inverse: bool, signs: Signs
+) -> None:
+    where, multipliers, scale = factors(signs, x.dtype.name, block_size, inverse)
+    wide = np.moveaxis(x, axis, -1).astype(scale.dtype)
+    if where == "before":
+        wide *= multipliers
+    turned = rotate_blocks(wide.reshape(-1, block_size), inverse, np.ones_like(scale))
+    turned = turned.reshape(wide.shape) * (multipliers if where == "after" else scale)
+    out[...] = np.moveaxis(turned, -1, axis).astype(x.dtype)
+
+
+def _stream(x: Array, out: Array) -> int:
+    """Alignment of stores that bypass the cache, or 0 where ordinary ones are better."""
+    if out.nbytes < _STREAMED_BYTES or np.may_share_memory(x, out):
+        return 0
+    return next((a for a in (VECTOR_BYTES, 16) if out.ctypes.data % a == 0), 0)
