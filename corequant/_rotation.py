@@ -89,7 +89,7 @@ def _rotate_rows(
     core, power = hadamard_factors(block_size)
     name = x.dtype.name
     where, multipliers, scale = factors(signs, name, block_size, inverse)
-    plan = plan_rows(name, core, power, inverse, where, _stream(x, out))
+    plan = plan_rows(name, core, power, inverse, where, _stores(x, out))
     kernel = kernel_for(plan)
     d = x.shape[-1]
     period = math.lcm(d, plan.unit)
@@ -107,15 +107,16 @@ def _rotate_rows(
             *(table, period, at % period, scale, scratch.ctypes.data),
         )
 
-    for_rows(units, plan.unit, work, threads)
+    if units:
+        for_rows(units, plan.unit, work, threads)
     if rest:
         tail = np.zeros(plan.unit, x.dtype)
         tail[:rest] = x.reshape(-1)[-rest:]
-        plan = plan_rows(name, core, power, inverse, where, 0)
-        scratch = aligned(plan.scratch)
+        small = plan_rows(name, core, power, inverse, where, "ordinary")
+        scratch = aligned(small.scratch)
         address = tail.ctypes.data
-        kernel_for(plan)(
-            *(address, address, address, 0, 0, 1),
+        kernel_for(small)(
+            *(address, address, address, 0, 0, plan.unit // small.unit),
             *(table, period, units * plan.unit % period, scale, scratch.ctypes.data),
         )
         out.reshape(-1)[-rest:] = tail[:rest]
@@ -200,8 +201,7 @@ def _rotate_plainly(
     out[...] = np.moveaxis(turned, -1, axis).astype(x.dtype)
 
 
-def _stream(x: Array, out: Array) -> int:
-    """Alignment of stores that bypass the cache, or 0 where ordinary ones are better."""
-    if out.nbytes < _STREAMED_BYTES or np.may_share_memory(x, out):
-        return 0
-    return next((a for a in (VECTOR_BYTES, 16) if out.ctypes.data % a == 0), 0)
+def _stores(x: Array, out: Array) -> str:
+    if out.nbytes < _STREAMED_BYTES or out.ctypes.data % 4 or np.may_share_memory(x, out):
+        return "ordinary"
+    return "shifted" if out.ctypes.data % VECTOR_BYTES else "streamed"

@@ -17,8 +17,9 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from corequant._numba.cores import mix
+from corequant._numba.cores import mix, mix_scratch
 from corequant._numba.plans import Plan
+from corequant._numba.streaming import ShiftedStores
 from corequant._numba.vectors import VECTOR_BYTES, Vectors
 
 __all__ = ["rotate"]
@@ -90,6 +91,9 @@ class _Body:
         vectors = plan.strip or plan.unit // plan.lanes
         moved = vectors * self.v.stored_bytes
         phase = cgutils.alloca_once_value(b, self.phase)
+        if plan.stores == "shifted":
+            start = plan.kept + mix_scratch(plan.core)
+            shifted = ShiftedStores(self.v, self.dst, self.v.address(self.scratch, start))
         with self._loop(self.units) as unit:
             offset = b.mul(unit, _word(moved))
             self.from_twin = self.v.address(self.twin, offset)
@@ -100,12 +104,16 @@ class _Body:
                 following = b.add(at, _word(plan.unit))
                 wraps = b.icmp_signed("==", following, self.period)
                 b.store(b.select(wraps, _word(0), following), phase)
-            self._unit(
-                self._array(self.v.address(self.src, offset), 0),
-                self._array(self.v.address(self.dst, offset), 1),
-                moved,
-            )
-        if plan.stream:
+            target = self.v.address(self.dst, offset)
+            if plan.stores == "shifted":
+                target = shifted.place
+            source = self.v.address(self.src, offset)
+            self._unit(self._array(source, 0), self._array(target, 1), moved)
+            if plan.stores == "shifted":
+                shifted.write(unit, moved)
+        if plan.stores == "shifted":
+            shifted.finish(self.units, moved)
+        if plan.stores != "ordinary":
             self.v.fence()
 
     def _unit(self, source: _Place, target: _Place, moved: int) -> None:
@@ -209,8 +217,10 @@ class _Body:
             return
         signed = self.plan.signs == "after"
         vector = self.v.scale(vector, self._sign(chunk, at) if signed else self.factor)
-        stream = min(self.plan.stream, self.v.stored_bytes)
-        self.v.store_stored(vector, pointer, stream, stream > 0)
+        if self.plan.stores == "streamed":
+            self.v.store_stored(vector, pointer, self.v.stored_bytes, stream=True)
+        else:
+            self.v.store_stored(vector, pointer)
 
     def _sign(self, chunk: Any, vector: Any) -> Any:
         if self.plan.strip:

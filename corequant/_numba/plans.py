@@ -23,6 +23,9 @@ _AHEAD = 8192
 """Bytes that a processor which needs it is told to fetch ahead: 4 KiB is 5 % slower, 16 KiB not
 faster (Emerald Rapids, in place, block size 64)."""
 
+_SHIFTED_BATCH = 1024
+"""Numbers put together before they are streamed: enough that no load waits for a store before it."""
+
 # Vectors per tile of the first pass, then the radices of the passes across tiles, by the order p
 # over the vector's length.
 _ROWS: dict[int, tuple[int, tuple[int, ...]]] = {
@@ -66,8 +69,11 @@ class Plan:
         Vectors beside each other in a rotation down columns; 0 along rows.
     signs : {"none", "before", "after"}
         Where signs are multiplied.
-    stream : int
-        Alignment in bytes of stores that bypass the cache; 0 for ordinary stores.
+    stores : {"ordinary", "streamed", "shifted"}
+        Streamed stores bypass the cache, whole lines only. Shifted ones too, for results that
+        don't start on a line: they are put together in the scratch first.
+    batch : int
+        Numbers that the outermost loop along rows takes at least.
     ahead : int
         Bytes to fetch ahead of the first pass; 0 leaves that to the processor.
     paired_loads : bool
@@ -82,7 +88,8 @@ class Plan:
     radices: tuple[int, ...] = ()
     strip: int = 0
     signs: str = "none"
-    stream: int = 0
+    stores: str = "ordinary"
+    batch: int = 0
     ahead: int = 0
     paired_loads: bool = False
 
@@ -109,7 +116,7 @@ class Plan:
     @property
     def unit(self) -> int:
         """Numbers that one turn of the outermost loop along rows covers: blocks, or one block."""
-        return max(self.block, self.tile * self.lanes)
+        return max(self.block, self.tile * self.lanes, self.batch)
 
     @property
     def passes(self) -> int:
@@ -126,8 +133,8 @@ class Plan:
 
     @property
     def chunks(self) -> int:
-        """Tiles (rows, for columns) in a block."""
-        return self.block if self.strip else max(1, self.block // (self.tile * self.lanes))
+        """Tiles in a unit; rows in a block, for columns."""
+        return self.block if self.strip else self.unit // (self.tile * self.lanes)
 
     @property
     def parts(self) -> int:
@@ -144,14 +151,15 @@ class Plan:
     @property
     def scratch(self) -> int:
         """Bytes of scratch that a kernel needs, 64-aligned."""
-        return self.kept + mix_scratch(self.core)
+        assembled = VECTOR_BYTES * (self.unit // self.lanes + 1) if self.stores == "shifted" else 0
+        return self.kept + mix_scratch(self.core) + assembled
 
 
 @lru_cache(maxsize=256)
-def plan_rows(dtype: str, core: int, power: int, inverse: bool, signs: str, stream: int) -> Plan:
+def plan_rows(dtype: str, core: int, power: int, inverse: bool, signs: str, stores: str) -> Plan:
     """Plan a rotation along the last axis; p at least a vector's length, or K = 1."""
     vectors = max(1, power // lanes_of(dtype))
-    table = _ROWS | _STREAMED if stream else _ROWS
+    table = _ROWS if stores == "ordinary" else _ROWS | _STREAMED
     tile, radices = table[vectors] if vectors in table else _long(vectors)
     if core > 1 and tile > vectors:
         tile = vectors
@@ -164,7 +172,8 @@ def plan_rows(dtype: str, core: int, power: int, inverse: bool, signs: str, stre
         tile=tile,
         radices=radices,
         signs=signs,
-        stream=stream,
+        stores=stores,
+        batch=_SHIFTED_BATCH if stores == "shifted" and core == 1 else 0,
         ahead=_AHEAD if _wants_prefetch() else 0,
         paired_loads=plain and _wants_prefetch(),
     )

@@ -29,7 +29,7 @@ def kernel_for(plan: Plan) -> Kernel:
 def _edition() -> str:
     """Digest of the generator: numba looks at this file alone to tell whether a cache is stale."""
     folder = resources.files(__package__)
-    names = ("cores.py", "generator.py", "vectors.py")
+    names = ("cores.py", "generator.py", "streaming.py", "vectors.py")
     return f"{crc32(b''.join((folder / name).read_bytes() for name in names)):08x}"
 
 
