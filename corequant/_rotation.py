@@ -6,6 +6,7 @@ axis rows are combined, a strip of columns at a time. Leftovers go through a sma
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -43,7 +44,7 @@ def rotate(
     threads: int | None,
 ) -> Array:
     """Rotate blocks along ``axis`` of ``x`` into ``out`` or a new array."""
-    result = np.empty(x.shape, x.dtype) if out is None else out
+    result = _new(x.shape, x.dtype) if out is None else out
     if x.size == 0:
         return result
     source = np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
@@ -70,6 +71,14 @@ def aligned(size: int, dtype: Any = np.uint8) -> Array:
     raw = np.empty(size * kind.itemsize + VECTOR_BYTES, np.uint8)
     start = -raw.ctypes.data % VECTOR_BYTES
     return raw[start : start + size * kind.itemsize].view(kind)
+
+
+def _new(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    size = math.prod(shape)
+    if size * dtype.itemsize < _STREAMED_BYTES:
+        return np.empty(shape, dtype)
+    # Streamed stores are at their best where rows start on lines of cache.
+    return aligned(size, dtype).reshape(shape)
 
 
 def factors(signs: Signs, dtype: str, block_size: int, inverse: bool) -> tuple[str, Array, Any]:
@@ -132,17 +141,23 @@ def _rotate_columns(
     threads: int | None,
 ) -> None:
     core, power = hadamard_factors(block_size)
-    name = x.dtype.name
+    name, size = x.dtype.name, x.dtype.itemsize
     where, multipliers, scale = factors(signs, name, block_size, inverse)
-    plan = plan_columns(name, core, power, inverse, where)
-    width = plan.strip * plan.lanes
     columns = math.prod(x.shape[axis + 1 :])
-    strips, rest = divmod(columns, width)
+    step = columns * size
+    # The first columns are left out so that the strips start on lines of cache.
+    whole_lines = step % VECTOR_BYTES == 0 and out.ctypes.data % size == 0
+    lead = -out.ctypes.data % VECTOR_BYTES // size if whole_lines else 0
+    streamed = whole_lines and _stores(x, out) != "ordinary"
+    plan = plan_columns(
+        name, core, power, inverse, where, "streamed" if streamed else "ordinary"
+    )
+    kernel = kernel_for(plan)
+    width = plan.strip * plan.lanes
+    strips = max(0, columns - lead) // width
+    covered = lead + strips * width if strips else 0
     blocks = x.size // (block_size * columns)
     per_axis = x.shape[axis] // block_size
-    source, target = (a.reshape(blocks, block_size, columns) for a in (x, out))
-    kernel = kernel_for(plan)
-    step = columns * x.dtype.itemsize
 
     def turn(src: int, dst: int, row: int, block: int, count: int, scratch: int) -> None:
         signed = block % per_axis * block_size * multipliers.dtype.itemsize
@@ -150,23 +165,28 @@ def _rotate_columns(
         kernel(src, src, dst, row, row, count, table, 0, 0, scale, scratch)
 
     def work(first: int, last: int) -> None:
-        scratch = aligned(plan.scratch).ctypes
+        scratch = aligned(plan.scratch)
         while first < last:
             block, strip = divmod(first, strips)
             count = min(last - first, strips - strip)
-            at = block * block_size * step + strip * width * x.dtype.itemsize
-            turn(x.ctypes.data + at, out.ctypes.data + at, step, block, count, scratch.data)
+            at = block * block_size * step + (lead + strip * width) * size
+            turn(x.ctypes.data + at, out.ctypes.data + at, step, block, count, scratch.ctypes.data)
             first += count
 
-    for_rows(blocks * strips, block_size * width, work, threads)
-    if rest:
-        scratch = aligned(plan.scratch)
-        tail = np.zeros((block_size, width), x.dtype)
-        for block in range(blocks):
-            tail[:, :rest] = source[block, :, -rest:]
-            address = tail.ctypes.data
-            turn(address, address, width * x.dtype.itemsize, block, 1, scratch.ctypes.data)
-            target[block, :, -rest:] = tail[:, :rest]
+    if strips:
+        for_rows(blocks * strips, block_size * width, work, threads)
+    source, target = (a.reshape(blocks, block_size, columns) for a in (x, out))
+    left_out = [(0, lead), (covered, columns)] if strips else [(0, columns)]
+    scratch = aligned(plan.scratch)
+    copied = aligned(block_size * width, x.dtype).reshape(block_size, width)
+    for start, end in left_out:
+        for block, at in itertools.product(range(blocks), range(start, end, width)):
+            count = min(width, end - at)
+            copied[:, :count] = source[block, :, at : at + count]
+            copied[:, count:] = 0
+            address = copied.ctypes.data
+            turn(address, address, width * size, block, 1, scratch.ctypes.data)
+            target[block, :, at : at + count] = copied[:, :count]
 
 
 def _rotate_transposed(

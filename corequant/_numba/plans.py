@@ -180,7 +180,9 @@ def plan_rows(dtype: str, core: int, power: int, inverse: bool, signs: str, stor
 
 
 @lru_cache(maxsize=256)
-def plan_columns(dtype: str, core: int, power: int, inverse: bool, signs: str) -> Plan:
+def plan_columns(
+    dtype: str, core: int, power: int, inverse: bool, signs: str, stores: str
+) -> Plan:
     """Plan a rotation down the first axis: rows are combined, vectors lie along them."""
     radices = _split(power)
     single = len(radices) + (core > 1) == 1
@@ -192,6 +194,7 @@ def plan_columns(dtype: str, core: int, power: int, inverse: bool, signs: str) -
         radices=radices,
         strip=1 if single else 4,
         signs=signs,
+        stores=stores,
         ahead=256 if _wants_prefetch() else 0,
     )
 
