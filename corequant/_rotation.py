@@ -10,12 +10,12 @@ import itertools
 import math
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from corequant._numba.hadamard import rotate_blocks
-from corequant._numba.plans import Plan, plan_columns, plan_rows
+from corequant._numba.machine import compiled_away
+from corequant._numba.plans import plan_columns, plan_rows
 from corequant._numba.rotation import kernel_for
 from corequant._numba.vectors import VECTOR_BYTES, compute_dtype, lanes_of
 from corequant._threads import for_rows
@@ -52,7 +52,7 @@ def rotate(
     target = result if direct else np.empty_like(source)
     axis %= x.ndim
     core, power = hadamard_factors(block_size)
-    if numba.config.DISABLE_JIT:
+    if compiled_away():
         _rotate_plainly(source, target, block_size, axis, inverse, signs)
     elif axis < x.ndim - 1:
         _rotate_columns(source, target, block_size, axis, inverse, signs, threads)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba.core import cgutils
 
+from corequant._numba.loops import counted
 from corequant._numba.vectors import VECTOR_BYTES, Vectors
 from corequant.hadamard import hadamard_matrix
 
@@ -86,17 +86,17 @@ def _mix_by_table(
                 at = (place * len(_SIGNS) + code) * VECTOR_BYTES
                 v.store(term, v.address(scratch, at), VECTOR_BYTES)
         choices = v.constant_table(_table_offsets(matrix, batch))
-        with cgutils.for_range(b, ir.Constant(ir.IntType(64), order)) as loop:
+        with counted(b, order) as k:
             total = None
-            kept = v.address(partial, b.mul(loop.index, ir.Constant(ir.IntType(64), VECTOR_BYTES)))
+            kept = v.address(partial, b.mul(k, ir.Constant(ir.IntType(64), VECTOR_BYTES)))
             if first:
                 total = v.load(kept)
             for place in range(len(batch)):
-                offset = v.table_entry(choices, loop.index, place)
+                offset = v.table_entry(choices, k, place)
                 term = v.load(v.address(scratch, offset))
                 total = term if total is None else v.add(total, term)
             if batch.stop == fours:
-                store(loop.index, total)
+                store(k, total)
             else:
                 v.store(total, kept, VECTOR_BYTES)
 

@@ -14,40 +14,20 @@ from functools import partial
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 
 from corequant._numba.cores import mix, mix_scratch
+from corequant._numba.loops import counted
 from corequant._numba.plans import Plan
 from corequant._numba.streaming import ShiftedStores
 from corequant._numba.vectors import VECTOR_BYTES, Vectors
 
-__all__ = ["rotate"]
+__all__ = ["PARAMETERS", "Body"]
 
 _WORD = ir.IntType(64)
 
 
-@intrinsic(prefer_literal=True)
-def rotate(  # type: ignore[no-untyped-def]
-    context, src, twin, dst, src_step, dst_step, units, signs, period, phase, scale, scratch, plan
-):
-    """Rotate ``units`` units of ``src`` into ``dst`` (addresses), which may be the same.
-
-    ``twin`` equals ``src``. ``src_step`` and ``dst_step`` are bytes from row to row, used for
-    columns only. ``signs`` is the address of ``period`` factors, of which the first unit uses those
-    from ``phase`` on; after the rotation they take the place of ``scale``. ``plan`` is a literal,
-    a plan's string form after a word that is not looked at.
-    """
-    if not isinstance(plan, types.StringLiteral):
-        return None
-    chosen = Plan.parse(plan.literal_value.partition(" ")[2])
-    signature = types.void(*([types.intp] * 9), scale, types.intp, plan)
-
-    def generate(target, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        _Body(builder, chosen, arguments).emit()
-        return target.get_dummy_value()
-
-    return signature, generate
+PARAMETERS = "iiiiiiiii{real}i"
+"""Kinds of the parameters of a kernel."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +49,22 @@ class _Stretch:
     last: bool = False
 
 
-class _Body:
-    """One kernel's body under construction."""
+class Body:
+    """One kernel's body under construction.
+
+    Its parameters are ``src, twin, dst, src_step, dst_step, units, signs, period, phase, scale,
+    scratch``. It rotates ``units`` units of ``src`` into ``dst`` (addresses), which may be the same.
+    ``twin`` equals ``src``. The steps are bytes from row to row, used for columns only. ``signs``
+    is the address of ``period`` factors, of which the first unit uses those from ``phase`` on;
+    after the rotation they take the place of ``scale``.
+    """
 
     def __init__(self, builder: Any, plan: Plan, arguments: Any) -> None:
         self.b = builder
         self.plan = plan
         self.v = Vectors(builder, plan.dtype)
         (src, twin, dst, src_step, dst_step, units, signs, period, phase, scale, scratch) = (
-            arguments[:11]
+            arguments
         )
         self.src, self.twin, self.dst = map(self._pointer, (src, twin, dst))
         self.signs, self.scratch = self._pointer(signs), self._pointer(scratch)
@@ -90,7 +77,8 @@ class _Body:
         plan, b = self.plan, self.b
         vectors = plan.strip or plan.unit // plan.lanes
         moved = vectors * self.v.stored_bytes
-        phase = cgutils.alloca_once_value(b, self.phase)
+        phase = b.alloca(_WORD)
+        b.store(self.phase, phase)
         if plan.stores == "shifted":
             start = plan.kept + mix_scratch(plan.core)
             shifted = ShiftedStores(self.v, self.dst, self.v.address(self.scratch, start))
@@ -266,9 +254,9 @@ class _Body:
     def _loop(self, count: Any) -> Iterator[Any]:
         if isinstance(count, int) and count == 1:
             yield _word(0)
-            return
-        with cgutils.for_range(self.b, _word(count), intp=_WORD) as loop:
-            yield loop.index
+        else:
+            with counted(self.b, count) as index:
+                yield index
 
     def _pointer(self, address: Any) -> Any:
         return self.b.inttoptr(address, ir.IntType(8).as_pointer())

@@ -12,9 +12,8 @@ import json
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
-from llvmlite import binding
-
 from corequant._numba.cores import mix_scratch
+from corequant._numba.machine import processor
 from corequant._numba.vectors import VECTOR_BYTES, compute_dtype, lanes_of
 
 __all__ = ["Plan", "plan_columns", "plan_rows"]
@@ -214,7 +213,7 @@ def _long(vectors: int) -> tuple[int, tuple[int, ...]]:
 def _wants_prefetch() -> bool:
     # Intel's cores are short of scheduler entries: the butterflies that wait for memory fill them
     # before enough lines are under way. AMD's lose by prefetching (Zen 4).
-    return binding.get_host_cpu_name() not in {"znver1", "znver2", "znver3", "znver4", "znver5"}
+    return processor()[0] not in {"znver1", "znver2", "znver3", "znver4", "znver5"}
 
 
 def describe(plan: Plan) -> str:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils
 
+from corequant._numba.loops import counted
 from corequant._numba.vectors import VECTOR_BYTES, Vectors
 
 __all__ = ["ShiftedStores"]
@@ -48,9 +48,7 @@ class ShiftedStores:
                 self._store_where(self.ours, self._line(0), start)
             with later:
                 v.store(self._line(0), start, VECTOR_BYTES, stream=True)
-        with cgutils.for_range_slice(
-            b, _word(VECTOR_BYTES), _word(size), _word(VECTOR_BYTES), _WORD
-        ) as (at, _):
+        with counted(b, size, VECTOR_BYTES, VECTOR_BYTES) as at:
             v.store(self._line(at), v.address(start, at), VECTOR_BYTES, stream=True)
         v.store(self._line(size), self.scratch, VECTOR_BYTES)
 
