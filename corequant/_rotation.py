@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,7 +25,7 @@ from corequant._numba.vectors import VECTOR_BYTES, compute_dtype, lanes_of
 from corequant._threads import for_rows
 from corequant.hadamard import hadamard_factors
 
-__all__ = ["aligned", "rotate"]
+__all__ = ["aligned", "factors", "is_plain", "name_of", "rotate", "scratch"]
 
 Array = npt.NDArray[Any]
 Signs = npt.NDArray[np.int8] | None
@@ -43,26 +47,56 @@ def rotate(
     out: Array | None,
     threads: int | None,
 ) -> Array:
-    """Rotate blocks along ``axis`` of ``x`` into ``out`` or a new array."""
+    """Rotate blocks along ``axis``, counted from the front, of ``x`` into ``out`` or a new array."""
     result = _new(x.shape, x.dtype) if out is None else out
     if x.size == 0:
         return result
-    source = np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
-    direct = result.dtype.isnative and result.flags.c_contiguous
-    target = result if direct else np.empty_like(source)
-    axis %= x.ndim
-    core, power = hadamard_factors(block_size)
+    source = x if is_plain(x) else np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
+    target = result if is_plain(result) else np.empty_like(source)
+    core, power = _factors(block_size)
     if compiled_away():
         _rotate_plainly(source, target, block_size, axis, inverse, signs)
     elif axis < x.ndim - 1:
         _rotate_columns(source, target, block_size, axis, inverse, signs, threads)
-    elif core > 1 and power < lanes_of(x.dtype.name):
+    elif core > 1 and power < lanes_of(name_of(x.dtype)):
         _rotate_transposed(source, target, block_size, inverse, signs, threads)
     else:
         _rotate_rows(source, target, block_size, inverse, signs, threads)
     if target is not result:
         result[...] = target
     return result
+
+
+_factors = lru_cache(maxsize=4096)(hadamard_factors)
+
+
+@lru_cache(maxsize=64)
+def name_of(dtype: np.dtype[Any]) -> str:
+    """Return ``dtype.name``, which NumPy puts together anew each time."""
+    return dtype.name
+
+
+def is_plain(x: Array) -> bool:
+    """Tell whether an array is C-contiguous and of the processor's byte order."""
+    return bool(x.flags.c_contiguous and x.dtype.isnative)
+
+
+class _Scratch(threading.local):
+    """A thread's own scratch, kept from call to call."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.address = 0
+
+    def at_least(self, size: int) -> int:
+        """Return the address of at least so many bytes, 64-aligned."""
+        if size > self.size:
+            self.memory = aligned(size)
+            self.size, self.address = size, self.memory.ctypes.data
+        return self.address
+
+
+scratch = _Scratch()
 
 
 def aligned(size: int, dtype: Any = np.uint8) -> Array:
@@ -92,41 +126,60 @@ def factors(signs: Signs, dtype: str, block_size: int, inverse: bool) -> tuple[s
     return "before", signs.astype(kind), scale
 
 
+@dataclass(frozen=True)
+class _RowKernel:
+    """A plan for rows, and all of it that a call needs."""
+
+    call: Callable[..., None]
+    unit: int
+    scratch: int
+    scale: float
+
+
+@lru_cache(maxsize=512)
+def _row_kernel(dtype: str, block_size: int, inverse: bool, signs: str, stores: str) -> _RowKernel:
+    plan = plan_rows(dtype, *_factors(block_size), inverse, signs, stores)
+    scale = float(factors(None, dtype, block_size, inverse)[2])
+    return _RowKernel(kernel_for(plan), plan.unit, plan.scratch, scale)
+
+
 def _rotate_rows(
     x: Array, out: Array, block_size: int, inverse: bool, signs: Signs, threads: int | None
 ) -> None:
-    core, power = hadamard_factors(block_size)
-    name = x.dtype.name
-    where, multipliers, scale = factors(signs, name, block_size, inverse)
-    plan = plan_rows(name, core, power, inverse, where, _stores(x, out))
-    kernel = kernel_for(plan)
-    d = x.shape[-1]
-    period = math.lcm(d, plan.unit)
-    repeated = np.tile(multipliers, period // d)
-    size = x.dtype.itemsize
-    source, target, table = x.ctypes.data, out.ctypes.data, repeated.ctypes.data
-    units, rest = divmod(x.size, plan.unit)
+    name, size = name_of(x.dtype), x.dtype.itemsize
+    where, table, period = "none", 0, 0
+    if signs is not None:
+        where, multipliers, _ = factors(signs, name, block_size, inverse)
+    kernel = _row_kernel(name, block_size, inverse, where, _stores(x, out))
+    if signs is not None:
+        period = math.lcm(len(signs), kernel.unit)
+        repeated = np.tile(multipliers, period // len(signs))
+        table = repeated.ctypes.data
+    source = x.ctypes.data
+    target = source if out is x else out.ctypes.data
+    units, rest = divmod(x.size, kernel.unit)
 
     def work(first: int, last: int) -> None:
-        scratch = aligned(plan.scratch)
-        at = first * plan.unit
+        at = first * kernel.unit
         start, end = source + at * size, target + at * size
-        kernel(
-            *(start, start, end, 0, 0, last - first),
-            *(table, period, at % period, scale, scratch.ctypes.data),
+        phase = at % period if period else 0
+        room = scratch.at_least(kernel.scratch)
+        kernel.call(
+            start, start, end, 0, 0, last - first, table, period, phase, kernel.scale, room
         )
 
     if units:
-        for_rows(units, plan.unit, work, threads)
+        for_rows(units, kernel.unit, work, threads)
     if rest:
-        tail = np.zeros(plan.unit, x.dtype)
+        tail = np.zeros(kernel.unit, x.dtype)
         tail[:rest] = x.reshape(-1)[-rest:]
-        small = plan_rows(name, core, power, inverse, where, "ordinary")
-        scratch = aligned(small.scratch)
         address = tail.ctypes.data
-        kernel_for(small)(
-            *(address, address, address, 0, 0, plan.unit // small.unit),
-            *(table, period, units * plan.unit % period, scale, scratch.ctypes.data),
+        small = _row_kernel(name, block_size, inverse, where, "ordinary")
+        count = kernel.unit // small.unit
+        phase = units * kernel.unit % period if period else 0
+        room = scratch.at_least(small.scratch)
+        small.call(
+            address, address, address, 0, 0, count, table, period, phase, small.scale, room
         )
         out.reshape(-1)[-rest:] = tail[:rest]
 
@@ -140,8 +193,8 @@ def _rotate_columns(
     signs: Signs,
     threads: int | None,
 ) -> None:
-    core, power = hadamard_factors(block_size)
-    name, size = x.dtype.name, x.dtype.itemsize
+    core, power = _factors(block_size)
+    name, size = name_of(x.dtype), x.dtype.itemsize
     where, multipliers, scale = factors(signs, name, block_size, inverse)
     columns = math.prod(x.shape[axis + 1 :])
     step = columns * size
@@ -159,25 +212,25 @@ def _rotate_columns(
     blocks = x.size // (block_size * columns)
     per_axis = x.shape[axis] // block_size
 
-    def turn(src: int, dst: int, row: int, block: int, count: int, scratch: int) -> None:
+    def turn(src: int, dst: int, row: int, block: int, count: int, room: int) -> None:
         signed = block % per_axis * block_size * multipliers.dtype.itemsize
         table = multipliers.ctypes.data + signed
-        kernel(src, src, dst, row, row, count, table, 0, 0, scale, scratch)
+        kernel(src, src, dst, row, row, count, table, 0, 0, scale, room)
 
     def work(first: int, last: int) -> None:
-        scratch = aligned(plan.scratch)
+        room = scratch.at_least(plan.scratch)
         while first < last:
             block, strip = divmod(first, strips)
             count = min(last - first, strips - strip)
             at = block * block_size * step + (lead + strip * width) * size
-            turn(x.ctypes.data + at, out.ctypes.data + at, step, block, count, scratch.ctypes.data)
+            turn(x.ctypes.data + at, out.ctypes.data + at, step, block, count, room)
             first += count
 
     if strips:
         for_rows(blocks * strips, block_size * width, work, threads)
     source, target = (a.reshape(blocks, block_size, columns) for a in (x, out))
     left_out = [(0, lead), (covered, columns)] if strips else [(0, columns)]
-    scratch = aligned(plan.scratch)
+    room = scratch.at_least(plan.scratch)
     copied = aligned(block_size * width, x.dtype).reshape(block_size, width)
     for start, end in left_out:
         for block, at in itertools.product(range(blocks), range(start, end, width)):
@@ -185,7 +238,7 @@ def _rotate_columns(
             copied[:, :count] = source[block, :, at : at + count]
             copied[:, count:] = 0
             address = copied.ctypes.data
-            turn(address, address, width * size, block, 1, scratch.ctypes.data)
+            turn(address, address, width * size, block, 1, room)
             target[block, :, at : at + count] = copied[:, :count]
 
 
@@ -222,6 +275,6 @@ def _rotate_plainly(
 
 
 def _stores(x: Array, out: Array) -> str:
-    if out.nbytes < _STREAMED_BYTES or out.ctypes.data % 4 or np.may_share_memory(x, out):
+    if out is x or out.nbytes < _STREAMED_BYTES or out.ctypes.data % 4 or np.may_share_memory(x, out):
         return "ordinary"
     return "shifted" if out.ctypes.data % VECTOR_BYTES else "streamed"

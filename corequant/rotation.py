@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -96,12 +97,15 @@ def block_hadamard(
     sign = check_signs("signs", signs, d)
     if out is not None:
         check_array("out", out)
-        if tuple(out.shape) != tuple(x.shape) or out.dtype != x.dtype:
+        if out is not x and (tuple(out.shape) != tuple(x.shape) or out.dtype != x.dtype):
             raise ShapeError(
                 f"out must have x's shape {tuple(x.shape)} and dtype {x.dtype}, "
                 f"got {tuple(out.shape)} and {out.dtype}"
             )
-        _check_out(x, out)
+        if out is not x:
+            _check_apart(x, out)
+        if isinstance(out, np.ndarray) and not out.flags.writeable:
+            raise ValueError("out must be writeable, got a read-only array")
     count = None if threads is None else check_index("threads", threads)
     return backend.block_hadamard(
         x, size, axis=place, inverse=bool(inverse), signs=sign, out=out, threads=count
@@ -116,16 +120,12 @@ def check_axis(name: str, axis: Any, ndim: int) -> int:
     return place % ndim
 
 
-def _check_out(x: Any, out: Any) -> None:
-    if not isinstance(out, np.ndarray) or out is x:
-        writeable = not isinstance(out, np.ndarray) or out.flags.writeable
-    else:
-        writeable = out.flags.writeable
-        same = out.ctypes.data == x.ctypes.data and out.strides == x.strides
-        if not same and np.shares_memory(out, x):
-            raise ValueError("out must be x itself or share no memory with it, got an overlap")
-    if not writeable:
-        raise ValueError("out must be writeable, got a read-only array")
+def _check_apart(x: Any, out: Any) -> None:
+    if not isinstance(out, np.ndarray):
+        return
+    same = out.ctypes.data == x.ctypes.data and out.strides == x.strides
+    if not same and np.shares_memory(out, x):
+        raise ValueError("out must be x itself or share no memory with it, got an overlap")
 
 
 def check_block_size(name: str, block_size: Any, d: int) -> int:
@@ -136,6 +136,12 @@ def check_block_size(name: str, block_size: Any, d: int) -> int:
     if d < 1:
         raise ShapeError(f"the axis of the channels must not be empty, got length {d}")
     size = d if block_size is None else check_index(name, block_size)
+    _check_order(name, size, d)
+    return size
+
+
+@lru_cache(maxsize=4096)
+def _check_order(name: str, size: int, d: int) -> None:
     check_divides(name, size, d)
     try:
         hadamard_factors(size)

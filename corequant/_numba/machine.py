@@ -26,6 +26,7 @@ _DIGEST = hashlib.sha256().digest_size
 _NAME = "kernel"
 
 
+@cache
 def compiled_away() -> bool:
     """Tell whether compilation is switched off, by numba's own variable."""
     return os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
