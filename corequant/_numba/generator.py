@@ -77,7 +77,8 @@ class Body:
         plan, b = self.plan, self.b
         vectors = plan.strip or plan.unit // plan.lanes
         moved = vectors * self.v.stored_bytes
-        phase = b.alloca(_WORD)
+        with b.goto_entry_block():
+            phase = b.alloca(_WORD)
         b.store(self.phase, phase)
         if plan.stores == "shifted":
             start = plan.kept + mix_scratch(plan.core)

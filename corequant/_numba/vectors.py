@@ -142,13 +142,49 @@ class Vectors:
         """Flip the signs."""
         return self.builder.fneg(a)
 
+    def constant(self, value: float) -> Any:
+        """Put one known number into every lane."""
+        return ir.Constant(self.kind, [value] * self.lanes)
+
+    def minimum(self, values: list[Any]) -> Any:
+        """Smallest of vectors or numbers, none of them NaN, lane by lane."""
+        return self._choose("<", values)
+
+    def maximum(self, values: list[Any]) -> Any:
+        """Largest of vectors or numbers, none of them NaN, lane by lane."""
+        return self._choose(">", values)
+
+    def _choose(self, relation: str, values: list[Any]) -> Any:
+        # Pairs first: the value carried from turn to turn comes in last and waits for one step.
+        carried, *others = values
+        while len(others) > 1:
+            pairs = zip(others[::2], others[1::2], strict=False)
+            left = others[-1:] if len(others) % 2 else []
+            others = [self._better(relation, a, b) for a, b in pairs] + left
+        return self._better(relation, others[0], carried) if others else carried
+
+    def _better(self, relation: str, a: Any, b: Any) -> Any:
+        return self.builder.select(self.builder.fcmp_ordered(relation, a, b), a, b)
+
+    def across(self, vector: Any, choose: Any) -> Any:
+        """Reduce the lanes of a vector to one number by ``minimum`` or ``maximum``."""
+        half = self.lanes // 2
+        while half:
+            other = self._shuffle(vector, [i ^ half for i in range(self.lanes)])
+            vector = choose([vector, other])
+            half //= 2
+        return self.builder.extract_element(vector, ir.Constant(_INT32, 0))
+
+    def nearest(self, value: Any) -> Any:
+        """Round a vector or a number to integers, half to even."""
+        lanes = f"v{self.lanes}" if isinstance(value.type, ir.VectorType) else ""
+        name = f"llvm.rint.{lanes}f{8 * self.scalar_bytes}"
+        return self.builder.call(self._declared(name, value.type, [value.type]), [value])
+
     def prefetch(self, pointer: Any) -> None:
         """Ask for a line of cache, into the second level."""
-        function = self.builder.module.globals.get("llvm.prefetch.p0")
-        if function is None:
-            parameters = [_BYTE.as_pointer(), _INT32, _INT32, _INT32]
-            kind = ir.FunctionType(ir.VoidType(), parameters)
-            function = ir.Function(self.builder.module, kind, "llvm.prefetch.p0")
+        parameters = [_BYTE.as_pointer(), _INT32, _INT32, _INT32]
+        function = self._declared("llvm.prefetch.p0", ir.VoidType(), parameters)
         read, second_level, data = (ir.Constant(_INT32, k) for k in (0, 2, 1))
         self.builder.call(function, [pointer, read, second_level, data])
 
@@ -170,6 +206,11 @@ class Vectors:
     def fence(self) -> None:
         """Make streamed stores visible before whatever follows."""
         self.builder.fence("seq_cst")
+
+    def _declared(self, name: str, result: Any, parameters: list[Any]) -> Any:
+        module = self.builder.module
+        known = module.globals.get(name)
+        return known or ir.Function(module, ir.FunctionType(result, parameters), name)
 
     def _add_signed(self, a: Any, b: Any, half: int) -> Any:
         signs = [-1.0 if i & half else 1.0 for i in range(self.lanes)]
