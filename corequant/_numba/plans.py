@@ -16,7 +16,7 @@ from corequant._numba.cores import mix_scratch
 from corequant._numba.machine import processor
 from corequant._numba.vectors import VECTOR_BYTES, compute_dtype, lanes_of
 
-__all__ = ["Plan", "plan_columns", "plan_rows"]
+__all__ = ["Plan", "fetches_ahead", "plan_columns", "plan_rows"]
 
 _AHEAD = 8192
 """Bytes that a processor which needs it is told to fetch ahead: 4 KiB is 5 % slower, 16 KiB not
@@ -173,8 +173,8 @@ def plan_rows(dtype: str, core: int, power: int, inverse: bool, signs: str, stor
         signs=signs,
         stores=stores,
         batch=_SHIFTED_BATCH if stores == "shifted" and core == 1 else 0,
-        ahead=_AHEAD if _wants_prefetch() else 0,
-        paired_loads=plain and _wants_prefetch(),
+        ahead=_AHEAD if fetches_ahead() else 0,
+        paired_loads=plain and fetches_ahead(),
     )
 
 
@@ -194,7 +194,7 @@ def plan_columns(
         strip=1 if single else 4,
         signs=signs,
         stores=stores,
-        ahead=256 if _wants_prefetch() else 0,
+        ahead=256 if fetches_ahead() else 0,
     )
 
 
@@ -210,7 +210,8 @@ def _long(vectors: int) -> tuple[int, tuple[int, ...]]:
 
 
 @lru_cache(maxsize=1)
-def _wants_prefetch() -> bool:
+def fetches_ahead() -> bool:
+    """Tell whether kernels ask for memory ahead of its use on this processor."""
     # Intel's cores are short of scheduler entries: the butterflies that wait for memory fill them
     # before enough lines are under way. AMD's lose by prefetching (Zen 4).
     return processor()[0] not in {"znver1", "znver2", "znver3", "znver4", "znver5"}

@@ -216,7 +216,8 @@ class _Rows:
         b, v = self.b, self.v
         low, high = self._measure(values)
         largest = v.maximum([b.fneg(low), high])
-        bits = b.bitcast(largest, _INT32)
+        # Of -0.0 and 0.0 either may be the largest.
+        bits = b.and_(b.bitcast(largest, _INT32), ir.Constant(_INT32, 0x7FFFFFFF))
         exponent = b.lshr(bits, ir.Constant(_INT32, 23))
         biased = b.sub(exponent, ir.Constant(_INT32, 2))
         nought = ir.Constant(_INT32, 0)

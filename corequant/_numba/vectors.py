@@ -146,6 +146,13 @@ class Vectors:
         """Put one known number into every lane."""
         return ir.Constant(self.kind, [value] * self.lanes)
 
+    def magnitude(self, vector: Any) -> Any:
+        """Drop the signs."""
+        function = self._declared(
+            f"llvm.fabs.v{self.lanes}f{8 * self.scalar_bytes}", vector.type, [vector.type]
+        )
+        return self.builder.call(function, [vector])
+
     def minimum(self, values: list[Any]) -> Any:
         """Smallest of vectors or numbers, none of them NaN, lane by lane."""
         return self._choose("<", values)
