@@ -23,6 +23,7 @@ from corequant.errors import (
     VerificationError,
 )
 from corequant.formats import NumberFormat, formats
+from corequant.fusion import rotate_fake_quantize, rotate_quantize
 from corequant.hadamard import hadamard_factors, hadamard_matrix, valid_block_sizes
 from corequant.merging import fold_norm, merge_permutation, merge_rotation
 from corequant.packing import pack, unpack
@@ -88,6 +89,8 @@ __all__ = [
     "quantize",
     "random_permutation",
     "random_signs",
+    "rotate_fake_quantize",
+    "rotate_quantize",
     "round_to_nearest",
     "unpack",
     "valid_block_sizes",

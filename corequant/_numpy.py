@@ -58,6 +58,38 @@ class NumpyBackend:
             x, block_size, axis=axis, inverse=inverse, signs=signs, out=out, threads=threads
         )
 
+    def rotate_quantize(
+        self,
+        x: Array,
+        block_size: int,
+        spec: QuantSpec,
+        *,
+        permutation: npt.NDArray[np.int64] | None,
+        signs: npt.NDArray[np.int8] | None,
+        out: Array | None,
+        threads: int | None,
+    ) -> tuple[Array, Array, Array | None]:
+        """Return codes, scales and zero points; see ``corequant.rotate_quantize``."""
+        from corequant._rotate_quantize import rotate_quantize
+
+        return rotate_quantize(self, x, block_size, spec, permutation, signs, out, threads)
+
+    def rotate_fake_quantize(
+        self,
+        x: Array,
+        block_size: int,
+        spec: QuantSpec,
+        *,
+        permutation: npt.NDArray[np.int64] | None,
+        signs: npt.NDArray[np.int8] | None,
+        out: Array | None,
+        threads: int | None,
+    ) -> Array:
+        """Return the codes' values; see ``corequant.rotate_fake_quantize``."""
+        from corequant._rotate_quantize import rotate_fake_quantize
+
+        return rotate_fake_quantize(self, x, block_size, spec, permutation, signs, out, threads)
+
     def token_normalize(self, x: Array) -> Array:
         """Return rows scaled to mean square 1, in float32 or float64; rows of zeros stay."""
         rows = _rows(x)

@@ -8,17 +8,141 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._numba.row_kernels import Task, fused_kernel, fused_scratch
 from corequant._numba.machine import compiled_away
 from corequant._numba.plans import plan_rows
+from corequant._numba.row_kernels import Task, fused_kernel, fused_scratch
 from corequant._numba.vectors import compute_dtype, lanes_of
-from corequant._rotation import aligned, factors, name_of, scratch
+from corequant._rotation import aligned, factors, is_plain, name_of, scratch
 from corequant._threads import for_rows
+from corequant.errors import NonFiniteError
 from corequant.hadamard import hadamard_factors
+from corequant.protocols import Backend
+from corequant.specs import Granularity, QuantSpec, ScaleSearch
 
-__all__ = ["can_fuse", "fuse"]
+__all__ = ["can_fuse", "fuse", "rotate_fake_quantize", "rotate_quantize"]
 
 Array = npt.NDArray[Any]
+
+
+def rotate_quantize(
+    backend: Backend,
+    x: Array,
+    block_size: int,
+    spec: QuantSpec,
+    permutation: npt.NDArray[np.int64] | None,
+    signs: npt.NDArray[np.int8] | None,
+    out: Array | None,
+    threads: int | None,
+) -> tuple[Array, Array, Array | None]:
+    """Return codes, scales and zero points, in one pass where there is a kernel for it."""
+    codes = np.empty(x.shape, np.int8) if out is None else out
+    fused = _fuse_affine(x, block_size, spec, "codes", permutation, signs, codes, threads)
+    if fused is None:
+        y = _separately(backend, x, block_size, permutation, signs, threads)
+        scales, zeros = backend.choose_qparams(y, spec)
+        codes[...] = backend.quantize(y, spec, scales, zeros)
+        return codes, scales, zeros
+    flat, offsets, finite = fused
+    if not finite:
+        _refuse(backend, x, block_size, permutation, signs, threads)
+    shape = (*x.shape[:-1], flat.size // (x.size // x.shape[-1]))
+    zeros = None if spec.symmetric else offsets.astype(np.int8).reshape(shape)
+    return codes, flat.reshape(shape), zeros
+
+
+def rotate_fake_quantize(
+    backend: Backend,
+    x: Array,
+    block_size: int,
+    spec: QuantSpec,
+    permutation: npt.NDArray[np.int64] | None,
+    signs: npt.NDArray[np.int8] | None,
+    out: Array | None,
+    threads: int | None,
+) -> Array:
+    """Return the values of the codes, in x's dtype."""
+    values = np.empty(x.shape, x.dtype) if out is None else out
+    apart = values if out is None or not np.may_share_memory(x, out) else np.empty_like(values)
+    fused = _fuse_affine(x, block_size, spec, "values", permutation, signs, apart, threads)
+    if fused is None:
+        y = _separately(backend, x, block_size, permutation, signs, threads)
+        scales, zeros = backend.choose_qparams(y, spec)
+        apart = backend.dequantize(backend.quantize(y, spec, scales, zeros), spec, scales, zeros)
+    elif not fused[2]:
+        _refuse(backend, x, block_size, permutation, signs, threads)
+    if apart is not values:
+        values[...] = apart
+    return values
+
+
+def _fuse_affine(
+    x: Array,
+    block_size: int,
+    spec: QuantSpec,
+    grid: str,
+    permutation: npt.NDArray[np.int64] | None,
+    signs: npt.NDArray[np.int8] | None,
+    out: Array,
+    threads: int | None,
+) -> tuple[Array, Array, bool] | None:
+    """Run the fused kernel, or return None where there is none."""
+    d = x.shape[-1]
+    group = spec.group_size or d
+    if (
+        spec.granularity is Granularity.TENSOR
+        or spec.scale_search is not ScaleSearch.ABSMAX
+        or not x.size
+        or not is_plain(out)
+        or not can_fuse(d, block_size, group, x.dtype)
+    ):
+        return None
+    plain = x if is_plain(x) else np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
+    return fuse(
+        plain.reshape(-1, d),
+        block_size,
+        group,
+        grid,
+        limits=(int(spec.format.minimum), int(spec.format.maximum)),
+        symmetric=spec.symmetric,
+        permutation=permutation,
+        signs=signs,
+        out=out.reshape(-1, d),
+        threads=threads,
+    )
+
+
+def _separately(
+    backend: Backend,
+    x: Array,
+    block_size: int,
+    permutation: npt.NDArray[np.int64] | None,
+    signs: npt.NDArray[np.int8] | None,
+    threads: int | None,
+) -> Array:
+    chosen = x if permutation is None else x[..., permutation]
+    _check_finite(backend, x, "x")
+    y: Array = backend.block_hadamard(
+        chosen,
+        block_size,
+        axis=x.ndim - 1,
+        inverse=False,
+        signs=signs,
+        out=None,
+        threads=threads,
+    )
+    _check_finite(backend, y, "the rotated x")
+    return y
+
+
+def _refuse(backend: Backend, x: Array, *how: Any) -> None:
+    """Raise for what the kernel found: in x itself, or made by the rotation's sums."""
+    _separately(backend, x, *how)
+
+
+def _check_finite(backend: Backend, x: Array, name: str) -> None:
+    bad = backend.first_nonfinite(x)
+    if bad is not None:
+        raise NonFiniteError(name, *bad)
 
 
 def can_fuse(d: int, block_size: int, group: int, dtype: np.dtype[Any]) -> bool:

@@ -47,7 +47,7 @@ def rotate(
     out: Array | None,
     threads: int | None,
 ) -> Array:
-    """Rotate blocks along ``axis``, counted from the front, of ``x`` into ``out`` or a new array."""
+    """Rotate blocks of ``x`` along ``axis``, counted from the front, into ``out`` if given."""
     result = _new(x.shape, x.dtype) if out is None else out
     if x.size == 0:
         return result
@@ -164,9 +164,7 @@ def _rotate_rows(
         start, end = source + at * size, target + at * size
         phase = at % period if period else 0
         room = scratch.at_least(kernel.scratch)
-        kernel.call(
-            start, start, end, 0, 0, last - first, table, period, phase, kernel.scale, room
-        )
+        kernel.call(start, start, end, 0, 0, last - first, table, period, phase, kernel.scale, room)
 
     if units:
         for_rows(units, kernel.unit, work, threads)
@@ -178,9 +176,7 @@ def _rotate_rows(
         count = kernel.unit // small.unit
         phase = units * kernel.unit % period if period else 0
         room = scratch.at_least(small.scratch)
-        small.call(
-            address, address, address, 0, 0, count, table, period, phase, small.scale, room
-        )
+        small.call(address, address, address, 0, 0, count, table, period, phase, small.scale, room)
         out.reshape(-1)[-rest:] = tail[:rest]
 
 
@@ -202,9 +198,7 @@ def _rotate_columns(
     whole_lines = step % VECTOR_BYTES == 0 and out.ctypes.data % size == 0
     lead = -out.ctypes.data % VECTOR_BYTES // size if whole_lines else 0
     streamed = whole_lines and _stores(x, out) != "ordinary"
-    plan = plan_columns(
-        name, core, power, inverse, where, "streamed" if streamed else "ordinary"
-    )
+    plan = plan_columns(name, core, power, inverse, where, "streamed" if streamed else "ordinary")
     kernel = kernel_for(plan)
     width = plan.strip * plan.lanes
     strips = max(0, columns - lead) // width
@@ -275,6 +269,11 @@ def _rotate_plainly(
 
 
 def _stores(x: Array, out: Array) -> str:
-    if out is x or out.nbytes < _STREAMED_BYTES or out.ctypes.data % 4 or np.may_share_memory(x, out):
+    if (
+        out is x
+        or out.nbytes < _STREAMED_BYTES
+        or out.ctypes.data % 4
+        or np.may_share_memory(x, out)
+    ):
         return "ordinary"
     return "shifted" if out.ctypes.data % VECTOR_BYTES else "streamed"

@@ -151,7 +151,6 @@ def _check_order(name: str, size: int, d: int) -> None:
             f"{name} must be the order of a Hadamard matrix, got {size} (divisors {factors}); "
             f"these divide d={d} and work: {join_some(valid_block_sizes(d))}"
         ) from None
-    return size
 
 
 def check_signs(name: str, signs: Any, d: int) -> npt.NDArray[np.int8] | None:

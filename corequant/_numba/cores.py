@@ -115,7 +115,7 @@ def _table_offsets(matrix: npt.NDArray[np.int8], batch: range) -> list[list[int]
 
 
 def _sums(v: Vectors, x: list[Any]) -> dict[tuple[int, ...], Any]:
-    """Sums (x0 ± x1) + ±(x2 ± x3) by their signs, the first of which is +."""
+    """Emit the sums (x0 ± x1) + ±(x2 ± x3), by their signs, the first of which is +."""
     left = {1: v.add(x[0], x[1]), -1: v.subtract(x[0], x[1])}
     right = {1: v.add(x[2], x[3]), -1: v.subtract(x[2], x[3])}
     return {

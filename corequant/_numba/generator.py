@@ -53,7 +53,7 @@ class Body:
     """One kernel's body under construction.
 
     Its parameters are ``src, twin, dst, src_step, dst_step, units, signs, period, phase, scale,
-    scratch``. It rotates ``units`` units of ``src`` into ``dst`` (addresses), which may be the same.
+    scratch``. It rotates ``units`` units of ``src`` into ``dst``, addresses that may be the same.
     ``twin`` equals ``src``. The steps are bytes from row to row, used for columns only. ``signs``
     is the address of ``period`` factors, of which the first unit uses those from ``phase`` on;
     after the rotation they take the place of ``scale``.
@@ -169,7 +169,7 @@ class Body:
                 self._store(turned, target, chunk, at, over.last)
 
     def _core_pass(self, distance: int, over: _Stretch, source: _Place, target: _Place) -> None:
-        """The core's stage: between K chunks, each p numbers from the next."""
+        """Emit the core's stage, between K chunks, each p numbers from the next."""
         plan = self.plan
         width = plan.tile or plan.strip
         tables = self.v.address(self.scratch, plan.kept)
@@ -245,7 +245,7 @@ class Body:
         return tile
 
     def _number(self, *parts: Any) -> Any:
-        """Number the turns of nested loops: ((i, n), (j, m), k) gives (i n + j) m + k."""
+        """Count the turns of nested loops: ((i, n), (j, m), k) gives (i n + j) m + k."""
         total = _word(0)
         for index, length in parts[:-1]:
             total = self.b.mul(self.b.add(total, index), _word(length))

@@ -108,7 +108,7 @@ def _load(code: bytes, kinds: str) -> Callable[..., None]:
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _engines.append(engine)
-    types = {"i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
+    types: dict[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
     # ctypes releases the interpreter lock while the function runs.
     prototype = ctypes.CFUNCTYPE(None, *(types[k] for k in kinds))
     return prototype(engine.get_function_address(_NAME))

@@ -42,9 +42,7 @@ def _emit(b: Any, dtype: str, given: Any) -> None:
     src, step, rows, vectors, sum_abs, sum_square, largest = given
     v = Vectors(b, dtype)
     byte = ir.IntType(8).as_pointer()
-    source, sums, squares, tops = (
-        b.inttoptr(a, byte) for a in (src, sum_abs, sum_square, largest)
-    )
+    source, sums, squares, tops = (b.inttoptr(a, byte) for a in (src, sum_abs, sum_square, largest))
     whole = b.sdiv(rows, ir.Constant(_WORD, _ROWS))
     done = b.mul(whole, ir.Constant(_WORD, _ROWS))
     for count, start, together in (

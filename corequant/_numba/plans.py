@@ -23,7 +23,7 @@ _AHEAD = 8192
 faster (Emerald Rapids, in place, block size 64)."""
 
 _SHIFTED_BATCH = 1024
-"""Numbers put together before they are streamed: enough that no load waits for a store before it."""
+"""Numbers put together before they are streamed, so many that no load waits for a store."""
 
 # Vectors per tile of the first pass, then the radices of the passes across tiles, by the order p
 # over the vector's length.
@@ -179,9 +179,7 @@ def plan_rows(dtype: str, core: int, power: int, inverse: bool, signs: str, stor
 
 
 @lru_cache(maxsize=256)
-def plan_columns(
-    dtype: str, core: int, power: int, inverse: bool, signs: str, stores: str
-) -> Plan:
+def plan_columns(dtype: str, core: int, power: int, inverse: bool, signs: str, stores: str) -> Plan:
     """Plan a rotation down the first axis: rows are combined, vectors lie along them."""
     radices = _split(power)
     single = len(radices) + (core > 1) == 1

@@ -19,7 +19,9 @@ def kernel_for(plan: Plan) -> Callable[..., None]:
     """Return the kernel of a plan; see ``generator.Body`` for what it takes."""
     kinds = PARAMETERS.format(real="d" if plan.dtype == "float64" else "f")
     return build(
-        f"rotate {edition()} {plan}", kinds, lambda builder, given: Body(builder, plan, given).emit()
+        f"rotate {edition()} {plan}",
+        kinds,
+        lambda builder, given: Body(builder, plan, given).emit(),
     )
 
 

@@ -1,9 +1,10 @@
 """Permute, sign, rotate and quantize in one pass over memory, a row at a time.
 
-A row is brought into the scratch, rotated there, measured and rounded while it is in the cache. Each
-step does what its own kernel does, operation by operation, so that the codes are the same bits:
-the affine grids are those of ``quantize.py``, the block-scaled ones those of the OCP's microscaling
-formats. Between rotating and rounding the row is held in the array's own dtype, as it would be.
+A row is brought into the scratch, rotated there, measured and rounded while it is in the cache.
+Each step does what its own kernel does, operation by operation, so that the codes are the same
+bits: the affine grids are those of ``quantize.py``, the block-scaled ones those of the OCP's
+microscaling formats. Between rotating and rounding the row is held in the array's own dtype, as it
+would be.
 """
 
 from __future__ import annotations
@@ -78,10 +79,11 @@ def _row_bytes(plan: Plan, task: Task) -> int:
 class _Rows:
     """The body of a fused kernel.
 
-    Its parameters are ``src, out, scales, zeros, rows, permutation, signs, scratch, status`` and the
-    numbers ``scale, least, most, tiny, huge``: addresses of the arrays, the scale of the rotation,
-    the ends of the grid, the smallest scale and the largest number that a code may stand for. ``permutation`` holds d int32, ``status`` an int64 that
-    becomes 1 if a rotated number is not finite.
+    Its parameters are ``src, out, scales, zeros, rows, permutation, signs, scratch, status``, then
+    the numbers ``scale, least, most, tiny, huge``: addresses of the arrays, the scale of the
+    rotation, the ends of the grid, the smallest scale and the largest number that a code may stand
+    for. ``permutation`` holds d int32; ``status`` is an int64 that becomes 1 if a rotated number
+    is not finite.
     """
 
     def __init__(self, builder: Any, plan: Plan, task: Task, arguments: Any) -> None:
@@ -114,8 +116,10 @@ class _Rows:
             Body(
                 b,
                 self.plan,
-                (source, source, rotated, nothing, nothing, units)
-                + (self.signs, _word(task.length), nothing, self.scale, rest),
+                (
+                    *(source, source, rotated, nothing, nothing, units, self.signs),
+                    *(_word(task.length), nothing, self.scale, rest),
+                ),
             ).emit()
             target = self._pointer(b.add(self.out, b.mul(row, _word(task.length * written))))
             with counted(b, groups) as group:
@@ -159,14 +163,14 @@ class _Rows:
         together = next(n for n in (4, 3, 2, 1) if vectors % n == 0)
         with counted(b, vectors // together) as i:
             start = v.address(values, b.mul(i, _word(together * v.stored_bytes)))
-            loaded = [
-                v.load_stored(v.address(start, k * v.stored_bytes)) for k in range(together)
-            ]
+            loaded = [v.load_stored(v.address(start, k * v.stored_bytes)) for k in range(together)]
             b.store(v.minimum([b.load(low), *loaded]), low)
             b.store(v.maximum([b.load(high), *loaded]), high)
             doubt = b.load(self.doubt)
             for vector in loaded:
-                doubt = b.fadd(doubt, b.fmul(vector, zero, flags=("contract",)), flags=("contract",))
+                doubt = b.fadd(
+                    doubt, b.fmul(vector, zero, flags=("contract",)), flags=("contract",)
+                )
             b.store(doubt, self.doubt)
         return v.across(b.load(low), v.minimum), v.across(b.load(high), v.maximum)
 

@@ -2,7 +2,8 @@
 
 A store that bypasses the cache pays only if it fills a whole line. Large NumPy arrays start 16
 bytes into one. So a unit's numbers are put together in the scratch, as far into a line as the
-result is, and then copied line by line; what is left of the last line waits there for the next unit.
+result is, and then copied line by line; what is left of the last line waits there for the next
+unit.
 """
 
 from __future__ import annotations
