@@ -20,7 +20,7 @@ from typing import Any
 
 from llvmlite import binding, ir
 
-__all__ = ["build", "compiled_away", "processor"]
+__all__ = ["build", "compiled_away", "converts_halves", "processor"]
 
 _DIGEST = hashlib.sha256().digest_size
 _NAME = "kernel"
@@ -84,6 +84,16 @@ def _compile(kinds: str, emit: Callable[[Any, tuple[Any, ...]], None]) -> bytes:
     passes.getModulePassManager().run(parsed, passes)
     code: bytes = machine.emit_object(parsed)
     return code
+
+
+@cache
+def converts_halves() -> bool:
+    """Tell whether the processor converts float16; LLVM would call a library that isn't there."""
+    module = binding.parse_assembly(
+        "define float @widen(half %x) {\n %y = fpext half %x to float\n ret float %y\n}"
+    )
+    assembly: str = _machine().emit_assembly(module)
+    return not any(name in assembly for name in ("__extendhfsf2", "__gnu_h2f_ieee"))
 
 
 @cache

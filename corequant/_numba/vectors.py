@@ -11,6 +11,9 @@ from typing import Any
 
 from llvmlite import ir
 
+from corequant._numba import halves
+from corequant._numba.machine import converts_halves
+
 __all__ = ["VECTOR_BYTES", "Vectors", "compute_dtype", "lanes_of"]
 
 VECTOR_BYTES = 64
@@ -60,8 +63,10 @@ class Vectors:
     def load_stored(self, pointer: Any) -> Any:
         """Read a vector as it lies in the array, widened."""
         raw = self._load(pointer, self.stored_kind)
-        if self.dtype == "float16":
+        if self.dtype == "float16" and converts_halves():
             return self.builder.fpext(raw, self.kind)
+        if self.dtype == "float16":
+            return halves.widen(self.builder, raw)
         if self.dtype == "bfloat16":
             wide = self.builder.zext(raw, ir.VectorType(_INT32, self.lanes))
             return self.builder.bitcast(self.builder.shl(wide, self._integers(16)), self.kind)
@@ -81,8 +86,10 @@ class Vectors:
 
     def store_stored(self, vector: Any, pointer: Any, align: int = 0, stream: bool = False) -> None:
         """Write a vector as it lies in the array, rounded half to even."""
-        if self.dtype == "float16":
+        if self.dtype == "float16" and converts_halves():
             vector = self.builder.fptrunc(vector, self.stored_kind)
+        elif self.dtype == "float16":
+            vector = halves.narrow(self.builder, vector)
         elif self.dtype == "bfloat16":
             vector = self._round_to_bfloat16(vector)
         self.store(vector, pointer, align or self.stored_bytes // self.lanes, stream)
