@@ -247,7 +247,7 @@ def _rotate_transposed(
     def work(first: int, last: int) -> None:
         for start in range(first, last, _TRANSPOSED):
             stop = min(start + _TRANSPOSED, last)
-            columns = np.ascontiguousarray(source[start:stop].T)
+            columns = source[start:stop].T.copy()
             _rotate_columns(columns, columns, block_size, 0, inverse, None, 1)
             target[start:stop] = columns.T
 
