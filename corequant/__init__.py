@@ -30,6 +30,7 @@ from corequant.errors import (
     VerificationError,
 )
 from corequant.formats import NumberFormat, formats
+from corequant.fusion import rotate_fake_quantize, rotate_quantize
 from corequant.hadamard import hadamard_factors, hadamard_matrix, valid_block_sizes
 from corequant.merging import fold_norm, merge_factors, merge_permutation, merge_rotation
 from corequant.packing import pack, unpack
@@ -102,6 +103,8 @@ __all__ = [
     "random_permutation",
     "random_signs",
     "rangediff",
+    "rotate_fake_quantize",
+    "rotate_quantize",
     "round_to_nearest",
     "sign_descent",
     "smoothquant_scales",

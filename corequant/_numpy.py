@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from corequant._threads import for_rows, thread_count
-from corequant.hadamard import hadamard_factors, hadamard_matrix
 from corequant.protocols import Moments
 from corequant.specs import Granularity, QuantSpec, ScaleSearch
 
@@ -48,33 +46,50 @@ class NumpyBackend:
         x: Array,
         block_size: int,
         *,
+        axis: int,
         inverse: bool,
         signs: npt.NDArray[np.int8] | None,
         out: Array | None,
+        threads: int | None,
     ) -> Array:
-        """Rotate blocks of the last axis; see ``corequant.block_hadamard``."""
-        from corequant._numba.hadamard import rotate_blocks
+        """Rotate blocks of one axis; see ``corequant.block_hadamard``."""
+        from corequant._rotation import rotate
 
-        result = np.empty(x.shape, x.dtype) if out is None else out
-        if x.size == 0:
-            return result
-        rows = _rows(x)
-        target = result.reshape(rows.shape) if _direct(result, rows.dtype) else np.empty_like(rows)
-        core, power = _core(block_size, rows.dtype.name, inverse)
-        one = np.ones(x.shape[-1], rows.dtype)
-        sign = one if signs is None else signs.astype(rows.dtype)
-        before, after = (one, sign) if inverse else (sign, one)
-        scale = rows.dtype.type(1 / np.sqrt(block_size))
-        for_rows(
-            len(rows),
-            rows.shape[1],
-            lambda first, last: rotate_blocks(
-                first, last, rows, target, core, power, scale, before, after
-            ),
+        return rotate(
+            x, block_size, axis=axis, inverse=inverse, signs=signs, out=out, threads=threads
         )
-        if not np.shares_memory(target, result):
-            result[...] = target.reshape(x.shape)
-        return result
+
+    def rotate_quantize(
+        self,
+        x: Array,
+        block_size: int,
+        spec: QuantSpec,
+        *,
+        permutation: npt.NDArray[np.int64] | None,
+        signs: npt.NDArray[np.int8] | None,
+        out: Array | None,
+        threads: int | None,
+    ) -> tuple[Array, Array, Array | None]:
+        """Return codes, scales and zero points; see ``corequant.rotate_quantize``."""
+        from corequant._rotate_quantize import rotate_quantize
+
+        return rotate_quantize(self, x, block_size, spec, permutation, signs, out, threads)
+
+    def rotate_fake_quantize(
+        self,
+        x: Array,
+        block_size: int,
+        spec: QuantSpec,
+        *,
+        permutation: npt.NDArray[np.int64] | None,
+        signs: npt.NDArray[np.int8] | None,
+        out: Array | None,
+        threads: int | None,
+    ) -> Array:
+        """Return the codes' values; see ``corequant.rotate_fake_quantize``."""
+        from corequant._rotate_quantize import rotate_fake_quantize
+
+        return rotate_fake_quantize(self, x, block_size, spec, permutation, signs, out, threads)
 
     def token_normalize(self, x: Array) -> Array:
         """Return rows scaled to mean square 1, in float32 or float64; rows of zeros stay."""
@@ -87,11 +102,9 @@ class NumpyBackend:
 
     def moments(self, x: Array) -> Moments:
         """Return float64 sums of |x| and x² and the largest |x| of each channel (d,)."""
-        from corequant._numba.statistics import channel_moments
+        from corequant._statistics import moments
 
-        sums = tuple(np.zeros(x.shape[-1]) for _ in range(3))
-        channel_moments(_rows(x), *sums)
-        return sums  # type: ignore[return-value]
+        return moments(x)
 
     def gram(self, x: Array) -> Array:
         """Return XᵀX (d, d) of the rows of ``x``."""
@@ -229,11 +242,3 @@ def _flat_qparams(
     if zero_points is None:
         return flat, np.zeros_like(flat)
     return flat, np.ascontiguousarray(zero_points, dtype=dtype).reshape(-1)
-
-
-@lru_cache(maxsize=64)
-def _core(order: int, dtype: str, inverse: bool) -> tuple[Array, int]:
-    core_order, power = hadamard_factors(order)
-    core = hadamard_matrix(core_order)
-    # Sylvester's factor is symmetric, so only the core has to be transposed.
-    return np.ascontiguousarray(core.T if inverse else core, dtype=dtype), power

@@ -51,8 +51,9 @@ def for_rows(
     threads : int, optional
         At most so many; ``thread_count()`` by default.
     """
-    wanted = thread_count() if threads is None else threads
-    parts = min(wanted, rows, max(1, rows * row_length // _LEAST_WORK))
+    parts = min(rows, max(1, rows * row_length // _LEAST_WORK))
+    if parts > 1:
+        parts = min(parts, thread_count() if threads is None else threads)
     if parts <= 1:
         work(0, rows)
         return

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from corequant._dispatch import backend_for
 from corequant._validation import check_array, check_index
 from corequant.errors import CalibrationError, NonFiniteError, ShapeError
+from corequant.protocols import Backend
 
 __all__ = ["ActivationStats"]
 
@@ -106,15 +107,16 @@ class ActivationStats:
         check_array("x", x)
         if int(x.shape[-1]) != self.d:
             raise ShapeError(f"x must have d={self.d} channels, got shape {tuple(x.shape)}")
-        bad = backend.first_nonfinite(x)
-        if bad is not None:
-            raise NonFiniteError("x", *bad)
         tokens = int(np.prod(x.shape[:-1]))
         if tokens == 0:
             return self
         if self.token_normalize:
+            _check_finite(backend, x)
             x = backend.token_normalize(x)
         sum_abs, sum_square, absmax = backend.moments(x)
+        # What is not finite shows in the sums: no pass of its own looks for it.
+        if not (np.isfinite(sum_abs).all() and np.isfinite(sum_square).all()):
+            _check_finite(backend, x)
         self._sum_abs += sum_abs
         self._sum_square += sum_square
         np.maximum(self._absmax, absmax, out=self._absmax)
@@ -246,3 +248,9 @@ class ActivationStats:
     def __repr__(self) -> str:
         """Show d and the number of tokens."""
         return f"ActivationStats(d={self.d}, count={self._count})"
+
+
+def _check_finite(backend: Backend, x: Any) -> None:
+    bad = backend.first_nonfinite(x)
+    if bad is not None:
+        raise NonFiniteError("x", *bad)

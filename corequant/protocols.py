@@ -40,11 +40,42 @@ class Backend(Protocol):
         x: Array,
         block_size: int,
         *,
+        axis: int,
         inverse: bool,
         signs: npt.NDArray[np.int8] | None,
         out: Array | None,
+        threads: int | None,
     ) -> Array:
-        """Rotate blocks of the last axis by H/√b, ``out`` being x's equal in shape and dtype."""
+        """Rotate blocks of one axis by H/√b, ``out`` being x's equal in shape and dtype."""
+
+    def rotate_quantize(
+        self,
+        x: Array,
+        block_size: int,
+        spec: QuantSpec,
+        *,
+        permutation: npt.NDArray[np.int64] | None,
+        signs: npt.NDArray[np.int8] | None,
+        out: Array | None,
+        threads: int | None,
+    ) -> tuple[Array, Array, Array | None]:
+        """Return codes of the permuted and rotated ``x``, scales and zero points.
+
+        Raises NonFiniteError: to look for NaN and infinity first would be a pass of its own.
+        """
+
+    def rotate_fake_quantize(
+        self,
+        x: Array,
+        block_size: int,
+        spec: QuantSpec,
+        *,
+        permutation: npt.NDArray[np.int64] | None,
+        signs: npt.NDArray[np.int8] | None,
+        out: Array | None,
+        threads: int | None,
+    ) -> Array:
+        """Return what the codes of ``rotate_quantize`` stand for, in x's dtype."""
 
     def token_normalize(self, x: Array) -> Array:
         """Return the rows of ``x`` (..., d) as (tokens, d), each scaled to mean square 1."""

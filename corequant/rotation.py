@@ -1,10 +1,11 @@
-"""Rotations of the last axis by block-diagonal Hadamard matrices.
+"""Rotations of an axis by block-diagonal Hadamard matrices.
 
 ``y = x R̃`` with ``R̃ = diag(R, ..., R)`` and ``R = H/√b``, H a Hadamard matrix of order b.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,13 @@ def block_hadamard(
     x: Any,
     block_size: int | None = None,
     *,
+    axis: int = -1,
     inverse: bool = False,
     signs: npt.NDArray[Any] | None = None,
     out: Any = None,
+    threads: int | None = None,
 ) -> Any:
-    """Rotate each block of the last axis by a normalised Hadamard matrix.
+    """Rotate each block of one axis by a normalised Hadamard matrix.
 
     Parameters
     ----------
@@ -42,6 +45,9 @@ def block_hadamard(
     block_size : int, optional
         Length b of a block; must divide d and be the order of a Hadamard matrix. The whole axis
         (the full-vector rotation) by default.
+    axis : int
+        The axis that the d channels lie along; the last one by default. Axis 0 is a weight's
+        output side.
     inverse : bool
         Apply the transpose, which undoes the rotation. H need not be symmetric, so rotating twice
         is not the same as undoing.
@@ -50,11 +56,16 @@ def block_hadamard(
         randomised Hadamard rotation.
     out : array, optional
         Where the result goes: shape and dtype of ``x``, and either ``x`` itself or apart from it.
+    threads : int, optional
+        At most so many threads; all that the process may use by default. The result doesn't
+        depend on it.
 
     Returns
     -------
     array (..., d)
-        Of the type, dtype and device of ``x``; computed in float32, or float64 for float64.
+        Of the type, dtype and device of ``x``; computed in float32, or float64 for float64, and
+        rounded once. Its relative error, root mean square, is that of the plain butterflies in the
+        same dtype: about 1e-7 in float32.
 
     Raises
     ------
@@ -80,30 +91,41 @@ def block_hadamard(
     """
     backend = backend_for(x=x, out=out)
     check_array("x", x)
-    d = int(x.shape[-1])
+    place = check_axis("axis", axis, x.ndim)
+    d = int(x.shape[place])
     size = check_block_size("block_size", block_size, d)
     sign = check_signs("signs", signs, d)
     if out is not None:
         check_array("out", out)
-        if tuple(out.shape) != tuple(x.shape) or out.dtype != x.dtype:
+        if out is not x and (tuple(out.shape) != tuple(x.shape) or out.dtype != x.dtype):
             raise ShapeError(
                 f"out must have x's shape {tuple(x.shape)} and dtype {x.dtype}, "
                 f"got {tuple(out.shape)} and {out.dtype}"
             )
-        _check_out(x, out)
-    return backend.block_hadamard(x, size, inverse=bool(inverse), signs=sign, out=out)
+        if out is not x:
+            _check_apart(x, out)
+        if isinstance(out, np.ndarray) and not out.flags.writeable:
+            raise ValueError("out must be writeable, got a read-only array")
+    count = None if threads is None else check_index("threads", threads)
+    return backend.block_hadamard(
+        x, size, axis=place, inverse=bool(inverse), signs=sign, out=out, threads=count
+    )
 
 
-def _check_out(x: Any, out: Any) -> None:
-    if not isinstance(out, np.ndarray) or out is x:
-        writeable = not isinstance(out, np.ndarray) or out.flags.writeable
-    else:
-        writeable = out.flags.writeable
-        same = out.ctypes.data == x.ctypes.data and out.strides == x.strides
-        if not same and np.shares_memory(out, x):
-            raise ValueError("out must be x itself or share no memory with it, got an overlap")
-    if not writeable:
-        raise ValueError("out must be writeable, got a read-only array")
+def check_axis(name: str, axis: Any, ndim: int) -> int:
+    """Return the axis counted from the front; raise unless there is one."""
+    place = check_index(name, axis, minimum=-ndim)
+    if place >= ndim:
+        raise ValueError(f"{name} must be less than the number of axes {ndim}, got {place}")
+    return place % ndim
+
+
+def _check_apart(x: Any, out: Any) -> None:
+    if not isinstance(out, np.ndarray):
+        return
+    same = out.ctypes.data == x.ctypes.data and out.strides == x.strides
+    if not same and np.shares_memory(out, x):
+        raise ValueError("out must be x itself or share no memory with it, got an overlap")
 
 
 def check_block_size(name: str, block_size: Any, d: int) -> int:
@@ -112,8 +134,14 @@ def check_block_size(name: str, block_size: Any, d: int) -> int:
     Raises BlockSizeError or HadamardOrderError, naming the sizes that work.
     """
     if d < 1:
-        raise ShapeError(f"the last axis must not be empty, got length {d}")
+        raise ShapeError(f"the axis of the channels must not be empty, got length {d}")
     size = d if block_size is None else check_index(name, block_size)
+    _check_order(name, size, d)
+    return size
+
+
+@lru_cache(maxsize=4096)
+def _check_order(name: str, size: int, d: int) -> None:
     check_divides(name, size, d)
     try:
         hadamard_factors(size)
@@ -123,7 +151,6 @@ def check_block_size(name: str, block_size: Any, d: int) -> int:
             f"{name} must be the order of a Hadamard matrix, got {size} (divisors {factors}); "
             f"these divide d={d} and work: {join_some(valid_block_sizes(d))}"
         ) from None
-    return size
 
 
 def check_signs(name: str, signs: Any, d: int) -> npt.NDArray[np.int8] | None:

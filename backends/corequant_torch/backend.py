@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from corequant._dispatch import get_backend
-from corequant.errors import BackendError
+from corequant.errors import BackendError, NonFiniteError
 from corequant.protocols import Moments
 from corequant.specs import QuantSpec
 
@@ -38,16 +38,96 @@ class TorchBackend:
         x: torch.Tensor,
         block_size: int,
         *,
+        axis: int,
         inverse: bool,
         signs: npt.NDArray[np.int8] | None,
         out: torch.Tensor | None,
+        threads: int | None,
     ) -> torch.Tensor:
-        """Rotate blocks of the last axis; see ``corequant.block_hadamard``."""
-        rotated = self._numpy.block_hadamard(
-            _to_numpy(x), block_size, inverse=inverse, signs=signs, out=None
-        )
+        """Rotate blocks of one axis; see ``corequant.block_hadamard``."""
+        options: dict[str, Any] = {
+            "axis": axis,
+            "inverse": inverse,
+            "signs": signs,
+            "threads": threads,
+        }
+        if out is not None and out.dtype != torch.bfloat16:
+            self._numpy.block_hadamard(_to_numpy(x), block_size, out=_to_numpy(out), **options)
+            return out
+        rotated = self._numpy.block_hadamard(_to_numpy(x), block_size, out=None, **options)
         result = _to_torch(rotated, x.dtype)
         return result if out is None else out.copy_(result)
+
+    def rotate_quantize(
+        self,
+        x: torch.Tensor,
+        block_size: int,
+        spec: QuantSpec,
+        *,
+        permutation: npt.NDArray[np.int64] | None,
+        signs: npt.NDArray[np.int8] | None,
+        out: torch.Tensor | None,
+        threads: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return codes, scales and zero points; see ``corequant.rotate_quantize``."""
+        if x.dtype == torch.bfloat16:
+            # In one pass NumPy would hold the rotated row in float32, without bfloat16's rounding.
+            y = self._rotated(x, block_size, permutation, signs, threads)
+            chosen, offsets = self.choose_qparams(y, spec)
+            written = self.quantize(y, spec, chosen, offsets)
+            return written if out is None else out.copy_(written), chosen, offsets
+        codes, scales, zeros = self._numpy.rotate_quantize(
+            _to_numpy(x),
+            block_size,
+            spec,
+            permutation=permutation,
+            signs=signs,
+            out=_to_numpy_or_none(out),
+            threads=threads,
+        )
+        zero_points = None if zeros is None else torch.from_numpy(zeros)
+        written = torch.from_numpy(codes) if out is None else out
+        return written, torch.from_numpy(scales), zero_points
+
+    def rotate_fake_quantize(
+        self,
+        x: torch.Tensor,
+        block_size: int,
+        spec: QuantSpec,
+        *,
+        permutation: npt.NDArray[np.int64] | None,
+        signs: npt.NDArray[np.int8] | None,
+        out: torch.Tensor | None,
+        threads: int | None,
+    ) -> torch.Tensor:
+        """Return the codes' values; see ``corequant.rotate_fake_quantize``."""
+        codes, scales, zeros = self.rotate_quantize(
+            x, block_size, spec, permutation=permutation, signs=signs, out=None, threads=threads
+        )
+        values = self.dequantize(codes, spec, scales, zeros).to(x.dtype)
+        return values if out is None else out.copy_(values)
+
+    def _rotated(
+        self,
+        x: torch.Tensor,
+        block_size: int,
+        permutation: npt.NDArray[np.int64] | None,
+        signs: npt.NDArray[np.int8] | None,
+        threads: int | None,
+    ) -> torch.Tensor:
+        chosen = x if permutation is None else x[..., torch.from_numpy(permutation)]
+        bad = self.first_nonfinite(x)
+        if bad is not None:
+            raise NonFiniteError("x", *bad)
+        return self.block_hadamard(
+            chosen,
+            block_size,
+            axis=x.ndim - 1,
+            inverse=False,
+            signs=signs,
+            out=None,
+            threads=threads,
+        )
 
     def token_normalize(self, x: torch.Tensor) -> torch.Tensor:
         """Return rows scaled to mean square 1; rows of zeros stay."""

@@ -1,53 +1,50 @@
-"""Block rotations by H_K ⊗ H_2^k, in the order of the definition."""
+"""What a block rotation is, step by step, in NumPy.
+
+The compiled kernels do the same operations in the same order and give the same bits. This path
+runs where compilation is switched off (``NUMBA_DISABLE_JIT=1``).
+"""
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-from corequant._numba.jit import jit
+import numpy as np
+import numpy.typing as npt
+
+from corequant.hadamard import hadamard_factors, hadamard_matrix
 
 __all__ = ["rotate_blocks"]
 
+Array = npt.NDArray[Any]
 
-@jit
-def butterfly(buffer, start, length):  # type: ignore[no-untyped-def]
-    """Multiply ``buffer[start:start+length]`` by the Sylvester matrix, in place."""
+
+def rotate_blocks(blocks: Array, inverse: bool, scale: Array) -> Array:
+    """Multiply ``blocks`` (n, b), float32 or float64, by H or its transpose, then by ``scale``."""
+    core, power = hadamard_factors(blocks.shape[1])
+    y = blocks
     half = 1
-    while half < length:
-        for i in range(start, start + length, 2 * half):
-            for j in range(i, i + half):
-                a = buffer[j]
-                b = buffer[j + half]
-                buffer[j] = a + b
-                buffer[j + half] = a - b
+    while half < power:
+        pairs = y.reshape(len(y), -1, 2, half)
+        a, b = pairs[:, :, 0], pairs[:, :, 1]
+        y = np.stack([a + b, a - b], axis=2).reshape(blocks.shape)
         half *= 2
+    if core > 1:
+        y = _mix(y.reshape(len(y), core, power), inverse).reshape(blocks.shape)
+    result: Array = y * scale
+    return result
 
 
-@jit
-def rotate_blocks(first, last, x, out, core, power, scale, before, after):  # type: ignore[no-untyped-def]
-    """Rotate the blocks of rows ``first..last-1`` by (core ⊗ H_power) · scale.
-
-    ``core`` (K, K) holds ±1 in the dtype of ``x``; ``before`` and ``after`` (d,) hold
-    the signs that x and the result are multiplied by.
-    """
-    order = core.shape[0]
-    size = order * power
-    buffer = np.empty(size, x.dtype)
-    column = np.empty(order, x.dtype)
-    for row in range(first, last):
-        for start in range(0, x.shape[1], size):
-            for i in range(size):
-                buffer[i] = x[row, start + i] * before[start + i]
-            for k in range(order):
-                butterfly(buffer, k * power, power)
-            if order > 1:
-                for j in range(power):
-                    for k in range(order):
-                        column[k] = buffer[k * power + j]
-                    for k in range(order):
-                        total = column[0] * core[0, k]
-                        for m in range(1, order):
-                            total += column[m] * core[m, k]
-                        buffer[k * power + j] = total
-            for i in range(size):
-                out[row, start + i] = buffer[i] * scale * after[start + i]
+def _mix(y: Array, inverse: bool) -> Array:
+    """Multiply axis 1 by the core: inputs in fours, two and two, then from left to right."""
+    matrix = hadamard_matrix(y.shape[1])
+    signs = (matrix.T if inverse else matrix).astype(y.dtype)
+    mixed = np.empty_like(y)
+    for k in range(y.shape[1]):
+        signed = y * signs[:, k, None]
+        pairs = signed[:, 0::2] + signed[:, 1::2]
+        fours = pairs[:, 0::2] + pairs[:, 1::2]
+        total = fours[:, 0]
+        for i in range(1, fours.shape[1]):
+            total = total + fours[:, i]
+        mixed[:, k] = total
+    return mixed

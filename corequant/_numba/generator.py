@@ -1,0 +1,267 @@
+"""The generator: turns a plan into one LLVM function body, loops and all.
+
+Numbers of a block have the address (chunk, vector): along rows a chunk is a tile of consecutive
+vectors, down columns it is a row's share of a strip. The first pass along rows works inside a
+chunk; every other pass combines the same vector of several chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from llvmlite import ir
+
+from corequant._numba.cores import mix, mix_scratch
+from corequant._numba.loops import counted
+from corequant._numba.plans import Plan
+from corequant._numba.streaming import ShiftedStores
+from corequant._numba.vectors import VECTOR_BYTES, Vectors
+
+__all__ = ["PARAMETERS", "Body"]
+
+_WORD = ir.IntType(64)
+
+
+PARAMETERS = "iiiiiiiii{real}i"
+"""Kinds of the parameters of a kernel."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where vectors lie: a byte pointer, and bytes from chunk to chunk."""
+
+    base: Any
+    step: Any
+    in_array: bool
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """What one pass works on: its number, the part of the unit, and chunks in a part."""
+
+    number: int
+    part: Any
+    chunks: int
+    last: bool = False
+
+
+class Body:
+    """One kernel's body under construction.
+
+    Its parameters are ``src, twin, dst, src_step, dst_step, units, signs, period, phase, scale,
+    scratch``. It rotates ``units`` units of ``src`` into ``dst``, addresses that may be the same.
+    ``twin`` equals ``src``. The steps are bytes from row to row, used for columns only. ``signs``
+    is the address of ``period`` factors, of which the first unit uses those from ``phase`` on;
+    after the rotation they take the place of ``scale``.
+    """
+
+    def __init__(self, builder: Any, plan: Plan, arguments: Any) -> None:
+        self.b = builder
+        self.plan = plan
+        self.v = Vectors(builder, plan.dtype)
+        (src, twin, dst, src_step, dst_step, units, signs, period, phase, scale, scratch) = (
+            arguments
+        )
+        self.src, self.twin, self.dst = map(self._pointer, (src, twin, dst))
+        self.signs, self.scratch = self._pointer(signs), self._pointer(scratch)
+        self.steps = (src_step, dst_step)
+        self.units, self.period, self.phase = units, period, phase
+        self.factor = self.v.splat(scale)
+
+    def emit(self) -> None:
+        """Emit the loop over units."""
+        plan, b = self.plan, self.b
+        vectors = plan.strip or plan.unit // plan.lanes
+        moved = vectors * self.v.stored_bytes
+        with b.goto_entry_block():
+            phase = b.alloca(_WORD)
+        b.store(self.phase, phase)
+        if plan.stores == "shifted":
+            start = plan.kept + mix_scratch(plan.core)
+            shifted = ShiftedStores(self.v, self.dst, self.v.address(self.scratch, start))
+        with self._loop(self.units) as unit:
+            offset = b.mul(unit, _word(moved))
+            self.from_twin = self.v.address(self.twin, offset)
+            self.ahead = self.v.address(self.src, b.add(offset, _word(max(plan.ahead, moved))))
+            if plan.signs != "none" and not plan.strip:
+                at = b.load(phase)
+                self.unit_signs = self.v.address(self.signs, b.mul(at, _word(self.v.scalar_bytes)))
+                following = b.add(at, _word(plan.unit))
+                wraps = b.icmp_signed("==", following, self.period)
+                b.store(b.select(wraps, _word(0), following), phase)
+            target = self.v.address(self.dst, offset)
+            if plan.stores == "shifted":
+                target = shifted.place
+            source = self.v.address(self.src, offset)
+            self._unit(self._array(source, 0), self._array(target, 1), moved)
+            if plan.stores == "shifted":
+                shifted.write(unit, moved)
+        if plan.stores == "shifted":
+            shifted.finish(self.units, moved)
+        if plan.stores != "ordinary":
+            self.v.fence()
+
+    def _unit(self, source: _Place, target: _Place, moved: int) -> None:
+        """All passes over one unit, all but the last one part after the other.
+
+        A part is what the last pass combines, so that it stays in the first-level cache until then.
+        """
+        plan = self.plan
+        rest = _Place(self.scratch, plan.pitch, in_array=False)
+        lines = -(-moved // VECTOR_BYTES)
+        self.share = -(-lines // plan.passes)
+        steps: list[Callable[..., None]] = [self._first_pass] if plan.tile else []
+        distance = 1
+        for radix in plan.radices:
+            steps.append(partial(self._pass, radix, distance))
+            distance *= radix
+        if plan.core > 1:
+            steps.append(partial(self._core_pass, distance))
+        *early, final = steps
+        chunks = plan.chunks // plan.parts
+        with self._loop(plan.parts if early else 1) as part:
+            for number, step in enumerate(early):
+                step(_Stretch(number, part, chunks), source if number == 0 else rest, rest)
+        whole = _Stretch(len(early), _word(0), plan.chunks, last=True)
+        final(whole, rest if early else source, target)
+
+    def _first_pass(self, over: _Stretch, source: _Place, target: _Place) -> None:
+        """Stages inside a vector, then between the vectors of a tile."""
+        plan, v = self.plan, self.v
+        stages = (min(plan.power, plan.lanes)).bit_length() - 1
+        together = max(1, min(plan.tile, plan.power // plan.lanes))
+        with self._loop(over.chunks) as index:
+            chunk = self._prefetch(over, index, over.chunks)
+            vectors = []
+            for i in range(plan.tile):
+                if plan.paired_loads:
+                    at = self._offset(source, chunk, i)
+                    left, right = v.address(source.base, at), v.address(self.from_twin, at)
+                    vectors.append(v.load_butterfly(left, right))
+                else:
+                    vectors.append(self._load(source, chunk, i))
+            for stage in range(int(plan.paired_loads), stages):
+                vectors = [v.lane_butterfly(vector, 1 << stage) for vector in vectors]
+            for i in range(0, plan.tile, together):
+                vectors[i : i + together] = v.butterflies(vectors[i : i + together])
+            for i, vector in enumerate(vectors):
+                self._store(vector, target, chunk, i, over.last)
+
+    def _pass(
+        self, radix: int, distance: int, over: _Stretch, source: _Place, target: _Place
+    ) -> None:
+        """Stages between ``radix`` chunks, each ``distance`` chunks from the next."""
+        width = self.plan.tile or self.plan.strip
+        groups = over.chunks // (radix * distance)
+        with self._loop(groups) as group, self._loop(distance) as inner, self._loop(width) as at:
+            number = self._number((group, distance), (inner, width), at)
+            self._prefetch(over, number, groups * distance * width)
+            start = self.b.mul(over.part, _word(over.chunks))
+            start = self.b.add(start, self.b.mul(group, _word(radix * distance)))
+            start = self.b.add(start, inner)
+            chunks = [self.b.add(start, _word(i * distance)) for i in range(radix)]
+            loaded = [self._load(source, chunk, at) for chunk in chunks]
+            for chunk, turned in zip(chunks, self.v.butterflies(loaded), strict=True):
+                self._store(turned, target, chunk, at, over.last)
+
+    def _core_pass(self, distance: int, over: _Stretch, source: _Place, target: _Place) -> None:
+        """Emit the core's stage, between K chunks, each p numbers from the next."""
+        plan = self.plan
+        width = plan.tile or plan.strip
+        tables = self.v.address(self.scratch, plan.kept)
+        with self._loop(distance) as inner, self._loop(width) as at:
+            self._prefetch(over, self._number((inner, width), at), distance * width)
+
+            def load(k: Any) -> Any:
+                return self._load(source, self._chunk(inner, k, distance), at)
+
+            def store(k: Any, mixed: Any) -> None:
+                self._store(mixed, target, self._chunk(inner, k, distance), at, over.last)
+
+            mix(self.v, plan.core, plan.inverse, load, store, tables)
+
+    def _chunk(self, inner: Any, k: Any, distance: int) -> Any:
+        step = _word(k * distance) if isinstance(k, int) else self.b.mul(k, _word(distance))
+        return self.b.add(inner, step)
+
+    def _load(self, place: _Place, chunk: Any, vector: Any) -> Any:
+        pointer = self.v.address(place.base, self._offset(place, chunk, vector))
+        if not place.in_array:
+            return self.v.load(pointer)
+        if self.plan.strip and self.plan.ahead:
+            self.v.prefetch(self.v.address(pointer, self.plan.ahead))
+        loaded = self.v.load_stored(pointer)
+        if self.plan.signs == "before":
+            loaded = self.v.scale(loaded, self._sign(chunk, vector))
+        return loaded
+
+    def _store(self, vector: Any, place: _Place, chunk: Any, at: Any, last: bool) -> None:
+        pointer = self.v.address(place.base, self._offset(place, chunk, at))
+        if not last:
+            self.v.store(vector, pointer, VECTOR_BYTES)
+            return
+        signed = self.plan.signs == "after"
+        vector = self.v.scale(vector, self._sign(chunk, at) if signed else self.factor)
+        if self.plan.stores == "streamed":
+            self.v.store_stored(vector, pointer, self.v.stored_bytes, stream=True)
+        else:
+            self.v.store_stored(vector, pointer)
+
+    def _sign(self, chunk: Any, vector: Any) -> Any:
+        if self.plan.strip:
+            offset = self.b.mul(chunk, _word(self.v.scalar_bytes))
+            return self.v.load_scalar(self.v.address(self.signs, offset))
+        place = _Place(self.unit_signs, self.plan.tile * VECTOR_BYTES, in_array=False)
+        return self.v.load(self.v.address(place.base, self._offset(place, chunk, vector)))
+
+    def _array(self, pointer: Any, which: int) -> _Place:
+        if self.plan.strip:
+            return _Place(pointer, self.steps[which], in_array=True)
+        return _Place(pointer, self.plan.tile * self.v.stored_bytes, in_array=True)
+
+    def _offset(self, place: _Place, chunk: Any, vector: Any) -> Any:
+        size = self.v.stored_bytes if place.in_array else VECTOR_BYTES
+        within = vector * size if isinstance(vector, int) else self.b.mul(vector, _word(size))
+        return self.b.add(self.b.mul(chunk, _word(place.step)), _word(within))
+
+    def _prefetch(self, over: _Stretch, number: Any, tiles: int) -> Any:
+        """Fetch this tile's share of what comes next, so that all passes overlap with memory.
+
+        Returns the number of the tile in the unit.
+        """
+        plan = self.plan
+        tile = self.b.add(self.b.mul(over.part, _word(tiles)), number)
+        if plan.ahead and not plan.strip:
+            parts = plan.chunks // over.chunks
+            each = -(-self.share // (tiles * parts))
+            start = self.b.mul(tile, _word(each * VECTOR_BYTES))
+            for k in range(each):
+                offset = (over.number * self.share + k) * VECTOR_BYTES
+                self.v.prefetch(self.v.address(self.ahead, self.b.add(start, _word(offset))))
+        return tile
+
+    def _number(self, *parts: Any) -> Any:
+        """Count the turns of nested loops: ((i, n), (j, m), k) gives (i n + j) m + k."""
+        total = _word(0)
+        for index, length in parts[:-1]:
+            total = self.b.mul(self.b.add(total, index), _word(length))
+        return self.b.add(total, parts[-1])
+
+    @contextmanager
+    def _loop(self, count: Any) -> Iterator[Any]:
+        if isinstance(count, int) and count == 1:
+            yield _word(0)
+        else:
+            with counted(self.b, count) as index:
+                yield index
+
+    def _pointer(self, address: Any) -> Any:
+        return self.b.inttoptr(address, ir.IntType(8).as_pointer())
+
+
+def _word(value: Any) -> Any:
+    return ir.Constant(_WORD, value) if isinstance(value, int) else value

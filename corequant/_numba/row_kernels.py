@@ -1,0 +1,275 @@
+"""Permute, sign, rotate and quantize in one pass over memory, a row at a time.
+
+A row is brought into the scratch, rotated there, measured and rounded while it is in the cache.
+Each step does what its own kernel does, operation by operation, so that the codes are the same
+bits: the affine grids are those of ``quantize.py``, the block-scaled ones those of the OCP's
+microscaling formats. Between rotating and rounding the row is held in the array's own dtype, as it
+would be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+from llvmlite import ir
+
+from corequant._numba.generator import Body
+from corequant._numba.loops import counted
+from corequant._numba.machine import build
+from corequant._numba.plans import Plan
+from corequant._numba.rotation import edition
+from corequant._numba.vectors import VECTOR_BYTES, Vectors
+
+__all__ = ["Task", "fused_kernel", "fused_scratch"]
+
+_WORD = ir.IntType(64)
+_INT32 = ir.IntType(32)
+_BYTE = ir.IntType(8)
+
+_LINE = 16
+"""Numbers gathered in one turn; rows are a multiple of it, since they are whole units of a plan."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to do with a row of ``length`` numbers, besides rotating it.
+
+    Attributes
+    ----------
+    length : int
+        d, a multiple of the plan's unit.
+    group : int
+        Numbers that share a scale; whole vectors, dividing d.
+    grid : {"codes", "values", "float4"}
+        Write int8 codes of an affine grid, the values they stand for, or codes of float4_e2m1fn,
+        one a byte, with a scale of float8_e8m0fnu for each group.
+    symmetric : bool
+        Without zero points.
+    permuted : bool
+        Gather the channels first.
+    """
+
+    length: int
+    group: int
+    grid: str
+    symmetric: bool
+    permuted: bool
+
+
+def fused_scratch(plan: Plan, task: Task) -> int:
+    """Bytes of scratch that a fused kernel needs, 64-aligned."""
+    return 2 * _row_bytes(plan, task) + plan.scratch
+
+
+@lru_cache(maxsize=256)
+def fused_kernel(plan: Plan, task: Task) -> Callable[..., None]:
+    """Return the kernel; see ``_Rows`` for its parameters."""
+    real = "d" if plan.dtype == "float64" else "f"
+    key = f"fused {edition()} {plan} {sorted(asdict(task).items())}"
+    return build(key, "iiiiiiiii" + 5 * real, lambda b, given: _Rows(b, plan, task, given).emit())
+
+
+def _row_bytes(plan: Plan, task: Task) -> int:
+    return task.length * (Vectors(None, plan.dtype).stored_bytes // plan.lanes) + VECTOR_BYTES
+
+
+class _Rows:
+    """The body of a fused kernel.
+
+    Its parameters are ``src, out, scales, zeros, rows, permutation, signs, scratch, status``, then
+    the numbers ``scale, least, most, tiny, huge``: addresses of the arrays, the scale of the
+    rotation, the ends of the grid, the smallest scale and the largest number that a code may stand
+    for. ``permutation`` holds d int32; ``status`` is an int64 that becomes 1 if a rotated number
+    is not finite.
+    """
+
+    def __init__(self, builder: Any, plan: Plan, task: Task, arguments: Any) -> None:
+        self.b = builder
+        self.plan = plan
+        self.task = task
+        self.v = Vectors(builder, plan.dtype)
+        (self.src, self.out, self.scales, self.zeros, self.rows, self.permutation) = arguments[:6]
+        (self.signs, self.scratch, self.status) = arguments[6:9]
+        (self.scale, self.least, self.most, self.tiny, self.huge) = arguments[9:]
+
+    def emit(self) -> None:
+        """Emit the loop over rows."""
+        b, v, task = self.b, self.v, self.task
+        stored = v.stored_bytes // v.lanes
+        row_bytes = _row_bytes(self.plan, task)
+        zero = ir.Constant(v.kind, [0.0] * v.lanes)
+        self.doubt = self._variable(zero)
+        gathered, rotated = self.scratch, b.add(self.scratch, _word(row_bytes))
+        rest = b.add(self.scratch, _word(2 * row_bytes))
+        groups = task.length // task.group
+        written = stored if task.grid == "values" else 1
+        with counted(b, self.rows) as row:
+            source = b.add(self.src, b.mul(row, _word(task.length * stored)))
+            if task.permuted:
+                self._gather(source, gathered)
+                source = gathered
+            units = _word(task.length // self.plan.unit)
+            nothing = _word(0)
+            Body(
+                b,
+                self.plan,
+                (
+                    *(source, source, rotated, nothing, nothing, units, self.signs),
+                    *(_word(task.length), nothing, self.scale, rest),
+                ),
+            ).emit()
+            target = self._pointer(b.add(self.out, b.mul(row, _word(task.length * written))))
+            with counted(b, groups) as group:
+                values = self._pointer(b.add(rotated, b.mul(group, _word(task.group * stored))))
+                number = b.add(b.mul(row, _word(groups)), group)
+                here = v.address(target, b.mul(group, _word(task.group * written)))
+                if task.grid == "float4":
+                    self._float4(values, here, number)
+                else:
+                    self._affine(values, here, number)
+        doubtful = b.fcmp_unordered("!=", b.load(self.doubt), zero)
+        whole = b.bitcast(doubtful, ir.IntType(v.lanes))
+        with b.if_then(b.icmp_unsigned("!=", whole, ir.Constant(whole.type, 0))):
+            status = b.inttoptr(self.status, _WORD.as_pointer())
+            b.store(_word(1), status)
+
+    def _gather(self, source: Any, target: Any) -> None:
+        """Copy the channels in their new order, and fetch the next row meanwhile."""
+        b, v = self.b, self.v
+        stored = v.stored_bytes // v.lanes
+        number = ir.IntType(8 * stored).as_pointer()
+        base, to = b.inttoptr(source, number), b.inttoptr(target, number)
+        indices = b.inttoptr(self.permutation, _INT32.as_pointer())
+        next_row = v.address(self._pointer(source), self.task.length * stored)
+        # Through plain registers: 11 cycles for 16 numbers, gather instructions no less.
+        with counted(b, self.task.length // _LINE) as line:
+            start = b.mul(line, _word(_LINE))
+            for k in range(0, _LINE * stored, VECTOR_BYTES):
+                v.prefetch(v.address(next_row, b.add(b.mul(start, _word(stored)), _word(k))))
+            for k in range(_LINE):
+                at = b.add(start, _word(k))
+                chosen = b.zext(b.load(b.gep(indices, [at])), _WORD)
+                b.store(b.load(b.gep(base, [chosen])), b.gep(to, [at]))
+
+    def _measure(self, values: Any) -> tuple[Any, Any]:
+        """Smallest and largest number of a group, and zero; note what is not finite."""
+        b, v = self.b, self.v
+        zero = ir.Constant(v.kind, [0.0] * v.lanes)
+        low, high = self._variable(zero), self._variable(zero)
+        vectors = self.task.group // v.lanes
+        together = next(n for n in (4, 3, 2, 1) if vectors % n == 0)
+        with counted(b, vectors // together) as i:
+            start = v.address(values, b.mul(i, _word(together * v.stored_bytes)))
+            loaded = [v.load_stored(v.address(start, k * v.stored_bytes)) for k in range(together)]
+            b.store(v.minimum([b.load(low), *loaded]), low)
+            b.store(v.maximum([b.load(high), *loaded]), high)
+            doubt = b.load(self.doubt)
+            for vector in loaded:
+                doubt = b.fadd(
+                    doubt, b.fmul(vector, zero, flags=("contract",)), flags=("contract",)
+                )
+            b.store(doubt, self.doubt)
+        return v.across(b.load(low), v.minimum), v.across(b.load(high), v.maximum)
+
+    def _affine(self, values: Any, target: Any, number: Any) -> None:
+        b, v = self.b, self.v
+        low, high = self._measure(values)
+        scale, zero = self._parameters(low, high)
+        self._keep(self.scales, number, scale)
+        if not self.task.symmetric:
+            self._keep(self.zeros, number, zero)
+        scales, zeros = v.splat(scale), v.splat(zero)
+        least, most = v.splat(self.least), v.splat(self.most)
+        with counted(b, self.task.group // v.lanes) as i:
+            x = v.load_stored(v.address(values, b.mul(i, _word(v.stored_bytes))))
+            code = b.fadd(v.nearest(b.fdiv(x, scales)), zeros)
+            code = v.minimum([v.maximum([code, least]), most])
+            if self.task.grid == "codes":
+                self._write_bytes(code, target, i)
+            else:
+                value = b.fmul(b.fsub(code, zeros), scales)
+                v.store_stored(value, v.address(target, b.mul(i, _word(v.stored_bytes))))
+
+    def _parameters(self, low: Any, high: Any) -> tuple[Any, Any]:
+        """Scale and zero point, as ``quantize.py`` has them."""
+        b, v = self.b, self.v
+        real = v.scalar
+        nought, one, two = (ir.Constant(real, k) for k in (0.0, 1.0, 2.0))
+        steps = b.fdiv(b.fsub(self.most, self.least), two)
+        if self.task.symmetric:
+            width = v.maximum([b.fneg(low), high])
+            widest = v.maximum([b.fneg(self.least), self.most])
+        else:
+            width = b.fsub(b.fdiv(high, two), b.fdiv(low, two))
+        scale = v.maximum([b.fdiv(width, steps), self.tiny])
+        empty = b.and_(b.fcmp_ordered("==", low, nought), b.fcmp_ordered("==", high, nought))
+        zero = nought
+        if not self.task.symmetric:
+            zero = v.nearest(b.fsub(self.least, b.fdiv(low, scale)))
+            zero = v.minimum([v.maximum([zero, self.least]), self.most])
+            widest = v.maximum([b.fsub(zero, self.least), b.fsub(self.most, zero)])
+            zero = b.select(empty, nought, zero)
+        scale = v.minimum([scale, b.fdiv(self.huge, widest)])
+        return b.select(empty, one, scale), zero
+
+    def _float4(self, values: Any, target: Any, number: Any) -> None:
+        """Scale 2^(floor(log2 max|x|) - 2), at least 2^-127, and codes rounded half to even."""
+        b, v = self.b, self.v
+        low, high = self._measure(values)
+        largest = v.maximum([b.fneg(low), high])
+        # Of -0.0 and 0.0 either may be the largest.
+        bits = b.and_(b.bitcast(largest, _INT32), ir.Constant(_INT32, 0x7FFFFFFF))
+        exponent = b.lshr(bits, ir.Constant(_INT32, 23))
+        biased = b.sub(exponent, ir.Constant(_INT32, 2))
+        nought = ir.Constant(_INT32, 0)
+        biased = b.select(b.icmp_signed("<", biased, nought), nought, biased)
+        scales = self._pointer(self.scales)
+        b.store(b.trunc(biased, _BYTE), v.address(scales, number))
+        inverse = b.shl(b.sub(ir.Constant(_INT32, 254), biased), ir.Constant(_INT32, 23))
+        factor = v.splat(b.bitcast(inverse, v.scalar))
+        with counted(b, self.task.group // v.lanes) as i:
+            x = v.load_stored(v.address(values, b.mul(i, _word(v.stored_bytes))))
+            self._write_bytes(self._float4_code(b.fmul(x, factor)), target, i)
+
+    def _float4_code(self, x: Any) -> Any:
+        """Codes 0 to 7 are 0, 0.5, 1, 1.5, 2, 3, 4, 6: three runs of even steps; 8 is the sign."""
+        b, v = self.b, self.v
+        constant = v.constant
+        kind = ir.VectorType(_INT32, v.lanes)
+        bits = b.bitcast(x, kind)
+        magnitude = b.bitcast(b.and_(bits, ir.Constant(kind, [0x7FFFFFFF] * v.lanes)), v.kind)
+        fine = v.nearest(b.fmul(magnitude, constant(2.0)))
+        middle = b.fadd(v.nearest(magnitude), constant(2.0))
+        coarse = b.fadd(v.nearest(b.fmul(magnitude, constant(0.5))), constant(4.0))
+        code = b.select(b.fcmp_ordered("<", magnitude, constant(4.0)), middle, coarse)
+        code = b.select(b.fcmp_ordered("<", magnitude, constant(2.0)), fine, code)
+        code = v.minimum([code, constant(7.0)])
+        negative = b.icmp_signed("<", bits, ir.Constant(kind, [0] * v.lanes))
+        return b.select(negative, b.fadd(code, constant(8.0)), code)
+
+    def _write_bytes(self, code: Any, target: Any, i: Any) -> None:
+        b, v = self.b, self.v
+        codes = b.fptosi(code, ir.VectorType(_INT32, v.lanes))
+        small = b.trunc(codes, ir.VectorType(_BYTE, v.lanes))
+        at = v.address(target, b.mul(i, _word(v.lanes)))
+        b.store(small, b.bitcast(at, small.type.as_pointer())).align = 1
+
+    def _keep(self, array: Any, number: Any, value: Any) -> None:
+        pointer = self.b.inttoptr(array, self.v.scalar.as_pointer())
+        self.b.store(value, self.b.gep(pointer, [number]))
+
+    def _variable(self, initial: Any) -> Any:
+        with self.b.goto_entry_block():
+            slot = self.b.alloca(initial.type)
+        self.b.store(initial, slot)
+        return slot
+
+    def _pointer(self, address: Any) -> Any:
+        return self.b.inttoptr(address, _BYTE.as_pointer())
+
+
+def _word(value: int) -> Any:
+    return ir.Constant(_WORD, value)

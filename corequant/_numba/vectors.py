@@ -1,0 +1,256 @@
+"""Vectors in the making: the few LLVM instructions that a butterfly network consists of.
+
+A vector is 64 bytes of the dtype that is computed in, whatever the processor: LLVM splits it where
+registers are shorter. Storage may be narrower, float16 or bfloat16; conversion happens between
+memory and register. Nothing here knows a plan.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+from corequant._numba import halves
+from corequant._numba.machine import converts_halves
+
+__all__ = ["VECTOR_BYTES", "Vectors", "compute_dtype", "lanes_of"]
+
+VECTOR_BYTES = 64
+
+_WORD = ir.IntType(64)
+_INT32 = ir.IntType(32)
+_INT16 = ir.IntType(16)
+_BYTE = ir.IntType(8)
+_EXACT = ("contract",)
+"""A product with ±1 is exact, so that fusing it with the sum changes no bit."""
+
+
+def compute_dtype(dtype: str) -> str:
+    """Name the dtype that arrays of ``dtype`` are computed in."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def lanes_of(dtype: str) -> int:
+    """Count the numbers in a vector."""
+    return 8 if dtype == "float64" else 16
+
+
+class Vectors:
+    """Emits vector code for arrays of one dtype at the builder's position."""
+
+    def __init__(self, builder: Any, dtype: str) -> None:
+        self.builder = builder
+        self.dtype = dtype
+        self.lanes = lanes_of(dtype)
+        self.scalar = ir.DoubleType() if dtype == "float64" else ir.FloatType()
+        self.kind = ir.VectorType(self.scalar, self.lanes)
+        self.bytes = VECTOR_BYTES
+        stored = {"float16": ir.HalfType(), "bfloat16": _INT16}.get(dtype, self.scalar)
+        self.stored_kind = ir.VectorType(stored, self.lanes)
+        self.stored_bytes = VECTOR_BYTES // (2 if dtype in ("float16", "bfloat16") else 1)
+
+    def address(self, base: Any, offset: Any) -> Any:
+        """Step ``offset`` bytes, a number or a value, from the byte pointer ``base``."""
+        if isinstance(offset, int):
+            offset = ir.Constant(_WORD, offset)
+        return self.builder.gep(base, [offset])
+
+    def load(self, pointer: Any) -> Any:
+        """Read a vector of the computed dtype."""
+        return self._load(pointer, self.kind)
+
+    def load_stored(self, pointer: Any) -> Any:
+        """Read a vector as it lies in the array, widened."""
+        raw = self._load(pointer, self.stored_kind)
+        if self.dtype == "float16" and converts_halves():
+            return self.builder.fpext(raw, self.kind)
+        if self.dtype == "float16":
+            return halves.widen(self.builder, raw)
+        if self.dtype == "bfloat16":
+            wide = self.builder.zext(raw, ir.VectorType(_INT32, self.lanes))
+            return self.builder.bitcast(self.builder.shl(wide, self._integers(16)), self.kind)
+        return raw
+
+    def load_scalar(self, pointer: Any) -> Any:
+        """Read one number of the computed dtype into every lane."""
+        return self.splat(self.builder.load(self._cast(pointer, self.scalar)))
+
+    def store(self, vector: Any, pointer: Any, align: int = 0, stream: bool = False) -> None:
+        """Write a vector of the computed dtype; ``stream`` bypasses the cache."""
+        instruction = self.builder.store(vector, self._cast(pointer, vector.type))
+        instruction.align = align or self.scalar_bytes
+        if stream:
+            one = self.builder.module.add_metadata([ir.Constant(_INT32, 1)])
+            instruction.set_metadata("nontemporal", one)
+
+    def store_stored(self, vector: Any, pointer: Any, align: int = 0, stream: bool = False) -> None:
+        """Write a vector as it lies in the array, rounded half to even."""
+        if self.dtype == "float16" and converts_halves():
+            vector = self.builder.fptrunc(vector, self.stored_kind)
+        elif self.dtype == "float16":
+            vector = halves.narrow(self.builder, vector)
+        elif self.dtype == "bfloat16":
+            vector = self._round_to_bfloat16(vector)
+        self.store(vector, pointer, align or self.stored_bytes // self.lanes, stream)
+
+    @property
+    def scalar_bytes(self) -> int:
+        """Bytes of one number of the computed dtype."""
+        return VECTOR_BYTES // self.lanes
+
+    def splat(self, value: Any) -> Any:
+        """Put one number into every lane."""
+        undefined = ir.Constant(self.kind, ir.Undefined)
+        single = self.builder.insert_element(undefined, value, ir.Constant(_INT32, 0))
+        return self._shuffle(single, [0] * self.lanes)
+
+    def scale(self, vector: Any, factor: Any) -> Any:
+        """Multiply, with one rounding of its own."""
+        return self.builder.fmul(vector, factor)
+
+    def lane_butterfly(self, vector: Any, half: int) -> Any:
+        """Replace lanes i and i + half by their sum and difference."""
+        partner = self._shuffle(vector, [i ^ half for i in range(self.lanes)])
+        return self._add_signed(partner, vector, half)
+
+    def load_butterfly(self, pointer: Any, twin: Any) -> Any:
+        """Load and do the first butterfly, both shuffles left to the load ports.
+
+        Both pointers mean the same address. LLVM must not know it, or else it would load once and
+        shuffle in registers, on the one port that the other butterflies are short of.
+        """
+        even = self._shuffle(self._load(pointer, self.kind), [i & ~1 for i in range(self.lanes)])
+        odd = self._shuffle(self._load(twin, self.kind), [i | 1 for i in range(self.lanes)])
+        return self._add_signed(even, odd, 1)
+
+    def butterflies(self, vectors: list[Any]) -> list[Any]:
+        """Sylvester's transform across a power of two of vectors, small distances first."""
+        vectors = list(vectors)
+        half = 1
+        while half < len(vectors):
+            for i in range(len(vectors)):
+                if not i & half:
+                    a, b = vectors[i], vectors[i | half]
+                    vectors[i] = self.builder.fadd(a, b)
+                    vectors[i | half] = self.builder.fsub(a, b)
+            half *= 2
+        return vectors
+
+    def add(self, a: Any, b: Any) -> Any:
+        """Sum of two vectors."""
+        return self.builder.fadd(a, b)
+
+    def subtract(self, a: Any, b: Any) -> Any:
+        """Difference of two vectors."""
+        return self.builder.fsub(a, b)
+
+    def negate(self, a: Any) -> Any:
+        """Flip the signs."""
+        return self.builder.fneg(a)
+
+    def constant(self, value: float) -> Any:
+        """Put one known number into every lane."""
+        return ir.Constant(self.kind, [value] * self.lanes)
+
+    def magnitude(self, vector: Any) -> Any:
+        """Drop the signs."""
+        function = self._declared(
+            f"llvm.fabs.v{self.lanes}f{8 * self.scalar_bytes}", vector.type, [vector.type]
+        )
+        return self.builder.call(function, [vector])
+
+    def minimum(self, values: list[Any]) -> Any:
+        """Smallest of vectors or numbers, none of them NaN, lane by lane."""
+        return self._choose("<", values)
+
+    def maximum(self, values: list[Any]) -> Any:
+        """Largest of vectors or numbers, none of them NaN, lane by lane."""
+        return self._choose(">", values)
+
+    def _choose(self, relation: str, values: list[Any]) -> Any:
+        # Pairs first: the value carried from turn to turn comes in last and waits for one step.
+        carried, *others = values
+        while len(others) > 1:
+            pairs = zip(others[::2], others[1::2], strict=False)
+            left = others[-1:] if len(others) % 2 else []
+            others = [self._better(relation, a, b) for a, b in pairs] + left
+        return self._better(relation, others[0], carried) if others else carried
+
+    def _better(self, relation: str, a: Any, b: Any) -> Any:
+        return self.builder.select(self.builder.fcmp_ordered(relation, a, b), a, b)
+
+    def across(self, vector: Any, choose: Any) -> Any:
+        """Reduce the lanes of a vector to one number by ``minimum`` or ``maximum``."""
+        half = self.lanes // 2
+        while half:
+            other = self._shuffle(vector, [i ^ half for i in range(self.lanes)])
+            vector = choose([vector, other])
+            half //= 2
+        return self.builder.extract_element(vector, ir.Constant(_INT32, 0))
+
+    def nearest(self, value: Any) -> Any:
+        """Round a vector or a number to integers, half to even."""
+        lanes = f"v{self.lanes}" if isinstance(value.type, ir.VectorType) else ""
+        name = f"llvm.rint.{lanes}f{8 * self.scalar_bytes}"
+        return self.builder.call(self._declared(name, value.type, [value.type]), [value])
+
+    def prefetch(self, pointer: Any) -> None:
+        """Ask for a line of cache, into the second level."""
+        parameters = [_BYTE.as_pointer(), _INT32, _INT32, _INT32]
+        function = self._declared("llvm.prefetch.p0", ir.VoidType(), parameters)
+        read, second_level, data = (ir.Constant(_INT32, k) for k in (0, 2, 1))
+        self.builder.call(function, [pointer, read, second_level, data])
+
+    def constant_table(self, rows: list[list[int]]) -> Any:
+        """Put a table of small numbers into the module."""
+        kind = ir.ArrayType(ir.ArrayType(_INT32, len(rows[0])), len(rows))
+        module = self.builder.module
+        table = ir.GlobalVariable(module, kind, module.get_unique_name("corequant_table"))
+        table.linkage = "internal"
+        table.global_constant = True
+        table.initializer = ir.Constant(kind, rows)
+        return table
+
+    def table_entry(self, table: Any, row: Any, column: int) -> Any:
+        """Read a number of ``constant_table``."""
+        indices = [ir.Constant(_WORD, 0), row, ir.Constant(_WORD, column)]
+        return self.builder.zext(self.builder.load(self.builder.gep(table, indices)), _WORD)
+
+    def fence(self) -> None:
+        """Make streamed stores visible before whatever follows."""
+        self.builder.fence("seq_cst")
+
+    def _declared(self, name: str, result: Any, parameters: list[Any]) -> Any:
+        module = self.builder.module
+        known = module.globals.get(name)
+        return known or ir.Function(module, ir.FunctionType(result, parameters), name)
+
+    def _add_signed(self, a: Any, b: Any, half: int) -> Any:
+        signs = [-1.0 if i & half else 1.0 for i in range(self.lanes)]
+        signed = self.builder.fmul(b, ir.Constant(self.kind, signs), flags=_EXACT)
+        return self.builder.fadd(signed, a, flags=_EXACT)
+
+    def _round_to_bfloat16(self, vector: Any) -> Any:
+        # A NaN made from bfloat16 numbers has no bits below the sixteenth: the carry can't harm it.
+        b = self.builder
+        bits = b.bitcast(vector, ir.VectorType(_INT32, self.lanes))
+        odd = b.and_(b.lshr(bits, self._integers(16)), self._integers(1))
+        rounded = b.add(b.add(bits, self._integers(0x7FFF)), odd)
+        return b.trunc(b.lshr(rounded, self._integers(16)), self.stored_kind)
+
+    def _integers(self, value: int) -> Any:
+        return ir.Constant(ir.VectorType(_INT32, self.lanes), [value] * self.lanes)
+
+    def _shuffle(self, vector: Any, mask: list[int]) -> Any:
+        undefined = ir.Constant(vector.type, ir.Undefined)
+        places = ir.Constant(ir.VectorType(_INT32, len(mask)), mask)
+        return self.builder.shuffle_vector(vector, undefined, places)
+
+    def _cast(self, pointer: Any, kind: Any) -> Any:
+        return self.builder.bitcast(pointer, kind.as_pointer())
+
+    def _load(self, pointer: Any, kind: Any) -> Any:
+        loaded = self.builder.load(self._cast(pointer, kind))
+        loaded.align = self.stored_bytes // self.lanes if kind is self.stored_kind else 4
+        return loaded

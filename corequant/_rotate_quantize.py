@@ -1,0 +1,221 @@
+"""Fused permute, sign, rotate and quantize for NumPy arrays."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant._numba.machine import compiled_away
+from corequant._numba.plans import plan_rows
+from corequant._numba.row_kernels import Task, fused_kernel, fused_scratch
+from corequant._numba.vectors import compute_dtype, lanes_of
+from corequant._rotation import aligned, factors, is_plain, name_of, scratch
+from corequant._threads import for_rows
+from corequant.errors import NonFiniteError
+from corequant.hadamard import hadamard_factors
+from corequant.protocols import Backend
+from corequant.specs import Granularity, QuantSpec, ScaleSearch
+
+__all__ = ["can_fuse", "fuse", "rotate_fake_quantize", "rotate_quantize"]
+
+Array = npt.NDArray[Any]
+
+
+def rotate_quantize(
+    backend: Backend,
+    x: Array,
+    block_size: int,
+    spec: QuantSpec,
+    permutation: npt.NDArray[np.int64] | None,
+    signs: npt.NDArray[np.int8] | None,
+    out: Array | None,
+    threads: int | None,
+) -> tuple[Array, Array, Array | None]:
+    """Return codes, scales and zero points, in one pass where there is a kernel for it."""
+    codes = np.empty(x.shape, np.int8) if out is None else out
+    fused = _fuse_affine(x, block_size, spec, "codes", permutation, signs, codes, threads)
+    if fused is None:
+        y = _separately(backend, x, block_size, permutation, signs, threads)
+        scales, zeros = backend.choose_qparams(y, spec)
+        codes[...] = backend.quantize(y, spec, scales, zeros)
+        return codes, scales, zeros
+    flat, offsets, finite = fused
+    if not finite:
+        _refuse(backend, x, block_size, permutation, signs, threads)
+    shape = (*x.shape[:-1], flat.size // (x.size // x.shape[-1]))
+    zeros = None if spec.symmetric else offsets.astype(np.int8).reshape(shape)
+    return codes, flat.reshape(shape), zeros
+
+
+def rotate_fake_quantize(
+    backend: Backend,
+    x: Array,
+    block_size: int,
+    spec: QuantSpec,
+    permutation: npt.NDArray[np.int64] | None,
+    signs: npt.NDArray[np.int8] | None,
+    out: Array | None,
+    threads: int | None,
+) -> Array:
+    """Return the values of the codes, in x's dtype."""
+    values = np.empty(x.shape, x.dtype) if out is None else out
+    apart = values if out is None or not np.may_share_memory(x, out) else np.empty_like(values)
+    fused = _fuse_affine(x, block_size, spec, "values", permutation, signs, apart, threads)
+    if fused is None:
+        y = _separately(backend, x, block_size, permutation, signs, threads)
+        scales, zeros = backend.choose_qparams(y, spec)
+        apart = backend.dequantize(backend.quantize(y, spec, scales, zeros), spec, scales, zeros)
+    elif not fused[2]:
+        _refuse(backend, x, block_size, permutation, signs, threads)
+    if apart is not values:
+        values[...] = apart
+    return values
+
+
+def _fuse_affine(
+    x: Array,
+    block_size: int,
+    spec: QuantSpec,
+    grid: str,
+    permutation: npt.NDArray[np.int64] | None,
+    signs: npt.NDArray[np.int8] | None,
+    out: Array,
+    threads: int | None,
+) -> tuple[Array, Array, bool] | None:
+    """Run the fused kernel, or return None where there is none."""
+    d = x.shape[-1]
+    group = spec.group_size or d
+    if (
+        spec.granularity is Granularity.TENSOR
+        or spec.scale_search is not ScaleSearch.ABSMAX
+        or not x.size
+        or not is_plain(out)
+        or not can_fuse(d, block_size, group, x.dtype)
+    ):
+        return None
+    plain = x if is_plain(x) else np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
+    return fuse(
+        plain.reshape(-1, d),
+        block_size,
+        group,
+        grid,
+        limits=(int(spec.format.minimum), int(spec.format.maximum)),
+        symmetric=spec.symmetric,
+        permutation=permutation,
+        signs=signs,
+        out=out.reshape(-1, d),
+        threads=threads,
+    )
+
+
+def _separately(
+    backend: Backend,
+    x: Array,
+    block_size: int,
+    permutation: npt.NDArray[np.int64] | None,
+    signs: npt.NDArray[np.int8] | None,
+    threads: int | None,
+) -> Array:
+    chosen = x if permutation is None else x[..., permutation]
+    _check_finite(backend, x, "x")
+    y: Array = backend.block_hadamard(
+        chosen,
+        block_size,
+        axis=x.ndim - 1,
+        inverse=False,
+        signs=signs,
+        out=None,
+        threads=threads,
+    )
+    _check_finite(backend, y, "the rotated x")
+    return y
+
+
+def _refuse(backend: Backend, x: Array, *how: Any) -> None:
+    """Raise for what the kernel found: in x itself, or made by the rotation's sums."""
+    _separately(backend, x, *how)
+
+
+def _check_finite(backend: Backend, x: Array, name: str) -> None:
+    bad = backend.first_nonfinite(x)
+    if bad is not None:
+        raise NonFiniteError(name, *bad)
+
+
+def can_fuse(d: int, block_size: int, group: int, dtype: np.dtype[Any]) -> bool:
+    """Tell whether there is a fused kernel: rows and groups must be whole vectors."""
+    if compiled_away():
+        return False
+    core, power = hadamard_factors(block_size)
+    lanes = lanes_of(name_of(dtype))
+    if group % lanes or (core > 1 and power < lanes):
+        return False
+    plan = plan_rows(name_of(dtype), core, power, False, "none", "ordinary")
+    return d % plan.unit == 0
+
+
+def fuse(
+    x: Array,
+    block_size: int,
+    group: int,
+    grid: str,
+    *,
+    limits: tuple[int, int] = (0, 0),
+    symmetric: bool = True,
+    permutation: npt.NDArray[np.int64] | None = None,
+    signs: npt.NDArray[np.int8] | None = None,
+    out: Array,
+    threads: int | None = None,
+) -> tuple[Array, Array, bool]:
+    """Rotate and quantize the rows of ``x`` (rows, d) into ``out``, both C-contiguous.
+
+    Returns scales and zero points, one for each group in the order of memory, and whether every
+    rotated number was finite.
+    """
+    rows, d = x.shape
+    name = name_of(x.dtype)
+    real = np.dtype(compute_dtype(name))
+    where, multipliers, scale = factors(signs, name, block_size, inverse=False)
+    core, power = hadamard_factors(block_size)
+    plan = plan_rows(name, core, power, False, where, "ordinary")
+    if permutation is not None:
+        # The gather fetches the next row; what the rotation reads is in the cache already.
+        plan = replace(plan, ahead=0)
+    task = Task(d, group, grid, symmetric, permutation is not None)
+    kernel, room = fused_kernel(plan, task), fused_scratch(plan, task)
+    per_row = d // group
+    scales = aligned(rows * per_row, np.uint8 if grid == "float4" else real)
+    zeros = np.zeros(0 if symmetric else rows * per_row, real)
+    indices = np.zeros(0, np.int32) if permutation is None else permutation.astype(np.int32)
+    tiny = float(np.finfo(real).smallest_subnormal)
+    # The margin that quantize leaves below the largest float.
+    huge = float(np.finfo(real).max) * (1 - 2.0**-20)
+    starts = [a.ctypes.data for a in (x, out, scales, zeros, indices, multipliers)]
+    finite = []
+
+    def work(first: int, last: int) -> None:
+        status = np.zeros(1, np.int64)
+        source, target, scale_at, zero_at, index_at, sign_at = starts
+        kernel(
+            source + first * d * x.itemsize,
+            target + first * d * out.itemsize,
+            scale_at + first * per_row * scales.itemsize,
+            zero_at + first * per_row * real.itemsize,
+            last - first,
+            index_at,
+            sign_at,
+            scratch.at_least(room),
+            status.ctypes.data,
+            float(scale),
+            float(limits[0]),
+            float(limits[1]),
+            tiny,
+            huge,
+        )
+        finite.append(not status[0])
+
+    for_rows(rows, d, work, threads)
+    return scales, zeros, all(finite)

@@ -1,0 +1,279 @@
+"""Block rotations of NumPy arrays: choose the plan, hand addresses to its kernel.
+
+Along the last axis an array is one run of numbers, cut into units of whole blocks; along any other
+axis rows are combined, a strip of columns at a time. Leftovers go through a small padded copy.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant._numba.hadamard import rotate_blocks
+from corequant._numba.machine import compiled_away
+from corequant._numba.plans import plan_columns, plan_rows
+from corequant._numba.rotation import kernel_for
+from corequant._numba.vectors import VECTOR_BYTES, compute_dtype, lanes_of
+from corequant._threads import for_rows
+from corequant.hadamard import hadamard_factors
+
+__all__ = ["aligned", "factors", "is_plain", "name_of", "rotate", "scratch"]
+
+Array = npt.NDArray[Any]
+Signs = npt.NDArray[np.int8] | None
+
+_STREAMED_BYTES = 1 << 25
+"""Results of at least 32 MiB bypass the cache: they would push everything else out of it."""
+
+_TRANSPOSED = 256
+"""Blocks that are turned into columns at a time."""
+
+
+def rotate(
+    x: Array,
+    block_size: int,
+    *,
+    axis: int,
+    inverse: bool,
+    signs: Signs,
+    out: Array | None,
+    threads: int | None,
+) -> Array:
+    """Rotate blocks of ``x`` along ``axis``, counted from the front, into ``out`` if given."""
+    result = _new(x.shape, x.dtype) if out is None else out
+    if x.size == 0:
+        return result
+    source = x if is_plain(x) else np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
+    target = result if is_plain(result) else np.empty_like(source)
+    core, power = _factors(block_size)
+    if compiled_away():
+        _rotate_plainly(source, target, block_size, axis, inverse, signs)
+    elif axis < x.ndim - 1:
+        _rotate_columns(source, target, block_size, axis, inverse, signs, threads)
+    elif core > 1 and power < lanes_of(name_of(x.dtype)):
+        _rotate_transposed(source, target, block_size, inverse, signs, threads)
+    else:
+        _rotate_rows(source, target, block_size, inverse, signs, threads)
+    if target is not result:
+        result[...] = target
+    return result
+
+
+_factors = lru_cache(maxsize=4096)(hadamard_factors)
+
+
+@lru_cache(maxsize=64)
+def name_of(dtype: np.dtype[Any]) -> str:
+    """Return ``dtype.name``, which NumPy puts together anew each time."""
+    return dtype.name
+
+
+def is_plain(x: Array) -> bool:
+    """Tell whether an array is C-contiguous and of the processor's byte order."""
+    return bool(x.flags.c_contiguous and x.dtype.isnative)
+
+
+class _Scratch(threading.local):
+    """A thread's own scratch, kept from call to call."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.address = 0
+
+    def at_least(self, size: int) -> int:
+        """Return the address of at least so many bytes, 64-aligned."""
+        if size > self.size:
+            self.memory = aligned(size)
+            self.size, self.address = size, self.memory.ctypes.data
+        return self.address
+
+
+scratch = _Scratch()
+
+
+def aligned(size: int, dtype: Any = np.uint8) -> Array:
+    """Return an uninitialised vector that starts on a line of cache."""
+    kind = np.dtype(dtype)
+    raw = np.empty(size * kind.itemsize + VECTOR_BYTES, np.uint8)
+    start = -raw.ctypes.data % VECTOR_BYTES
+    return raw[start : start + size * kind.itemsize].view(kind)
+
+
+def _new(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    size = math.prod(shape)
+    if size * dtype.itemsize < _STREAMED_BYTES:
+        return np.empty(shape, dtype)
+    # Streamed stores are at their best where rows start on lines of cache.
+    return aligned(size, dtype).reshape(shape)
+
+
+def factors(signs: Signs, dtype: str, block_size: int, inverse: bool) -> tuple[str, Array, Any]:
+    """Return where signs are multiplied, what by, and the scale, in the computed dtype."""
+    kind = np.dtype(compute_dtype(dtype))
+    scale = kind.type(1 / math.sqrt(block_size))
+    if signs is None:
+        return "none", np.empty(0, kind), scale
+    if inverse:
+        return "after", signs.astype(kind) * scale, scale
+    return "before", signs.astype(kind), scale
+
+
+@dataclass(frozen=True)
+class _RowKernel:
+    """A plan for rows, and all of it that a call needs."""
+
+    call: Callable[..., None]
+    unit: int
+    scratch: int
+    scale: float
+
+
+@lru_cache(maxsize=512)
+def _row_kernel(dtype: str, block_size: int, inverse: bool, signs: str, stores: str) -> _RowKernel:
+    plan = plan_rows(dtype, *_factors(block_size), inverse, signs, stores)
+    scale = float(factors(None, dtype, block_size, inverse)[2])
+    return _RowKernel(kernel_for(plan), plan.unit, plan.scratch, scale)
+
+
+def _rotate_rows(
+    x: Array, out: Array, block_size: int, inverse: bool, signs: Signs, threads: int | None
+) -> None:
+    name, size = name_of(x.dtype), x.dtype.itemsize
+    where, table, period = "none", 0, 0
+    if signs is not None:
+        where, multipliers, _ = factors(signs, name, block_size, inverse)
+    kernel = _row_kernel(name, block_size, inverse, where, _stores(x, out))
+    if signs is not None:
+        period = math.lcm(len(signs), kernel.unit)
+        repeated = np.tile(multipliers, period // len(signs))
+        table = repeated.ctypes.data
+    source = x.ctypes.data
+    target = source if out is x else out.ctypes.data
+    units, rest = divmod(x.size, kernel.unit)
+
+    def work(first: int, last: int) -> None:
+        at = first * kernel.unit
+        start, end = source + at * size, target + at * size
+        phase = at % period if period else 0
+        room = scratch.at_least(kernel.scratch)
+        kernel.call(start, start, end, 0, 0, last - first, table, period, phase, kernel.scale, room)
+
+    if units:
+        for_rows(units, kernel.unit, work, threads)
+    if rest:
+        tail = np.zeros(kernel.unit, x.dtype)
+        tail[:rest] = x.reshape(-1)[-rest:]
+        address = tail.ctypes.data
+        small = _row_kernel(name, block_size, inverse, where, "ordinary")
+        count = kernel.unit // small.unit
+        phase = units * kernel.unit % period if period else 0
+        room = scratch.at_least(small.scratch)
+        small.call(address, address, address, 0, 0, count, table, period, phase, small.scale, room)
+        out.reshape(-1)[-rest:] = tail[:rest]
+
+
+def _rotate_columns(
+    x: Array,
+    out: Array,
+    block_size: int,
+    axis: int,
+    inverse: bool,
+    signs: Signs,
+    threads: int | None,
+) -> None:
+    core, power = _factors(block_size)
+    name, size = name_of(x.dtype), x.dtype.itemsize
+    where, multipliers, scale = factors(signs, name, block_size, inverse)
+    columns = math.prod(x.shape[axis + 1 :])
+    step = columns * size
+    # The first columns are left out so that the strips start on lines of cache.
+    whole_lines = step % VECTOR_BYTES == 0 and out.ctypes.data % size == 0
+    lead = -out.ctypes.data % VECTOR_BYTES // size if whole_lines else 0
+    streamed = whole_lines and _stores(x, out) != "ordinary"
+    plan = plan_columns(name, core, power, inverse, where, "streamed" if streamed else "ordinary")
+    kernel = kernel_for(plan)
+    width = plan.strip * plan.lanes
+    strips = max(0, columns - lead) // width
+    covered = lead + strips * width if strips else 0
+    blocks = x.size // (block_size * columns)
+    per_axis = x.shape[axis] // block_size
+
+    def turn(src: int, dst: int, row: int, block: int, count: int, room: int) -> None:
+        signed = block % per_axis * block_size * multipliers.dtype.itemsize
+        table = multipliers.ctypes.data + signed
+        kernel(src, src, dst, row, row, count, table, 0, 0, scale, room)
+
+    def work(first: int, last: int) -> None:
+        room = scratch.at_least(plan.scratch)
+        while first < last:
+            block, strip = divmod(first, strips)
+            count = min(last - first, strips - strip)
+            at = block * block_size * step + (lead + strip * width) * size
+            turn(x.ctypes.data + at, out.ctypes.data + at, step, block, count, room)
+            first += count
+
+    if strips:
+        for_rows(blocks * strips, block_size * width, work, threads)
+    source, target = (a.reshape(blocks, block_size, columns) for a in (x, out))
+    left_out = [(0, lead), (covered, columns)] if strips else [(0, columns)]
+    room = scratch.at_least(plan.scratch)
+    copied = aligned(block_size * width, x.dtype).reshape(block_size, width)
+    for start, end in left_out:
+        for block, at in itertools.product(range(blocks), range(start, end, width)):
+            count = min(width, end - at)
+            copied[:, :count] = source[block, :, at : at + count]
+            copied[:, count:] = 0
+            address = copied.ctypes.data
+            turn(address, address, width * size, block, 1, room)
+            target[block, :, at : at + count] = copied[:, :count]
+
+
+def _rotate_transposed(
+    x: Array, out: Array, block_size: int, inverse: bool, signs: Signs, threads: int | None
+) -> None:
+    """Rotate blocks that are no whole number of vectors, as columns of a copy."""
+    if signs is not None and not inverse:
+        x = x * signs.astype(x.dtype)
+    source, target = x.reshape(-1, block_size), out.reshape(-1, block_size)
+
+    def work(first: int, last: int) -> None:
+        for start in range(first, last, _TRANSPOSED):
+            stop = min(start + _TRANSPOSED, last)
+            columns = source[start:stop].T.copy()
+            _rotate_columns(columns, columns, block_size, 0, inverse, None, 1)
+            target[start:stop] = columns.T
+
+    for_rows(len(source), block_size, work, threads)
+    if signs is not None and inverse:
+        out *= signs.astype(out.dtype)
+
+
+def _rotate_plainly(
+    x: Array, out: Array, block_size: int, axis: int, inverse: bool, signs: Signs
+) -> None:
+    where, multipliers, scale = factors(signs, x.dtype.name, block_size, inverse)
+    wide = np.moveaxis(x, axis, -1).astype(scale.dtype)
+    if where == "before":
+        wide *= multipliers
+    turned = rotate_blocks(wide.reshape(-1, block_size), inverse, np.ones_like(scale))
+    turned = turned.reshape(wide.shape) * (multipliers if where == "after" else scale)
+    out[...] = np.moveaxis(turned, -1, axis).astype(x.dtype)
+
+
+def _stores(x: Array, out: Array) -> str:
+    if (
+        out is x
+        or out.nbytes < _STREAMED_BYTES
+        or out.ctypes.data % 4
+        or np.may_share_memory(x, out)
+    ):
+        return "ordinary"
+    return "shifted" if out.ctypes.data % VECTOR_BYTES else "streamed"

@@ -1,0 +1,172 @@
+"""Permute, rotate and quantize activations in one pass over memory.
+
+The results are those of the separate steps, ``x[..., permutation]``, ``block_hadamard`` and
+``quantize``, bit for bit; between them a row stays in the cache. Where no fused kernel fits (a
+scale for the whole tensor, a search for the scale, rows that are no whole number of vectors) the
+separate steps run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant._dispatch import backend_for
+from corequant._validation import check_array, check_divides, check_index, check_permutation
+from corequant.errors import ShapeError
+from corequant.protocols import Backend
+from corequant.quantization import QuantizedTensor, as_spec
+from corequant.rotation import check_block_size, check_signs
+from corequant.specs import QuantSpec
+
+__all__ = ["rotate_fake_quantize", "rotate_quantize"]
+
+
+def rotate_quantize(
+    x: Any,
+    block_size: int | None,
+    spec: QuantSpec | str,
+    *,
+    permutation: npt.NDArray[Any] | None = None,
+    signs: npt.NDArray[Any] | None = None,
+    out: Any = None,
+    threads: int | None = None,
+) -> QuantizedTensor:
+    """Permute, sign, rotate and quantize ``x`` in one pass.
+
+    Parameters
+    ----------
+    x : array (..., d)
+        NumPy array or torch tensor, floating and finite.
+    block_size : int or None
+        Length b of a block, as for ``block_hadamard``; None for the whole axis.
+    spec : QuantSpec or str
+        The quantizer, such as ``"int4:token:asymmetric"``.
+    permutation : numpy.ndarray (d,), optional
+        Integers p: new channel k is ``x[..., p[k]]``.
+    signs : numpy.ndarray (d,), optional
+        ±1 for each channel after the permutation, multiplied before the rotation.
+    out : array (..., d), int8, optional
+        Where the codes go.
+    threads : int, optional
+        At most so many threads; the result doesn't depend on it.
+
+    Returns
+    -------
+    QuantizedTensor
+        What ``quantize`` gives for the permuted, signed and rotated ``x``, bit for bit.
+
+    Raises
+    ------
+    NonFiniteError
+        If ``x`` holds NaN or infinity, or is so large that its rotation does.
+    BlockSizeError, HadamardOrderError, PermutationError, ShapeError, SpecError, TypeError
+        For a size that doesn't divide d or has no Hadamard matrix, or another wrong argument.
+
+    Notes
+    -----
+    Source: permute, rotate, quantize as in "Pushing the Limits of Block Rotations in Post-Training
+    Quantization", arXiv 2601.22347, section 3.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> x = np.array([[4.0, 1, 0, 0, 1, 1, 1, 0]], np.float32)
+    >>> q = cq.rotate_quantize(x, 4, "int4:token:symmetric")
+    >>> bool((q.codes == cq.quantize(cq.block_hadamard(x, 4), "int4:token:symmetric").codes).all())
+    True
+    """
+    backend, how, spec = _prepare(x, block_size, spec, permutation, signs, threads)
+    if out is not None:
+        _check_out(backend, x, out, "int8")
+    codes, scales, zero_points = backend.rotate_quantize(x, spec=spec, out=out, **how)
+    return QuantizedTensor(codes, scales, zero_points, spec)
+
+
+def rotate_fake_quantize(
+    x: Any,
+    block_size: int | None,
+    spec: QuantSpec | str,
+    *,
+    permutation: npt.NDArray[Any] | None = None,
+    signs: npt.NDArray[Any] | None = None,
+    out: Any = None,
+    threads: int | None = None,
+) -> Any:
+    """Permute, sign, rotate ``x`` and round it to the grid that it chooses for itself.
+
+    Parameters
+    ----------
+    x, block_size, spec, permutation, signs, threads
+        As for ``rotate_quantize``.
+    out : array (..., d), optional
+        Where the result goes, of x's dtype; may be ``x`` itself.
+
+    Returns
+    -------
+    array (..., d)
+        ``dequantize(rotate_quantize(...))`` in x's dtype.
+
+    Raises
+    ------
+    BlockSizeError, HadamardOrderError, NonFiniteError, PermutationError, ShapeError, TypeError
+        As for ``rotate_quantize``.
+
+    Notes
+    -----
+    Source: arXiv 2601.22347, section 3.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> x = np.array([[1, 2, 3, 4]], np.float32)
+    >>> cq.rotate_fake_quantize(x, None, "int4:token:symmetric")
+    array([[ 4.666667 , -1.3333334, -2.       ,  0.       ]], dtype=float32)
+    """
+    backend, how, spec = _prepare(x, block_size, spec, permutation, signs, threads)
+    if out is not None:
+        _check_out(backend, x, out, str(x.dtype))
+    return backend.rotate_fake_quantize(x, spec=spec, out=out, **how)
+
+
+def _prepare(
+    x: Any,
+    block_size: int | None,
+    spec: QuantSpec | str,
+    permutation: Any,
+    signs: Any,
+    threads: int | None,
+) -> tuple[Backend, dict[str, Any], QuantSpec]:
+    spec = as_spec(spec)
+    backend = backend_for(x=x)
+    check_array("x", x)
+    d = int(x.shape[-1])
+    if spec.group_size is not None:
+        check_divides("group_size", spec.group_size, d)
+    how = {
+        "block_size": check_block_size("block_size", block_size, d),
+        "permutation": permutation
+        if permutation is None
+        else check_permutation("permutation", permutation, d),
+        "signs": check_signs("signs", signs, d),
+        "threads": threads if threads is None else check_index("threads", threads),
+    }
+    return backend, how, spec
+
+
+def _check_out(backend: Backend, x: Any, out: Any, dtype: str) -> None:
+    if backend_for(out=out) is not backend:
+        raise TypeError(f"out must be an array of x's kind, got {type(out).__name__}")
+    kind = str(out.dtype).removeprefix("torch.")
+    if tuple(out.shape) != tuple(x.shape) or kind != dtype.removeprefix("torch."):
+        raise ShapeError(
+            f"out must have x's shape {tuple(x.shape)} and dtype {dtype}, "
+            f"got {tuple(out.shape)} and {out.dtype}"
+        )
+    if isinstance(out, np.ndarray):
+        if not out.flags.writeable:
+            raise ValueError("out must be writeable, got a read-only array")
+        if out is not x and np.shares_memory(out, x):
+            raise ValueError("out must be x itself or share no memory with it, got an overlap")
