@@ -165,7 +165,7 @@ class NumberFormat:
         Parameters
         ----------
         values : iterable of float
-            Finite and strictly ascending, exact in float32, at least 2 and one of them not zero.
+            Finite and strictly ascending, at least 2, rounded to float32.
         name : str, optional
             Only for formats that ``formats`` holds; a user's table is named by its numbers, so
             that its name can be read back.
@@ -176,20 +176,21 @@ class NumberFormat:
         >>> NumberFormat.codebook([-1, -0.25, 0.25, 1]).name
         'codebook(-1.0,-0.25,0.25,1.0)'
         """
-        table = tuple(float(v) + 0.0 for v in values)
-        exact = all(math.isfinite(v) and float(np.float32(v)) == v for v in table)
+        with np.errstate(over="ignore"):
+            # Adding 0.0 turns -0.0, which compares equal, into 0.0.
+            table = tuple(float(np.float32(v)) + 0.0 for v in values)
         if (
             not 2 <= len(table) <= 256
-            or not exact
+            or not all(map(math.isfinite, table))
             or any(a >= b for a, b in zip(table, table[1:], strict=False))
             or max(map(abs, table)) < 2.0**-100
         ):
             raise SpecError(
-                "a codebook needs 2 to 256 strictly ascending numbers that float32 holds exactly, "
+                "a codebook needs 2 to 256 finite numbers, strictly ascending in float32 and "
                 f"not all of them nearly zero, got {table[:8]}{'...' if len(table) > 8 else ''}"
             )
         bits = max(1, (len(table) - 1).bit_length())
-        label = name or f"codebook({','.join(map(repr, table))})"
+        label = name or f"codebook({','.join(str(np.float32(v)) for v in table)})"
         return cls(label, bits, FormatKind.CODEBOOK, False, table=table)
 
     @property

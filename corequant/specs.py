@@ -22,7 +22,15 @@ from typing import Any
 from corequant.errors import SpecError
 from corequant.formats import FormatKind, NumberFormat, find_format, formats
 
-__all__ = ["Granularity", "QuantSpec", "ScaleFormat", "ScaleRounding", "ScaleSearch", "presets"]
+__all__ = [
+    "Granularity",
+    "QuantSpec",
+    "ScaleFormat",
+    "ScaleRounding",
+    "ScaleSearch",
+    "presets",
+    "qparams_shape",
+]
 
 
 class Granularity(enum.Enum):
@@ -177,7 +185,8 @@ class QuantSpec:
     def _check_format(self) -> None:
         if self.format.kind is FormatKind.POWER:
             raise SpecError(f"{self.format.name} has no zero: it is for scales, not for numbers")
-        if not self.symmetric and self.format.kind is not FormatKind.INTEGER:
+        whole = self.format.kind is FormatKind.INTEGER and not self.format.fraction_bits
+        if not self.symmetric and not whole:
             raise SpecError(
                 f"only integer formats have zero points, got {self.format.name} asymmetric"
             )
@@ -205,6 +214,8 @@ class QuantSpec:
                 f"scale_search {search.value!r} needs scales that are floats; of the few scales "
                 f"that {self.scale_format.value} has, 'mse' finds the best one"
             )
+        if search is ScaleSearch.HQO and self.format.kind is not FormatKind.INTEGER:
+            raise SpecError(f"scale_search 'hqo' is for integers, got {self.format.name}")
         if search is ScaleSearch.FOUR_OVER_SIX and not (
             self.scale_format is ScaleFormat.E4M3 and {4.0, 6.0} <= set(self.format.values)
         ):
@@ -343,6 +354,32 @@ _PRESET_FIELDS = ("format", "granularity", "group_size", "symmetric", "scale_for
 _PRESET_NAMES = {
     tuple(getattr(spec, key) for key in _PRESET_FIELDS): name for name, spec in presets.items()
 }
+
+
+def qparams_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, ...]:
+    """Return the shape of the scales of an array (..., d).
+
+    Parameters
+    ----------
+    shape : tuple of int
+    spec : QuantSpec
+
+    Returns
+    -------
+    tuple of int
+        (..., d/g) for groups of g, (..., 1) for one scale a row, (1, ..., 1) for the whole tensor.
+
+    Examples
+    --------
+    >>> from corequant.specs import QuantSpec, qparams_shape
+    >>> qparams_shape((8, 64), QuantSpec.parse("mxfp4"))
+    (8, 2)
+    """
+    if spec.granularity is Granularity.TENSOR:
+        return (1,) * len(shape)
+    if spec.group_size is not None:
+        return (*shape[:-1], shape[-1] // spec.group_size)
+    return (*shape[:-1], 1)
 
 
 def _parse_part(part: str, text: str) -> dict[str, Any]:
