@@ -5,6 +5,7 @@ The numerical core of post-training quantization with block rotations, on plain 
 
 from corequant._dispatch import available_backends
 from corequant.calibration import ActivationStats
+from corequant.casting import decode, encode
 from corequant.diagnostics import block_mass, mass_concentration, outlier_bounds
 from corequant.errors import (
     ArchitectureError,
@@ -82,7 +83,9 @@ __all__ = [
     "block_mass",
     "choose_global_scale",
     "choose_qparams",
+    "decode",
     "dequantize",
+    "encode",
     "fake_quantize",
     "find_format",
     "fold_norm",
