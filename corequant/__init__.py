@@ -26,7 +26,14 @@ from corequant.errors import (
 from corequant.formats import NumberFormat, find_format, formats
 from corequant.hadamard import hadamard_factors, hadamard_matrix, valid_block_sizes
 from corequant.merging import fold_norm, merge_permutation, merge_rotation
-from corequant.packing import pack, unpack
+from corequant.packed import (
+    PackedTensor,
+    dequantize_packed,
+    pack_quantized,
+    quantize_packed,
+    unpack_quantized,
+)
+from corequant.packing import pack, pack_bytes, unpack, unpack_bytes
 from corequant.permutation import (
     absmax,
     identity_permutation,
@@ -67,6 +74,7 @@ __all__ = [
     "NonFiniteError",
     "NumberFormat",
     "OutputError",
+    "PackedTensor",
     "PermutationError",
     "QuantSpec",
     "QuantizedTensor",
@@ -85,6 +93,7 @@ __all__ = [
     "choose_qparams",
     "decode",
     "dequantize",
+    "dequantize_packed",
     "encode",
     "fake_quantize",
     "find_format",
@@ -100,12 +109,17 @@ __all__ = [
     "merge_rotation",
     "outlier_bounds",
     "pack",
+    "pack_bytes",
+    "pack_quantized",
     "presets",
     "quantize",
+    "quantize_packed",
     "random_permutation",
     "random_signs",
     "round_to_nearest",
     "unpack",
+    "unpack_bytes",
+    "unpack_quantized",
     "valid_block_sizes",
     "zigzag",
 ]

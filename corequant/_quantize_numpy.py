@@ -24,8 +24,10 @@ __all__ = [
     "choose_global_scale",
     "choose_qparams",
     "dequantize",
+    "each_panel",
     "encode",
     "fake_quantize",
+    "flat_qparams",
     "quantize",
 ]
 
@@ -61,7 +63,7 @@ def encode(x: Array, form: NumberFormat) -> Array:
     def work(panel: Array, rows: slice, groups: slice) -> None:
         grid.encode(panel.reshape(1, -1), one, none, target[rows].reshape(1, -1))
 
-    _each_panel(x, x.shape[-1], dtype, work)
+    each_panel(x, x.shape[-1], dtype, work)
     return codes
 
 
@@ -121,13 +123,13 @@ def dequantize(
     if not codes.size:
         return out
     size, target = _size(codes.shape, spec), _rows(out)
-    flat, zeros = _flat(scales, zero_points, dtype, len(target) * (target.shape[1] // size))
+    flat, zeros = flat_qparams(scales, zero_points, dtype, len(target) * (target.shape[1] // size))
     steps, grid = effective(flat, global_scale), grid_for(spec.format, dtype)
 
     def work(panel: Array, rows: slice, groups: slice) -> None:
         grid.decode(panel, steps[groups], zeros[groups], target[rows].reshape(-1, size))
 
-    _each_panel(codes, size, spec.format.code_dtype, work)
+    each_panel(codes, size, spec.format.code_dtype, work)
     return out
 
 
@@ -200,7 +202,7 @@ def _write_given(
     if not x.size:
         return
     dtype, size = _working_dtype(x), _size(x.shape, spec)
-    flat, zeros = _flat(scales, zero_points, dtype, x.size // size)
+    flat, zeros = flat_qparams(scales, zero_points, dtype, x.size // size)
     steps = effective(flat, global_scale)
 
     def work(panel: Array, rows: slice, groups: slice) -> None:
@@ -278,24 +280,34 @@ def _checked(
     x: Array, size: int, dtype: np.dtype[Any], work: Callable[[Array, slice, slice], None]
 ) -> None:
     try:
-        _each_panel(x, size, dtype, work)
+        each_panel(x, size, dtype, work)
     except _NotFiniteError:
         check_finite("x", x)
 
 
-def _each_panel(
-    x: Array, size: int, dtype: np.dtype[Any], work: Callable[[Array, slice, slice], None]
+def each_panel(
+    x: Array,
+    size: int,
+    dtype: np.dtype[Any],
+    work: Callable[[Array, slice, slice], None],
+    ratio: int | None = None,
+    length: int | None = None,
 ) -> None:
-    """Call ``work(panel, rows, groups)`` for panels (groups, size) of the rows of ``x``."""
+    """Call ``work(panel, rows, groups)`` for panels (groups, size) of the rows of ``x``.
+
+    ``ratio`` is the number of groups in a row, ``length`` the number of entries that it stands
+    for, where the row itself doesn't tell (packed rows).
+    """
     rows = x.reshape(-1, x.shape[-1])
-    d = rows.shape[1]
-    step, ratio = max(1, _PANEL // d), d // size
+    each = rows.shape[1] // size if ratio is None else ratio
+    d = rows.shape[1] if length is None else length
+    step = max(1, _PANEL // d)
 
     def run(first: int, last: int) -> None:
         for start in range(first, last, step):
             stop = min(start + step, last)
             panel = np.ascontiguousarray(rows[start:stop], dtype).reshape(-1, size)
-            work(panel, slice(start, stop), slice(start * ratio, stop * ratio))
+            work(panel, slice(start, stop), slice(start * each, stop * each))
 
     for_rows(len(rows), d, run)
 
@@ -312,7 +324,7 @@ def _working_dtype(x: Array) -> np.dtype[Any]:
     return np.dtype(np.float64 if x.dtype.itemsize == 8 else np.float32)
 
 
-def _flat(
+def flat_qparams(
     scales: Array, zero_points: Array | None, dtype: np.dtype[Any], count: int
 ) -> tuple[Array, Array]:
     """Return scales and zero points as vectors of ``count``, the tensor's one repeated."""

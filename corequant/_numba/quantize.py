@@ -10,7 +10,7 @@ import numpy as np
 from corequant._numba.bits import like, to_bits, to_float
 from corequant._numba.jit import jit
 
-__all__ = ["decode", "encode", "fake", "look_up", "magnitudes", "pack_nibbles", "ranges"]
+__all__ = ["decode", "encode", "fake", "look_up", "magnitudes", "ranges"]
 
 
 @jit
@@ -91,10 +91,3 @@ def look_up(codes, scales, table, out):  # type: ignore[no-untyped-def]
         scale = scales[g]
         for i in range(codes.shape[1]):
             out[g, i] = table[codes[g, i]] * scale
-
-
-@jit
-def pack_nibbles(codes, packed):  # type: ignore[no-untyped-def]
-    """Two 4-bit codes to a byte, the even one in the low nibble; vectors of even length."""
-    for i in range(packed.shape[0]):
-        packed[i] = np.uint8(codes[2 * i] | (codes[2 * i + 1] << 4))
