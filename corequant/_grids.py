@@ -109,6 +109,8 @@ def rule_for(spec: QuantSpec, dtype: np.dtype[Any]) -> Rule:
         highest=highest,
         fraction=fraction,
         bias=1 - int(info.minexp),
+        least_normal=f(info.smallest_normal),
+        lift=f(2.0**fraction),
     )
 
 

@@ -12,7 +12,7 @@ from corequant._numba import minifloat, quantize, scales as rules, search
 from corequant.formats import formats
 from corequant.specs import POWERS_OF_TWO, QuantSpec, ScaleFormat, ScaleSearch
 
-__all__ = ["choose", "effective", "global_scale_for", "ranges"]
+__all__ = ["choose", "effective", "global_scale_for", "magnitude_mask", "ranges"]
 
 Array = npt.NDArray[Any]
 
@@ -35,14 +35,20 @@ def ranges(panel: Array, symmetric: bool, skip: bool) -> tuple[Array, Array]:
     NaN counts as larger than infinity; where ``skip``, neither counts.
     """
     low, high = np.zeros(len(panel), panel.dtype), np.zeros(len(panel), panel.dtype)
-    u = unsigned(panel.dtype).type
-    infinity = panel.dtype.type(np.inf).view(u)
-    mask = u(np.iinfo(u).max >> 1)
+    if skip:
+        panel = np.where(np.isfinite(panel), panel, panel.dtype.type(0))
+    mask = magnitude_mask(panel.dtype)
     if symmetric:
-        quantize.magnitudes(panel, mask, infinity, skip, high)
+        quantize.magnitudes(panel, mask, high)
     else:
-        quantize.ranges(panel, mask, infinity, skip, low, high)
+        quantize.ranges(panel, mask, low, high)
     return low, high
+
+
+def magnitude_mask(dtype: np.dtype[Any]) -> Any:
+    """Return all bits but the sign."""
+    u = unsigned(dtype).type
+    return u(np.iinfo(u).max >> 1)
 
 
 def global_scale_for(largest: float, spec: QuantSpec) -> Array:

@@ -103,8 +103,7 @@ def quantize_packed(
     >>> p.packed[0, :2].tobytes().hex(" "), p.scales
     ('d7 13', array([[127]], dtype=uint8))
     """
-    from corequant._numba.packing import pack_rows
-    from corequant._quantize_numpy import quantize as quantize_array
+    from corequant._quantize_numpy import quantize_packed as quantize_array
 
     spec = as_spec(spec)
     if not isinstance(x, np.ndarray):
@@ -121,15 +120,7 @@ def quantize_packed(
     if spec.granularity is Granularity.TENSOR_GROUP and global_scale is None:
         global_scale = choose_global_scale(x, spec)
     rows_out = out.reshape(math.prod(shape[:-1]), shape[-1])
-    half = np.int16(spec.format.least_code)
-
-    def take(codes: Array, rows: slice) -> None:
-        streams = codes.reshape(-1, d)
-        if half:
-            streams = (streams.astype(np.int16) - half).astype(np.uint8)
-        pack_rows(streams, spec.format.bits, rows_out[rows])
-
-    _, scales, zeros = quantize_array(x, spec, None, None, global_scale, take)
+    scales, zeros = quantize_array(x, spec, global_scale, rows_out)
     return PackedTensor(out, store_scales(scales, spec), zeros, spec, d, global_scale)
 
 

@@ -51,8 +51,7 @@ def nearest_code(v, r):  # type: ignore[no-untyped-def]
     small = like(to_bits(a + r.magic) - r.magic_bits, r.shift)
     code = small if a < r.least_normal else t
     sign = like((bits >> r.sign_shift) & r.sign_bit, r.shift)
-    sign = sign if like(code | r.keep, r.shift) > 0 else like(0, r.shift)
-    return like(code | sign, r.shift)
+    return like(code | sign, r.shift) if r.keep or code > 0 else code
 
 
 @jit
