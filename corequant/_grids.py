@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from corequant._numba import codebook, losses, minifloat, quantize
+from corequant._numba import codebook, fused, losses, minifloat, quantize
 from corequant._numba.minifloat import Rounder
 from corequant._numba.scales import FLOAT, POWER, ROUNDED, Rule
 from corequant.formats import FormatKind, NumberFormat, Specials, formats
@@ -60,6 +60,7 @@ def rounder_for(form: NumberFormat, dtype: np.dtype[Any]) -> Rounder:
         sign_bit=u(1 << (form.bits - 1)),
         keep=u(signed_zero),
         one=u(1),
+        tiny=f(math.ldexp(1.0, 1 - form.bias - m)),
         plus=f(-0.0 if signed_zero else 0.0),
     )
 
@@ -129,6 +130,11 @@ class Grid(Protocol):
     def decode(self, codes: Array, scales: Array, zeros: Array, out: Array) -> None:
         """Write numbers of codes."""
 
+    def decode_packed(
+        self, packed: Array, size: int, scales: Array, zeros: Array, out: Array
+    ) -> None:
+        """Write numbers of packed rows to ``out`` (rows, d)."""
+
 
 @lru_cache(maxsize=256)
 def grid_for(form: NumberFormat, dtype: np.dtype[Any]) -> Grid:
@@ -142,6 +148,7 @@ def grid_for(form: NumberFormat, dtype: np.dtype[Any]) -> Grid:
 
 class _Integers:
     def __init__(self, form: NumberFormat, dtype: np.dtype[Any]) -> None:
+        self._bits = form.bits
         self._limits = dtype.type(form.least_code), dtype.type(form.most_code)
         self._unit = dtype.type(math.ldexp(1.0, -form.fraction_bits))
 
@@ -162,9 +169,17 @@ class _Integers:
     def decode(self, codes: Array, scales: Array, zeros: Array, out: Array) -> None:
         quantize.decode(codes, self._step(scales), zeros, out)
 
+    def decode_packed(
+        self, packed: Array, size: int, scales: Array, zeros: Array, out: Array
+    ) -> None:
+        # Packed codes count from zero.
+        shifted = zeros - self._limits[0]
+        fused.decode_integers(packed, self._bits, size, self._step(scales), shifted, out)
+
 
 class _Minifloat:
     def __init__(self, form: NumberFormat, dtype: np.dtype[Any]) -> None:
+        self._bits, self._finite = form.bits, form.specials is Specials.NONE
         self._rounder = rounder_for(form, dtype)
         self._table = _byte_table(form, dtype)
 
@@ -180,11 +195,23 @@ class _Minifloat:
         return out
 
     def decode(self, codes: Array, scales: Array, zeros: Array, out: Array) -> None:
-        quantize.look_up(codes, scales, self._table, out)
+        if self._finite:
+            minifloat.decode(codes, scales, self._rounder, out)
+        else:
+            quantize.look_up(codes, scales, self._table, out)
+
+    def decode_packed(
+        self, packed: Array, size: int, scales: Array, zeros: Array, out: Array
+    ) -> None:
+        if self._finite:
+            fused.decode_minifloats(packed, self._bits, size, scales, self._rounder, out)
+        else:
+            fused.decode_table(packed, self._bits, size, scales, self._table, out)
 
 
 class _Codebook:
     def __init__(self, form: NumberFormat, dtype: np.dtype[Any]) -> None:
+        self._bits = form.bits
         self._table = _byte_table(form, dtype)
         self._thresholds = _thresholds(form.table, dtype)
 
@@ -201,6 +228,11 @@ class _Codebook:
 
     def decode(self, codes: Array, scales: Array, zeros: Array, out: Array) -> None:
         quantize.look_up(codes, scales, self._table, out)
+
+    def decode_packed(
+        self, packed: Array, size: int, scales: Array, zeros: Array, out: Array
+    ) -> None:
+        fused.decode_table(packed, self._bits, size, scales, self._table, out)
 
 
 def _byte_table(form: NumberFormat, dtype: np.dtype[Any]) -> Array:

@@ -150,7 +150,6 @@ def dequantize_packed(packed: PackedTensor, *, out: Any = None) -> Array:
     1.5
     """
     from corequant._grids import grid_for
-    from corequant._numba.packing import unpack_rows
     from corequant._quantize_numpy import each_panel, flat_qparams
     from corequant._scales import effective
 
@@ -175,19 +174,12 @@ def dequantize_packed(packed: PackedTensor, *, out: Any = None) -> Array:
     scales = load_scales(packed.scales, spec)
     flat, zeros = flat_qparams(scales, packed.zero_points, out.dtype, target.size // size)
     steps, grid = effective(flat, packed.global_scale), grid_for(spec.format, out.dtype)
-    half = np.int16(spec.format.least_code)
 
     def work(panel: Array, rows: slice, groups: slice) -> None:
-        codes = np.empty((len(panel), d), np.uint8)
-        unpack_rows(panel, spec.format.bits, codes)
-        if half:
-            codes = (codes.astype(np.int16) + half).astype(np.int8)
-        grid.decode(
-            codes.reshape(-1, size), steps[groups], zeros[groups], target[rows].reshape(-1, size)
-        )
+        grid.decode_packed(panel, size, steps[groups], zeros[groups], target[rows])
 
     width = packed.packed.shape[-1]
-    each_panel(packed.packed, width, np.dtype(np.uint8), work, d // size, d)
+    each_panel(packed.packed, width, np.dtype(np.uint8), work, d // size, d, whole=True)
     return out  # type: ignore[no-any-return]
 
 

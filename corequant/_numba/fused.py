@@ -11,16 +11,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from corequant._numba import quantize
+from corequant._numba import minifloat, quantize
 from corequant._numba.bits import like, to_bits, to_float
 from corequant._numba.jit import jit
 from corequant._numba.minifloat import nearest_code, nearest_value
-from corequant._numba.packing import pack_rows
+from corequant._numba.packing import pack_rows, unpack_rows
 from corequant._numba.quantize import magnitudes, ranges, row_magnitude, row_range
 from corequant._numba.scales import FLOAT, Rule, choose, scale_and_zero
 
 __all__ = [
     "Plan",
+    "decode_integers",
+    "decode_minifloats",
+    "decode_table",
     "encode_integers",
     "encode_minifloats",
     "fake_affine",
@@ -241,3 +244,39 @@ def encode_minifloats(x, plan, scales, zeros, codes, packed, packing):  # type: 
         if packing:
             pack_rows(codes, plan.bits, packed[row : row + 1])
     return -1
+
+
+@jit
+def decode_integers(packed, bits, size, steps, zeros, out):  # type: ignore[no-untyped-def]
+    """Numbers of packed codes that count from zero, and so do their zero points."""
+    count = out.shape[1] // size
+    line = np.empty((1, out.shape[1]), np.uint8)
+    for row in range(out.shape[0]):
+        own = slice(row * count, (row + 1) * count)
+        unpack_rows(packed[row : row + 1], bits, line)
+        target = out[row].reshape(count, size)
+        quantize.decode(line.reshape(count, size), steps[own], zeros[own], target)
+
+
+@jit
+def decode_minifloats(packed, bits, size, steps, rounder, out):  # type: ignore[no-untyped-def]
+    """Numbers of packed codes of a format whose codes are all finite."""
+    count = out.shape[1] // size
+    line = np.empty((1, out.shape[1]), np.uint8)
+    for row in range(out.shape[0]):
+        own = slice(row * count, (row + 1) * count)
+        unpack_rows(packed[row : row + 1], bits, line)
+        target = out[row].reshape(count, size)
+        minifloat.decode(line.reshape(count, size), steps[own], rounder, target)
+
+
+@jit
+def decode_table(packed, bits, size, steps, table, out):  # type: ignore[no-untyped-def]
+    """Numbers of packed codes by a table of 256."""
+    count = out.shape[1] // size
+    line = np.empty((1, out.shape[1]), np.uint8)
+    for row in range(out.shape[0]):
+        own = slice(row * count, (row + 1) * count)
+        unpack_rows(packed[row : row + 1], bits, line)
+        target = out[row].reshape(count, size)
+        quantize.look_up(line.reshape(count, size), steps[own], table, target)
