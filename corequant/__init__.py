@@ -5,6 +5,7 @@ The numerical core of post-training quantization with block rotations, on plain 
 
 from corequant._dispatch import available_backends
 from corequant.calibration import ActivationStats
+from corequant.casting import decode, encode
 from corequant.diagnostics import (
     block_mass,
     load_balance,
@@ -29,11 +30,18 @@ from corequant.errors import (
     SpecError,
     VerificationError,
 )
-from corequant.formats import NumberFormat, formats
+from corequant.formats import NumberFormat, find_format, formats
 from corequant.fusion import rotate_fake_quantize, rotate_quantize
 from corequant.hadamard import hadamard_factors, hadamard_matrix, valid_block_sizes
 from corequant.merging import fold_norm, merge_factors, merge_permutation, merge_rotation
-from corequant.packing import pack, unpack
+from corequant.packed import (
+    PackedTensor,
+    dequantize_packed,
+    pack_quantized,
+    quantize_packed,
+    unpack_quantized,
+)
+from corequant.packing import pack, pack_bytes, unpack, unpack_bytes
 from corequant.permutation import (
     absmax,
     energydiff,
@@ -45,6 +53,7 @@ from corequant.permutation import (
 )
 from corequant.quantization import (
     QuantizedTensor,
+    choose_global_scale,
     choose_qparams,
     dequantize,
     fake_quantize,
@@ -53,7 +62,14 @@ from corequant.quantization import (
 from corequant.ranges import rangediff, sign_descent
 from corequant.rotation import block_hadamard, random_signs
 from corequant.rounding import round_to_nearest
-from corequant.specs import Granularity, QuantSpec, ScaleSearch
+from corequant.specs import (
+    Granularity,
+    QuantSpec,
+    ScaleFormat,
+    ScaleRounding,
+    ScaleSearch,
+    presets,
+)
 
 __all__ = [
     "ActivationStats",
@@ -68,10 +84,13 @@ __all__ = [
     "NonFiniteError",
     "NumberFormat",
     "OutputError",
+    "PackedTensor",
     "PermutationError",
     "QuantSpec",
     "QuantizedTensor",
     "RecipeError",
+    "ScaleFormat",
+    "ScaleRounding",
     "ScaleSearch",
     "ShapeError",
     "SpecError",
@@ -80,10 +99,15 @@ __all__ = [
     "available_backends",
     "block_hadamard",
     "block_mass",
+    "choose_global_scale",
     "choose_qparams",
+    "decode",
     "dequantize",
+    "dequantize_packed",
+    "encode",
     "energydiff",
     "fake_quantize",
+    "find_format",
     "fold_norm",
     "formats",
     "hadamard_factors",
@@ -98,8 +122,12 @@ __all__ = [
     "merge_rotation",
     "outlier_bounds",
     "pack",
+    "pack_bytes",
+    "pack_quantized",
+    "presets",
     "probable_outlier_bounds",
     "quantize",
+    "quantize_packed",
     "random_permutation",
     "random_signs",
     "rangediff",
@@ -109,6 +137,8 @@ __all__ = [
     "sign_descent",
     "smoothquant_scales",
     "unpack",
+    "unpack_bytes",
+    "unpack_quantized",
     "valid_block_sizes",
     "zigzag",
 ]
