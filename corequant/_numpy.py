@@ -67,11 +67,11 @@ class NumpyBackend:
         signs: npt.NDArray[np.int8] | None,
         out: Array | None,
         threads: int | None,
-    ) -> tuple[Array, Array, Array | None]:
-        """Return codes, scales and zero points; see ``corequant.rotate_quantize``."""
+    ) -> tuple[Array, Array, Array | None] | None:
+        """Return codes, scales and zero points in one pass, or None where it can't."""
         from corequant._rotate_quantize import rotate_quantize
 
-        return rotate_quantize(self, x, block_size, spec, permutation, signs, out, threads)
+        return rotate_quantize(x, block_size, spec, permutation, signs, out, threads)
 
     def rotate_fake_quantize(
         self,
@@ -83,11 +83,11 @@ class NumpyBackend:
         signs: npt.NDArray[np.int8] | None,
         out: Array | None,
         threads: int | None,
-    ) -> Array:
-        """Return the codes' values; see ``corequant.rotate_fake_quantize``."""
+    ) -> Array | None:
+        """Return the codes' values in one pass, or None where it can't."""
         from corequant._rotate_quantize import rotate_fake_quantize
 
-        return rotate_fake_quantize(self, x, block_size, spec, permutation, signs, out, threads)
+        return rotate_fake_quantize(x, block_size, spec, permutation, signs, out, threads)
 
     def token_normalize(self, x: Array) -> Array:
         """Return rows scaled to mean square 1, in float32 or float64; rows of zeros stay."""

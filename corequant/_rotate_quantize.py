@@ -14,18 +14,18 @@ from corequant._numba.row_kernels import Task, fused_kernel, fused_scratch
 from corequant._numba.vectors import compute_dtype, lanes_of
 from corequant._rotation import aligned, factors, is_plain, name_of, scratch
 from corequant._threads import for_rows
-from corequant.errors import NonFiniteError
+from corequant.formats import FormatKind
 from corequant.hadamard import hadamard_factors
-from corequant.protocols import Backend
-from corequant.specs import Granularity, QuantSpec, ScaleSearch
+from corequant.specs import Granularity, QuantSpec, ScaleFormat, ScaleSearch
 
 __all__ = ["can_fuse", "fuse", "rotate_fake_quantize", "rotate_quantize"]
 
 Array = npt.NDArray[Any]
 
+_MXFP4 = QuantSpec.parse("mxfp4")
+
 
 def rotate_quantize(
-    backend: Backend,
     x: Array,
     block_size: int,
     spec: QuantSpec,
@@ -33,25 +33,21 @@ def rotate_quantize(
     signs: npt.NDArray[np.int8] | None,
     out: Array | None,
     threads: int | None,
-) -> tuple[Array, Array, Array | None]:
-    """Return codes, scales and zero points, in one pass where there is a kernel for it."""
-    codes = np.empty(x.shape, np.int8) if out is None else out
-    fused = _fuse_affine(x, block_size, spec, "codes", permutation, signs, codes, threads)
+) -> tuple[Array, Array, Array | None] | None:
+    """Return codes, scales and zero points in one pass, None without a kernel or a finite x."""
+    if spec == _MXFP4:
+        return _microscaled(x, block_size, permutation, signs, out, threads)
+    codes = np.empty(x.shape, spec.format.code_dtype) if out is None else out
+    fused = _affine(x, block_size, spec, "codes", permutation, signs, codes, threads)
     if fused is None:
-        y = _separately(backend, x, block_size, permutation, signs, threads)
-        scales, zeros = backend.choose_qparams(y, spec)
-        codes[...] = backend.quantize(y, spec, scales, zeros)
-        return codes, scales, zeros
-    flat, offsets, finite = fused
-    if not finite:
-        _refuse(backend, x, block_size, permutation, signs, threads)
+        return None
+    flat, offsets = fused
     shape = (*x.shape[:-1], flat.size // (x.size // x.shape[-1]))
     zeros = None if spec.symmetric else offsets.astype(np.int8).reshape(shape)
     return codes, flat.reshape(shape), zeros
 
 
 def rotate_fake_quantize(
-    backend: Backend,
     x: Array,
     block_size: int,
     spec: QuantSpec,
@@ -59,23 +55,18 @@ def rotate_fake_quantize(
     signs: npt.NDArray[np.int8] | None,
     out: Array | None,
     threads: int | None,
-) -> Array:
-    """Return the values of the codes, in x's dtype."""
+) -> Array | None:
+    """Return the values of the codes, in x's dtype; None without a kernel or a finite x."""
     values = np.empty(x.shape, x.dtype) if out is None else out
     apart = values if out is None or not np.may_share_memory(x, out) else np.empty_like(values)
-    fused = _fuse_affine(x, block_size, spec, "values", permutation, signs, apart, threads)
-    if fused is None:
-        y = _separately(backend, x, block_size, permutation, signs, threads)
-        scales, zeros = backend.choose_qparams(y, spec)
-        apart = backend.dequantize(backend.quantize(y, spec, scales, zeros), spec, scales, zeros)
-    elif not fused[2]:
-        _refuse(backend, x, block_size, permutation, signs, threads)
+    if _affine(x, block_size, spec, "values", permutation, signs, apart, threads) is None:
+        return None
     if apart is not values:
         values[...] = apart
     return values
 
 
-def _fuse_affine(
+def _affine(
     x: Array,
     block_size: int,
     spec: QuantSpec,
@@ -84,65 +75,63 @@ def _fuse_affine(
     signs: npt.NDArray[np.int8] | None,
     out: Array,
     threads: int | None,
-) -> tuple[Array, Array, bool] | None:
-    """Run the fused kernel, or return None where there is none."""
-    d = x.shape[-1]
-    group = spec.group_size or d
+) -> tuple[Array, Array] | None:
+    """Run the kernel for signed integers with plain scales."""
+    form = spec.format
     if (
         spec.granularity is Granularity.TENSOR
         or spec.scale_search is not ScaleSearch.ABSMAX
-        or not x.size
-        or not is_plain(out)
-        or not can_fuse(d, block_size, group, x.dtype)
+        or spec.scale_format is not ScaleFormat.FLOAT32
+        or form.kind is not FormatKind.INTEGER
+        or not form.signed
+        or form.fraction_bits
     ):
         return None
-    plain = x if is_plain(x) else np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
-    return fuse(
-        plain.reshape(-1, d),
+    limits = (int(form.minimum), int(form.maximum))
+    group = spec.group_size or x.shape[-1]
+    return _run(
+        x,
         block_size,
         group,
         grid,
-        limits=(int(spec.format.minimum), int(spec.format.maximum)),
+        out,
+        limits=limits,
         symmetric=spec.symmetric,
         permutation=permutation,
         signs=signs,
-        out=out.reshape(-1, d),
         threads=threads,
     )
 
 
-def _separately(
-    backend: Backend,
+def _microscaled(
     x: Array,
     block_size: int,
     permutation: npt.NDArray[np.int64] | None,
     signs: npt.NDArray[np.int8] | None,
+    out: Array | None,
     threads: int | None,
-) -> Array:
-    chosen = x if permutation is None else x[..., permutation]
-    _check_finite(backend, x, "x")
-    y: Array = backend.block_hadamard(
-        chosen,
-        block_size,
-        axis=x.ndim - 1,
-        inverse=False,
-        signs=signs,
-        out=None,
-        threads=threads,
-    )
-    _check_finite(backend, y, "the rotated x")
-    return y
+) -> tuple[Array, Array, None] | None:
+    codes = np.empty(x.shape, np.uint8) if out is None else out
+    options = {"permutation": permutation, "signs": signs, "threads": threads}
+    fused = _run(x, block_size, 32, "float4", codes, **options)
+    if fused is None:
+        return None
+    exponents = fused[0].astype(np.int32) - 127
+    scales = np.ldexp(np.float32(1), exponents).reshape(*x.shape[:-1], -1)
+    return codes, scales, None
 
 
-def _refuse(backend: Backend, x: Array, *how: Any) -> None:
-    """Raise for what the kernel found: in x itself, or made by the rotation's sums."""
-    _separately(backend, x, *how)
-
-
-def _check_finite(backend: Backend, x: Array, name: str) -> None:
-    bad = backend.first_nonfinite(x)
-    if bad is not None:
-        raise NonFiniteError(name, *bad)
+def _run(
+    x: Array, block_size: int, group: int, grid: str, out: Array, **options: Any
+) -> tuple[Array, Array] | None:
+    """Run the fused kernel; None where there is none, or where something isn't finite."""
+    d = x.shape[-1]
+    if not x.size or not is_plain(out) or not can_fuse(d, block_size, group, x.dtype):
+        return None
+    plain = x if is_plain(x) else np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
+    flat = out.reshape(-1, out.shape[-1])
+    scales, zeros, finite = fuse(plain.reshape(-1, d), block_size, group, grid, out=flat, **options)
+    return (scales, zeros) if finite else None
 
 
 def can_fuse(d: int, block_size: int, group: int, dtype: np.dtype[Any]) -> bool:

@@ -8,6 +8,8 @@ separate steps run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,9 @@ import numpy.typing as npt
 
 from corequant._dispatch import backend_for
 from corequant._validation import check_array, check_divides, check_index, check_permutation
-from corequant.errors import ShapeError
+from corequant.errors import NonFiniteError, ShapeError
 from corequant.protocols import Backend
-from corequant.quantization import QuantizedTensor, as_spec
+from corequant.quantization import QuantizedTensor, as_spec, fake_quantize, quantize
 from corequant.rotation import check_block_size, check_signs
 from corequant.specs import QuantSpec
 
@@ -48,7 +50,7 @@ def rotate_quantize(
         Integers p: new channel k is ``x[..., p[k]]``.
     signs : numpy.ndarray (d,), optional
         ±1 for each channel after the permutation, multiplied before the rotation.
-    out : array (..., d), int8, optional
+    out : array (..., d), int8 (uint8 for unsigned codes), optional
         Where the codes go.
     threads : int, optional
         At most so many threads; the result doesn't depend on it.
@@ -80,9 +82,16 @@ def rotate_quantize(
     """
     backend, how, spec = _prepare(x, block_size, spec, permutation, signs, threads)
     if out is not None:
-        _check_out(backend, x, out, "int8")
-    codes, scales, zero_points = backend.rotate_quantize(x, spec=spec, out=out, **how)
-    return QuantizedTensor(codes, scales, zero_points, spec)
+        _check_out(backend, x, out, str(spec.format.code_dtype))
+    fused = backend.rotate_quantize(x, spec=spec, out=out, **how)
+    if fused is not None:
+        return QuantizedTensor(*fused, spec)
+    y = _rotated(backend, x, **how)
+    quantized: QuantizedTensor = _named("the rotated x", quantize, y, spec)
+    if out is None:
+        return quantized
+    out[...] = quantized.codes
+    return replace(quantized, codes=out)
 
 
 def rotate_fake_quantize(
@@ -128,7 +137,39 @@ def rotate_fake_quantize(
     backend, how, spec = _prepare(x, block_size, spec, permutation, signs, threads)
     if out is not None:
         _check_out(backend, x, out, str(x.dtype))
-    return backend.rotate_fake_quantize(x, spec=spec, out=out, **how)
+    fused = backend.rotate_fake_quantize(x, spec=spec, out=out, **how)
+    if fused is not None:
+        return fused
+    values = _named("the rotated x", fake_quantize, _rotated(backend, x, **how), spec)
+    if out is None:
+        return values
+    out[...] = values
+    return out
+
+
+def _rotated(
+    backend: Backend,
+    x: Any,
+    block_size: int,
+    permutation: npt.NDArray[np.int64] | None,
+    signs: npt.NDArray[np.int8] | None,
+    threads: int | None,
+) -> Any:
+    bad = backend.first_nonfinite(x)
+    if bad is not None:
+        raise NonFiniteError("x", *bad)
+    chosen = x if permutation is None else x[..., permutation]
+    return backend.block_hadamard(
+        chosen, block_size, axis=x.ndim - 1, inverse=False, signs=signs, out=None, threads=threads
+    )
+
+
+def _named(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function whose argument x goes by another name with our caller."""
+    try:
+        return function(*arguments)
+    except NonFiniteError as error:
+        raise NonFiniteError(name, error.count, error.index, error.value) from None
 
 
 def _prepare(

@@ -59,10 +59,11 @@ class Backend(Protocol):
         signs: npt.NDArray[np.int8] | None,
         out: Array | None,
         threads: int | None,
-    ) -> tuple[Array, Array, Array | None]:
-        """Return codes of the permuted and rotated ``x``, scales and zero points.
+    ) -> tuple[Array, Array, Array | None] | None:
+        """Return codes of the permuted and rotated ``x``, scales and zero points, in one pass.
 
-        Raises NonFiniteError: to look for NaN and infinity first would be a pass of its own.
+        None where there is no kernel for that, or something is not finite: the caller then takes
+        separate steps.
         """
 
     def rotate_fake_quantize(
@@ -75,8 +76,8 @@ class Backend(Protocol):
         signs: npt.NDArray[np.int8] | None,
         out: Array | None,
         threads: int | None,
-    ) -> Array:
-        """Return what the codes of ``rotate_quantize`` stand for, in x's dtype."""
+    ) -> Array | None:
+        """Return what the codes of ``rotate_quantize`` stand for, in x's dtype, or None alike."""
 
     def token_normalize(self, x: Array) -> Array:
         """Return the rows of ``x`` (..., d) as (tokens, d), each scaled to mean square 1."""

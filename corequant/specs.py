@@ -398,10 +398,12 @@ def _parse_part(part: str, text: str) -> dict[str, Any]:
 
 
 def _find(name: str) -> NumberFormat:
-    near = difflib.get_close_matches(name, presets, n=3, cutoff=0.5)
     try:
         return find_format(name)
     except SpecError as error:
+        import difflib
+
+        near = difflib.get_close_matches(name, presets, n=3, cutoff=0.5)
         joined = ", ".join(presets)
         hint = f"; did you mean the preset {' or '.join(map(repr, near))}?" if near else ""
         raise SpecError(f"{error}; or one of the presets {joined}{hint}") from None

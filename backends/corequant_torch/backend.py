@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from corequant._dispatch import get_backend
-from corequant.errors import BackendError, NonFiniteError
+from corequant.errors import BackendError
 from corequant.formats import NumberFormat
 from corequant.protocols import Moments
 from corequant.specs import QuantSpec
@@ -69,15 +69,12 @@ class TorchBackend:
         signs: npt.NDArray[np.int8] | None,
         out: torch.Tensor | None,
         threads: int | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return codes, scales and zero points; see ``corequant.rotate_quantize``."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+        """Return codes, scales and zero points in one pass, or None where it can't."""
         if x.dtype == torch.bfloat16:
             # In one pass NumPy would hold the rotated row in float32, without bfloat16's rounding.
-            y = self._rotated(x, block_size, permutation, signs, threads)
-            chosen, offsets = self.choose_qparams(y, spec)
-            written = self.quantize(y, spec, chosen, offsets)
-            return written if out is None else out.copy_(written), chosen, offsets
-        codes, scales, zeros = self._numpy.rotate_quantize(
+            return None
+        fused = self._numpy.rotate_quantize(
             _to_numpy(x),
             block_size,
             spec,
@@ -86,6 +83,9 @@ class TorchBackend:
             out=_to_numpy_or_none(out),
             threads=threads,
         )
+        if fused is None:
+            return None
+        codes, scales, zeros = fused
         zero_points = None if zeros is None else torch.from_numpy(zeros)
         written = torch.from_numpy(codes) if out is None else out
         return written, torch.from_numpy(scales), zero_points
@@ -100,35 +100,22 @@ class TorchBackend:
         signs: npt.NDArray[np.int8] | None,
         out: torch.Tensor | None,
         threads: int | None,
-    ) -> torch.Tensor:
-        """Return the codes' values; see ``corequant.rotate_fake_quantize``."""
-        codes, scales, zeros = self.rotate_quantize(
-            x, block_size, spec, permutation=permutation, signs=signs, out=None, threads=threads
-        )
-        values = self.dequantize(codes, spec, scales, zeros).to(x.dtype)
-        return values if out is None else out.copy_(values)
-
-    def _rotated(
-        self,
-        x: torch.Tensor,
-        block_size: int,
-        permutation: npt.NDArray[np.int64] | None,
-        signs: npt.NDArray[np.int8] | None,
-        threads: int | None,
-    ) -> torch.Tensor:
-        chosen = x if permutation is None else x[..., torch.from_numpy(permutation)]
-        bad = self.first_nonfinite(x)
-        if bad is not None:
-            raise NonFiniteError("x", *bad)
-        return self.block_hadamard(
-            chosen,
+    ) -> torch.Tensor | None:
+        """Return the codes' values in one pass, or None where it can't."""
+        if x.dtype == torch.bfloat16:
+            return None
+        values = self._numpy.rotate_fake_quantize(
+            _to_numpy(x),
             block_size,
-            axis=x.ndim - 1,
-            inverse=False,
+            spec,
+            permutation=permutation,
             signs=signs,
-            out=None,
+            out=_to_numpy_or_none(out),
             threads=threads,
         )
+        if values is None:
+            return None
+        return torch.from_numpy(values) if out is None else out
 
     def token_normalize(self, x: torch.Tensor) -> torch.Tensor:
         """Return rows scaled to mean square 1; rows of zeros stay."""
