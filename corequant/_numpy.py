@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -52,11 +54,10 @@ class NumpyBackend:
         threads: int | None,
     ) -> Array:
         """Rotate blocks of one axis; see ``corequant.block_hadamard``."""
-        from corequant._rotation import rotate
-
-        return rotate(
+        rotated: Array = _rotations().rotate(
             x, block_size, axis=axis, inverse=inverse, signs=signs, out=out, threads=threads
         )
+        return rotated
 
     def rotate_quantize(
         self,
@@ -191,6 +192,14 @@ def qparams_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, ...]:
         assert spec.group_size is not None
         return (*shape[:-1], shape[-1] // spec.group_size)
     return (*shape[:-1], 1)
+
+
+@cache
+def _rotations() -> ModuleType:
+    # Found once: an import statement takes a microsecond each time it is met.
+    from corequant import _rotation
+
+    return _rotation
 
 
 def _group_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, int]:

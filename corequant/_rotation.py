@@ -52,7 +52,7 @@ def rotate(
     if x.size == 0:
         return result
     source = x if is_plain(x) else np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
-    target = result if is_plain(result) else np.empty_like(source)
+    target = result if result is source or is_plain(result) else np.empty_like(source)
     core, power = _factors(block_size)
     if compiled_away():
         _rotate_plainly(source, target, block_size, axis, inverse, signs)
