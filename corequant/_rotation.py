@@ -263,9 +263,11 @@ def _rotate_plainly(
     wide = np.moveaxis(x, axis, -1).astype(scale.dtype)
     if where == "before":
         wide *= multipliers
-    turned = rotate_blocks(wide.reshape(-1, block_size), inverse, np.ones_like(scale))
-    turned = turned.reshape(wide.shape) * (multipliers if where == "after" else scale)
-    out[...] = np.moveaxis(turned, -1, axis).astype(x.dtype)
+    # Compiled code doesn't warn either.
+    with np.errstate(over="ignore", invalid="ignore"):
+        turned = rotate_blocks(wide.reshape(-1, block_size), inverse, np.ones_like(scale))
+        turned = turned.reshape(wide.shape) * (multipliers if where == "after" else scale)
+        out[...] = np.moveaxis(turned, -1, axis).astype(x.dtype)
 
 
 def _stores(x: Array, out: Array) -> str:
