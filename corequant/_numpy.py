@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -51,11 +53,10 @@ class NumpyBackend:
         threads: int | None,
     ) -> Array:
         """Rotate blocks of one axis; see ``corequant.block_hadamard``."""
-        from corequant._rotation import rotate
-
-        return rotate(
+        rotated: Array = _rotations().rotate(
             x, block_size, axis=axis, inverse=inverse, signs=signs, out=out, threads=threads
         )
+        return rotated
 
     def rotate_quantize(
         self,
@@ -180,6 +181,14 @@ class NumpyBackend:
         from corequant import _quantize_numpy
 
         return _quantize_numpy.fake_quantize(x, spec, global_scale, out, propagate=propagate)
+
+
+@cache
+def _rotations() -> ModuleType:
+    # Found once: an import statement takes a microsecond each time it is met.
+    from corequant import _rotation
+
+    return _rotation
 
 
 def _working_dtype(x: Array) -> np.dtype[Any]:

@@ -52,7 +52,7 @@ def rotate(
     if x.size == 0:
         return result
     source = x if is_plain(x) else np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
-    target = result if is_plain(result) else np.empty_like(source)
+    target = result if result is source or is_plain(result) else np.empty_like(source)
     core, power = _factors(block_size)
     if compiled_away():
         _rotate_plainly(source, target, block_size, axis, inverse, signs)
@@ -263,9 +263,11 @@ def _rotate_plainly(
     wide = np.moveaxis(x, axis, -1).astype(scale.dtype)
     if where == "before":
         wide *= multipliers
-    turned = rotate_blocks(wide.reshape(-1, block_size), inverse, np.ones_like(scale))
-    turned = turned.reshape(wide.shape) * (multipliers if where == "after" else scale)
-    out[...] = np.moveaxis(turned, -1, axis).astype(x.dtype)
+    # Compiled code doesn't warn either.
+    with np.errstate(over="ignore", invalid="ignore"):
+        turned = rotate_blocks(wide.reshape(-1, block_size), inverse, np.ones_like(scale))
+        turned = turned.reshape(wide.shape) * (multipliers if where == "after" else scale)
+        out[...] = np.moveaxis(turned, -1, axis).astype(x.dtype)
 
 
 def _stores(x: Array, out: Array) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._dispatch import backend_for
+from corequant._dispatch import backend_for, get_backend
 from corequant._validation import (
     check_array,
     check_divides,
@@ -89,23 +89,24 @@ def block_hadamard(
     >>> bool(np.allclose(cq.block_hadamard(cq.block_hadamard(x), inverse=True), x))
     True
     """
-    backend = backend_for(x=x, out=out)
+    # Short cuts for the usual call: checking must not outweigh a rotation in the cache.
+    usual = type(x) is np.ndarray and (out is None or type(out) is np.ndarray)
+    backend = get_backend("numpy") if usual else backend_for(x=x, out=out)
     check_array("x", x)
-    place = check_axis("axis", axis, x.ndim)
+    place = x.ndim - 1 if axis == -1 else check_axis("axis", axis, x.ndim)
     d = int(x.shape[place])
     size = check_block_size("block_size", block_size, d)
     sign = check_signs("signs", signs, d)
-    if out is not None:
+    if out is not None and out is not x:
         check_array("out", out)
-        if out is not x and (tuple(out.shape) != tuple(x.shape) or out.dtype != x.dtype):
+        if tuple(out.shape) != tuple(x.shape) or out.dtype != x.dtype:
             raise ShapeError(
                 f"out must have x's shape {tuple(x.shape)} and dtype {x.dtype}, "
                 f"got {tuple(out.shape)} and {out.dtype}"
             )
-        if out is not x:
-            _check_apart(x, out)
-        if isinstance(out, np.ndarray) and not out.flags.writeable:
-            raise ValueError("out must be writeable, got a read-only array")
+        _check_apart(x, out)
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
+        raise ValueError("out must be writeable, got a read-only array")
     count = None if threads is None else check_index("threads", threads)
     return backend.block_hadamard(
         x, size, axis=place, inverse=bool(inverse), signs=sign, out=out, threads=count

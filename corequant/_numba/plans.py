@@ -9,6 +9,7 @@ the same bits; plans differ in speed alone. ``docs/kernels.md`` tells why each i
 from __future__ import annotations
 
 import json
+import platform
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -24,6 +25,9 @@ faster (Emerald Rapids, in place, block size 64)."""
 
 _SHIFTED_BATCH = 1024
 """Numbers put together before they are streamed, so many that no load waits for a store."""
+
+_LOADS_SHUFFLE = platform.machine().lower() in ("x86_64", "amd64")
+"""Whether load ports can do the first butterfly's shuffles; asked together with `fetches_ahead`."""
 
 # Vectors per tile of the first pass, then the radices of the passes across tiles, by the order p
 # over the vector's length.
@@ -174,7 +178,7 @@ def plan_rows(dtype: str, core: int, power: int, inverse: bool, signs: str, stor
         stores=stores,
         batch=_SHIFTED_BATCH if stores == "shifted" and core == 1 else 0,
         ahead=_AHEAD if fetches_ahead() else 0,
-        paired_loads=plain and fetches_ahead(),
+        paired_loads=plain and fetches_ahead() and _LOADS_SHUFFLE,
     )
 
 
@@ -212,7 +216,7 @@ def fetches_ahead() -> bool:
     """Tell whether kernels ask for memory ahead of its use on this processor."""
     # Intel's cores are short of scheduler entries: the butterflies that wait for memory fill them
     # before enough lines are under way. AMD's lose by prefetching (Zen 4).
-    return processor()[0] not in {"znver1", "znver2", "znver3", "znver4", "znver5"}
+    return not processor()[0].startswith("znver")
 
 
 def describe(plan: Plan) -> str:

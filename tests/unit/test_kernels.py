@@ -193,20 +193,24 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
 def test_every_path_gives_the_same_bytes(environment, tmp_path):
     if "NUMBA_CPU_NAME" in environment and os.uname().machine != "x86_64":
         environment = {"NUMBA_CPU_NAME": "generic"}
-    assert run(DIGEST, NUMBA_CACHE_DIR=str(tmp_path), **environment) == run(DIGEST)
+    expected = run(DIGEST, NUMBA_DISABLE_JIT="0")
+    assert (
+        run(DIGEST, **{"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_DISABLE_JIT": "0", **environment})
+        == expected
+    )
 
 
 def test_a_cache_that_cannot_be_written_or_is_damaged_does_no_harm(tmp_path):
     script = "import numpy as np, corequant as cq; print(cq.block_hadamard(np.ones(4)))"
     blocked = tmp_path / "file"
     blocked.write_bytes(b"")
-    assert run(script, NUMBA_CACHE_DIR=str(blocked)) == "[2. 0. 0. 0.]"
+    assert run(script, NUMBA_CACHE_DIR=str(blocked), NUMBA_DISABLE_JIT="0") == "[2. 0. 0. 0.]"
     folder = tmp_path / "cache"
-    assert run(script, NUMBA_CACHE_DIR=str(folder)) == "[2. 0. 0. 0.]"
+    assert run(script, NUMBA_CACHE_DIR=str(folder), NUMBA_DISABLE_JIT="0") == "[2. 0. 0. 0.]"
     (kernel,) = (folder / "corequant").glob("*.o")
     good = kernel.read_bytes()
     kernel.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    assert run(script, NUMBA_CACHE_DIR=str(folder)) == "[2. 0. 0. 0.]"
+    assert run(script, NUMBA_CACHE_DIR=str(folder), NUMBA_DISABLE_JIT="0") == "[2. 0. 0. 0.]"
     assert kernel.read_bytes() == good
 
 
@@ -220,5 +224,5 @@ if len(list(__import__("pathlib").Path({str(tmp_path)!r}).rglob("*.o"))):
     machine._compile = refuse
 print(cq.block_hadamard(np.ones(64, np.float32))[0], "numba" in sys.modules)
 """
-    assert run(script, NUMBA_CACHE_DIR=str(tmp_path)) == "8.0 False"
-    assert run(script, NUMBA_CACHE_DIR=str(tmp_path)) == "8.0 False"
+    assert run(script, NUMBA_CACHE_DIR=str(tmp_path), NUMBA_DISABLE_JIT="0") == "8.0 False"
+    assert run(script, NUMBA_CACHE_DIR=str(tmp_path), NUMBA_DISABLE_JIT="0") == "8.0 False"
