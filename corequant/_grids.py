@@ -16,7 +16,7 @@ from corequant._numba.scales import FLOAT, POWER, ROUNDED, Rule
 from corequant.formats import FormatKind, NumberFormat, Specials, formats
 from corequant.specs import QuantSpec, ScaleFormat, ScaleRounding
 
-__all__ = ["Grid", "grid_for", "rounder_for", "rule_for", "unsigned"]
+__all__ = ["Grid", "grid_for", "levels_of", "rounder_for", "rule_for", "unsigned"]
 
 Array = npt.NDArray[Any]
 
@@ -233,6 +233,23 @@ class _Codebook:
         self, packed: Array, size: int, scales: Array, zeros: Array, out: Array
     ) -> None:
         fused.decode_table(packed, self._bits, size, scales, self._table, out)
+
+
+@lru_cache(maxsize=256)
+def levels_of(form: NumberFormat) -> tuple[Array, Array, Array, Array]:
+    """Return levels and the middles between them, for entries above and for those below zero.
+
+    As magnitudes, ascending from the level nearest to zero.
+    """
+    values = form.finite_values
+    middles = (values[1:] + values[:-1]) / 2
+    above, below = int((middles <= 0).sum()), int((middles < 0).sum())
+    return (
+        np.ascontiguousarray(values[above:]),
+        np.ascontiguousarray(middles[above:]),
+        np.ascontiguousarray(-values[: below + 1][::-1]),
+        np.ascontiguousarray(-middles[:below][::-1]),
+    )
 
 
 def _byte_table(form: NumberFormat, dtype: np.dtype[Any]) -> Array:

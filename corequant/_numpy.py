@@ -204,5 +204,3 @@ def _rows(x: Array) -> Array:
     return _working(x).reshape(-1, x.shape[-1]) if x.size else np.empty((0, x.shape[-1]))
 
 
-def _direct(out: Array, dtype: np.dtype[Any]) -> bool:
-    return bool(out.dtype == dtype and out.dtype.isnative and out.flags.c_contiguous)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._grids import grid_for, rounder_for, rule_for, unsigned
-from corequant._numba import minifloat, quantize, search
+from corequant._grids import grid_for, levels_of, rounder_for, rule_for, unsigned
+from corequant._numba import exact_search, minifloat, quantize, search
 from corequant._numba import scales as rules
 from corequant.formats import formats
 from corequant.specs import POWERS_OF_TWO, QuantSpec, ScaleFormat, ScaleSearch
@@ -102,6 +102,11 @@ def choose(
     if search_kind is ScaleSearch.HQO:
         search.half_quadratic(panel, rule, 2.0**-spec.format.fraction_bits, scales, zeros)
         return
+    if search_kind is ScaleSearch.EXACT:
+        found = np.empty(len(scales))
+        exact_search.exact_scales(panel, *levels_of(spec.format), found)
+        search.settle_all(found, rule, scales)
+        return
     trials, offsets = _trials(low, high, spec, factor, scales, zeros)
     steps = effective(trials, divisor)
     losses = grid_for(spec.format, scales.dtype).losses(panel, steps, offsets)
@@ -162,3 +167,5 @@ def _percentiles(panel: Array, low: Array, high: Array, spec: QuantSpec) -> tupl
     least, most = np.minimum(least, 0), np.maximum(most, 0)
     nothing = (least == 0) & (most == 0)
     return np.where(nothing, low, least), np.where(nothing, high, most)
+
+
