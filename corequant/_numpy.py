@@ -202,5 +202,3 @@ def _working(x: Array) -> Array:
 
 def _rows(x: Array) -> Array:
     return _working(x).reshape(-1, x.shape[-1]) if x.size else np.empty((0, x.shape[-1]))
-
-
