@@ -41,9 +41,7 @@ def is_fused(spec: QuantSpec) -> bool:
     )
 
 
-def plan_for(
-    spec: QuantSpec, dtype: np.dtype[Any], size: int, divisor: Array | None
-) -> fused.Plan:
+def plan_for(spec: QuantSpec, dtype: np.dtype[Any], size: int, divisor: Array | None) -> fused.Plan:
     """Return the loop's constants."""
     f, u, form = dtype.type, unsigned(dtype).type, spec.format
     whole = form.kind is FormatKind.INTEGER

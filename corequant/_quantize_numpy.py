@@ -179,9 +179,7 @@ def _choose_and_write(
     return scales.reshape(shape), _stored(zeros, spec, shape)
 
 
-def _choose_whole(
-    x: Array, spec: QuantSpec, scales: Array, zeros: Array, propagate: bool
-) -> None:
+def _choose_whole(x: Array, spec: QuantSpec, scales: Array, zeros: Array, propagate: bool) -> None:
     low, high = (r.reshape(1) for r in _row_extremes(x, spec, propagate))
     panel = np.empty((1, 0), scales.dtype)
     if spec.scale_search is not ScaleSearch.ABSMAX:
@@ -248,7 +246,7 @@ def _write(
 
 
 def _row_ranges(x: Array, spec: QuantSpec, skip: bool) -> tuple[Array, Array]:
-    """Return the ranges of the rows of ``x``, NonFiniteError unless what isn't finite is skipped."""
+    """Return the ranges of the rows; NonFiniteError unless what isn't finite is skipped."""
     dtype = _working_dtype(x)
     count = x.size // x.shape[-1] if x.size else 0
     low, high = np.zeros(count, dtype), np.zeros(count, dtype)

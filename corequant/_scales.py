@@ -167,5 +167,3 @@ def _percentiles(panel: Array, low: Array, high: Array, spec: QuantSpec) -> tupl
     least, most = np.minimum(least, 0), np.maximum(most, 0)
     nothing = (least == 0) & (most == 0)
     return np.where(nothing, low, least), np.where(nothing, high, most)
-
-

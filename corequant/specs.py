@@ -325,9 +325,7 @@ _ENUMS: dict[str, type[enum.Enum]] = {
 
 
 def _microscaled(format_name: str) -> QuantSpec:
-    return QuantSpec(
-        formats[format_name], Granularity.GROUP, 32, scale_format=ScaleFormat.E8M0
-    )
+    return QuantSpec(formats[format_name], Granularity.GROUP, 32, scale_format=ScaleFormat.E8M0)
 
 
 presets: Mapping[str, QuantSpec] = MappingProxyType(

@@ -10,7 +10,16 @@ import numpy as np
 from corequant._numba.bits import like, to_bits, to_float
 from corequant._numba.jit import jit
 
-__all__ = ["decode", "encode", "fake", "look_up", "magnitudes", "ranges", "row_magnitude", "row_range"]
+__all__ = [
+    "decode",
+    "encode",
+    "fake",
+    "look_up",
+    "magnitudes",
+    "ranges",
+    "row_magnitude",
+    "row_range",
+]
 
 
 @jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -9,9 +10,7 @@ import pytest
 
 import corequant as cq
 
-MINIFLOATS = [
-    f"e{e}m{bits - 1 - e}" for bits in range(3, 9) for e in range(1, bits)
-]
+MINIFLOATS = [f"e{e}m{bits - 1 - e}" for bits in range(3, 9) for e in range(1, bits)]
 BIASED = ["e2m1b3", "e2m1b-4", "e3m2b10", "e4m0b0", "e1m2b60", "e5m2b-20", "e4m3b11"]
 BOOKS = ["nf4", "codebook(-1,-0.25,0.125,1)", "codebook(0.5,1,3,4,7.5)", "codebook(-3,0)"]
 
@@ -32,7 +31,7 @@ def nearest(x, numbers):
 
 
 def inputs(numbers, dtype):
-    middles = [(a + b) / 2 for a, b in zip(numbers, numbers[1:], strict=False)]
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(numbers)]
     points = np.array([float(v) for v in (*numbers, *middles, numbers[-1] * 3)], dtype)
     near = [np.nextafter(points, dtype(side)) for side in (np.inf, -np.inf)]
     generator = np.random.default_rng(5)
@@ -90,5 +89,6 @@ def test_scale_bytes_are_all_there():
     np.testing.assert_array_equal(powers, np.ldexp(1.0, np.arange(255) - 127))
     np.testing.assert_array_equal(cq.encode(powers, "float8_e8m0fnu"), np.arange(255))
     scales = cq.decode(np.arange(127, dtype=np.uint8), "float8_e4m3fn")
-    assert np.isfinite(scales).all() and scales.max() == 448
+    assert np.isfinite(scales).all()
+    assert scales.max() == 448
     np.testing.assert_array_equal(cq.encode(scales, "float8_e4m3fn"), np.arange(127))

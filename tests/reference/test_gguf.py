@@ -58,9 +58,7 @@ def test_mxfp4_by_the_ocp_rule_differs_in_ties_only():
     x = weights()
     _, blocks = to_blocks(cq.quantize(x, "mxfp4"))
     theirs = gguf.quantize(x, gguf.GGMLQuantizationType.MXFP4)
-    np.testing.assert_array_equal(
-        blocks.reshape(-1, 17)[:, 0], theirs.reshape(-1, 17)[:, 0]
-    )
+    np.testing.assert_array_equal(blocks.reshape(-1, 17)[:, 0], theirs.reshape(-1, 17)[:, 0])
     a = gguf.dequantize(blocks, gguf.GGMLQuantizationType.MXFP4)
     b = gguf.dequantize(theirs, gguf.GGMLQuantizationType.MXFP4)
     differ = a != b
@@ -72,7 +70,7 @@ def test_other_specs_are_refused():
         to_blocks(cq.quantize(np.ones((1, 64), np.float32), "int4:group64"))
     with pytest.raises(cq.SpecError, match="block_type must be one of Q4_0, Q4_1, Q8_0, MXFP4"):
         quantize_blocks(np.ones((1, 32), np.float32), "Q4_K")
+    x = np.ones((1, 32), np.float32)
+    x[0, 3] = np.nan
     with pytest.raises(cq.NonFiniteError, match=r"index \(0, 3\)"):
-        x = np.ones((1, 32), np.float32)
-        x[0, 3] = np.nan
         quantize_blocks(x, "Q8_0")
