@@ -100,8 +100,9 @@ def rule_for(spec: QuantSpec, dtype: np.dtype[Any]) -> Rule:
         steps=f(steps),
         span=f(extreme),
         tiny=f(tiny),
-        # Decoded numbers are rounded: a little room keeps them from reaching infinity.
-        huge=f(info.max) * f(1 - 2.0**-20),
+        # Decoded numbers are rounded, and so may the scale be, to 8 bits or more: a little room
+        # keeps them from reaching infinity.
+        huge=f(info.max) * f(1 - 2.0 ** (-7 if kind == ROUNDED else -20)),
         idle=f(idle),
         rounder=rounder_for(scale_format, dtype),
         offset=form.max_exponent,

@@ -246,7 +246,7 @@ def _write(
 
 
 def _row_ranges(x: Array, spec: QuantSpec, skip: bool) -> tuple[Array, Array]:
-    """Return the ranges of the rows of ``x``, NonFiniteError unless what isn't finite is skipped."""
+    """Return the ranges of the rows; NonFiniteError unless what isn't finite is skipped."""
     dtype = _working_dtype(x)
     count = x.size // x.shape[-1] if x.size else 0
     low, high = np.zeros(count, dtype), np.zeros(count, dtype)

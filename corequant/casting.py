@@ -46,8 +46,8 @@ def encode(x: Any, form: NumberFormat | str, *, nonfinite: str = "raise") -> Any
     -----
     ml_dtypes differs where a finite number overflows: there it becomes infinity or NaN in formats
     that have one. ``float8_e8m0fnu`` has neither zero nor sign: what is not above its smallest
-    number becomes that one (NaN in ml_dtypes), and half-way cases go up; between 1 and 1.5 times its
-    smallest number ml_dtypes 0.6 rounds up, not to nearest.
+    number becomes that one (NaN in ml_dtypes), and half-way cases go up; between 1 and 1.5 times
+    its smallest number ml_dtypes 0.6 rounds up, not to nearest.
 
     Examples
     --------

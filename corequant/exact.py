@@ -86,7 +86,8 @@ def integer_values(codes: Array, form: NumberFormat | str) -> npt.NDArray[np.int
     picked = steps[codes.astype(np.uint8) & (2**known.bits - 1)]
     if not np.isfinite(picked).all():
         raise ValueError(f"codes must stand for finite numbers of {known.name}")
-    return picked.astype(np.int64)
+    whole: npt.NDArray[np.int64] = picked.astype(np.int64)
+    return whole
 
 
 def magnitude_bits(form: NumberFormat | str) -> int:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import difflib
 import enum
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -182,7 +183,7 @@ class NumberFormat:
         if (
             not 2 <= len(table) <= 256
             or not all(map(math.isfinite, table))
-            or any(a >= b for a, b in zip(table, table[1:], strict=False))
+            or any(a >= b for a, b in itertools.pairwise(table))
             or max(map(abs, table)) < 2.0**-100
         ):
             raise SpecError(
@@ -202,12 +203,12 @@ class NumberFormat:
     @property
     def least_code(self) -> int:
         """Smallest code."""
-        return -(2 ** (self.bits - 1)) if self.code_dtype == np.int8 else 0
+        return -(1 << (self.bits - 1)) if self.code_dtype == np.int8 else 0
 
     @property
     def most_code(self) -> int:
         """Largest code."""
-        return self.least_code + (len(self.table) or 2**self.bits) - 1
+        return self.least_code + (len(self.table) or 1 << self.bits) - 1
 
     @property
     def magnitudes(self) -> int:

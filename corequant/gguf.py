@@ -37,6 +37,13 @@ _SPECS = {
 }
 
 
+def _key(spec: QuantSpec) -> tuple[Any, ...]:
+    return spec.format, spec.group_size, spec.symmetric, spec.scale_format
+
+
+_BY_KEY = {_key(spec): name for name, spec in _SPECS.items()}
+
+
 def to_blocks(quantized: QuantizedTensor) -> tuple[str, Array]:
     """Return a quantized tensor as GGUF blocks.
 
@@ -66,12 +73,9 @@ def to_blocks(quantized: QuantizedTensor) -> tuple[str, Array]:
     ('MXFP4', '7d 66 66')
     """
     spec = quantized.spec
-    for name, known in _SPECS.items():
-        key = (spec.format, spec.group_size, spec.symmetric, spec.scale_format)
-        if key == (known.format, known.group_size, known.symmetric, known.scale_format):
-            break
-    else:
-        wanted = ", ".join(f"{name} {known}" for name, known in _SPECS.items())
+    name = _BY_KEY.get(_key(spec))
+    if name is None:
+        wanted = ", ".join(f"{kind} {known}" for kind, known in _SPECS.items())
         raise SpecError(f"GGUF has no block type for {spec}; it has {wanted}")
     codes = quantized.codes.reshape(-1, _SIZE)
     if name == "MXFP4":

@@ -73,7 +73,7 @@ def matmul_nbits(
         raise ShapeError(f"a weight must be (out_features, in_features), got {quantized.shape}")
     n, k = quantized.shape
     packed = pack_bytes(_offset(quantized.codes, form.least_code), form.bits)
-    initializers = {
+    initializers: dict[str, npt.NDArray[Any]] = {
         "B": packed.reshape(n, k // size, size * form.bits // 8),
         "scales": np.ascontiguousarray(quantized.scales, np.float32).reshape(-1),
     }

@@ -35,7 +35,7 @@ which on a general sort is faster."""
 
 @jit
 def _fill(magnitudes, amax, buckets, counts, sums, squares, order):  # type: ignore[no-untyped-def]
-    """Running sums before each bucket, and the entries sorted by bucket."""
+    """Write running sums before each bucket, and the entries sorted by bucket."""
     inverse = buckets / amax
     counts[:] = 0
     sums[:] = 0
@@ -91,11 +91,11 @@ def _sort(places, products, squares, n):  # type: ignore[no-untyped-def]
 
 @jit
 def _side(levels, middles, small, big, inverse, buckets, counts, sums, squares, low, high):  # type: ignore[no-untyped-def]
-    """Sums of one sign over the scales [small, big].
+    """Sum over the entries of one sign, for the scales [small, big].
 
     Returns Σlw, Σl² and Σw² of the entries whose level is certain, the least error of the others,
-    and Σlw and Σl² of the others with their lower levels and how many they are. ``low[j]`` and ``high[j]`` become the
-    buckets around threshold j.
+    Σlw and Σl² of the others with their lower levels, and how many they are. ``low[j]`` and
+    ``high[j]`` become the buckets around threshold j.
     """
     last = middles.shape[0]
     for j in range(last):
@@ -201,8 +201,8 @@ def exact_scales(x, up_levels, up_middles, down_levels, down_middles, scales):  
             # Without a branch, which the signs of weights would mispredict half the time.
             ups[up] = w
             downs[down] = -w
-            up += w >= 0
-            down += w < 0
+            up += int(w >= 0)
+            down += int(w < 0)
         scales[g] = 0
         if amax == 0:
             continue
@@ -225,6 +225,8 @@ def exact_scales(x, up_levels, up_middles, down_levels, down_middles, scales):  
         big = amax / first_middle * (1 + 1e-12)
         top = max(up_levels[-1], down_levels[-1])
         cover = amax / top
+        # What rounding may make of equal errors.
+        slack = total * 1e-12
         bound = total - gain
         stack = 0
         # Coarse intervals from the top down, until clipping alone costs more than the best.
@@ -259,14 +261,14 @@ def exact_scales(x, up_levels, up_middles, down_levels, down_middles, scales):  
                         - 2 * reach * part
                         + reach * reach * count
                     )
-            if clipped > bound * (1 + 1e-9) or big < cover * 1e-9:
+            if clipped > bound + slack or big < cover * 1e-9:
                 break
         # Split what may still hold the best scale.
         while stack > 0:
             stack -= 1
             small = ends[stack, 0]
             big = ends[stack, 1]
-            if ends[stack, 2] > bound * (1 + 1e-9):
+            if ends[stack, 2] > bound + slack:
                 continue
             if big > small * FINE and ends[stack, 3] > FEW and stack < 4000:
                 ratio = (big / small) ** (1 / PARTS)
@@ -283,7 +285,7 @@ def exact_scales(x, up_levels, up_middles, down_levels, down_middles, scales):  
                     )  # fmt: skip
                     floor, ceiling = _bounds(a, b, inner, edge, total)
                     bound = min(bound, ceiling)
-                    if floor <= bound * (1 + 1e-9):
+                    if floor <= bound + slack:
                         ends[stack, 0] = inner
                         ends[stack, 1] = edge
                         ends[stack, 2] = floor

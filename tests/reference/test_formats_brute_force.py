@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -30,7 +31,7 @@ def nearest(x, numbers):
 
 
 def inputs(numbers, dtype):
-    middles = [(a + b) / 2 for a, b in zip(numbers, numbers[1:], strict=False)]
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(numbers)]
     points = np.array([float(v) for v in (*numbers, *middles, numbers[-1] * 3)], dtype)
     near = [np.nextafter(points, dtype(side)) for side in (np.inf, -np.inf)]
     generator = np.random.default_rng(5)
@@ -88,5 +89,6 @@ def test_scale_bytes_are_all_there():
     np.testing.assert_array_equal(powers, np.ldexp(1.0, np.arange(255) - 127))
     np.testing.assert_array_equal(cq.encode(powers, "float8_e8m0fnu"), np.arange(255))
     scales = cq.decode(np.arange(127, dtype=np.uint8), "float8_e4m3fn")
-    assert np.isfinite(scales).all() and scales.max() == 448
+    assert np.isfinite(scales).all()
+    assert scales.max() == 448
     np.testing.assert_array_equal(cq.encode(scales, "float8_e4m3fn"), np.arange(127))

@@ -70,7 +70,7 @@ def test_other_specs_are_refused():
         to_blocks(cq.quantize(np.ones((1, 64), np.float32), "int4:group64"))
     with pytest.raises(cq.SpecError, match="block_type must be one of Q4_0, Q4_1, Q8_0, MXFP4"):
         quantize_blocks(np.ones((1, 32), np.float32), "Q4_K")
+    x = np.ones((1, 32), np.float32)
+    x[0, 3] = np.nan
     with pytest.raises(cq.NonFiniteError, match=r"index \(0, 3\)"):
-        x = np.ones((1, 32), np.float32)
-        x[0, 3] = np.nan
         quantize_blocks(x, "Q8_0")
