@@ -215,8 +215,8 @@ class NumberFormat:
         """How many codes without sign bit are finite numbers; a float's largest is the last."""
         width = self.exponent_bits + self.mantissa_bits
         if self.specials is Specials.IEEE:
-            return (2**self.exponent_bits - 1) << self.mantissa_bits
-        return 2**width - (1 if self.specials is Specials.FN else 0)
+            return ((1 << self.exponent_bits) - 1) << self.mantissa_bits
+        return (1 << width) - (1 if self.specials is Specials.FN else 0)
 
     @property
     def values(self) -> npt.NDArray[np.float64]:

@@ -158,7 +158,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Print how a quantized directory was made, or where a float model's outliers sit."""
-    if is_quantized(model) or (not (model / "config.json").is_file() and model.is_dir()):
+    if is_quantized(model):
         _inspect_quantized(model, as_json)
         return
     source = cqhf.Source(model)

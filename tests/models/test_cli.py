@@ -114,7 +114,7 @@ def test_backends():
         (["quantize", "model", "-o", "model", "--calibration", "text.txt"], 1, "new or empty"),
         (["quantize", "model", "-o", "a/b", "--calibration", "text.txt"], 1, "parent folder"),
         (["evaluate", "model", "--text", "empty.txt"], 1, "must not be empty"),
-        (["inspect", "model"], 1, "recipe.toml can't be read"),
+        (["inspect", "nowhere"], 1, "must be a directory"),
     ],
 )
 def test_errors_are_one_line(folder, arguments, status, words):
