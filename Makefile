@@ -30,7 +30,9 @@ test: lint
 	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest -q tests/unit tests/property
 
 bench: $(VENV)/.dev
-	$(BIN)/python bench/run.py
+	$(BIN)/python -W ignore bench/bench_rotation.py --rounds 5 --write
+	$(BIN)/python -W ignore bench/bench_formats.py --peers
+	$(BIN)/python bench/bench_massdiff.py
 
 clean:
 	rm -rf $(VENV) build dist demo-output
