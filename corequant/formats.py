@@ -203,7 +203,8 @@ class NumberFormat:
     @property
     def least_code(self) -> int:
         """Smallest code."""
-        return -(1 << (self.bits - 1)) if self.code_dtype == np.int8 else 0
+        signed = self.kind is FormatKind.INTEGER and self.signed
+        return -(1 << (self.bits - 1)) if signed else 0
 
     @property
     def most_code(self) -> int:
@@ -215,8 +216,8 @@ class NumberFormat:
         """How many codes without sign bit are finite numbers; a float's largest is the last."""
         width = self.exponent_bits + self.mantissa_bits
         if self.specials is Specials.IEEE:
-            return (2**self.exponent_bits - 1) << self.mantissa_bits
-        return 2**width - (1 if self.specials is Specials.FN else 0)
+            return ((1 << self.exponent_bits) - 1) << self.mantissa_bits
+        return (1 << width) - (1 if self.specials is Specials.FN else 0)
 
     @property
     def values(self) -> npt.NDArray[np.float64]:
