@@ -102,10 +102,8 @@ def ours_searching(x: np.ndarray) -> Candidates:
 
 
 def peers(x: np.ndarray, threads: int) -> Candidates:
-    """compressed-tensors and brevitas on the CPU, with the results of ours where rules are equal."""
+    """compressed-tensors and brevitas on the CPU; results are equal where rules are."""
     import torch
-    from brevitas.nn.quant_mha import QuantTensor  # noqa: F401  # fails early where it is absent
-    from brevitas.quant.experimental.mx_quant_ocp import MXInt8Weight  # noqa: F401
     from compressed_tensors.compressors.nvfp4.helpers import (
         pack_fp4_to_uint8,
         unpack_fp4_from_uint8,
@@ -177,23 +175,16 @@ def peers(x: np.ndarray, threads: int) -> Candidates:
 
 def brevitas_int4(t: object) -> Callable[[], object]:
     import torch
+    from brevitas.inject.enum import ScalingPerOutputType
     from brevitas.nn import QuantLinear
     from brevitas.quant.scaled_int import Int8WeightPerChannelFloat
 
     quantizer = Int8WeightPerChannelFloat.let(
-        bit_width=4, group_size=128, scaling_per_output_type=None
+        bit_width=4,
+        group_size=128,
+        group_dim=1,
+        scaling_per_output_type=ScalingPerOutputType.GROUP,
     )
-    try:
-        from brevitas.inject.enum import ScalingPerOutputType
-
-        quantizer = Int8WeightPerChannelFloat.let(
-            bit_width=4,
-            group_size=128,
-            group_dim=1,
-            scaling_per_output_type=ScalingPerOutputType.GROUP,
-        )
-    except ImportError:
-        pass
     assert isinstance(t, torch.Tensor)
     layer = QuantLinear(t.shape[1], t.shape[0], bias=False, weight_quant=quantizer)
     layer.weight.data = t.clone()
@@ -223,7 +214,7 @@ def report(
         ratio = ""
         if baseline is not None:
             pairs = zip(times[baseline], times[name], strict=True)
-            ratio = f"{np.median([a / b for a, b in pairs]):8.2f}"
+            ratio = f"{np.median([a / b for a, b in pairs]):10.3f}"
         print(f"  {name:44s} {median * 1e3:10.2f} ms {ratio}")
 
 
