@@ -164,7 +164,8 @@ class _Integers:
 
     def losses(self, panel: Array, scales: Array, zeros: Array) -> Array:
         out = np.empty(scales.shape)
-        losses.integer_losses(panel, self._step(scales), zeros, *self._limits, out)
+        lanes = _lanes(panel.shape[1])
+        losses.integer_losses(panel, self._step(scales), zeros, *self._limits, lanes, out)
         return out
 
     def decode(self, codes: Array, scales: Array, zeros: Array, out: Array) -> None:
@@ -192,7 +193,7 @@ class _Minifloat:
 
     def losses(self, panel: Array, scales: Array, zeros: Array) -> Array:
         out = np.empty(scales.shape)
-        losses.minifloat_losses(panel, scales, self._rounder, out)
+        losses.minifloat_losses(panel, scales, self._rounder, _lanes(panel.shape[1]), out)
         return out
 
     def decode(self, codes: Array, scales: Array, zeros: Array, out: Array) -> None:
@@ -251,6 +252,11 @@ def levels_of(form: NumberFormat) -> tuple[Array, Array, Array, Array]:
         np.ascontiguousarray(-values[: below + 1][::-1]),
         np.ascontiguousarray(-middles[:below][::-1]),
     )
+
+
+def _lanes(size: int) -> Array:
+    """Return room for partial sums, as many as divide the length of a group."""
+    return np.empty(math.gcd(size, losses.LANES) if size > losses.LANES else size)
 
 
 def _byte_table(form: NumberFormat, dtype: np.dtype[Any]) -> Array:

@@ -2,10 +2,10 @@
 
 Names, dtypes and packing are those of compressed-tensors. Signed integers: ``weight_packed`` (int32
 words of offset-binary codes), ``weight_scale``, ``weight_shape`` and, where there are any,
-``weight_zero_point``, packed alike but along the output axis. Other formats: ``weight_packed``, or
-``weight`` for 8-bit floats, in bytes; ``weight_scale``, as bytes for E8M0 and E4M3; and
-``weight_global_scale``. Bytes are uint8 here: a file's header should call 8-bit floats and E4M3
-scales what they are.
+``weight_zero_point``, packed alike but along the output axis. Other formats: ``weight_packed`` in
+bytes; ``weight_scale``, as bytes for E8M0 and E4M3; and ``weight_global_scale``. Bytes are uint8
+here: compressed-tensors wants E4M3 scales as float8_e4m3fn, and 8-bit floats as float8_e4m3fn under
+the name ``weight``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant.errors import CheckpointError
-from corequant.formats import FormatKind
 from corequant.packed import load_scales, store_scales
 from corequant.packing import pack, pack_bytes, packed_bytes, packed_words, unpack, unpack_bytes
 from corequant.quantization import QuantizedTensor
@@ -63,7 +62,7 @@ def to_arrays(name: str, quantized: QuantizedTensor) -> Arrays:
         arrays[f"{name}.weight_packed"] = pack(codes, bits)
         arrays[f"{name}.weight_shape"] = np.array(quantized.shape, np.int64)
     else:
-        arrays[f"{name}.{_weight(spec)}"] = pack_bytes(codes, bits)
+        arrays[f"{name}.weight_packed"] = pack_bytes(codes, bits)
     if quantized.zero_points is not None:
         arrays[f"{name}.weight_zero_point"] = _pack_zeros(quantized.zero_points, spec)
     if quantized.global_scale is not None:
@@ -110,7 +109,7 @@ def from_arrays(
         codes: npt.NDArray[Any] = unpack(packed, bits, shape[1])
     else:
         wanted = (shape[0], packed_bytes(shape[1], bits))
-        stream = _take(arrays, f"{name}.{_weight(spec)}", wanted, np.uint8)
+        stream = _take(arrays, f"{name}.weight_packed", wanted, np.uint8)
         codes = unpack_bytes(stream, bits, shape[1])
         if codes.size and int(codes.max()) > spec.format.most_code:
             raise CheckpointError(f"{name} holds a code that {spec.format.name} lacks")
@@ -121,11 +120,6 @@ def from_arrays(
         if not 0 < float(divisor[0]) < np.inf:
             raise CheckpointError(f"{name}.weight_global_scale must be positive and finite")
     return QuantizedTensor(codes, scales, zeros, spec, divisor)
-
-
-def _weight(spec: QuantSpec) -> str:
-    whole = spec.format.kind is FormatKind.FLOAT and spec.format.bits == 8
-    return "weight" if whole else "weight_packed"
 
 
 def _pack_zeros(zeros: npt.NDArray[Any], spec: QuantSpec) -> npt.NDArray[Any]:

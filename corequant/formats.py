@@ -203,7 +203,8 @@ class NumberFormat:
     @property
     def least_code(self) -> int:
         """Smallest code."""
-        return -(1 << (self.bits - 1)) if self.code_dtype == np.int8 else 0
+        signed = self.kind is FormatKind.INTEGER and self.signed
+        return -(1 << (self.bits - 1)) if signed else 0
 
     @property
     def most_code(self) -> int:

@@ -27,8 +27,8 @@ def decompress(kind, quantized, **arguments):
     state = {key.removeprefix("m."): torch.from_numpy(a) for key, a in arrays.items()}
     if quantized.spec.scale_format is cq.ScaleFormat.E4M3:
         state["weight_scale"] = state["weight_scale"].view(torch.float8_e4m3fn)
-    if "weight" in state:
-        state["weight"] = state["weight"].view(torch.float8_e4m3fn)
+    if arguments["num_bits"] == 8 and arguments["type"] == "float":
+        state["weight"] = state.pop("weight_packed").view(torch.float8_e4m3fn)
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**arguments))
     compressor = BaseCompressor.get_value_from_registry(kind)
     return compressor.decompress(state, scheme)["weight"]
