@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -205,24 +205,9 @@ def _working(x: Array) -> Array:
 
 def _rows(x: Array) -> Array:
     return _working(x).reshape(-1, x.shape[-1]) if x.size else np.empty((0, x.shape[-1]))
-<<<<<<< HEAD
-=======
-
-
-def _direct(out: Array, dtype: np.dtype[Any]) -> bool:
-    return bool(out.dtype == dtype and out.dtype.isnative and out.flags.c_contiguous)
 
 
 @lru_cache(maxsize=64)
 def _float32_values(form: NumberFormat) -> Array:
     values: Array = form.values.astype(np.float32)
     return values
-
-
-@lru_cache(maxsize=64)
-def _core(order: int, dtype: str, inverse: bool) -> tuple[Array, int]:
-    core_order, power = hadamard_factors(order)
-    core = hadamard_matrix(core_order)
-    # Sylvester's factor is symmetric, so only the core has to be transposed.
-    return np.ascontiguousarray(core.T if inverse else core, dtype=dtype), power
->>>>>>> formats

@@ -2,13 +2,8 @@
 
 ``x`` is (rows, d) with groups of ``size``. The range of the next group, or row, is found while
 one is rounded, so that reading and writing memory overlap: measured 10.6 against 12.3 ms for 4096
-<<<<<<< HEAD
-by 4096 float32. Each kernel returns the first row that holds NaN or infinity, where it stops, or
--1.
-=======
 by 4096 float32. Each kernel returns the first row that holds NaN or infinity, where it stops,
 or -1.
->>>>>>> formats
 """
 
 from __future__ import annotations
