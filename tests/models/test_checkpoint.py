@@ -314,6 +314,15 @@ def test_what_does_not_read_back_is_not_kept(saved, tmp_path, monkeypatch):
     assert leftovers(tmp_path) == []
 
 
+@pytest.fixture
+def interruptible():
+    """Make SIGINT interrupt here too where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("phase", ["calibrate", "transform", "quantize", "save"])
 def test_interrupting_leaves_nothing(tokens, tmp_path, phase):
     def progress(name, done, total):
@@ -326,6 +335,7 @@ def test_interrupting_leaves_nothing(tokens, tmp_path, phase):
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupting_in_the_middle_of_writing_leaves_nothing(saved, tmp_path, monkeypatch):
     def interrupted(tensors, file, metadata):
         save_file(tensors, file, metadata=metadata)

@@ -138,6 +138,8 @@ def test_interrupt(folder, tmp_path):
             cwd=folder, stdout=subprocess.DEVNULL, stderr=errors,
             # Bars are drawn live on terminals only.
             env={**os.environ, "FORCE_COLOR": "1"},
+            # Where the tests run in the background, the child would inherit that it is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         until = time.monotonic() + 120
         while b"calibrate" not in log.read_bytes() and time.monotonic() < until:
