@@ -22,7 +22,7 @@ from corequant.errors import (
     SpecError,
     VerificationError,
 )
-from corequant.formats import NumberFormat, formats
+from corequant.formats import NumberFormat, find_format, formats
 from corequant.hadamard import hadamard_factors, hadamard_matrix, valid_block_sizes
 from corequant.merging import fold_norm, merge_permutation, merge_rotation
 from corequant.packing import pack, unpack
@@ -36,6 +36,7 @@ from corequant.permutation import (
 )
 from corequant.quantization import (
     QuantizedTensor,
+    choose_global_scale,
     choose_qparams,
     dequantize,
     fake_quantize,
@@ -43,7 +44,14 @@ from corequant.quantization import (
 )
 from corequant.rotation import block_hadamard, random_signs
 from corequant.rounding import round_to_nearest
-from corequant.specs import Granularity, QuantSpec, ScaleSearch
+from corequant.specs import (
+    Granularity,
+    QuantSpec,
+    ScaleFormat,
+    ScaleRounding,
+    ScaleSearch,
+    presets,
+)
 
 __all__ = [
     "ActivationStats",
@@ -62,6 +70,8 @@ __all__ = [
     "QuantSpec",
     "QuantizedTensor",
     "RecipeError",
+    "ScaleFormat",
+    "ScaleRounding",
     "ScaleSearch",
     "ShapeError",
     "SpecError",
@@ -70,9 +80,11 @@ __all__ = [
     "available_backends",
     "block_hadamard",
     "block_mass",
+    "choose_global_scale",
     "choose_qparams",
     "dequantize",
     "fake_quantize",
+    "find_format",
     "fold_norm",
     "formats",
     "hadamard_factors",
@@ -85,6 +97,7 @@ __all__ = [
     "merge_rotation",
     "outlier_bounds",
     "pack",
+    "presets",
     "quantize",
     "random_permutation",
     "random_signs",

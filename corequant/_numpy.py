@@ -9,16 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant._threads import for_rows, thread_count
+from corequant.formats import NumberFormat
 from corequant.hadamard import hadamard_factors, hadamard_matrix
 from corequant.protocols import Moments
-from corequant.specs import Granularity, QuantSpec, ScaleSearch
+from corequant.specs import QuantSpec
 
 __all__ = ["NumpyBackend"]
 
 Array = npt.NDArray[Any]
-
-_SHRINKS = np.linspace(0.2, 1.0, 100)
-"""Fractions of the full range that the MSE search tries; 0.2 suffices for INT2 on heavy tails."""
 
 
 class NumpyBackend:
@@ -99,98 +97,70 @@ class NumpyBackend:
         product: Array = np.matmul(rows.T, rows)
         return product
 
-    def choose_qparams(self, x: Array, spec: QuantSpec) -> tuple[Array, Array | None]:
-        """Return scales and zero points, shaped as ``qparams_shape`` says."""
-        from corequant._numba.quantize import affine_parameters, search_shrink
+    def encode(self, x: Array, form: NumberFormat) -> Array:
+        """Return the codes nearest to ``x``, which is finite, without any scale."""
+        from corequant import _quantize_numpy
 
-        groups = _groups(x, spec)
-        scales = np.ones(len(groups), groups.dtype)
-        zeros = np.zeros(len(groups), groups.dtype)
-        if groups.size:
-            grid = _grid(spec, groups.dtype)
-            search = spec.scale_search is ScaleSearch.MSE
-            shrinks = (_SHRINKS.astype(groups.dtype),) if search else ()
-            kernel = search_shrink if search else affine_parameters
-            for_rows(
-                len(groups),
-                groups.shape[1] * (len(_SHRINKS) if search else 1),
-                lambda first, last: kernel(first, last, groups, *grid, *shrinks, scales, zeros),
-            )
-        shape = qparams_shape(x.shape, spec)
-        if spec.symmetric:
-            return scales.reshape(shape), None
-        return scales.reshape(shape), zeros.astype(np.int8).reshape(shape)
+        return _quantize_numpy.encode(x, form)
+
+    def decode(self, codes: Array, form: NumberFormat) -> Array:
+        """Return what codes stand for, float32."""
+        values: Array = form.values.astype(np.float32)[codes.astype(np.uint8) & (2**form.bits - 1)]
+        return values
+
+    def choose_global_scale(self, x: Array, spec: QuantSpec) -> Array:
+        """Return the divisor of all scales of a tensor, float32 (1,)."""
+        from corequant import _quantize_numpy
+
+        return _quantize_numpy.choose_global_scale(x, spec)
+
+    def choose_qparams(
+        self, x: Array, spec: QuantSpec, global_scale: Array | None = None
+    ) -> tuple[Array, Array | None]:
+        """Return scales and zero points, shaped as ``qparams_shape`` says."""
+        from corequant import _quantize_numpy
+
+        return _quantize_numpy.choose_qparams(x, spec, global_scale)
 
     def quantize(
-        self, x: Array, spec: QuantSpec, scales: Array, zero_points: Array | None
-    ) -> Array:
-        """Return int8 codes of ``x``, in its shape."""
-        from corequant._numba.quantize import encode
+        self,
+        x: Array,
+        spec: QuantSpec,
+        scales: Array | None = None,
+        zero_points: Array | None = None,
+        global_scale: Array | None = None,
+    ) -> tuple[Array, Array, Array | None]:
+        """Return codes in the shape of ``x``, scales and zero points."""
+        from corequant import _quantize_numpy
 
-        groups = _groups(x, spec)
-        codes = np.empty(groups.shape, np.int8)
-        least, most = _grid(spec, groups.dtype)[:2]
-        flat = _flat_qparams(scales, zero_points, groups.dtype)
-        for_rows(
-            len(groups),
-            groups.shape[1],
-            lambda first, last: encode(first, last, groups, least, most, *flat, codes),
-        )
-        return codes.reshape(x.shape)
+        return _quantize_numpy.quantize(x, spec, scales, zero_points, global_scale)
 
     def dequantize(
-        self, codes: Array, spec: QuantSpec, scales: Array, zero_points: Array | None
+        self,
+        codes: Array,
+        spec: QuantSpec,
+        scales: Array,
+        zero_points: Array | None = None,
+        global_scale: Array | None = None,
     ) -> Array:
-        """Return ``(codes - zero_points) * scales`` in the dtype of the scales."""
-        from corequant._numba.quantize import decode
+        """Return the numbers that codes stand for, in the dtype of the scales."""
+        from corequant import _quantize_numpy
 
-        groups = np.ascontiguousarray(codes).reshape(_group_shape(codes.shape, spec))
-        out = np.empty(groups.shape, scales.dtype)
-        flat = _flat_qparams(scales, zero_points, scales.dtype)
-        for_rows(
-            len(groups),
-            groups.shape[1],
-            lambda first, last: decode(first, last, groups, *flat, out),
-        )
-        return out.reshape(codes.shape)
+        return _quantize_numpy.dequantize(codes, spec, scales, zero_points, global_scale)
 
-    def fake_quantize(self, x: Array, spec: QuantSpec) -> Array:
+    def fake_quantize(
+        self,
+        x: Array,
+        spec: QuantSpec,
+        global_scale: Array | None = None,
+        *,
+        out: Array | None = None,
+        propagate: bool = False,
+    ) -> Array:
         """Return ``x`` rounded to the grid that it chooses for itself, in x's dtype."""
-        from corequant._numba.quantize import fake
+        from corequant import _quantize_numpy
 
-        groups = _groups(x, spec)
-        if spec.scale_search is not ScaleSearch.ABSMAX or not groups.size:
-            qparams = self.choose_qparams(x, spec)
-            values = self.dequantize(self.quantize(x, spec, *qparams), spec, *qparams)
-            return values.astype(x.dtype)
-        out = np.empty_like(groups)
-        grid = _grid(spec, groups.dtype)
-        for_rows(
-            len(groups), groups.shape[1], lambda first, last: fake(first, last, groups, *grid, out)
-        )
-        return out.reshape(x.shape).astype(x.dtype, copy=False)
-
-
-def qparams_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, ...]:
-    """Return the shape of the scales: one per group on the last axis, or one for the tensor."""
-    if spec.granularity is Granularity.TENSOR:
-        return (1,) * len(shape)
-    if spec.granularity is Granularity.GROUP:
-        assert spec.group_size is not None
-        return (*shape[:-1], shape[-1] // spec.group_size)
-    return (*shape[:-1], 1)
-
-
-def _group_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, int]:
-    size = int(np.prod(shape))
-    if spec.granularity is Granularity.TENSOR:
-        return 1, size
-    length = spec.group_size or shape[-1]
-    return (size // length if length else int(np.prod(shape[:-1]))), length
-
-
-def _groups(x: Array, spec: QuantSpec) -> Array:
-    return _working(x).reshape(_group_shape(x.shape, spec))
+        return _quantize_numpy.fake_quantize(x, spec, global_scale, out, propagate=propagate)
 
 
 def _working_dtype(x: Array) -> np.dtype[Any]:
@@ -208,21 +178,6 @@ def _rows(x: Array) -> Array:
 
 def _direct(out: Array, dtype: np.dtype[Any]) -> bool:
     return bool(out.dtype == dtype and out.dtype.isnative and out.flags.c_contiguous)
-
-
-def _grid(spec: QuantSpec, dtype: np.dtype[Any]) -> tuple[Any, Any, bool, Array]:
-    tiny = np.array([np.finfo(dtype).smallest_subnormal], dtype)
-    least, most = dtype.type(spec.format.minimum), dtype.type(spec.format.maximum)
-    return least, most, spec.symmetric, tiny
-
-
-def _flat_qparams(
-    scales: Array, zero_points: Array | None, dtype: np.dtype[Any]
-) -> tuple[Array, Array]:
-    flat = np.ascontiguousarray(scales, dtype=dtype).reshape(-1)
-    if zero_points is None:
-        return flat, np.zeros_like(flat)
-    return flat, np.ascontiguousarray(zero_points, dtype=dtype).reshape(-1)
 
 
 @lru_cache(maxsize=64)

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._numpy import qparams_shape
 from corequant.errors import CheckpointError
 from corequant.packing import pack, packed_words, unpack
 from corequant.quantization import QuantizedTensor
-from corequant.specs import QuantSpec
+from corequant.specs import QuantSpec, qparams_shape
 
 __all__ = ["from_arrays", "to_arrays"]
 

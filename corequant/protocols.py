@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from corequant.formats import NumberFormat
 from corequant.specs import QuantSpec
 
 __all__ = ["Array", "Backend", "Moments"]
@@ -55,18 +56,54 @@ class Backend(Protocol):
     def gram(self, x: Array) -> npt.NDArray[Any]:
         """Return XᵀX of the rows of ``x`` (..., d), in float32, or float64 for float64 input."""
 
-    def choose_qparams(self, x: Array, spec: QuantSpec) -> tuple[Array, Array | None]:
-        """Return scales and zero points (None when symmetric), shaped as ``spec`` asks."""
+    def encode(self, x: Array, form: NumberFormat) -> Array:
+        """Return the codes nearest to ``x``, which is finite, without any scale."""
+
+    def decode(self, codes: Array, form: NumberFormat) -> Array:
+        """Return what codes stand for, float32."""
+
+    def choose_global_scale(self, x: Array, spec: QuantSpec) -> Array:
+        """Return the divisor of all scales of a tensor, float32 (1,)."""
+
+    def choose_qparams(
+        self, x: Array, spec: QuantSpec, global_scale: Array | None = None
+    ) -> tuple[Array, Array | None]:
+        """Return scales and zero points (None when symmetric), shaped as ``spec`` asks.
+
+        Like the next ones it raises NonFiniteError where ``x`` isn't finite: it looks at every
+        entry anyway.
+        """
 
     def quantize(
-        self, x: Array, spec: QuantSpec, scales: Array, zero_points: Array | None
-    ) -> Array:
-        """Return int8 codes of ``x``."""
+        self,
+        x: Array,
+        spec: QuantSpec,
+        scales: Array | None = None,
+        zero_points: Array | None = None,
+        global_scale: Array | None = None,
+    ) -> tuple[Array, Array, Array | None]:
+        """Return codes of ``x`` (in the format's ``code_dtype``), scales and zero points."""
 
     def dequantize(
-        self, codes: Array, spec: QuantSpec, scales: Array, zero_points: Array | None
+        self,
+        codes: Array,
+        spec: QuantSpec,
+        scales: Array,
+        zero_points: Array | None = None,
+        global_scale: Array | None = None,
     ) -> Array:
-        """Return ``(codes - zero_points) * scales`` in the dtype of the scales."""
+        """Return what codes stand for, in the dtype of the scales."""
 
-    def fake_quantize(self, x: Array, spec: QuantSpec) -> Array:
-        """Return ``x`` rounded to the grid that it chooses for itself, in x's dtype."""
+    def fake_quantize(
+        self,
+        x: Array,
+        spec: QuantSpec,
+        global_scale: Array | None = None,
+        *,
+        out: Array | None = None,
+        propagate: bool = False,
+    ) -> Array:
+        """Return ``x`` rounded to the grid that it chooses for itself, in x's dtype.
+
+        With ``propagate``, entries that aren't finite stay as they are and choose no scale.
+        """

@@ -2,7 +2,8 @@
 
 Shapes of scales and zero points, for ``x`` (..., d): one for each row, (..., 1), when the
 granularity is channel or token; (..., d/g) for groups of g; (1, ..., 1) for the whole tensor.
-A number is ``(code - zero_point) * scale``.
+A number is ``(code - zero_point) * scale`` for integers, ``value(code) * scale`` for other formats;
+with a global scale G the scale that multiplies is ``scale / G``.
 """
 
 from __future__ import annotations
@@ -13,13 +14,21 @@ from typing import Any
 import numpy as np
 
 from corequant._dispatch import backend_for
-from corequant._numpy import qparams_shape
 from corequant._validation import check_array, check_divides
-from corequant.errors import NonFiniteError, ShapeError
+from corequant.errors import ShapeError, SpecError
 from corequant.protocols import Backend
-from corequant.specs import QuantSpec
+from corequant.specs import Granularity, QuantSpec, qparams_shape
 
-__all__ = ["QuantizedTensor", "choose_qparams", "dequantize", "fake_quantize", "quantize"]
+__all__ = [
+    "QuantizedTensor",
+    "choose_global_scale",
+    "choose_qparams",
+    "dequantize",
+    "fake_quantize",
+    "quantize",
+]
+
+_POLICIES = ("raise", "propagate")
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,20 +37,25 @@ class QuantizedTensor:
 
     Attributes
     ----------
-    codes : array (..., d), int8
-        Signed codes, one a byte (``corequant.pack`` packs them).
+    codes : array (..., d), int8 or uint8
+        One a byte (``corequant.pack`` packs them): int8 for signed integers, otherwise the code's
+        bits in uint8.
     scales : array
-        Float32, or float64 for float64 input; shaped as the module says.
+        Float32, or float64 for float64 input; shaped as the module says. Each is a number of the
+        spec's scale format.
     zero_points : array or None
-        Int8, shaped as the scales; None when symmetric.
+        Of the codes' dtype, shaped as the scales; None when symmetric.
     spec : QuantSpec
         The quantizer.
+    global_scale : array (1,) or None
+        Float32 divisor of all scales; only with granularity ``tensor_group``.
     """
 
     codes: Any
     scales: Any
     zero_points: Any
     spec: QuantSpec
+    global_scale: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,7 +63,41 @@ class QuantizedTensor:
         return tuple(self.codes.shape)
 
 
-def choose_qparams(x: Any, spec: QuantSpec | str) -> tuple[Any, Any]:
+def choose_global_scale(x: Any, spec: QuantSpec | str) -> Any:
+    """Choose the scale that a whole tensor shares, for specs such as ``"nvfp4"``.
+
+    Parameters
+    ----------
+    x : array (..., d)
+        Floating and finite.
+    spec : QuantSpec or str
+        Of granularity ``tensor_group``.
+
+    Returns
+    -------
+    array (1,), float32
+        G with ``w = element * (scale / G)``: ``448 * 6 / max|x|`` for NVFP4, so that the largest
+        scale is the largest number of E4M3; with ``four_over_six`` 256 in place of 448. Tensors
+        that a kernel will fuse (q, k and v) need one G in common: the smallest of theirs.
+
+    Raises
+    ------
+    NonFiniteError, ShapeError, SpecError, TypeError
+        As for ``choose_qparams``; SpecError too for a spec without global scale.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> cq.choose_global_scale(np.full((1, 16), 6.0, np.float32), "nvfp4")
+    array([448.], dtype=float32)
+    """
+    backend, spec = _prepare(x, spec)
+    if spec.granularity is not Granularity.TENSOR_GROUP:
+        raise SpecError(f"a global scale goes with granularity 'tensor_group', got {spec}")
+    return backend.choose_global_scale(x, spec)
+
+
+def choose_qparams(x: Any, spec: QuantSpec | str, *, global_scale: Any = None) -> tuple[Any, Any]:
     """Choose scales and zero points for ``x``.
 
     Parameters
@@ -58,12 +106,15 @@ def choose_qparams(x: Any, spec: QuantSpec | str) -> tuple[Any, Any]:
         NumPy array or torch tensor, floating and finite.
     spec : QuantSpec or str
         The quantizer, such as ``"int4:channel:symmetric"``.
+    global_scale : array (1,), optional
+        Of granularity ``tensor_group``; ``choose_global_scale(x, spec)`` by default.
 
     Returns
     -------
     scales, zero_points : arrays
-        Float32 (float64 for float64 input) and int8; zero points are None when symmetric. A range
-        always includes zero. A group of zeros gets scale 1, so that it decodes to exact zeros.
+        Float32 (float64 for float64 input) and int8 or uint8; zero points are None when symmetric.
+        A range always includes zero. A group of zeros gets scale 1, the smallest E8M0 scale
+        2**-127, and decodes to exact zeros.
 
     Raises
     ------
@@ -74,9 +125,13 @@ def choose_qparams(x: Any, spec: QuantSpec | str) -> tuple[Any, Any]:
 
     Notes
     -----
-    ``absmax``: ``scale = max|x| / ((2**bits - 1)/2)`` symmetric, ``(max - min)/(2**bits - 1)``
-    asymmetric, so no entry is further than half a step from the grid. ``mse``: of 100 fractions of
-    that range from 0.2 to 1, the one with the least squared error.
+    ``absmax``: integers ``scale = max|x| / ((2**bits - 1)/2)`` symmetric,
+    ``(max - min)/(2**bits - 1)`` asymmetric, so no entry is further than half a step from the
+    grid; other formats ``max|x| / maximum``. ``percentile``: the same with a percentile in place of
+    the maximum. ``mse``: of 100 fractions of that range from 0.2 to 1, the one with the least
+    squared error; for power-of-two scales the best of the exponents E - 1, E and E + 1 around OCP's
+    rule, for E4M3 of all within an octave. ``exact``: the least squared error of all scales.
+    ``hqo``: half-quadratic optimisation of ``Σ|x - x̂|**0.7``.
 
     Examples
     --------
@@ -86,12 +141,18 @@ def choose_qparams(x: Any, spec: QuantSpec | str) -> tuple[Any, Any]:
     (array([[0.2]]), array([[-3]], dtype=int8))
     """
     backend, spec = _prepare(x, spec)
-    scales, zero_points = backend.choose_qparams(x, spec)
+    _check_global(spec, global_scale)
+    scales, zero_points = backend.choose_qparams(x, spec, global_scale)
     return scales, zero_points
 
 
 def quantize(
-    x: Any, spec: QuantSpec | str, scales: Any = None, zero_points: Any = None
+    x: Any,
+    spec: QuantSpec | str,
+    scales: Any = None,
+    zero_points: Any = None,
+    *,
+    global_scale: Any = None,
 ) -> QuantizedTensor:
     """Round ``x`` to codes, with the given scales and zero points or those chosen for it.
 
@@ -103,11 +164,14 @@ def quantize(
         The quantizer.
     scales, zero_points : arrays, optional
         As ``choose_qparams`` returns them. Zero points go with scales, and with asymmetric specs.
+    global_scale : array (1,), optional
+        Of granularity ``tensor_group``; must come with scales, and may come without.
 
     Returns
     -------
     QuantizedTensor
-        Codes ``clip(round(x / scale) + zero_point)``, rounding half to even.
+        Integer codes ``clip(round(x / scale) + zero_point)``, others the code of the number nearest
+        to ``x / scale``; ties to even, the ends saturate.
 
     Raises
     ------
@@ -125,13 +189,17 @@ def quantize(
     if scales is None:
         if zero_points is not None:
             raise ValueError("zero_points must come with scales, got zero_points alone")
-        scales, zero_points = backend.choose_qparams(x, spec)
+        _check_global(spec, global_scale)
+        if spec.granularity is Granularity.TENSOR_GROUP and global_scale is None:
+            global_scale = backend.choose_global_scale(x, spec)
     else:
-        backend_for(x=x, scales=scales, zero_points=zero_points)
+        backend_for(x=x, scales=scales, zero_points=zero_points, global_scale=global_scale)
         _check_qparams(tuple(x.shape), spec, scales, zero_points)
-    return QuantizedTensor(
-        backend.quantize(x, spec, scales, zero_points), scales, zero_points, spec
-    )
+        _check_global(spec, global_scale)
+        if spec.granularity is Granularity.TENSOR_GROUP and global_scale is None:
+            raise ValueError("global_scale must come with scales, got scales alone")
+    codes, scales, zero_points = backend.quantize(x, spec, scales, zero_points, global_scale)
+    return QuantizedTensor(codes, scales, zero_points, spec, global_scale)
 
 
 def dequantize(quantized: QuantizedTensor) -> Any:
@@ -144,7 +212,7 @@ def dequantize(quantized: QuantizedTensor) -> Any:
     Returns
     -------
     array (..., d)
-        ``(codes - zero_points) * scales`` in the dtype of the scales.
+        In the dtype of the scales.
 
     Raises
     ------
@@ -161,12 +229,23 @@ def dequantize(quantized: QuantizedTensor) -> Any:
         raise TypeError(f"quantized must be a QuantizedTensor, got {type(quantized).__name__}")
     backend = backend_for(codes=quantized.codes)
     return backend.dequantize(
-        quantized.codes, quantized.spec, quantized.scales, quantized.zero_points
+        quantized.codes,
+        quantized.spec,
+        quantized.scales,
+        quantized.zero_points,
+        quantized.global_scale,
     )
 
 
-def fake_quantize(x: Any, spec: QuantSpec | str) -> Any:
-    """Round ``x`` to its grid but keep its dtype: dequantize(quantize(x)) in one call.
+def fake_quantize(
+    x: Any,
+    spec: QuantSpec | str,
+    *,
+    global_scale: Any = None,
+    out: Any = None,
+    nonfinite: str = "raise",
+) -> Any:
+    """Round ``x`` to its grid but keep its dtype: dequantize(quantize(x)) in one pass.
 
     Parameters
     ----------
@@ -174,16 +253,24 @@ def fake_quantize(x: Any, spec: QuantSpec | str) -> Any:
         Floating and finite.
     spec : QuantSpec or str
         The quantizer.
+    global_scale : array (1,), optional
+        Of granularity ``tensor_group``; ``choose_global_scale(x, spec)`` by default.
+    out : array, optional
+        Where the result goes: shape and dtype of ``x``, and either ``x`` itself or apart from it.
+    nonfinite : str
+        ``"raise"`` refuses NaN and infinity; ``"propagate"`` leaves these entries as they are,
+        and chooses the scales from the others.
 
     Returns
     -------
     array (..., d)
-        Of the type, dtype and device of ``x``.
+        Of the type, dtype and device of ``x``. What a float16 or bfloat16 can't hold becomes its
+        largest number.
 
     Raises
     ------
-    NonFiniteError, BlockSizeError, ShapeError, SpecError, TypeError
-        As for ``choose_qparams``.
+    NonFiniteError, BlockSizeError, ShapeError, SpecError, TypeError, ValueError
+        As for ``choose_qparams``, and for another ``out`` or policy.
 
     Examples
     --------
@@ -192,7 +279,14 @@ def fake_quantize(x: Any, spec: QuantSpec | str) -> Any:
     array([[-8.,  0.,  2.]], dtype=float32)
     """
     backend, spec = _prepare(x, spec)
-    return backend.fake_quantize(x, spec)
+    _check_global(spec, global_scale)
+    if nonfinite not in _POLICIES:
+        raise ValueError(f"nonfinite must be one of {', '.join(_POLICIES)}, got {nonfinite!r}")
+    if out is not None:
+        _check_out(x, out)
+    return backend.fake_quantize(
+        x, spec, global_scale, out=out, propagate=nonfinite == "propagate"
+    )
 
 
 def as_spec(spec: Any) -> QuantSpec:
@@ -210,10 +304,22 @@ def _prepare(x: Any, spec: QuantSpec | str) -> tuple[Backend, QuantSpec]:
     check_array("x", x)
     if spec.group_size is not None:
         check_divides("group_size", spec.group_size, int(x.shape[-1]))
-    bad = backend.first_nonfinite(x)
-    if bad is not None:
-        raise NonFiniteError("x", *bad)
     return backend, spec
+
+
+def _check_out(x: Any, out: Any) -> None:
+    backend_for(x=x, out=out)
+    if tuple(out.shape) != tuple(x.shape) or out.dtype != x.dtype:
+        raise ShapeError(
+            f"out must have x's shape {tuple(x.shape)} and dtype {x.dtype}, "
+            f"got {tuple(out.shape)} and {out.dtype}"
+        )
+    if isinstance(out, np.ndarray):
+        if not out.flags.writeable:
+            raise ValueError("out must be writeable, got a read-only array")
+        same = out.ctypes.data == x.ctypes.data and out.strides == x.strides
+        if not same and np.shares_memory(out, x):
+            raise ValueError("out must be x itself or share no memory with it, got an overlap")
 
 
 def _check_qparams(shape: tuple[int, ...], spec: QuantSpec, scales: Any, zeros: Any) -> None:
@@ -225,5 +331,16 @@ def _check_qparams(shape: tuple[int, ...], spec: QuantSpec, scales: Any, zeros: 
         given = "none" if zeros is None else "some"
         raise ValueError(f"zero_points must be given exactly for asymmetric specs, got {given}")
     check_array("scales", scales)
-    if not bool((scales > 0).all()) or not np.isfinite(float(scales.max() if wanted else scales)):
+    if 0 not in wanted and not bool((scales > 0).all() and (scales < float("inf")).all()):
         raise ValueError(f"scales must be positive and finite, got {float(scales.min())}")
+
+
+def _check_global(spec: QuantSpec, global_scale: Any) -> None:
+    if global_scale is None:
+        return
+    if spec.granularity is not Granularity.TENSOR_GROUP:
+        raise ValueError(f"global_scale goes with granularity 'tensor_group', got {spec}")
+    if tuple(global_scale.shape) != (1,) or not 0 < float(global_scale[0]) < float("inf"):
+        raise ValueError(
+            f"global_scale must be one positive finite number of shape (1,), got {global_scale}"
+        )

@@ -1,16 +1,35 @@
-"""What to round to: number format, granularity of the scales, symmetry, search of the scale."""
+"""What to round to: number format, which entries share a scale, how scales are chosen and stored.
+
+Examples
+--------
+>>> from corequant.specs import QuantSpec, presets
+>>> str(presets["mxfp4"].replace(scale_rounding="even"))
+'mxfp4:even'
+>>> QuantSpec.parse("mxfp4").scale_format
+<ScaleFormat.E8M0: 'e8m0'>
+"""
 
 from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from corequant.errors import SpecError
-from corequant.formats import NumberFormat, formats
+from corequant.formats import FormatKind, NumberFormat, find_format, formats
 
-__all__ = ["Granularity", "QuantSpec", "ScaleSearch"]
+__all__ = [
+    "Granularity",
+    "QuantSpec",
+    "ScaleFormat",
+    "ScaleRounding",
+    "ScaleSearch",
+    "presets",
+    "qparams_shape",
+]
 
 
 class Granularity(enum.Enum):
@@ -18,24 +37,68 @@ class Granularity(enum.Enum):
 
     ``TENSOR`` the whole array, ``CHANNEL`` each row of a weight ``(out_features, in_features)``,
     ``TOKEN`` each row of activations ``(..., d)``, ``GROUP`` each run of ``group_size`` entries of
-    the last axis.
+    the last axis, ``TENSOR_GROUP`` the same with one more scale for the whole tensor.
     """
 
     TENSOR = "tensor"
     CHANNEL = "channel"
     TOKEN = "token"
     GROUP = "group"
+    TENSOR_GROUP = "tensor_group"
 
 
 class ScaleSearch(enum.Enum):
-    """How a scale is found: from the largest magnitude, or by least squared rounding error."""
+    """How a scale is found.
+
+    ``ABSMAX`` from the largest magnitude; ``PERCENTILE`` from a percentile of the magnitudes;
+    ``MSE`` by least squared rounding error among 100 fractions of the full range, or among all
+    neighbouring scales where the scale format has few of them; ``HQO`` by half-quadratic
+    optimisation of scale and zero point; ``EXACT`` the scale of least squared error of all;
+    ``FOUR_OVER_SIX`` the better of mapping the largest magnitude to 6 and to 4.
+    """
 
     ABSMAX = "absmax"
+    PERCENTILE = "percentile"
     MSE = "mse"
+    HQO = "hqo"
+    EXACT = "exact"
+    FOUR_OVER_SIX = "four_over_six"
 
+
+class ScaleFormat(enum.Enum):
+    """How scales are stored: a float, a power of two, a byte with an exponent, a byte E4M3."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    POWER_OF_TWO = "pow2"
+    E8M0 = "e8m0"
+    E4M3 = "e4m3"
+
+
+class ScaleRounding(enum.Enum):
+    """How a scale comes to its format; with E the exponent of a power of two.
+
+    ``NEAREST`` round to nearest, ties to even (formats with a mantissa). ``FLOOR``
+    ``E = floor(log2(max|x|)) - emax``, the rule of OCP MX: magnitudes above the largest number
+    saturate. ``CEIL`` the smallest E with which nothing saturates. ``EVEN`` as ``FLOOR`` after
+    max|x| was rounded, ties to even, to as many mantissa bits as the numbers have.
+    """
+
+    NEAREST = "nearest"
+    FLOOR = "floor"
+    CEIL = "ceil"
+    EVEN = "even"
+
+
+POWERS_OF_TWO = (ScaleFormat.POWER_OF_TWO, ScaleFormat.E8M0)
+GROUPED = (Granularity.GROUP, Granularity.TENSOR_GROUP)
+DEFAULT_PERCENTILE = 99.9
 
 _SYMMETRY = {"symmetric": True, "asymmetric": False}
-_GROUP = re.compile(r"group([1-9][0-9]*)")
+_GROUP = re.compile(r"(group|tensor_group)([1-9][0-9]{0,8})")
+_PERCENTILE = re.compile(r"percentile([0-9]+(?:\.[0-9]+)?)")
+_SPLIT = re.compile(r":(?![^()]*\))")
 
 
 @dataclass(frozen=True)
@@ -45,15 +108,23 @@ class QuantSpec:
     Attributes
     ----------
     format : NumberFormat
-        What codes stand for; a name such as ``"int4"`` is looked up in ``formats``.
+        What codes stand for; a name such as ``"int4"`` is looked up by ``find_format``.
     granularity : Granularity
-        Which entries share a scale; the value's name is accepted too.
+        Which entries share a scale; this and the other enumerations take their values' names too.
     group_size : int, optional
-        Entries per group; given exactly when the granularity is ``GROUP``.
+        Entries per group; given exactly when the granularity is ``GROUP`` or ``TENSOR_GROUP``.
     symmetric : bool
-        Without zero points (True), or with an integer zero point for each scale (False).
+        Without zero points (True), or with an integer zero point for each scale (False), which
+        only integer formats can have.
     scale_search : ScaleSearch
-        ``absmax`` covers the whole range; ``mse`` shrinks it to the least squared error.
+        How scales are found.
+    scale_format : ScaleFormat
+        How scales are stored; ``E4M3`` goes with ``TENSOR_GROUP``. ``FLOAT32`` means float64 for
+        float64 input.
+    scale_rounding : ScaleRounding, optional
+        How scales come to their format: ``FLOOR`` by default for powers of two and E8M0.
+    percentile : float, optional
+        Of the magnitudes, in (0, 100], for the search ``PERCENTILE``; 99.9 by default.
 
     Raises
     ------
@@ -68,6 +139,8 @@ class QuantSpec:
     (False, 4)
     >>> str(QuantSpec.parse("int4:group128"))
     'int4:group128:symmetric'
+    >>> str(QuantSpec("float4_e2m1fn", "tensor_group", 16, scale_format="e4m3"))
+    'nvfp4'
     """
 
     format: NumberFormat
@@ -75,38 +148,93 @@ class QuantSpec:
     group_size: int | None = None
     symmetric: bool = True
     scale_search: ScaleSearch = ScaleSearch.ABSMAX
+    scale_format: ScaleFormat = ScaleFormat.FLOAT32
+    scale_rounding: ScaleRounding | None = None
+    percentile: float | None = None
 
     def __post_init__(self) -> None:
         """Look names up and refuse combinations without a meaning."""
         if isinstance(self.format, str):
-            object.__setattr__(self, "format", _lookup("format", self.format, formats))
-        for field, kind in (("granularity", Granularity), ("scale_search", ScaleSearch)):
+            object.__setattr__(self, "format", find_format(self.format))
+        for field, kind in _ENUMS.items():
             value = getattr(self, field)
             if isinstance(value, str):
                 members = {m.value: m for m in kind}
                 object.__setattr__(self, field, _lookup(field, value, members))
-        grouped = self.granularity is Granularity.GROUP
-        if grouped != (self.group_size is not None):
+        power = self.scale_format in POWERS_OF_TWO
+        if self.scale_rounding is None:
+            rounding = ScaleRounding.FLOOR if power else ScaleRounding.NEAREST
+            object.__setattr__(self, "scale_rounding", rounding)
+        if self.scale_search is ScaleSearch.PERCENTILE and self.percentile is None:
+            object.__setattr__(self, "percentile", DEFAULT_PERCENTILE)
+        self._check_groups()
+        self._check_format()
+        self._check_scales(power)
+
+    def _check_groups(self) -> None:
+        if (self.granularity in GROUPED) != (self.group_size is not None):
             raise SpecError(
-                f"group_size must be given exactly for granularity 'group', got "
-                f"group_size={self.group_size!r} with granularity {self.granularity.value!r}"
+                f"group_size must be given exactly for granularities 'group' and 'tensor_group', "
+                f"got group_size={self.group_size!r} with granularity {self.granularity.value!r}"
             )
-        if self.group_size is not None and (
-            isinstance(self.group_size, bool)
-            or not isinstance(self.group_size, int)
-            or self.group_size < 1
+        size = self.group_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise SpecError(f"group_size must be a positive integer, got {size!r}")
+
+    def _check_format(self) -> None:
+        if self.format.kind is FormatKind.POWER:
+            raise SpecError(f"{self.format.name} has no zero: it is for scales, not for numbers")
+        whole = self.format.kind is FormatKind.INTEGER and not self.format.fraction_bits
+        if not self.symmetric and not whole:
+            raise SpecError(
+                f"only integer formats have zero points, got {self.format.name} asymmetric"
+            )
+
+    def _check_scales(self, power: bool) -> None:
+        search, rounding = self.scale_search, self.scale_rounding
+        wide = power or self.scale_format is ScaleFormat.E4M3
+        if (self.scale_format is ScaleFormat.E4M3) != (
+            self.granularity is Granularity.TENSOR_GROUP
         ):
-            raise SpecError(f"group_size must be a positive integer, got {self.group_size!r}")
+            raise SpecError(
+                "scales in e4m3 go with granularity 'tensor_group', and it with them, got "
+                f"{self.scale_format.value} with {self.granularity.value!r}"
+            )
+        if power == (rounding is ScaleRounding.NEAREST):
+            raise SpecError(
+                f"scale_rounding of {self.scale_format.value} scales must be "
+                f"{'floor, ceil or even' if power else 'nearest'}, "
+                f"got {rounding.value if rounding else None!r}"
+            )
+        if wide and not self.symmetric:
+            raise SpecError(f"{self.scale_format.value} scales have no zero points")
+        if wide and search in (ScaleSearch.HQO, ScaleSearch.EXACT):
+            raise SpecError(
+                f"scale_search {search.value!r} needs scales that are floats; of the few scales "
+                f"that {self.scale_format.value} has, 'mse' finds the best one"
+            )
+        if search is ScaleSearch.HQO and self.format.kind is not FormatKind.INTEGER:
+            raise SpecError(f"scale_search 'hqo' is for integers, got {self.format.name}")
+        if search is ScaleSearch.FOUR_OVER_SIX and not (
+            self.scale_format is ScaleFormat.E4M3 and {4.0, 6.0} <= set(self.format.values)
+        ):
+            raise SpecError("scale_search 'four_over_six' is for nvfp4 only")
+        if self.percentile is not None and search is not ScaleSearch.PERCENTILE:
+            raise SpecError(f"percentile goes with scale_search 'percentile', got {search.value!r}")
+        if self.percentile is not None and not 0 < self.percentile <= 100:
+            raise SpecError(f"percentile must be in (0, 100], got {self.percentile!r}")
 
     @classmethod
     def parse(cls, text: str, **defaults: Any) -> QuantSpec:
-        """Read the string form: a format, then any of granularity, symmetry and scale search.
+        """Read the string form: a format or preset, then any of the other fields.
 
         Parameters
         ----------
         text : str
             Parts joined by colons, such as ``"int4:channel:symmetric:mse"``; a group is written
-            ``group128``. The format comes first, the others in any order.
+            ``group128``, a percentile ``percentile99.9``. The format or the name of a preset comes
+            first, the others in any order: granularity, symmetry, search, format and rounding of
+            the scales. ``search`` is another word for ``mse``.
         **defaults
             Values of the fields that the text leaves out.
 
@@ -124,32 +252,47 @@ class QuantSpec:
         >>> from corequant import QuantSpec
         >>> str(QuantSpec.parse("int3:group64", scale_search="mse"))
         'int3:group64:symmetric:mse'
+        >>> str(QuantSpec.parse("mxfp4:search"))
+        'mxfp4:mse'
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a string, got {type(text).__name__}")
-        name, *parts = (part.strip() for part in text.strip().lower().split(":"))
-        fields: dict[str, Any] = {"format": _lookup("format", name, formats)}
+        name, *parts = (part.strip() for part in _SPLIT.split(text.strip().lower()))
+        fields: dict[str, Any] = {}
         for part in parts:
             for key, value in _parse_part(part, text).items():
                 if key in fields:
                     raise SpecError(f"{text!r} gives {key} twice, the second time as {part!r}")
                 fields[key] = value
-        return cls(**{**defaults, **fields})
+        if name in presets:
+            # A preset's own fields are not left out by the text, those it has by default are.
+            own = {key: getattr(presets[name], key) for key in _PRESET_FIELDS}
+            return cls(**{**defaults, **own, **fields})
+        return cls(**{**defaults, "format": _find(name), **fields})
 
     def __str__(self) -> str:
         """Write the form that ``parse`` reads."""
         group = "" if self.group_size is None else str(self.group_size)
-        parts = [
-            self.format.name,
-            self.granularity.value + group,
-            "symmetric" if self.symmetric else "asymmetric",
-        ]
-        if self.scale_search is not ScaleSearch.ABSMAX:
+        own = tuple(getattr(self, key) for key in _PRESET_FIELDS)
+        parts = [_PRESET_NAMES[own]] if own in _PRESET_NAMES else []
+        if not parts:
+            parts = [self.format.name, self.granularity.value + group]
+            if self.format.kind is FormatKind.INTEGER:
+                parts.append("symmetric" if self.symmetric else "asymmetric")
+        if self.scale_search is ScaleSearch.PERCENTILE:
+            parts.append(f"percentile{self.percentile!r}")
+        elif self.scale_search is not ScaleSearch.ABSMAX:
             parts.append(self.scale_search.value)
+        if own not in _PRESET_NAMES and self.scale_format is not ScaleFormat.FLOAT32:
+            parts.append(self.scale_format.value)
+        if self.scale_rounding in (ScaleRounding.CEIL, ScaleRounding.EVEN):
+            parts.append(self.scale_rounding.value)
         return ":".join(parts)
 
     def replace(self, **changes: Any) -> QuantSpec:
         """Return a copy with some fields changed.
+
+        The default rounding follows the scale format, the default percentile the search.
 
         Examples
         --------
@@ -157,20 +300,113 @@ class QuantSpec:
         >>> str(QuantSpec.parse("int4:channel").replace(format="int8"))
         'int8:channel:symmetric'
         """
+        if "scale_format" in changes:
+            changes.setdefault("scale_rounding", None)
+        if "scale_search" in changes:
+            changes.setdefault("percentile", None)
         return replace(self, **changes)
+
+    @property
+    def scale_bits(self) -> int:
+        """Bits that one stored scale takes."""
+        widths = {ScaleFormat.FLOAT32: 32, ScaleFormat.FLOAT16: 16, ScaleFormat.BFLOAT16: 16}
+        return widths.get(self.scale_format, 8)
+
+
+_ENUMS: dict[str, type[enum.Enum]] = {
+    "granularity": Granularity,
+    "scale_search": ScaleSearch,
+    "scale_format": ScaleFormat,
+    "scale_rounding": ScaleRounding,
+}
+
+
+def _microscaled(format_name: str) -> QuantSpec:
+    return QuantSpec(
+        formats[format_name], Granularity.GROUP, 32, scale_format=ScaleFormat.E8M0
+    )
+
+
+presets: Mapping[str, QuantSpec] = MappingProxyType(
+    {
+        "mxfp4": _microscaled("float4_e2m1fn"),
+        "mxfp6_e2m3": _microscaled("float6_e2m3fn"),
+        "mxfp6_e3m2": _microscaled("float6_e3m2fn"),
+        "mxfp8_e4m3": _microscaled("float8_e4m3fn"),
+        "mxfp8_e5m2": _microscaled("float8_e5m2"),
+        "mxint8": _microscaled("int8f6"),
+        "nvfp4": QuantSpec(
+            formats["float4_e2m1fn"],
+            Granularity.TENSOR_GROUP,
+            16,
+            scale_format=ScaleFormat.E4M3,
+        ),
+    }
+)
+"""Specs of the OCP MX formats and NVFP4 by name (read-only); ``QuantSpec.parse`` knows them.
+
+Source: OCP Microscaling Formats (MX) specification v1.0, table 1; for NVFP4 NVIDIA's format of
+16 numbers E2M1 with a scale E4M3 and one float32 scale for the tensor.
+"""
+
+_PRESET_FIELDS = ("format", "granularity", "group_size", "symmetric", "scale_format")
+_PRESET_NAMES = {
+    tuple(getattr(spec, key) for key in _PRESET_FIELDS): name for name, spec in presets.items()
+}
+
+
+def qparams_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, ...]:
+    """Return the shape of the scales of an array (..., d).
+
+    Parameters
+    ----------
+    shape : tuple of int
+    spec : QuantSpec
+
+    Returns
+    -------
+    tuple of int
+        (..., d/g) for groups of g, (..., 1) for one scale a row, (1, ..., 1) for the whole tensor.
+
+    Examples
+    --------
+    >>> from corequant.specs import QuantSpec, qparams_shape
+    >>> qparams_shape((8, 64), QuantSpec.parse("mxfp4"))
+    (8, 2)
+    """
+    if spec.granularity is Granularity.TENSOR:
+        return (1,) * len(shape)
+    if spec.group_size is not None:
+        return (*shape[:-1], shape[-1] // spec.group_size)
+    return (*shape[:-1], 1)
 
 
 def _parse_part(part: str, text: str) -> dict[str, Any]:
     if part in _SYMMETRY:
         return {"symmetric": _SYMMETRY[part]}
-    if part in {s.value for s in ScaleSearch}:
-        return {"scale_search": ScaleSearch(part)}
-    if part in {g.value for g in Granularity} - {"group"}:
-        return {"granularity": Granularity(part)}
+    if part == "search":
+        return {"scale_search": ScaleSearch.MSE}
+    for field, kind in _ENUMS.items():
+        members = {m.value: m for m in kind}
+        if part in members and members[part] not in GROUPED:
+            return {field: members[part]}
     if match := _GROUP.fullmatch(part):
-        return {"granularity": Granularity.GROUP, "group_size": int(match[1])}
-    known = [*_SYMMETRY, *(s.value for s in ScaleSearch), "tensor", "channel", "token", "group128"]
+        return {"granularity": Granularity(match[1]), "group_size": int(match[2])}
+    if match := _PERCENTILE.fullmatch(part):
+        return {"scale_search": ScaleSearch.PERCENTILE, "percentile": float(match[1])}
+    known = [*_SYMMETRY, *(m.value for kind in _ENUMS.values() for m in kind), "search"]
+    known = [{"group": "group128", "tensor_group": "tensor_group16"}.get(k, k) for k in known]
     raise SpecError(f"unknown part {part!r} in {text!r}{_hint(part, known)}")
+
+
+def _find(name: str) -> NumberFormat:
+    near = difflib.get_close_matches(name, presets, n=3, cutoff=0.5)
+    try:
+        return find_format(name)
+    except SpecError as error:
+        joined = ", ".join(presets)
+        hint = f"; did you mean the preset {' or '.join(map(repr, near))}?" if near else ""
+        raise SpecError(f"{error}; or one of the presets {joined}{hint}") from None
 
 
 def _lookup(what: str, name: str, table: Any) -> Any:

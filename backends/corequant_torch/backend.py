@@ -10,6 +10,7 @@ import torch
 
 from corequant._dispatch import get_backend
 from corequant.errors import BackendError
+from corequant.formats import NumberFormat
 from corequant.protocols import Moments
 from corequant.specs import QuantSpec
 
@@ -61,42 +62,73 @@ class TorchBackend:
         """Return XᵀX (d, d) of the rows of ``x``."""
         return self._numpy.gram(_to_numpy(x))
 
+    def encode(self, x: torch.Tensor, form: NumberFormat) -> torch.Tensor:
+        """Return the codes nearest to ``x``, which is finite, without any scale."""
+        return torch.from_numpy(self._numpy.encode(_to_numpy(x), form))
+
+    def decode(self, codes: torch.Tensor, form: NumberFormat) -> torch.Tensor:
+        """Return what codes stand for, float32."""
+        return torch.from_numpy(self._numpy.decode(_to_numpy(codes), form))
+
+    def choose_global_scale(self, x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+        """Return the divisor of all scales of a tensor, float32 (1,)."""
+        return torch.from_numpy(self._numpy.choose_global_scale(_to_numpy(x), spec))
+
     def choose_qparams(
-        self, x: torch.Tensor, spec: QuantSpec
+        self, x: torch.Tensor, spec: QuantSpec, global_scale: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return scales and zero points, shaped as ``spec`` asks."""
-        scales, zeros = self._numpy.choose_qparams(_to_numpy(x), spec)
+        scales, zeros = self._numpy.choose_qparams(
+            _to_numpy(x), spec, _to_numpy_or_none(global_scale)
+        )
         return torch.from_numpy(scales), None if zeros is None else torch.from_numpy(zeros)
 
     def quantize(
         self,
         x: torch.Tensor,
         spec: QuantSpec,
-        scales: torch.Tensor,
-        zero_points: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Return int8 codes of ``x``."""
-        codes = self._numpy.quantize(
-            _to_numpy(x), spec, _to_numpy(scales), _to_numpy_or_none(zero_points)
+        scales: torch.Tensor | None = None,
+        zero_points: torch.Tensor | None = None,
+        global_scale: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return codes of ``x``, scales and zero points."""
+        given = (_to_numpy_or_none(t) for t in (scales, zero_points, global_scale))
+        codes, chosen, zeros = self._numpy.quantize(_to_numpy(x), spec, *given)
+        return (
+            torch.from_numpy(codes),
+            torch.from_numpy(chosen) if scales is None else scales,
+            zero_points if scales is not None or zeros is None else torch.from_numpy(zeros),
         )
-        return torch.from_numpy(codes)
 
     def dequantize(
         self,
         codes: torch.Tensor,
         spec: QuantSpec,
         scales: torch.Tensor,
-        zero_points: torch.Tensor | None,
+        zero_points: torch.Tensor | None = None,
+        global_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return ``(codes - zero_points) * scales`` in the dtype of the scales."""
-        values = self._numpy.dequantize(
-            _to_numpy(codes), spec, _to_numpy(scales), _to_numpy_or_none(zero_points)
+        """Return what codes stand for, in the dtype of the scales."""
+        given = (_to_numpy_or_none(t) for t in (zero_points, global_scale))
+        return torch.from_numpy(
+            self._numpy.dequantize(_to_numpy(codes), spec, _to_numpy(scales), *given)
         )
-        return torch.from_numpy(values)
 
-    def fake_quantize(self, x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    def fake_quantize(
+        self,
+        x: torch.Tensor,
+        spec: QuantSpec,
+        global_scale: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
+        propagate: bool = False,
+    ) -> torch.Tensor:
         """Return ``x`` rounded to the grid that it chooses for itself, in x's dtype."""
-        return _to_torch(self._numpy.fake_quantize(_to_numpy(x), spec), x.dtype)
+        rounded = self._numpy.fake_quantize(
+            _to_numpy(x), spec, _to_numpy_or_none(global_scale), propagate=propagate
+        )
+        result = _to_torch(rounded, x.dtype)
+        return result if out is None else out.copy_(result)
 
 
 def _to_numpy(x: torch.Tensor) -> npt.NDArray[Any]:
