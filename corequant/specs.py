@@ -400,6 +400,8 @@ def _parse_part(part: str, text: str) -> dict[str, Any]:
 
 
 def _find(name: str) -> NumberFormat:
+    import difflib
+
     near = difflib.get_close_matches(name, presets, n=3, cutoff=0.5)
     try:
         return find_format(name)
