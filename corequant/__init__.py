@@ -7,6 +7,7 @@ from corequant._dispatch import available_backends
 from corequant.calibration import ActivationStats
 from corequant.diagnostics import block_mass, mass_concentration, outlier_bounds
 from corequant.errors import (
+    AccumulatorError,
     ArchitectureError,
     BackendError,
     BlockSizeError,
@@ -14,6 +15,7 @@ from corequant.errors import (
     CheckpointError,
     CorequantError,
     HadamardOrderError,
+    HessianError,
     NonFiniteError,
     OutputError,
     PermutationError,
@@ -43,7 +45,19 @@ from corequant.quantization import (
     quantize,
 )
 from corequant.rotation import block_hadamard, random_signs
-from corequant.rounding import round_to_nearest
+from corequant.rounding import (
+    AccumulatorSpec,
+    Certificate,
+    RoundedTensor,
+    RoundingReport,
+    accumulator_bits,
+    certify,
+    gpfq,
+    gptq,
+    qronos,
+    reconstruction_loss,
+    round_to_nearest,
+)
 from corequant.specs import (
     Granularity,
     QuantSpec,
@@ -54,15 +68,19 @@ from corequant.specs import (
 )
 
 __all__ = [
+    "AccumulatorError",
+    "AccumulatorSpec",
     "ActivationStats",
     "ArchitectureError",
     "BackendError",
     "BlockSizeError",
     "CalibrationError",
+    "Certificate",
     "CheckpointError",
     "CorequantError",
     "Granularity",
     "HadamardOrderError",
+    "HessianError",
     "NonFiniteError",
     "NumberFormat",
     "OutputError",
@@ -70,6 +88,8 @@ __all__ = [
     "QuantSpec",
     "QuantizedTensor",
     "RecipeError",
+    "RoundedTensor",
+    "RoundingReport",
     "ScaleFormat",
     "ScaleRounding",
     "ScaleSearch",
@@ -77,9 +97,11 @@ __all__ = [
     "SpecError",
     "VerificationError",
     "absmax",
+    "accumulator_bits",
     "available_backends",
     "block_hadamard",
     "block_mass",
+    "certify",
     "choose_global_scale",
     "choose_qparams",
     "dequantize",
@@ -87,6 +109,8 @@ __all__ = [
     "find_format",
     "fold_norm",
     "formats",
+    "gpfq",
+    "gptq",
     "hadamard_factors",
     "hadamard_matrix",
     "identity_permutation",
@@ -98,9 +122,11 @@ __all__ = [
     "outlier_bounds",
     "pack",
     "presets",
+    "qronos",
     "quantize",
     "random_permutation",
     "random_signs",
+    "reconstruction_loss",
     "round_to_nearest",
     "unpack",
     "valid_block_sizes",

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant._grids import grid_for, rounder_for, rule_for, unsigned
-from corequant._numba import minifloat, quantize, scales as rules, search
+from corequant._numba import minifloat, quantize, search
+from corequant._numba import scales as rules
 from corequant.formats import formats
 from corequant.specs import POWERS_OF_TWO, QuantSpec, ScaleFormat, ScaleSearch
 
