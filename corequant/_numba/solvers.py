@@ -125,7 +125,9 @@ def solve_block(  # type: ignore[no-untyped-def]
             c = start + j
             step = steps[r, groups[c]]
             zero = zeros[r, groups[c]]
-            argument = values[r, c] + pull[r, j] / mixing[j, j]
+            argument = values[r, c]
+            if pull[r, j] != 0:  # -0.0 stays what it is
+                argument += pull[r, j] / mixing[j, j]
             wanted = argument
             if bounded:
                 tile = tiles[c]

@@ -47,7 +47,8 @@ def _thresholds(form: NumberFormat, dtype: np.dtype[Any]) -> Array:
         grid_for(form, dtype).fake(found.reshape(1, -1), one, none, rounded)
         low = rounded[0] < form.finite_values[1:]
         found[low] = np.nextafter(found[low], dtype.type(np.inf))
-    return found
+    thresholds: Array = found
+    return thresholds
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from corequant.rounding.report import RoundedTensor
 from corequant.specs import QuantSpec
 
 if TYPE_CHECKING:
+    from corequant.rounding.hessian import Factor
     from corequant.rounding.problem import Problem
 
 __all__ = ["gptq"]
@@ -118,23 +119,22 @@ def gptq(
     loop, diagonal = problem.loop, np.diagonal(problem.H).astype(np.float64)
     mean = float(diagonal[~problem.dead].mean()) if not problem.dead.all() else 1.0
     value = check_damping(damping) * mean
-    L, used = damped_factor(problem.H, loop.order, problem.dead, value, loop.dtype, name)
-    echo = None if problem.G is None else _echo(problem, L, check_damping(correction, "correction"))
+    factor, used = damped_factor(problem.H, loop.order, problem.dead, value, loop.dtype, name)
+    echo = (
+        None
+        if problem.G is None
+        else _echo(problem, factor, check_damping(correction, "correction"))
+    )
     values = problem.ordered
-    pull = problem.factored_pull(L, echo)
+    pull = problem.factored_pull(factor.L, echo)
     method = "gptq" if echo is None else "gptaq"
     return problem.solve(method, values, values.copy(), pull, used)
 
 
-def _echo(problem: Problem, L: Array, strength: float) -> Array:
+def _echo(problem: Problem, factor: Factor, strength: float) -> Array:
     """Return the strictly lower part of ``strength · (G - H) L⁻ᵀ`` in the loop's order."""
-    from scipy.linalg import blas
-
     order, dtype = problem.loop.order, problem.loop.dtype
     assert problem.G is not None
     at = np.ix_(order, order)
     gap = (problem.G[at].astype(dtype) - problem.H[at]).astype(dtype, copy=False)
-    trsm = blas.get_blas_funcs("trsm", (L,))
-    # X Lᵀ = gap, as L Xᵀ = gapᵀ.
-    X = trsm(strength, L.T, gap.T, lower=False, trans_a=True).T
-    return np.tril(X, -1)
+    return np.tril(factor.forward(gap * dtype.type(strength)), -1)

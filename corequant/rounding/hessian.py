@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import blas, lapack
 
 from corequant._numba.moments import first_fault
+from corequant._numba.triangular import factor_and_invert
 from corequant._threads import for_rows
-from corequant._validation import check_finite, check_floating, is_floating
+from corequant._validation import check_finite, check_floating
 from corequant.errors import HessianError, ShapeError
 from corequant.rounding.report import Damping
 
 __all__ = [
+    "Factor",
     "check_cross_moment",
     "check_hessian",
     "column_order",
     "damped_factor",
     "largest_eigenvalue",
-    "solve_factored",
 ]
 
 Array = npt.NDArray[Any]
 
-_PANEL = 256
-_TRIES = 12
+_PANEL = 128
 _SLACK = 1e-3
 """Largest asymmetry allowed, relative to the geometric mean of two diagonal entries; sums of
 float32 products taken in another order differ by less than 1e-4 of it."""
@@ -43,12 +43,15 @@ def check_hessian(H: Any, d: int, name: str) -> Array:
         )
     root, found = np.sqrt(diagonal), np.empty((d, 2), np.int64)
     native = H.astype(H.dtype.newbyteorder("="), copy=False)
-    working = native if native.dtype.kind == "f" and native.itemsize > 2 else H.astype(np.float32)
+    working: Array = (
+        native if native.dtype.kind == "f" and native.itemsize > 2 else H.astype(np.float32)
+    )
     for_rows(d, d, lambda first, last: first_fault(first, last, working, root, _SLACK, found))
-    faults = [(i, int(found[i, k]), k) for k in (0, 1) for i in np.flatnonzero(found[:, k] < d)[:1]]
-    if not faults:
+    rows = [(k, int(i)) for k in (0, 1) for i in np.flatnonzero(found[:, k] < d)[:1]]
+    if not rows:
         return working
-    i, j, kind = faults[0]
+    kind, i = rows[0]
+    j = int(found[i, kind])
     if kind == 0:
         raise HessianError(
             f"H of {name} must be symmetric, got {H[i, j]} at ({i}, {j}) and {H[j, i]} transposed"
@@ -61,27 +64,28 @@ def check_hessian(H: Any, d: int, name: str) -> Array:
 
 def check_cross_moment(G: Any, H: Array, name: str) -> Array:
     """Return G if it is a finite (d, d) matrix that fits H."""
-    G = _check_square("G", G, len(H), name)
+    checked = _check_square("G", G, len(H), name)
+    G = checked
     dead = np.diagonal(H) == 0
     if dead.any() and (lost := np.argwhere(np.abs(G[:, dead]).max(0) > 0)).size:
         j = int(np.flatnonzero(dead)[lost[0, 0]])
         raise HessianError(
             f"G of {name} must belong to H's inputs, got column {j} of G nonzero where H has zeros"
         )
-    return G
+    return checked
 
 
 def _check_square(argument: str, matrix: Any, d: int, name: str) -> Array:
     if not isinstance(matrix, np.ndarray):
         raise TypeError(f"{argument} must be a numpy.ndarray, got {type(matrix).__name__}")
-    if not is_floating(matrix.dtype):
-        check_floating(argument, matrix)
+    check_floating(argument, matrix)
     if matrix.shape != (d, d):
         raise ShapeError(
             f"{argument} of {name} must be (d, d) with d={d} as W has columns, got {matrix.shape}"
         )
     check_finite(f"{argument} of {name}", matrix)
-    return matrix
+    checked: Array = matrix
+    return checked
 
 
 def column_order(H: Array, dead: npt.NDArray[np.bool_], act_order: bool, group: int) -> Array:
@@ -129,6 +133,52 @@ def largest_eigenvalue(H: Array, tolerance: float = 1e-4, steps: int = 30) -> fl
     return value
 
 
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """``L Lᵀ = A`` (d, d) with the inverses of the blocks on L's diagonal (panels, b, b).
+
+    In panels of 128 columns nearly all of the work is matrix products; the blocks are factored in
+    float64.
+    """
+
+    L: Array
+    inverses: Array
+
+    @classmethod
+    def of(cls, A: Array) -> Factor | None:
+        """Factor a symmetric matrix, which is overwritten; None if it isn't definite."""
+        panels = _panels(len(A))
+        inverses = np.zeros((len(panels), _PANEL, _PANEL), A.dtype)
+        for k, (a, b) in enumerate(panels):
+            A[a:, a:b] -= A[a:, :a] @ A[a:b, :a].T
+            lower, inverse = np.empty((2, b - a, b - a), A.dtype)
+            if not factor_and_invert(A[a:b, a:b], lower, inverse):
+                return None
+            A[a:b, a:b] = lower
+            inverses[k, : b - a, : b - a] = inverse
+            A[b:, a:b] = A[b:, a:b] @ inverse.T
+            A[a:b, b:] = 0
+        return cls(A, inverses)
+
+    def forward(self, X: Array) -> Array:
+        """Return ``X L⁻ᵀ``; X (rows, d) is overwritten."""
+        for k, (a, b) in enumerate(_panels(len(self.L))):
+            X[:, a:b] -= X[:, :a] @ self.L[a:b, :a].T
+            X[:, a:b] = X[:, a:b] @ self.inverses[k, : b - a, : b - a].T
+        return X
+
+    def backward(self, X: Array) -> Array:
+        """Return ``X L⁻¹``; X (rows, d) is overwritten."""
+        for k, (a, b) in reversed(list(enumerate(_panels(len(self.L))))):
+            X[:, a:b] -= X[:, b:] @ self.L[b:, a:b]
+            X[:, a:b] = X[:, a:b] @ self.inverses[k, : b - a, : b - a]
+        return X
+
+
+def _panels(d: int) -> list[tuple[int, int]]:
+    return [(a, min(a + _PANEL, d)) for a in range(0, d, _PANEL)]
+
+
 def damped_factor(
     H: Array,
     order: Array,
@@ -136,8 +186,8 @@ def damped_factor(
     value: float,
     dtype: np.dtype[Any],
     name: str,
-) -> tuple[Array, Damping]:
-    """Return L with ``L Lᵀ = H[order][:, order] + damping`` and the damping that it took.
+) -> tuple[Factor, Damping]:
+    """Return the factor of ``H[order][:, order] + damping`` and the damping that it took.
 
     Dead columns get the mean of the diagonal. A factorization that fails is repeated with ten
     times the damping, up to the mean of the diagonal.
@@ -145,58 +195,20 @@ def damped_factor(
     diagonal = np.diagonal(H).astype(np.float64)
     mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
     floor = mean * float(np.finfo(dtype).eps)
-    for attempt in range(1, _TRIES + 1):
+    tries = 0
+    while tries == 0 or value <= mean:
+        tries += 1
         A = np.empty(H.shape, dtype)
-        for start in range(0, len(H), _PANEL):
-            A[start : start + _PANEL] = H[np.ix_(order[start : start + _PANEL], order)]
+        for a, b in _panels(len(H)):
+            A[a:b] = H[np.ix_(order[a:b], order)]
         position = np.arange(len(H))
         A[position, position] = np.where(dead, mean, diagonal)[order] + value
-        if _factor(A):
-            return A, Damping(value, value / mean, attempt)
+        factor = Factor.of(A)
+        if factor is not None:
+            return factor, Damping(value, value / mean, tries)
         value = max(value * 10, floor)
-        if value > 10 * mean:
-            break
     raise HessianError(
-        f"H of {name} must be positive semidefinite: Cholesky failed {attempt} times, at last "
+        f"H of {name} must be positive semidefinite: Cholesky failed {tries} times, at last "
         f"with {value / 10:.3g} added to the diagonal, whose mean is {mean:.3g}; collect it from "
         "more tokens, or in float64"
     )
-
-
-def _factor(A: Array) -> bool:
-    """Replace a symmetric matrix by its lower Cholesky factor; False if it isn't definite.
-
-    In panels, so that nearly all of the work is matrix products, whose results don't depend on
-    the number of threads.
-    """
-    potrf, trsm = lapack.get_lapack_funcs(("potrf",), (A,))[0], blas.get_blas_funcs("trsm", (A,))
-    for a in range(0, len(A), _PANEL):
-        b = min(a + _PANEL, len(A))
-        A[a:, a:b] -= A[a:, :a] @ A[a:b, :a].T
-        square, info = potrf(A[a:b, a:b].T, lower=False, clean=True)
-        if info or not np.isfinite(square).all():
-            return False
-        A[a:b, a:b] = square.T
-        # X Lᵀ = A for the rows below, as L Xᵀ = Aᵀ.
-        A[b:, a:b] = trsm(1.0, square, A[b:, a:b].T, lower=False, trans_a=True).T
-        A[a:b, b:] = 0
-    return True
-
-
-def solve_factored(L: Array, B: Array, skip_last: bool = False) -> Array:
-    """Return ``B (L Lᵀ)⁻¹`` (rows, d), of the leading block without the last column on request."""
-    trsm = blas.get_blas_funcs("trsm", (L,))
-    X = np.array(B, L.dtype)
-    d = len(L)
-    panels = [(a, min(a + _PANEL, d)) for a in range(0, d, _PANEL)]
-    for a, b in panels:
-        X[:, a:b] -= X[:, :a] @ L[a:b, :a].T
-        square = np.asfortranarray(L[a:b, a:b].T)
-        X[:, a:b] = trsm(1.0, square, X[:, a:b].T, lower=False, trans_a=True).T
-    if skip_last:
-        X[:, -1] = 0
-    for a, b in reversed(panels):
-        X[:, a:b] -= X[:, b:] @ L[b:, a:b]
-        square = np.asfortranarray(L[a:b, a:b].T)
-        X[:, a:b] = trsm(1.0, square, X[:, a:b].T, lower=False).T
-    return X

@@ -12,14 +12,9 @@ from corequant._validation import check_matrix
 from corequant.quantization import as_spec, dequantize, quantize
 from corequant.rounding.accumulators import AccumulatorSpec
 from corequant.rounding.columns import Scales
-from corequant.rounding.hessian import (
-    Damping,
-    check_cross_moment,
-    check_hessian,
-    column_order,
-)
+from corequant.rounding.hessian import check_cross_moment, check_hessian, column_order
 from corequant.rounding.loop import ColumnLoop, Pull
-from corequant.rounding.report import RoundedTensor, RoundingReport, loss_of
+from corequant.rounding.report import Damping, RoundedTensor, RoundingReport, loss_of
 from corequant.specs import QuantSpec
 
 __all__ = ["Problem"]

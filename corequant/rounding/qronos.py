@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from corequant.rounding.accumulators import AccumulatorSpec
@@ -78,7 +79,7 @@ def qronos(
     array([[ 1, -2],
            [ 0,  2]], dtype=int8)
     """
-    from corequant.rounding.hessian import damped_factor, largest_eigenvalue, solve_factored
+    from corequant.rounding.hessian import damped_factor, largest_eigenvalue
     from corequant.rounding.problem import Problem, check_damping, moment_gap
 
     if G is None:
@@ -101,11 +102,16 @@ def qronos(
     loop = problem.loop
     value = check_damping(damping) * largest_eigenvalue(problem.H)
     gap = moment_gap(problem, problem.W)
-    L, used = damped_factor(problem.H, loop.order, problem.dead, value, loop.dtype, name)
+    factor, used = damped_factor(problem.H, loop.order, problem.dead, value, loop.dtype, name)
     centers = problem.ordered
-    values = centers + solve_factored(L, gap, skip_last=True)
-    centers[:, :-1] = values[:, :-1]
-    if len(L) and not problem.dead[loop.order[-1]]:
-        first = loop.dtype.type(problem.H[loop.order[-1], loop.order[-1]])
-        values[:, -1] += gap[:, -1] / first
-    return problem.solve("qronos", values, centers, problem.factored_pull(L), used)
+    last = gap[:, -1:].copy()
+    # The system without the first column, which is the last here: its share is zero on the way.
+    shift = factor.forward(gap)
+    shift[:, -1:] = 0
+    shift = factor.backward(shift)
+    np.add(centers, shift, out=centers, where=shift != 0)
+    values = centers.copy()
+    if len(values.T) and not problem.dead[loop.order[-1]]:
+        last /= loop.dtype.type(problem.H[loop.order[-1], loop.order[-1]])
+        np.add(values[:, -1:], last, out=values[:, -1:], where=last != 0)
+    return problem.solve("qronos", values, centers, problem.factored_pull(factor.L), used)
