@@ -6,6 +6,7 @@ The numerical core of post-training quantization with block rotations, on plain 
 from corequant._dispatch import available_backends
 from corequant.calibration import ActivationStats
 from corequant.diagnostics import block_mass, mass_concentration, outlier_bounds
+from corequant.equalization import correct_bias, cross_layer_scales, smoothquant_scales
 from corequant.errors import (
     AccumulatorError,
     ArchitectureError,
@@ -54,6 +55,8 @@ from corequant.rounding import (
     certify,
     gpfq,
     gptq,
+    learned_rounding,
+    magr,
     qronos,
     reconstruction_loss,
     round_to_nearest,
@@ -104,6 +107,8 @@ __all__ = [
     "certify",
     "choose_global_scale",
     "choose_qparams",
+    "correct_bias",
+    "cross_layer_scales",
     "dequantize",
     "fake_quantize",
     "find_format",
@@ -115,6 +120,8 @@ __all__ = [
     "hadamard_matrix",
     "identity_permutation",
     "invert_permutation",
+    "learned_rounding",
+    "magr",
     "mass_concentration",
     "massdiff",
     "merge_permutation",
@@ -128,6 +135,7 @@ __all__ = [
     "random_signs",
     "reconstruction_loss",
     "round_to_nearest",
+    "smoothquant_scales",
     "unpack",
     "valid_block_sizes",
     "zigzag",

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant._numba.jit import jit
+from corequant._numba.projection import soft_threshold
 
 __all__ = ["ColumnGrid", "Limits", "nearest_level", "shrink_thresholds", "solve_block"]
 
@@ -165,24 +166,16 @@ def solve_block(  # type: ignore[no-untyped-def]
 
 @jit
 def shrink_thresholds(first, last, weights, radius, out):  # type: ignore[no-untyped-def]
-    """Soft thresholds that bring each centred row of ``weights`` into the ℓ1 ball of ``radius``.
-
-    Source: Duchi et al., Efficient projections onto the l1-ball, ICML 2008, figure 1.
-    """
+    """Soft thresholds that bring each centred row of ``weights`` into the ℓ1 ball of ``radius``."""
     n = weights.shape[1]
+    magnitudes = np.empty(n)
     for r in range(first, last):
         mean = 0.0
         for i in range(n):
             mean += weights[r, i]
         mean /= n
-        magnitudes = np.empty(n)
+        total = 0.0
         for i in range(n):
             magnitudes[i] = abs(weights[r, i] - mean)
-        magnitudes = np.sort(magnitudes)[::-1]
-        total = 0.0
-        threshold = 0.0
-        for k in range(n):
-            total += magnitudes[k]
-            if (k + 1) * magnitudes[k] > total - radius:
-                threshold = (total - radius) / (k + 1)
-        out[r] = max(threshold, 0.0)
+            total += magnitudes[i]
+        out[r] = soft_threshold(magnitudes, radius) if total > radius else 0.0

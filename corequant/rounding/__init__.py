@@ -9,13 +9,16 @@ from corequant.rounding.accumulators import (
 )
 from corequant.rounding.gpfq import gpfq
 from corequant.rounding.gptq import gptq
+from corequant.rounding.learned import learned_rounding
+from corequant.rounding.magr import magr
 from corequant.rounding.nearest import round_to_nearest
 from corequant.rounding.qronos import qronos
-from corequant.rounding.report import RoundedTensor, RoundingReport, reconstruction_loss
+from corequant.rounding.report import Damping, RoundedTensor, RoundingReport, reconstruction_loss
 
 __all__ = [
     "AccumulatorSpec",
     "Certificate",
+    "Damping",
     "RoundedTensor",
     "RoundingReport",
     "accumulator_bits",
@@ -23,6 +26,8 @@ __all__ = [
     "gpfq",
     "gptq",
     "integer_codes",
+    "learned_rounding",
+    "magr",
     "qronos",
     "reconstruction_loss",
     "round_to_nearest",

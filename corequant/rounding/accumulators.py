@@ -250,7 +250,7 @@ def certify(quantized: QuantizedTensor | Any, accumulator: AccumulatorSpec) -> C
     >>> codes = np.array([[7, -8, 3, 1]])
     >>> found = cq.certify(codes, cq.AccumulatorSpec(12, activation="int8"))
     >>> found.safe, found.largest, found.minimum_bits, codes @ found.witness
-    (False, 2424, 13, array([2424]))
+    (False, 2424, 13, array([-2424]))
     """
     if not isinstance(accumulator, AccumulatorSpec):
         raise TypeError(f"accumulator must be an AccumulatorSpec, got {type(accumulator).__name__}")

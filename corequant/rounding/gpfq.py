@@ -72,7 +72,7 @@ def gpfq(
     >>> W = np.array([[0.9, -1.5], [0.1, 0.3]])
     >>> H = np.array([[1.0, 0.8], [0.8, 1.0]])
     >>> cq.gpfq(W, H, H, "int3:channel").codes
-    array([[ 2, -4],
+    array([[ 2, -3],
            [ 1,  3]], dtype=int8)
     """
     from corequant.rounding.problem import Problem

@@ -76,8 +76,8 @@ def qronos(
     >>> W = np.array([[0.9, -1.5], [0.1, 0.3]])
     >>> H = np.array([[1.0, 0.8], [0.8, 1.0]])
     >>> cq.qronos(W, H, 0.5 * H, "int3:channel").codes
-    array([[ 1, -2],
-           [ 0,  2]], dtype=int8)
+    array([[ 2, -3],
+           [-1,  3]], dtype=int8)
     """
     from corequant.rounding.hessian import damped_factor, largest_eigenvalue
     from corequant.rounding.problem import Problem, check_damping, moment_gap
