@@ -179,6 +179,38 @@ def test_gptq_and_gptaq_are_their_algorithms(spec, seed):
     np.testing.assert_allclose(cq.dequantize(found), wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    # Not int3 by absmax, which puts the largest magnitude of each group on a tie.
+    "spec",
+    ["int3:group8:mse", "int4:group8:asymmetric:mse", "mxfp4", "nvfp4"],
+)
+@pytest.mark.parametrize("act_order", [True, False])
+def test_refitted_scales_are_those_of_the_weights_on_entering_a_group(spec, act_order):
+    W, x, q = layer(21, d=96)
+    H, _ = moments(x, q)
+    parsed = cq.QuantSpec.parse(spec)
+    size = parsed.group_size
+    groups = np.arange(96).reshape(-1, size)
+    if act_order:
+        groups = groups[by_energy(np.diag(np.diagonal(H)[groups].mean(1)))]
+        groups = np.array([g[by_energy(H[np.ix_(g, g)])] for g in groups])
+    order = groups.reshape(-1)
+    damped = (H + 0.01 * np.diagonal(H).mean() * np.eye(96))[np.ix_(order, order)]
+    U = np.linalg.cholesky(np.linalg.inv(damped)).T
+    shared = cq.choose_global_scale(W, spec) if spec == "nvfp4" else None
+    w, Q = W[:, order].copy(), np.empty_like(W)
+    for i, j in enumerate(order):
+        if i % size == 0:
+            entering = np.ascontiguousarray(w[:, i : i + size])
+            scales = cq.choose_qparams(entering, spec, global_scale=shared)
+        block = np.repeat(w[:, [i]], size, axis=1)
+        rounded = cq.quantize(block, spec, *scales, global_scale=shared)
+        Q[:, j] = cq.dequantize(rounded)[:, 0]
+        w[:, i:] -= np.outer((w[:, i] - Q[:, j]) / U[i, i], U[i, i:])
+    found = cq.gptq(W, H, spec, act_order=act_order, refit=True)
+    np.testing.assert_allclose(cq.dequantize(found), Q, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("spec", ["int4:channel", "int3:group8:asymmetric", "e2m1:channel"])
 @pytest.mark.parametrize("seed", range(3))
 def test_efficient_qronos_is_alternating_least_squares(spec, seed):

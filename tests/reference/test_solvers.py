@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,14 +71,11 @@ def peers():
         if name != "gptq":
             made.G = torch.from_numpy((G if name == "qronos" else G.T).copy())[None]
         if bits is not None:
-            made.quant_metadata = type(
-                "Metadata",
-                (),
-                {"bit_width": torch.tensor(float(activation[0])), "signed": activation[1]},
-            )()
+            width, signed = torch.tensor(float(activation[0])), activation[1]
+            made.quant_metadata = SimpleNamespace(bit_width=width, signed=signed)
             quant_weight = owner.layer.quant_weight
             scale = torch.from_numpy(owner.scales)
-            owner.layer.quant_weight = lambda **_: type("Weight", (), {"scale": scale})()
+            owner.layer.quant_weight = lambda **_: SimpleNamespace(scale=scale)
         with torch.no_grad():
             made.single_layer_update()
         if bits is not None:

@@ -115,12 +115,11 @@ def test_dead_columns_are_rounded_to_nearest_and_reported():
         np.testing.assert_array_equal(found.codes[:, [3, 40]], nearest[:, [3, 40]])
         assert (found.codes != nearest).any()
         assert found.report.loss < found.report.nearest_loss
-    alone = cq.gptq(
-        np.delete(W, [3, 40], 1), *(np.delete(np.delete(H, [3, 40], 0), [3, 40], 1),), SPEC
-    )
+    live = np.delete(np.arange(64), [3, 40])
+    alone = cq.gptq(W[:, live], H[np.ix_(live, live)], SPEC)
     scales = cq.gptq(W, H, SPEC).scales
     same = np.flatnonzero((alone.scales == scales)[:, 0])
-    kept = np.delete(cq.gptq(W, H, SPEC).codes, [3, 40], 1)
+    kept = cq.gptq(W, H, SPEC).codes[:, live]
     assert len(same) > 10
     np.testing.assert_array_equal(kept[same], alone.codes[same])
 
@@ -225,25 +224,14 @@ def test_given_scales_are_used_and_not_changed(problem):
 
 
 @pytest.mark.parametrize("spec", ["int3:group16", "int3:group16:asymmetric:mse", "mxfp4", "nvfp4"])
-@pytest.mark.parametrize("act_order", [True, False])
-def test_refitted_scales_follow_the_adjusted_weights(spec, act_order):
+def test_refitted_scales_lower_the_objective(spec):
     W, x, q = layer(9, rows=64, d=128, tokens=1000)
     H, G = moments(x, q)
-    options = {"act_order": act_order, "refit": True}
-    fixed = methods(W, H, G, spec, act_order=act_order)
-    for name, found in methods(W, H, G, spec, **options).items():
-        first = np.argmax(np.diagonal(H).reshape(-1, found.spec.group_size).mean(1))
-        first = int(first) if act_order else 0
-        if name != "qronos":
-            # Nothing has been rounded before the first group.
+    for act_order in (True, False):
+        for found in methods(W, H, G, spec, act_order=act_order, refit=True).values():
             plain = cq.choose_qparams(W, spec, global_scale=found.global_scale)[0]
-            if name == "gptq":
-                np.testing.assert_array_equal(found.scales[:, first], plain[:, first])
             assert (found.scales != plain).any()
-        assert found.report.loss < found.report.nearest_loss
-        # With what no rounding can change, which the reported loss leaves out given G.
-        floor = 0 if name == "gptq" else np.square((x - q) @ W.T).sum() / len(x)
-        assert found.report.loss + floor < 1.1 * (fixed[name].report.loss + floor)
+            assert found.report.loss < found.report.nearest_loss
 
 
 def test_float64_on_request(problem):
