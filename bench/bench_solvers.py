@@ -2,6 +2,9 @@
 
 Usage: python bench/bench_solvers.py [--rows 2048] [--d 8192] [--rounds 2] [--methods gptq,qronos]
 
+With --memory, one side of one method runs once, and the peak of resident memory is printed with
+what was resident before it: python bench/bench_solvers.py --memory brevitas --methods gptq
+
 Rounds alternate between the two; each line gives the medians and the median of the rounds' ratios,
 of elapsed time and of processor time. The peer's GPFQ takes hours at d = 8192; try d = 1024.
 """
@@ -9,6 +12,7 @@ of elapsed time and of processor time. The peer's GPFQ takes hours at d = 8192; 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import time
 import warnings
@@ -87,6 +91,28 @@ def timed(call):
     return result, time.perf_counter() - elapsed, time.process_time() - busy
 
 
+def resident():
+    """Return what is resident now and what was at most, in MiB."""
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[1]) * resource.getpagesize() / 2**20
+    return now, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def peak(side, name, W, H, G):
+    """Run one side once and print how much memory it took beyond its arguments."""
+    if side == "corequant":
+        ours(name, W[:4, :64].copy(), H[:64, :64].copy(), G[:64, :64].copy())  # compile
+        before = resident()[0]
+        ours(name, W, H, G)
+    else:
+        update, _ = peer(name, W, H, G)
+        # The peer's copies of H and G are its arguments, which it overwrites.
+        before = resident()[0]
+        with torch.no_grad():
+            update()
+    print(f"{side} {name} {W.shape[0]}x{W.shape[1]}: {resident()[1] - before:.0f} MiB more")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=2048)
@@ -94,8 +120,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=0, help="as many as d by default")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--methods", default="gptq,qronos")
+    parser.add_argument("--memory", choices=["corequant", "brevitas"])
     o = parser.parse_args()
     W, H, G = problem(o.rows, o.d, o.tokens or o.d)
+    if o.memory:
+        peak(o.memory, o.methods, W, H, G)
+        return
     for name in o.methods.split(","):
         ours(name, W[:4, :64].copy(), H[:64, :64].copy(), G[:64, :64].copy())  # compile
         mine, theirs = [], []

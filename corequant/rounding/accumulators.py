@@ -77,8 +77,7 @@ class AccumulatorSpec:
         """Look names up and refuse widths out of range."""
         activation: Any = self.activation
         if isinstance(activation, str):
-            preset = activation if ":" not in activation else activation.split(":")[0]
-            activation = find_format(preset)
+            activation = QuantSpec.parse(activation)
         if isinstance(activation, QuantSpec):
             activation = activation.format
         if not isinstance(activation, NumberFormat):
@@ -151,10 +150,10 @@ def accumulator_bits(terms: int, weight: NumberFormat | str, activation: NumberF
     return largest.bit_length() + 1
 
 
-def check_tile(accumulator: AccumulatorSpec, tile: int, spec: QuantSpec, d: int) -> None:
+def check_tile(accumulator: AccumulatorSpec, tile: int, spec: QuantSpec) -> None:
     """Raise AccumulatorError unless tiles have one scale and room for a weight."""
-    group = spec.group_size or d
-    if (group % tile and tile < d) or tile > group:
+    group = spec.group_size
+    if group is not None and group % tile:
         raise AccumulatorError(
             f"tile must divide the group size {group} of {spec}, since a sum of codes has one "
             f"scale, got {tile}"
@@ -259,7 +258,7 @@ def certify(quantized: QuantizedTensor | Any, accumulator: AccumulatorSpec) -> C
         codes = integer_codes(quantized)
         if codes.ndim == 2 and codes.size:
             tile = min(accumulator.tile or codes.shape[1], codes.shape[1])
-            check_tile(accumulator, tile, quantized.spec, codes.shape[1])
+            check_tile(accumulator, tile, quantized.spec)
     if not isinstance(codes, np.ndarray) or codes.dtype.kind not in "iu":
         kind = getattr(codes, "dtype", type(codes).__name__)
         raise TypeError(f"quantized must be a QuantizedTensor or an integer array, got {kind}")

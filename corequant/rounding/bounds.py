@@ -40,7 +40,7 @@ class Budget:
             limits = Limits(0.0, 0.0, 1.0, 1.0, True)
             return cls(limits, max(1, d), none.astype(dtype), none, none)
         tile = min(accumulator.tile or d, max(1, d))
-        check_tile(accumulator, tile, scales.spec, d)
+        check_tile(accumulator, tile, scales.spec)
         low, high = accumulator.range
         form = scales.spec.format
         unit = 1.0 if form.kind is FormatKind.INTEGER else integer_unit(form)
@@ -51,13 +51,13 @@ class Budget:
         shrink = np.zeros((rows, count))
         radius = 2.0 * accumulator.limit / (high - low)
         steps, _ = scales.steps(rows, dtype)
-        ends = form.minimum / integer_unit(form), form.maximum / integer_unit(form)
+        most = max(-form.minimum, form.maximum) / integer_unit(form)
         for t in range(count):
             columns = slice(t * tile, min((t + 1) * tile, d))
             step = steps[:, t * tile // scales.group, None]
             weights = W[:, columns].astype(np.float64) / (step.astype(np.float64) * unit)
             if scales.spec.symmetric:
-                weights = np.clip(weights, *ends)
+                weights = np.clip(weights, -most, most)
             part = np.empty(rows)
 
             def work(first: int, last: int, w: Array = weights, out: Array = part) -> None:

@@ -291,3 +291,16 @@ def test_a_rounded_tensor_is_a_quantized_tensor(problem):
     assert found.report.damping.tries == 1
     assert cq.pack(found.codes, 4).nbytes == W.size // 2
     assert cq.gptq(W, H, SPEC, losses=False).report.loss is None
+
+
+def test_round_to_nearest_reports_too(problem):
+    W, H, G = problem
+    plain = cq.round_to_nearest(W, SPEC)
+    assert plain.report.method == "nearest"
+    assert plain.report.loss is None
+    found = cq.round_to_nearest(W, SPEC, H=H, name="fc")
+    np.testing.assert_array_equal(found.codes, plain.codes)
+    assert found.report.loss == cq.gptq(W, H, SPEC).report.nearest_loss
+    mismatched = cq.round_to_nearest(W, SPEC, H=H, G=G).report
+    assert mismatched.loss == cq.qronos(W, H, G, SPEC).report.nearest_loss
+    assert found.report.name == "fc"
