@@ -5,6 +5,7 @@ The numerical core of post-training quantization with block rotations, on plain 
 
 from corequant._dispatch import available_backends
 from corequant.calibration import ActivationStats
+from corequant.casting import decode, encode
 from corequant.diagnostics import block_mass, mass_concentration, outlier_bounds
 from corequant.equalization import correct_bias, cross_layer_scales, smoothquant_scales
 from corequant.errors import (
@@ -28,7 +29,14 @@ from corequant.errors import (
 from corequant.formats import NumberFormat, find_format, formats
 from corequant.hadamard import hadamard_factors, hadamard_matrix, valid_block_sizes
 from corequant.merging import fold_norm, merge_permutation, merge_rotation
-from corequant.packing import pack, unpack
+from corequant.packed import (
+    PackedTensor,
+    dequantize_packed,
+    pack_quantized,
+    quantize_packed,
+    unpack_quantized,
+)
+from corequant.packing import pack, pack_bytes, unpack, unpack_bytes
 from corequant.permutation import (
     absmax,
     identity_permutation,
@@ -87,6 +95,7 @@ __all__ = [
     "NonFiniteError",
     "NumberFormat",
     "OutputError",
+    "PackedTensor",
     "PermutationError",
     "QuantSpec",
     "QuantizedTensor",
@@ -109,7 +118,10 @@ __all__ = [
     "choose_qparams",
     "correct_bias",
     "cross_layer_scales",
+    "decode",
     "dequantize",
+    "dequantize_packed",
+    "encode",
     "fake_quantize",
     "find_format",
     "fold_norm",
@@ -128,15 +140,20 @@ __all__ = [
     "merge_rotation",
     "outlier_bounds",
     "pack",
+    "pack_bytes",
+    "pack_quantized",
     "presets",
     "qronos",
     "quantize",
+    "quantize_packed",
     "random_permutation",
     "random_signs",
     "reconstruction_loss",
     "round_to_nearest",
     "smoothquant_scales",
     "unpack",
+    "unpack_bytes",
+    "unpack_quantized",
     "valid_block_sizes",
     "zigzag",
 ]

@@ -10,13 +10,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from corequant._numba import codebook, losses, minifloat, quantize
+from corequant._numba import codebook, fused, losses, minifloat, quantize
 from corequant._numba.minifloat import Rounder
 from corequant._numba.scales import FLOAT, POWER, ROUNDED, Rule
 from corequant.formats import FormatKind, NumberFormat, Specials, formats
 from corequant.specs import QuantSpec, ScaleFormat, ScaleRounding
 
-__all__ = ["Grid", "grid_for", "rounder_for", "rule_for", "unsigned"]
+__all__ = ["Grid", "grid_for", "levels_of", "rounder_for", "rule_for", "unsigned"]
 
 Array = npt.NDArray[Any]
 
@@ -60,6 +60,7 @@ def rounder_for(form: NumberFormat, dtype: np.dtype[Any]) -> Rounder:
         sign_bit=u(1 << (form.bits - 1)),
         keep=u(signed_zero),
         one=u(1),
+        tiny=f(math.ldexp(1.0, 1 - form.bias - m)),
         plus=f(-0.0 if signed_zero else 0.0),
     )
 
@@ -99,8 +100,9 @@ def rule_for(spec: QuantSpec, dtype: np.dtype[Any]) -> Rule:
         steps=f(steps),
         span=f(extreme),
         tiny=f(tiny),
-        # Decoded numbers are rounded: a little room keeps them from reaching infinity.
-        huge=f(info.max) * f(1 - 2.0**-20),
+        # Decoded numbers are rounded, and so may the scale be, to 8 bits or more: a little room
+        # keeps them from reaching infinity.
+        huge=f(info.max) * f(1 - 2.0 ** (-7 if kind == ROUNDED else -20)),
         idle=f(idle),
         rounder=rounder_for(scale_format, dtype),
         offset=form.max_exponent,
@@ -109,6 +111,8 @@ def rule_for(spec: QuantSpec, dtype: np.dtype[Any]) -> Rule:
         highest=highest,
         fraction=fraction,
         bias=1 - int(info.minexp),
+        least_normal=f(info.smallest_normal),
+        lift=f(2.0**fraction),
     )
 
 
@@ -127,6 +131,11 @@ class Grid(Protocol):
     def decode(self, codes: Array, scales: Array, zeros: Array, out: Array) -> None:
         """Write numbers of codes."""
 
+    def decode_packed(
+        self, packed: Array, size: int, scales: Array, zeros: Array, out: Array
+    ) -> None:
+        """Write numbers of packed rows to ``out`` (rows, d)."""
+
 
 @lru_cache(maxsize=256)
 def grid_for(form: NumberFormat, dtype: np.dtype[Any]) -> Grid:
@@ -140,6 +149,7 @@ def grid_for(form: NumberFormat, dtype: np.dtype[Any]) -> Grid:
 
 class _Integers:
     def __init__(self, form: NumberFormat, dtype: np.dtype[Any]) -> None:
+        self._bits = form.bits
         self._limits = dtype.type(form.least_code), dtype.type(form.most_code)
         self._unit = dtype.type(math.ldexp(1.0, -form.fraction_bits))
 
@@ -154,15 +164,24 @@ class _Integers:
 
     def losses(self, panel: Array, scales: Array, zeros: Array) -> Array:
         out = np.empty(scales.shape)
-        losses.integer_losses(panel, self._step(scales), zeros, *self._limits, out)
+        lanes = _lanes(panel.shape[1])
+        losses.integer_losses(panel, self._step(scales), zeros, *self._limits, lanes, out)
         return out
 
     def decode(self, codes: Array, scales: Array, zeros: Array, out: Array) -> None:
         quantize.decode(codes, self._step(scales), zeros, out)
 
+    def decode_packed(
+        self, packed: Array, size: int, scales: Array, zeros: Array, out: Array
+    ) -> None:
+        # Packed codes count from zero.
+        shifted = zeros - self._limits[0]
+        fused.decode_integers(packed, self._bits, size, self._step(scales), shifted, out)
+
 
 class _Minifloat:
     def __init__(self, form: NumberFormat, dtype: np.dtype[Any]) -> None:
+        self._bits, self._finite = form.bits, form.specials is Specials.NONE
         self._rounder = rounder_for(form, dtype)
         self._table = _byte_table(form, dtype)
 
@@ -174,15 +193,27 @@ class _Minifloat:
 
     def losses(self, panel: Array, scales: Array, zeros: Array) -> Array:
         out = np.empty(scales.shape)
-        losses.minifloat_losses(panel, scales, self._rounder, out)
+        losses.minifloat_losses(panel, scales, self._rounder, _lanes(panel.shape[1]), out)
         return out
 
     def decode(self, codes: Array, scales: Array, zeros: Array, out: Array) -> None:
-        quantize.look_up(codes, scales, self._table, out)
+        if self._finite:
+            minifloat.decode(codes, scales, self._rounder, out)
+        else:
+            quantize.look_up(codes, scales, self._table, out)
+
+    def decode_packed(
+        self, packed: Array, size: int, scales: Array, zeros: Array, out: Array
+    ) -> None:
+        if self._finite:
+            fused.decode_minifloats(packed, self._bits, size, scales, self._rounder, out)
+        else:
+            fused.decode_table(packed, self._bits, size, scales, self._table, out)
 
 
 class _Codebook:
     def __init__(self, form: NumberFormat, dtype: np.dtype[Any]) -> None:
+        self._bits = form.bits
         self._table = _byte_table(form, dtype)
         self._thresholds = _thresholds(form.table, dtype)
 
@@ -199,6 +230,33 @@ class _Codebook:
 
     def decode(self, codes: Array, scales: Array, zeros: Array, out: Array) -> None:
         quantize.look_up(codes, scales, self._table, out)
+
+    def decode_packed(
+        self, packed: Array, size: int, scales: Array, zeros: Array, out: Array
+    ) -> None:
+        fused.decode_table(packed, self._bits, size, scales, self._table, out)
+
+
+@lru_cache(maxsize=256)
+def levels_of(form: NumberFormat) -> tuple[Array, Array, Array, Array]:
+    """Return levels and the middles between them, for entries above and for those below zero.
+
+    As magnitudes, ascending from the level nearest to zero.
+    """
+    values = form.finite_values
+    middles = (values[1:] + values[:-1]) / 2
+    above, below = int((middles <= 0).sum()), int((middles < 0).sum())
+    return (
+        np.ascontiguousarray(values[above:]),
+        np.ascontiguousarray(middles[above:]),
+        np.ascontiguousarray(-values[: below + 1][::-1]),
+        np.ascontiguousarray(-middles[:below][::-1]),
+    )
+
+
+def _lanes(size: int) -> Array:
+    """Return room for partial sums, as many as divide the length of a group."""
+    return np.empty(math.gcd(size, losses.LANES) if size > losses.LANES else size)
 
 
 def _byte_table(form: NumberFormat, dtype: np.dtype[Any]) -> Array:

@@ -105,7 +105,10 @@ class NumpyBackend:
 
     def decode(self, codes: Array, form: NumberFormat) -> Array:
         """Return what codes stand for, float32."""
-        values: Array = form.values.astype(np.float32)[codes.astype(np.uint8) & (2**form.bits - 1)]
+        bits = codes.view(np.uint8) if codes.dtype.itemsize == 1 else codes.astype(np.uint8)
+        if form.bits < 8:
+            bits = bits & np.uint8(2**form.bits - 1)
+        values: Array = np.take(_float32_values(form), bits)
         return values
 
     def choose_global_scale(self, x: Array, spec: QuantSpec) -> Array:
@@ -178,6 +181,12 @@ def _rows(x: Array) -> Array:
 
 def _direct(out: Array, dtype: np.dtype[Any]) -> bool:
     return bool(out.dtype == dtype and out.dtype.isnative and out.flags.c_contiguous)
+
+
+@lru_cache(maxsize=64)
+def _float32_values(form: NumberFormat) -> Array:
+    values: Array = form.values.astype(np.float32)
+    return values
 
 
 @lru_cache(maxsize=64)

@@ -7,13 +7,14 @@ memory once; it also is the only copy that strided arrays and other dtypes need.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from corequant._fused import NotFiniteError, Sink, is_fused, plan_for, store, worker
 from corequant._grids import grid_for, rule_for
+from corequant._numba import packing
 from corequant._scales import choose, effective, global_scale_for, ranges
 from corequant._threads import for_rows
 from corequant._validation import check_finite
@@ -24,28 +25,18 @@ __all__ = [
     "choose_global_scale",
     "choose_qparams",
     "dequantize",
+    "each_panel",
     "encode",
     "fake_quantize",
+    "flat_qparams",
     "quantize",
+    "quantize_packed",
 ]
 
 Array = npt.NDArray[Any]
 
 _PANEL = 1 << 16
 """Entries of a panel: 256 KiB of float32."""
-
-
-class _NotFiniteError(Exception):
-    """A panel holds NaN or infinity; whoever knows the whole array says where."""
-
-
-@dataclass(frozen=True)
-class Sink:
-    """Where a pass writes: rounded numbers, codes, or whatever takes a panel's codes."""
-
-    out: Array | None = None
-    codes: Array | None = None
-    take: Callable[[Array, slice], None] | None = None
 
 
 def encode(x: Array, form: NumberFormat) -> Array:
@@ -61,7 +52,7 @@ def encode(x: Array, form: NumberFormat) -> Array:
     def work(panel: Array, rows: slice, groups: slice) -> None:
         grid.encode(panel.reshape(1, -1), one, none, target[rows].reshape(1, -1))
 
-    _each_panel(x, x.shape[-1], dtype, work)
+    each_panel(x, x.shape[-1], dtype, work)
     return codes
 
 
@@ -93,19 +84,22 @@ def quantize(
     scales: Array | None,
     zero_points: Array | None,
     global_scale: Array | None,
-    take: Callable[[Array, slice], None] | None = None,
-) -> tuple[Array | None, Array, Array | None]:
-    """Return codes, scales and zero points; those given are used, others chosen on the way.
-
-    ``take(codes, rows)``, where given, gets the codes of each panel instead.
-    """
-    codes = np.empty(x.shape, spec.format.code_dtype) if take is None else None
-    sink = Sink(codes=codes, take=take)
+) -> tuple[Array, Array, Array | None]:
+    """Return codes, scales and zero points; those given are used, others chosen on the way."""
+    codes = np.empty(x.shape, spec.format.code_dtype)
+    sink = Sink(codes=codes)
     if scales is None:
         scales, zero_points = _choose_and_write(x, spec, global_scale, sink)
     else:
         _write_given(x, spec, scales, zero_points, global_scale, sink)
     return codes, scales, zero_points
+
+
+def quantize_packed(
+    x: Array, spec: QuantSpec, global_scale: Array | None, packed: Array
+) -> tuple[Array, Array | None]:
+    """Write packed codes (rows, bytes) and return scales and zero points."""
+    return _choose_and_write(x, spec, global_scale, Sink(packed=packed))
 
 
 def dequantize(
@@ -121,13 +115,13 @@ def dequantize(
     if not codes.size:
         return out
     size, target = _size(codes.shape, spec), _rows(out)
-    flat, zeros = _flat(scales, zero_points, dtype, len(target) * (target.shape[1] // size))
+    flat, zeros = flat_qparams(scales, zero_points, dtype, len(target) * (target.shape[1] // size))
     steps, grid = effective(flat, global_scale), grid_for(spec.format, dtype)
 
     def work(panel: Array, rows: slice, groups: slice) -> None:
         grid.decode(panel, steps[groups], zeros[groups], target[rows].reshape(-1, size))
 
-    _each_panel(codes, size, spec.format.code_dtype, work)
+    each_panel(codes, size, spec.format.code_dtype, work)
     return out
 
 
@@ -166,21 +160,26 @@ def _choose_and_write(
         if spec.granularity is Granularity.TENSOR_GROUP and divisor is None:
             divisor = choose_global_scale(x, spec, skip=propagate)
 
-        def work(panel: Array, rows: slice, groups: slice) -> None:
+        size = _size(x.shape, spec)
+        if not propagate and is_fused(spec):
+            plan = plan_for(spec, dtype, size, divisor)
+            work = worker(spec, plan, scales, zeros, sink)
+            _checked(x, x.shape[-1], dtype, work, x.shape[-1] // size, whole=True)
+            return scales.reshape(shape), _stored(zeros, spec, shape)
+
+        def each(panel: Array, rows: slice, groups: slice) -> None:
             low, high = ranges(panel, spec.symmetric and spec.format.minimum < 0, propagate)
             if not propagate and not (np.isfinite(low).all() and np.isfinite(high).all()):
-                raise _NotFiniteError
+                raise NotFiniteError
             choose(panel, low, high, spec, divisor, scales[groups], zeros[groups], propagate)
             steps = effective(scales[groups], divisor)
             _write(spec.format, panel, steps, zeros[groups], rows, sink, propagate)
 
-        _checked(x, _size(x.shape, spec), dtype, work)
+        _checked(x, size, dtype, each)
     return scales.reshape(shape), _stored(zeros, spec, shape)
 
 
-def _choose_whole(
-    x: Array, spec: QuantSpec, scales: Array, zeros: Array, propagate: bool
-) -> None:
+def _choose_whole(x: Array, spec: QuantSpec, scales: Array, zeros: Array, propagate: bool) -> None:
     low, high = (r.reshape(1) for r in _row_extremes(x, spec, propagate))
     panel = np.empty((1, 0), scales.dtype)
     if spec.scale_search is not ScaleSearch.ABSMAX:
@@ -200,12 +199,12 @@ def _write_given(
     if not x.size:
         return
     dtype, size = _working_dtype(x), _size(x.shape, spec)
-    flat, zeros = _flat(scales, zero_points, dtype, x.size // size)
+    flat, zeros = flat_qparams(scales, zero_points, dtype, x.size // size)
     steps = effective(flat, global_scale)
 
     def work(panel: Array, rows: slice, groups: slice) -> None:
         if not propagate and not np.isfinite(ranges(panel, True, False)[1]).all():
-            raise _NotFiniteError
+            raise NotFiniteError
         _write(spec.format, panel, steps[groups], zeros[groups], rows, sink, propagate)
 
     _checked(x, size, dtype, work)
@@ -224,10 +223,12 @@ def _write(
     if sink.codes is not None:
         codes = sink.codes.reshape(-1, sink.codes.shape[-1])
         grid.encode(panel, steps, zeros, codes[rows].reshape(panel.shape))
-    if sink.take is not None:
+    if sink.packed is not None:
         scratch = np.empty(panel.shape, form.code_dtype)
         grid.encode(panel, steps, zeros, scratch)
-        sink.take(scratch, rows)
+        offset = (scratch.astype(np.int16) - np.int16(form.least_code)).astype(np.uint8)
+        lines = offset.reshape(rows.stop - rows.start, -1)
+        packing.pack_rows(lines, form.bits, sink.packed[rows])
     if sink.out is not None:
         target = _rows(sink.out)[rows]
         if propagate:
@@ -235,26 +236,17 @@ def _write(
             rounded = np.empty(panel.shape, panel.dtype)
             grid.fake(np.where(keep, 0, panel), steps, zeros, rounded)
             rounded[keep] = panel[keep]
-            _store(rounded, target)
+            store(rounded, target)
         elif target.dtype == panel.dtype and target.flags.c_contiguous:
             grid.fake(panel, steps, zeros, target.reshape(panel.shape))
         else:
             rounded = np.empty(panel.shape, panel.dtype)
             grid.fake(panel, steps, zeros, rounded)
-            _store(rounded, target)
-
-
-def _store(rounded: Array, target: Array) -> None:
-    """Write float32 to a narrower dtype; what its range lacks becomes its largest number."""
-    if target.dtype.itemsize == 2:
-        top = np.float32(65504 if target.dtype.kind == "f" else 3.3895313892515355e38)
-        finite = np.isfinite(rounded)
-        np.clip(rounded, -top, top, out=rounded, where=finite)
-    target[...] = rounded.reshape(target.shape)
+            store(rounded, target)
 
 
 def _row_ranges(x: Array, spec: QuantSpec, skip: bool) -> tuple[Array, Array]:
-    """Return the ranges of the rows of ``x``, NonFiniteError unless what isn't finite is skipped."""
+    """Return the ranges of the rows; NonFiniteError unless what isn't finite is skipped."""
     dtype = _working_dtype(x)
     count = x.size // x.shape[-1] if x.size else 0
     low, high = np.zeros(count, dtype), np.zeros(count, dtype)
@@ -262,7 +254,7 @@ def _row_ranges(x: Array, spec: QuantSpec, skip: bool) -> tuple[Array, Array]:
     def work(panel: Array, rows: slice, groups: slice) -> None:
         low[rows], high[rows] = ranges(panel, spec.symmetric and spec.format.minimum < 0, skip)
         if not (np.isfinite(low[rows]).all() and np.isfinite(high[rows]).all()):
-            raise _NotFiniteError
+            raise NotFiniteError
 
     if x.size:
         _checked(x, x.shape[-1], dtype, work)
@@ -275,27 +267,47 @@ def _row_extremes(x: Array, spec: QuantSpec, skip: bool) -> tuple[Array, Array]:
 
 
 def _checked(
-    x: Array, size: int, dtype: np.dtype[Any], work: Callable[[Array, slice, slice], None]
+    x: Array,
+    size: int,
+    dtype: np.dtype[Any],
+    work: Callable[[Array, slice, slice], None],
+    ratio: int | None = None,
+    *,
+    whole: bool = False,
 ) -> None:
     try:
-        _each_panel(x, size, dtype, work)
-    except _NotFiniteError:
+        each_panel(x, size, dtype, work, ratio, whole=whole)
+    except NotFiniteError:
         check_finite("x", x)
 
 
-def _each_panel(
-    x: Array, size: int, dtype: np.dtype[Any], work: Callable[[Array, slice, slice], None]
+def each_panel(
+    x: Array,
+    size: int,
+    dtype: np.dtype[Any],
+    work: Callable[[Array, slice, slice], None],
+    ratio: int | None = None,
+    length: int | None = None,
+    *,
+    whole: bool = False,
 ) -> None:
-    """Call ``work(panel, rows, groups)`` for panels (groups, size) of the rows of ``x``."""
+    """Call ``work(panel, rows, groups)`` for panels (groups, size) of the rows of ``x``.
+
+    ``ratio`` is the number of groups in a row, ``length`` the number of entries that it stands
+    for, where the row itself doesn't tell (packed rows). Where ``whole``, rows that need no
+    copy make one panel for each thread.
+    """
     rows = x.reshape(-1, x.shape[-1])
-    d = rows.shape[1]
-    step, ratio = max(1, _PANEL // d), d // size
+    each = rows.shape[1] // size if ratio is None else ratio
+    d = rows.shape[1] if length is None else length
+    copied = rows.dtype != dtype or not rows.flags.c_contiguous
+    step = max(1, _PANEL // d) if copied or not whole else max(1, len(rows))
 
     def run(first: int, last: int) -> None:
         for start in range(first, last, step):
             stop = min(start + step, last)
             panel = np.ascontiguousarray(rows[start:stop], dtype).reshape(-1, size)
-            work(panel, slice(start, stop), slice(start * ratio, stop * ratio))
+            work(panel, slice(start, stop), slice(start * each, stop * each))
 
     for_rows(len(rows), d, run)
 
@@ -312,7 +324,7 @@ def _working_dtype(x: Array) -> np.dtype[Any]:
     return np.dtype(np.float64 if x.dtype.itemsize == 8 else np.float32)
 
 
-def _flat(
+def flat_qparams(
     scales: Array, zero_points: Array | None, dtype: np.dtype[Any], count: int
 ) -> tuple[Array, Array]:
     """Return scales and zero points as vectors of ``count``, the tensor's one repeated."""

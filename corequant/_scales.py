@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._grids import grid_for, rounder_for, rule_for, unsigned
-from corequant._numba import minifloat, quantize, search
+from corequant._grids import grid_for, levels_of, rounder_for, rule_for, unsigned
+from corequant._numba import exact_search, minifloat, quantize, search
 from corequant._numba import scales as rules
 from corequant.formats import formats
 from corequant.specs import POWERS_OF_TWO, QuantSpec, ScaleFormat, ScaleSearch
 
-__all__ = ["choose", "effective", "global_scale_for", "ranges"]
+__all__ = ["choose", "effective", "global_scale_for", "magnitude_mask", "ranges"]
 
 Array = npt.NDArray[Any]
 
@@ -36,14 +36,20 @@ def ranges(panel: Array, symmetric: bool, skip: bool) -> tuple[Array, Array]:
     NaN counts as larger than infinity; where ``skip``, neither counts.
     """
     low, high = np.zeros(len(panel), panel.dtype), np.zeros(len(panel), panel.dtype)
-    u = unsigned(panel.dtype).type
-    infinity = panel.dtype.type(np.inf).view(u)
-    mask = u(np.iinfo(u).max >> 1)
+    if skip:
+        panel = np.where(np.isfinite(panel), panel, panel.dtype.type(0))
+    mask = magnitude_mask(panel.dtype)
     if symmetric:
-        quantize.magnitudes(panel, mask, infinity, skip, high)
+        quantize.magnitudes(panel, mask, high)
     else:
-        quantize.ranges(panel, mask, infinity, skip, low, high)
+        quantize.ranges(panel, mask, low, high)
     return low, high
+
+
+def magnitude_mask(dtype: np.dtype[Any]) -> Any:
+    """Return all bits but the sign."""
+    u = unsigned(dtype).type
+    return u(np.iinfo(u).max >> 1)
 
 
 def global_scale_for(largest: float, spec: QuantSpec) -> Array:
@@ -95,6 +101,11 @@ def choose(
         panel = np.where(np.isfinite(panel), panel, 0)
     if search_kind is ScaleSearch.HQO:
         search.half_quadratic(panel, rule, 2.0**-spec.format.fraction_bits, scales, zeros)
+        return
+    if search_kind is ScaleSearch.EXACT:
+        found = np.empty(len(scales))
+        exact_search.exact_scales(panel, *levels_of(spec.format), found)
+        search.settle_all(found, rule, scales)
         return
     trials, offsets = _trials(low, high, spec, factor, scales, zeros)
     steps = effective(trials, divisor)
@@ -156,5 +167,3 @@ def _percentiles(panel: Array, low: Array, high: Array, spec: QuantSpec) -> tupl
     least, most = np.minimum(least, 0), np.maximum(most, 0)
     nothing = (least == 0) & (most == 0)
     return np.where(nothing, low, least), np.where(nothing, high, most)
-
-

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import difflib
 import enum
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -182,7 +183,7 @@ class NumberFormat:
         if (
             not 2 <= len(table) <= 256
             or not all(map(math.isfinite, table))
-            or any(a >= b for a, b in zip(table, table[1:], strict=False))
+            or any(a >= b for a, b in itertools.pairwise(table))
             or max(map(abs, table)) < 2.0**-100
         ):
             raise SpecError(
@@ -202,20 +203,21 @@ class NumberFormat:
     @property
     def least_code(self) -> int:
         """Smallest code."""
-        return -(2 ** (self.bits - 1)) if self.code_dtype == np.int8 else 0
+        signed = self.kind is FormatKind.INTEGER and self.signed
+        return -(1 << (self.bits - 1)) if signed else 0
 
     @property
     def most_code(self) -> int:
         """Largest code."""
-        return self.least_code + (len(self.table) or 2**self.bits) - 1
+        return self.least_code + (len(self.table) or 1 << self.bits) - 1
 
     @property
     def magnitudes(self) -> int:
         """How many codes without sign bit are finite numbers; a float's largest is the last."""
         width = self.exponent_bits + self.mantissa_bits
         if self.specials is Specials.IEEE:
-            return (2**self.exponent_bits - 1) << self.mantissa_bits
-        return 2**width - (1 if self.specials is Specials.FN else 0)
+            return ((1 << self.exponent_bits) - 1) << self.mantissa_bits
+        return (1 << width) - (1 if self.specials is Specials.FN else 0)
 
     @property
     def values(self) -> npt.NDArray[np.float64]:
@@ -304,7 +306,13 @@ def _ml_dtypes() -> Iterable[NumberFormat]:
     for name, e, m, bias, specials in rows:
         yield NumberFormat(name, 1 + e + m, FormatKind.FLOAT, True, e, m, bias, specials)
     yield NumberFormat(
-        "float8_e8m0fnu", 8, FormatKind.POWER, False, exponent_bits=8, bias=127, specials=Specials.FN
+        "float8_e8m0fnu",
+        8,
+        FormatKind.POWER,
+        False,
+        exponent_bits=8,
+        bias=127,
+        specials=Specials.FN,
     )
 
 

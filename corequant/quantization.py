@@ -284,9 +284,7 @@ def fake_quantize(
         raise ValueError(f"nonfinite must be one of {', '.join(_POLICIES)}, got {nonfinite!r}")
     if out is not None:
         _check_out(x, out)
-    return backend.fake_quantize(
-        x, spec, global_scale, out=out, propagate=nonfinite == "propagate"
-    )
+    return backend.fake_quantize(x, spec, global_scale, out=out, propagate=nonfinite == "propagate")
 
 
 def as_spec(spec: Any) -> QuantSpec:

@@ -213,6 +213,8 @@ class QuantSpec:
                 f"scale_search {search.value!r} needs scales that are floats; of the few scales "
                 f"that {self.scale_format.value} has, 'mse' finds the best one"
             )
+        if search is ScaleSearch.EXACT and not self.symmetric:
+            raise SpecError("scale_search 'exact' has no zero points; 'mse' and 'hqo' search both")
         if search is ScaleSearch.HQO and self.format.kind is not FormatKind.INTEGER:
             raise SpecError(f"scale_search 'hqo' is for integers, got {self.format.name}")
         if search is ScaleSearch.FOUR_OVER_SIX and not (
@@ -322,9 +324,7 @@ _ENUMS: dict[str, type[enum.Enum]] = {
 
 
 def _microscaled(format_name: str) -> QuantSpec:
-    return QuantSpec(
-        formats[format_name], Granularity.GROUP, 32, scale_format=ScaleFormat.E8M0
-    )
+    return QuantSpec(formats[format_name], Granularity.GROUP, 32, scale_format=ScaleFormat.E8M0)
 
 
 presets: Mapping[str, QuantSpec] = MappingProxyType(

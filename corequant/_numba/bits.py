@@ -11,17 +11,17 @@ from numba.extending import overload
 __all__ = ["like", "to_bits", "to_float"]
 
 
-def to_bits(x):  # type: ignore[no-untyped-def]
+def to_bits(x: Any) -> Any:
     """Return a float's bits as an unsigned integer of its width."""
     return x.view(np.uint32 if x.itemsize == 4 else np.uint64)
 
 
-def to_float(bits):  # type: ignore[no-untyped-def]
+def to_float(bits: Any) -> Any:
     """Return the float of those bits."""
     return bits.view(np.float32 if bits.itemsize == 4 else np.float64)
 
 
-def like(value, sample):  # type: ignore[no-untyped-def]
+def like(value: Any, sample: Any) -> Any:
     """Return ``value`` in the type of ``sample``: numba widens integers, vectors must not."""
     return type(sample)(value)
 

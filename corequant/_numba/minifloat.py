@@ -14,7 +14,15 @@ import numpy as np
 from corequant._numba.bits import like, to_bits, to_float
 from corequant._numba.jit import jit
 
-__all__ = ["Rounder", "encode", "fake", "nearest_code", "nearest_value", "round_values"]
+__all__ = [
+    "Rounder",
+    "decode",
+    "encode",
+    "fake",
+    "nearest_code",
+    "nearest_value",
+    "value_of",
+]
 
 
 class Rounder(NamedTuple):
@@ -35,6 +43,8 @@ class Rounder(NamedTuple):
     keep: np.uint32
     """1 where -0.0 has a code of its own, otherwise 0."""
     one: np.uint32
+    tiny: np.float32
+    """The smallest positive number."""
     plus: np.float32
     """What turns -0.0 into 0.0 where it has no code (0.0), or changes nothing (-0.0)."""
 
@@ -51,8 +61,7 @@ def nearest_code(v, r):  # type: ignore[no-untyped-def]
     small = like(to_bits(a + r.magic) - r.magic_bits, r.shift)
     code = small if a < r.least_normal else t
     sign = like((bits >> r.sign_shift) & r.sign_bit, r.shift)
-    sign = sign if like(code | r.keep, r.shift) > 0 else like(0, r.shift)
-    return like(code | sign, r.shift)
+    return like(code | sign, r.shift) if r.keep or code > 0 else code
 
 
 @jit
@@ -72,6 +81,25 @@ def nearest_value(v, r):  # type: ignore[no-untyped-def]
 
 
 @jit
+def value_of(code, r):  # type: ignore[no-untyped-def]
+    """Return what a code stands for, in a format whose codes are all finite numbers."""
+    magnitude = like(code & (r.sign_bit - r.one), r.one)
+    large = to_float(like((magnitude << r.shift) + r.origin, r.one))
+    value = like(np.int32(magnitude), r.tiny) * r.tiny if large < r.least_normal else large
+    sign = like((code & r.sign_bit) << r.sign_shift, r.one)
+    return to_float(like(to_bits(value) | sign, r.one))
+
+
+@jit
+def decode(codes, scales, r, out):  # type: ignore[no-untyped-def]
+    """Numbers that codes stand for; by arithmetic, which is twice as fast as a table."""
+    for g in range(codes.shape[0]):
+        scale = scales[g]
+        for i in range(codes.shape[1]):
+            out[g, i] = value_of(like(codes[g, i], r.one), r) * scale
+
+
+@jit
 def encode(x, scales, r, codes):  # type: ignore[no-untyped-def]
     """Codes of ``x`` (groups, size) divided by its groups' scales."""
     for g in range(x.shape[0]):
@@ -87,10 +115,3 @@ def fake(x, scales, r, out):  # type: ignore[no-untyped-def]
         scale = scales[g]
         for i in range(x.shape[1]):
             out[g, i] = nearest_value(x[g, i] / scale, r) * scale
-
-
-@jit
-def round_values(x, r, out):  # type: ignore[no-untyped-def]
-    """Round a vector to the numbers of a minifloat."""
-    for i in range(x.shape[0]):
-        out[i] = nearest_value(x[i], r)

@@ -10,42 +10,53 @@ import numpy as np
 from corequant._numba.bits import like, to_bits, to_float
 from corequant._numba.jit import jit
 
-__all__ = ["decode", "encode", "fake", "look_up", "magnitudes", "pack_nibbles", "ranges"]
+__all__ = [
+    "decode",
+    "encode",
+    "fake",
+    "look_up",
+    "magnitudes",
+    "ranges",
+    "row_magnitude",
+    "row_range",
+]
 
 
 @jit
-def magnitudes(x, mask, limit, skip, largest):  # type: ignore[no-untyped-def]
-    """Largest |x| of each group, as bits: integers compare as magnitudes do, NaN above infinity.
-
-    ``limit`` holds infinity's bits; where ``skip``, what isn't finite counts as zero.
-    """
-    for g in range(x.shape[0]):
-        most = like(0, mask)
-        if skip:
-            for i in range(x.shape[1]):
-                b = like(to_bits(x[g, i]) & mask, mask)
-                b = b if b < limit else like(0, mask)
-                most = max(most, b)
-        else:
-            for i in range(x.shape[1]):
-                most = max(most, like(to_bits(x[g, i]) & mask, mask))
-        largest[g] = to_float(most)
+def row_magnitude(row, mask):  # type: ignore[no-untyped-def]
+    """Bits of the largest magnitude: integers compare as magnitudes do, NaN above infinity."""
+    most = like(0, mask)
+    for i in range(row.shape[0]):
+        most = max(most, like(to_bits(row[i]) & mask, mask))
+    return most
 
 
 @jit
-def ranges(x, mask, limit, skip, low, high):  # type: ignore[no-untyped-def]
-    """Smallest and largest entry of each group, zero included, as magnitudes of each sign."""
+def row_range(row, mask):  # type: ignore[no-untyped-def]
+    """Bits of the largest magnitudes below and above zero."""
+    above = like(0, mask)
+    below = like(0, mask)
+    for i in range(row.shape[0]):
+        bits = to_bits(row[i])
+        b = like(bits & mask, mask)
+        negative = bits > mask
+        above = max(above, like(0, mask) if negative else b)
+        below = max(below, b if negative else like(0, mask))
+    return below, above
+
+
+@jit
+def magnitudes(x, mask, high):  # type: ignore[no-untyped-def]
+    """Largest |x| of each group."""
     for g in range(x.shape[0]):
-        above = like(0, mask)
-        below = like(0, mask)
-        for i in range(x.shape[1]):
-            bits = to_bits(x[g, i])
-            b = like(bits & mask, mask)
-            if skip:
-                b = b if b < limit else like(0, mask)
-            negative = bits > mask
-            above = max(above, like(0, mask) if negative else b)
-            below = max(below, b if negative else like(0, mask))
+        high[g] = to_float(row_magnitude(x[g], mask))
+
+
+@jit
+def ranges(x, mask, low, high):  # type: ignore[no-untyped-def]
+    """Smallest and largest entry of each group, zero included."""
+    for g in range(x.shape[0]):
+        below, above = row_range(x[g], mask)
         low[g] = -to_float(below)
         high[g] = to_float(above)
 
@@ -91,10 +102,3 @@ def look_up(codes, scales, table, out):  # type: ignore[no-untyped-def]
         scale = scales[g]
         for i in range(codes.shape[1]):
             out[g, i] = table[codes[g, i]] * scale
-
-
-@jit
-def pack_nibbles(codes, packed):  # type: ignore[no-untyped-def]
-    """Two 4-bit codes to a byte, the even one in the low nibble; vectors of even length."""
-    for i in range(packed.shape[0]):
-        packed[i] = np.uint8(codes[2 * i] | (codes[2 * i + 1] << 4))

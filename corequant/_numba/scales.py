@@ -15,7 +15,7 @@ from corequant._numba.bits import like, to_bits, to_float
 from corequant._numba.jit import jit
 from corequant._numba.minifloat import Rounder, nearest_value
 
-__all__ = ["FLOAT", "POWER", "ROUNDED", "Rule", "choose", "power_of_two", "settle"]
+__all__ = ["FLOAT", "POWER", "ROUNDED", "Rule", "choose", "scale_and_zero", "settle"]
 
 FLOAT, ROUNDED, POWER = 0, 1, 2
 """Kinds of rules: the quotient itself; the quotient rounded to a float format; a power of two."""
@@ -45,29 +45,31 @@ class Rule(NamedTuple):
     highest: int
     fraction: int
     bias: int
+    least_normal: np.float32
+    lift: np.float32
+    """``2**fraction``."""
 
 
 @jit
 def power_of_two(exponent, rule):  # type: ignore[no-untyped-def]
     """Return ``2**exponent`` in the working type, subnormals included."""
-    if exponent + rule.bias > 0:
-        return to_float(like((exponent + rule.bias) << rule.fraction, rule.rounder.shift))
-    return to_float(like(1 << (exponent + rule.bias + rule.fraction - 1), rule.rounder.shift))
+    field = exponent + rule.bias
+    normal = max(field, 0) << rule.fraction
+    small = 1 << max(rule.fraction + field - 1, 0)
+    return to_float(like(normal if field > 0 else small, rule.rounder.shift))
 
 
 @jit
 def exponent_for(largest, rule):  # type: ignore[no-untyped-def]
     """Return the exponent that the rule gives to a group of that largest magnitude."""
-    bits = np.int64(to_bits(largest))
-    shifted = 0
-    if bits >> rule.fraction == 0:
-        # 2**fraction makes any subnormal a normal number, exactly.
-        bits = np.int64(to_bits(like(largest * np.float64(1 << rule.fraction), rule.tiny)))
-        shifted = rule.fraction
+    # 2**fraction makes any subnormal a normal number, exactly.
+    small = largest < rule.least_normal
+    scaled = largest * rule.lift if small else largest
+    bits = np.int64(to_bits(scaled))
     mantissa = bits & ((1 << rule.fraction) - 1)
-    exponent = (bits >> rule.fraction) - rule.bias - shifted - rule.offset
-    if mantissa >= rule.threshold:
-        exponent += 1
+    exponent = (bits >> rule.fraction) - rule.bias - rule.offset
+    exponent -= rule.fraction if small else 0
+    exponent += 1 if mantissa >= rule.threshold else 0
     return min(max(exponent, rule.lowest), rule.highest)
 
 
@@ -82,27 +84,51 @@ def settle(scale, rule):  # type: ignore[no-untyped-def]
 
 
 @jit
-def choose(low, high, rule, factor, scales, zeros):  # type: ignore[no-untyped-def]
-    """Scales and zero points of ranges; ``factor`` multiplies quotients before they are rounded."""
+def scale_and_zero(a, b, rule, factor):  # type: ignore[no-untyped-def]
+    """Scale and zero point of the range [-a, b]; ``factor`` multiplies before rounding."""
+    zero = like(0, rule.tiny)
+    if a == 0 and b == 0:
+        return rule.idle, zero
+    if rule.kind == POWER:
+        return power_of_two(exponent_for(max(a, b), rule), rule), zero
+    if rule.symmetric:
+        return settle(max(a, b) / rule.steps * factor, rule), zero
     two = like(2, rule.tiny)
-    for g in range(low.shape[0]):
-        a = -low[g]
-        b = high[g]
-        zero = like(0, rule.tiny)
-        if a == 0 and b == 0:
-            scale = rule.idle
-        elif rule.kind == POWER:
-            scale = power_of_two(exponent_for(max(a, b), rule), rule)
-        elif rule.symmetric:
-            scale = settle(max(a, b) / rule.steps * factor, rule)
-        else:
-            scale = max((b / two + a / two) / rule.steps, rule.tiny)
-            zero = np.rint(rule.least + a / scale)
-            zero = min(max(zero, rule.least), rule.most)
-            widest = max(zero - rule.least, rule.most - zero)
-            scale = min(scale, rule.huge / widest)
-            if rule.kind == ROUNDED:
-                scale = max(nearest_value(scale, rule.rounder), rule.tiny)
-                zero = min(max(np.rint(rule.least + a / scale), rule.least), rule.most)
-        scales[g] = scale
-        zeros[g] = zero
+    scale = max((b / two + a / two) / rule.steps, rule.tiny)
+    zero = like(min(max(np.rint(rule.least + a / scale), rule.least), rule.most), rule.tiny)
+    widest = max(zero - rule.least, rule.most - zero)
+    scale = min(scale, rule.huge / widest)
+    if rule.kind == ROUNDED:
+        scale = max(nearest_value(scale, rule.rounder), rule.tiny)
+        zero = like(min(max(np.rint(rule.least + a / scale), rule.least), rule.most), rule.tiny)
+    return scale, zero
+
+
+@jit
+def choose(low, high, rule, factor, scales, zeros):  # type: ignore[no-untyped-def]
+    """Scales and zero points of ranges; a loop for each kind, so that it becomes vectors."""
+    if not rule.symmetric:
+        for g in range(low.shape[0]):
+            scales[g], zeros[g] = scale_and_zero(-low[g], high[g], rule, factor)
+        return
+    zeros[:] = 0
+    top = rule.huge / rule.span
+    if rule.kind == POWER:
+        for g in range(low.shape[0]):
+            largest = max(-low[g], high[g])
+            scale = power_of_two(exponent_for(largest, rule), rule)
+            scales[g] = rule.idle if largest == 0 else scale
+    elif rule.kind == ROUNDED:
+        for g in range(low.shape[0]):
+            largest = max(-low[g], high[g])
+            scale = largest / rule.steps * factor
+            scale = nearest_value(top if scale > top else scale, rule.rounder)
+            scale = rule.tiny if scale < rule.tiny else scale
+            scales[g] = rule.idle if largest == 0 else scale
+    else:
+        for g in range(low.shape[0]):
+            largest = max(-low[g], high[g])
+            scale = largest / rule.steps * factor
+            scale = top if scale > top else scale
+            scale = rule.tiny if scale < rule.tiny else scale
+            scales[g] = rule.idle if largest == 0 else scale

@@ -1,7 +1,6 @@
-"""Searches for the scale of a group in float64: half-quadratic, and exact by breakpoints.
+"""Half-quadratic search for the scale and zero point of a group, in float64.
 
-Source: half-quadratic optimisation as in HQQ (Badri and Shaji, 2023); the sweep over breakpoints
-as in PiSO, arXiv 2606.10890, for an identity Hessian.
+Source: HQQ, "Half-Quadratic Quantization of Large Machine Learning Models" (Badri and Shaji, 2023).
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from corequant._numba.bits import like
 from corequant._numba.jit import jit
 from corequant._numba.scales import settle
 
-__all__ = ["half_quadratic", "sweep"]
+__all__ = ["half_quadratic", "settle_all"]
 
 NORM = 0.7
 ITERATIONS = 50
@@ -78,47 +77,8 @@ def half_quadratic(x, rule, unit, scales, zeros):  # type: ignore[no-untyped-def
 
 
 @jit
-def sweep(x, levels, middles, scales):  # type: ignore[no-untyped-def]
-    """Write the scale of least squared error of each group, 0 where no scale beats all zeros.
-
-    ``levels`` ascend, ``middles[j]`` lies between levels j and j + 1. As the scale falls from
-    infinity, entry x changes its code at ``x / middles[j]`` only; between two such points the best
-    scale for fixed codes is Σ(level·x) / Σ(level²), so the least error of all is that of some
-    piece.
-    """
-    origin = np.searchsorted(middles, 0.0)
-    count = middles.shape[0]
-    places = np.empty(x.shape[1] * max(count, 1), np.float64)
-    products = np.empty_like(places)
-    squares = np.empty_like(places)
-    for g in range(x.shape[0]):
-        base = levels[origin]
-        product = 0.0
-        square = 0.0
-        n = 0
-        for value in x[g]:
-            w = np.float64(value)
-            product += base * w
-            square += base * base
-            if w == 0:
-                continue
-            for j in range(count):
-                if middles[j] * w > 0:
-                    upward = w > 0
-                    new = levels[j + 1] if upward else levels[j]
-                    old = levels[j] if upward else levels[j + 1]
-                    places[n] = w / middles[j]
-                    products[n] = (new - old) * w
-                    squares[n] = new * new - old * old
-                    n += 1
-        order = np.argsort(places[:n])[::-1]
-        best = 0.0
-        scale = 0.0
-        for k in range(-1, n):
-            if k >= 0:
-                product += products[order[k]]
-                square += squares[order[k]]
-            if product > 0 and square > 0 and product * product > best * square:
-                best = product * product / square
-                scale = product / square
-        scales[g] = scale
+def settle_all(found, rule, scales):  # type: ignore[no-untyped-def]
+    """Bring scales to their format; where none was found, the old one stays."""
+    for g in range(scales.shape[0]):
+        if found[g] > 0:
+            scales[g] = settle(like(found[g], rule.tiny), rule)

@@ -1,0 +1,222 @@
+"""Speed of the number formats against np.copyto, compressed-tensors and brevitas.
+
+Usage: python bench/bench_formats.py [--size 4096] [--rounds 9] [--threads 1] [--peers]
+
+Prints medians over rounds in which all candidates take turns, as ratios to the baseline of the same
+rounds: copying the array, or writing the output. Results are compared before they are timed. With
+one thread the clock is the thread's CPU time, which leaves out what other programs stole; with more
+it is the wall's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+Candidates = dict[str, Callable[[], object]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default=4096, type=int)
+    parser.add_argument("--rounds", default=9, type=int)
+    parser.add_argument("--threads", default=1, type=int)
+    parser.add_argument("--peers", action="store_true")
+    options = parser.parse_args()
+    os.environ["NUMBA_NUM_THREADS"] = str(options.threads)
+    clock = time.thread_time if options.threads == 1 else time.perf_counter
+
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((options.size, options.size), dtype=np.float32)
+    groups = {
+        "round, against np.copyto": (ours_rounding(x), "np.copyto"),
+        "read packed codes, against writing": (ours_reading(x), "write"),
+        "search scales, against absmax": (ours_searching(x), "absmax"),
+    }
+    if options.peers:
+        groups["the same as peers"] = (peers(x, options.threads), None)
+    for title, (candidates, baseline) in groups.items():
+        print(f"\n{title} ({options.size} x {options.size} float32, {options.threads} thread(s))")
+        report(candidates, baseline, options.rounds, clock)
+
+
+def ours_rounding(x: np.ndarray) -> Candidates:
+    import corequant as cq
+
+    out = np.empty_like(x)
+    packed = np.zeros((len(x), x.shape[1] // 2), np.uint8)
+    codes = cq.quantize(x, "mxfp4").codes
+    np.testing.assert_array_equal(
+        cq.quantize_packed(x, "mxfp4", out=packed).packed, cq.pack_bytes(codes, 4)
+    )
+    candidates: Candidates = {"np.copyto": lambda: np.copyto(out, x)}
+    for text in ("int4:group128", "int4:group32", "int4:channel", "int4:token:asymmetric"):
+        decoded = cq.dequantize(cq.quantize(x, text))
+        np.testing.assert_array_equal(cq.fake_quantize(x, text), decoded)
+        candidates[f"fake_quantize {text}"] = lambda text=text: cq.fake_quantize(x, text, out=out)
+    for text in ("mxfp4", "nvfp4"):
+        candidates[f"quantize_packed {text}"] = lambda text=text: cq.quantize_packed(
+            x, text, out=packed
+        )
+    divisor = cq.choose_global_scale(x, "nvfp4")
+    candidates["quantize_packed nvfp4, global scale given"] = lambda: cq.quantize_packed(
+        x, "nvfp4", out=packed, global_scale=divisor
+    )
+    return candidates
+
+
+def ours_reading(x: np.ndarray) -> Candidates:
+    import corequant as cq
+
+    out = np.empty_like(x)
+    candidates: Candidates = {"write": lambda: out.fill(1)}
+    for text in ("mxfp4", "nvfp4", "int4:group128"):
+        packed = cq.quantize_packed(x, text)
+        expected = cq.dequantize(cq.quantize(x, text))
+        np.testing.assert_array_equal(cq.dequantize_packed(packed), expected)
+        candidates[f"dequantize_packed {text}"] = lambda packed=packed: cq.dequantize_packed(
+            packed, out=out
+        )
+    return candidates
+
+
+def ours_searching(x: np.ndarray) -> Candidates:
+    import corequant as cq
+
+    rows = np.ascontiguousarray(x[: len(x) // 4])
+    errors = {}
+    for search in ("absmax", "mse", "exact"):
+        rounded = cq.dequantize(cq.quantize(rows, f"int4:channel:{search}"))
+        errors[search] = np.square(rows.astype(np.float64) - rounded).sum()
+    assert errors["exact"] <= errors["mse"] <= errors["absmax"]
+    candidates: Candidates = {}
+    for search in ("absmax", "mse", "exact"):
+        text = f"int4:channel:{search}"
+        candidates[search] = lambda text=text: cq.choose_qparams(rows, text)
+    candidates["absmax, codes too"] = lambda: cq.quantize(rows, "int4:channel")
+    return candidates
+
+
+def peers(x: np.ndarray, threads: int) -> Candidates:
+    """compressed-tensors and brevitas on the CPU; results are equal where rules are."""
+    import torch
+    from compressed_tensors.compressors.nvfp4.helpers import (
+        pack_fp4_to_uint8,
+        unpack_fp4_from_uint8,
+    )
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize, quantize
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    import corequant as cq
+
+    torch.set_num_threads(threads)
+    t, out = torch.from_numpy(x), np.empty_like(x)
+    packed = np.zeros((len(x), x.shape[1] // 2), np.uint8)
+
+    def ranges(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = t.unflatten(-1, (-1, size))
+        return parts.amin(-1), parts.amax(-1)
+
+    whole = QuantizationArgs(num_bits=4, symmetric=True, strategy="group", group_size=128)
+    micro = QuantizationArgs(
+        num_bits=4, type="float", strategy="group", group_size=32, scale_dtype=torch.uint8
+    )
+    nv = QuantizationArgs(
+        num_bits=4,
+        type="float",
+        strategy="tensor_group",
+        group_size=16,
+        scale_dtype=torch.float8_e4m3fn,
+    )
+
+    def theirs_int4() -> torch.Tensor:
+        return fake_quantize(t, *calculate_qparams(*ranges(128), whole), whole)
+
+    def theirs_mxfp4() -> torch.Tensor:
+        scale, zero = calculate_qparams(*ranges(32), micro)
+        return pack_fp4_to_uint8(quantize(t, scale, zero, micro))
+
+    def theirs_nvfp4() -> torch.Tensor:
+        divisor = generate_gparam(t.min(), t.max())
+        scale, zero = calculate_qparams(*ranges(16), nv, global_scale=divisor)
+        return pack_fp4_to_uint8(quantize(t, scale.float(), zero, nv, global_scale=divisor))
+
+    expected = cq.fake_quantize(x, "int4:group128")
+    np.testing.assert_array_equal(theirs_int4().numpy(), expected)
+    for text, theirs in (("mxfp4:even", theirs_mxfp4()), ("nvfp4", theirs_nvfp4())):
+        ours = cq.quantize_packed(x, text).packed
+        assert (theirs.numpy() != ours).mean() < 1e-3, text
+    stored = torch.from_numpy(cq.quantize_packed(x, "mxfp4").packed)
+    scales = torch.from_numpy(cq.quantize(x, "mxfp4").scales)
+
+    def theirs_reading() -> torch.Tensor:
+        numbers = unpack_fp4_from_uint8(stored, *x.shape, torch.float32)
+        return (numbers.unflatten(-1, (-1, 32)) * scales[..., None]).flatten(-2)
+
+    layer = brevitas_int4(t)
+    mine = cq.quantize_packed(x, "mxfp4")
+    return {
+        "int4:group128 ours": lambda: cq.fake_quantize(x, "int4:group128", out=out),
+        "int4:group128 compressed-tensors": theirs_int4,
+        "int4:group128 brevitas": layer,
+        "mxfp4 encode ours": lambda: cq.quantize_packed(x, "mxfp4:even", out=packed),
+        "mxfp4 encode compressed-tensors": theirs_mxfp4,
+        "nvfp4 encode ours": lambda: cq.quantize_packed(x, "nvfp4", out=packed),
+        "nvfp4 encode compressed-tensors": theirs_nvfp4,
+        "mxfp4 decode ours": lambda: cq.dequantize_packed(mine, out=out),
+        "mxfp4 decode compressed-tensors": theirs_reading,
+    }
+
+
+def brevitas_int4(t: object) -> Callable[[], object]:
+    import torch
+    from brevitas.inject.enum import ScalingPerOutputType
+    from brevitas.nn import QuantLinear
+    from brevitas.quant.scaled_int import Int8WeightPerChannelFloat
+
+    quantizer = Int8WeightPerChannelFloat.let(
+        bit_width=4,
+        group_size=128,
+        group_dim=1,
+        scaling_per_output_type=ScalingPerOutputType.GROUP,
+    )
+    assert isinstance(t, torch.Tensor)
+    layer = QuantLinear(t.shape[1], t.shape[0], bias=False, weight_quant=quantizer)
+    layer.weight.data = t.clone()
+    layer.eval()
+
+    def run() -> object:
+        with torch.no_grad():
+            return layer.quant_weight().value
+
+    return run
+
+
+def report(
+    candidates: Candidates, baseline: str | None, rounds: int, clock: Callable[[], float]
+) -> None:
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for call in candidates.values():
+        call()
+    order = list(candidates)
+    for turn in range(rounds):
+        for name in order if turn % 2 == 0 else reversed(order):
+            started = clock()
+            candidates[name]()
+            times[name].append(clock() - started)
+    for name in order:
+        median = float(np.median(times[name]))
+        ratio = ""
+        if baseline is not None:
+            pairs = zip(times[baseline], times[name], strict=True)
+            ratio = f"{np.median([a / b for a, b in pairs]):10.3f}"
+        print(f"  {name:44s} {median * 1e3:10.2f} ms {ratio}")
+
+
+if __name__ == "__main__":
+    main()

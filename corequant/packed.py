@@ -1,0 +1,283 @@
+"""Tensors that stay packed: rounded straight into bytes, and read straight out of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant._dispatch import backend_for
+from corequant._validation import check_array, check_divides
+from corequant.errors import ShapeError
+from corequant.formats import find_format
+from corequant.packing import packed_bytes, packed_words
+from corequant.quantization import QuantizedTensor, as_spec, choose_global_scale
+from corequant.specs import Granularity, QuantSpec, ScaleFormat
+
+__all__ = [
+    "PackedTensor",
+    "dequantize_packed",
+    "load_scales",
+    "pack_quantized",
+    "quantize_packed",
+    "store_scales",
+    "unpack_quantized",
+]
+
+Array = npt.NDArray[Any]
+
+_BYTES = {ScaleFormat.E8M0: "float8_e8m0fnu", ScaleFormat.E4M3: "float8_e4m3fn"}
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTensor:
+    """A quantized tensor as its bytes.
+
+    Attributes
+    ----------
+    packed : numpy.ndarray (..., bytes), uint8
+        The stream of each row as ``corequant.packing`` describes: signed integers offset binary and
+        padded to 32-bit words, other codes as they are, padded to bytes.
+    scales : numpy.ndarray
+        In their format: uint8 for E8M0 and E4M3, float16, or float32 (bfloat16 scales too).
+    zero_points : numpy.ndarray or None
+    spec : QuantSpec
+    d : int
+        Length of the last axis before packing.
+    global_scale : numpy.ndarray (1,) or None
+    """
+
+    packed: Array
+    scales: Array
+    zero_points: Array | None
+    spec: QuantSpec
+    d: int
+    global_scale: Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that was quantized."""
+        return (*self.packed.shape[:-1], self.d)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all the arrays."""
+        arrays = (self.packed, self.scales, self.zero_points, self.global_scale)
+        return sum(a.nbytes for a in arrays if a is not None)
+
+
+def quantize_packed(
+    x: Any, spec: QuantSpec | str, *, global_scale: Any = None, out: Any = None
+) -> PackedTensor:
+    """Round ``x`` straight to packed codes: ``pack_quantized(quantize(x, spec))`` in one pass.
+
+    Parameters
+    ----------
+    x : numpy.ndarray (..., d)
+        Floating and finite.
+    spec : QuantSpec or str
+        The quantizer, such as ``"mxfp4"``.
+    global_scale : numpy.ndarray (1,), optional
+        As for ``quantize``.
+    out : numpy.ndarray (..., bytes), uint8, optional
+        Where the packed codes go; C-contiguous.
+
+    Returns
+    -------
+    PackedTensor
+
+    Raises
+    ------
+    NonFiniteError, BlockSizeError, ShapeError, SpecError, TypeError, ValueError
+        As for ``quantize``, and for another ``out``.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> x = np.zeros((1, 32), np.float32)
+    >>> x[0, :4] = 6, -3, 1.4, 0.3
+    >>> p = cq.quantize_packed(x, "mxfp4")
+    >>> p.packed[0, :2].tobytes().hex(" "), p.scales
+    ('d7 13', array([[127]], dtype=uint8))
+    """
+    from corequant._quantize_numpy import quantize_packed as quantize_array
+
+    spec = as_spec(spec)
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f"x must be a numpy.ndarray, got {type(x).__name__}")
+    check_array("x", x)
+    d = x.shape[-1]
+    if spec.group_size is not None:
+        check_divides("group_size", spec.group_size, d)
+    shape = (*x.shape[:-1], _row_bytes(d, spec))
+    if out is None:
+        out = np.zeros(shape, np.uint8)
+    elif out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
+        raise ShapeError(f"out must be uint8, C-contiguous and of shape {shape}, got {out.shape}")
+    if spec.granularity is Granularity.TENSOR_GROUP and global_scale is None:
+        global_scale = choose_global_scale(x, spec)
+    rows_out = out.reshape(math.prod(shape[:-1]), shape[-1])
+    scales, zeros = quantize_array(x, spec, global_scale, rows_out)
+    return PackedTensor(out, store_scales(scales, spec), zeros, spec, d, global_scale)
+
+
+def dequantize_packed(packed: PackedTensor, *, out: Any = None) -> Array:
+    """Return the numbers of a packed tensor, without the codes in between.
+
+    Parameters
+    ----------
+    packed : PackedTensor
+    out : numpy.ndarray (..., d), float32 or float64, optional
+        Where the numbers go; C-contiguous. A new float32 array by default.
+
+    Returns
+    -------
+    numpy.ndarray (..., d)
+
+    Raises
+    ------
+    ShapeError, TypeError
+        If ``packed`` isn't a PackedTensor or ``out`` doesn't fit.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> p = cq.quantize_packed(np.full((1, 32), 1.5, np.float32), "mxfp4")
+    >>> float(cq.dequantize_packed(p)[0, 0])
+    1.5
+    """
+    from corequant._grids import grid_for
+    from corequant._quantize_numpy import each_panel, flat_qparams
+    from corequant._scales import effective
+
+    if not isinstance(packed, PackedTensor):
+        raise TypeError(f"packed must be a PackedTensor, got {type(packed).__name__}")
+    spec, d = packed.spec, packed.d
+    if out is None:
+        out = np.empty(packed.shape, np.float32)
+    elif (
+        out.shape != packed.shape
+        or out.dtype not in (np.float32, np.float64)
+        or not out.flags.c_contiguous
+    ):
+        raise ShapeError(
+            f"out must be float32 or float64, C-contiguous and of shape {packed.shape}, "
+            f"got {out.dtype} {out.shape}"
+        )
+    if not out.size:
+        return out  # type: ignore[no-any-return]
+    size = spec.group_size or d
+    target = out.reshape(-1, d)
+    scales = load_scales(packed.scales, spec)
+    flat, zeros = flat_qparams(scales, packed.zero_points, out.dtype, target.size // size)
+    steps, grid = effective(flat, packed.global_scale), grid_for(spec.format, out.dtype)
+
+    def work(panel: Array, rows: slice, groups: slice) -> None:
+        grid.decode_packed(panel, size, steps[groups], zeros[groups], target[rows])
+
+    width = packed.packed.shape[-1]
+    each_panel(packed.packed, width, np.dtype(np.uint8), work, d // size, d, whole=True)
+    return out  # type: ignore[no-any-return]
+
+
+def pack_quantized(quantized: QuantizedTensor) -> PackedTensor:
+    """Return a quantized tensor (of NumPy arrays) packed.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> cq.pack_quantized(cq.quantize(np.ones((2, 32), np.float32), "mxfp4")).nbytes
+    34
+    """
+    from corequant.packing import pack, pack_bytes
+
+    if not isinstance(quantized, QuantizedTensor):
+        raise TypeError(f"quantized must be a QuantizedTensor, got {type(quantized).__name__}")
+    spec, codes = quantized.spec, quantized.codes
+    if spec.format.least_code:
+        packed = pack(codes, spec.format.bits).astype("<i4", copy=False).view(np.uint8)
+    else:
+        packed = pack_bytes(codes, spec.format.bits)
+    scales = store_scales(quantized.scales, spec)
+    return PackedTensor(
+        packed, scales, quantized.zero_points, spec, codes.shape[-1], quantized.global_scale
+    )
+
+
+def unpack_quantized(packed: PackedTensor) -> QuantizedTensor:
+    """Return what ``pack_quantized`` packed; scales as float32.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> p = cq.pack_quantized(cq.quantize(np.ones((2, 32), np.float32), "mxfp4"))
+    >>> cq.unpack_quantized(p).codes[0, :3]
+    array([6, 6, 6], dtype=uint8)
+    """
+    from corequant.packing import unpack, unpack_bytes
+
+    spec = packed.spec
+    if spec.format.least_code:
+        words = np.ascontiguousarray(packed.packed).view("<i4").astype(np.int32, copy=False)
+        codes: Array = unpack(words, spec.format.bits, packed.d)
+    else:
+        codes = unpack_bytes(packed.packed, spec.format.bits, packed.d)
+    scales = load_scales(packed.scales, spec)
+    return QuantizedTensor(codes, scales, packed.zero_points, spec, packed.global_scale)
+
+
+def store_scales(scales: Array, spec: QuantSpec) -> Array:
+    """Return scales as they are stored: bytes E8M0 or E4M3, float16, otherwise float32.
+
+    Raises ValueError where a scale is not a number of that format.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from corequant.packed import store_scales
+    >>> from corequant.specs import presets
+    >>> store_scales(np.array([[1.0, 0.5]], np.float32), presets["mxfp4"])
+    array([[127, 126]], dtype=uint8)
+    """
+    kind = spec.scale_format
+    if kind in _BYTES:
+        form = find_format(_BYTES[kind])
+        backend = backend_for(scales=scales)
+        stored: Array = backend.encode(scales, form)
+        exact = backend.decode(stored, form) == scales
+    else:
+        with np.errstate(over="ignore"):
+            narrow = np.float16 if kind is ScaleFormat.FLOAT16 else np.float32
+            stored = np.ascontiguousarray(scales, narrow)
+        exact = stored == scales if kind is ScaleFormat.FLOAT16 else np.isfinite(stored)
+    if not exact.all():
+        raise ValueError(f"scales must be numbers of {kind.value}, got {scales[~exact][0]}")
+    return stored
+
+
+def load_scales(stored: Array, spec: QuantSpec) -> Array:
+    """Return stored scales as float32.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from corequant.packed import load_scales
+    >>> from corequant.specs import presets
+    >>> load_scales(np.array([[127, 126]], np.uint8), presets["mxfp4"])
+    array([[1. , 0.5]], dtype=float32)
+    """
+    if spec.scale_format in _BYTES:
+        decoded: Array = backend_for(stored=stored).decode(
+            stored, find_format(_BYTES[spec.scale_format])
+        )
+        return decoded
+    return stored.astype(np.float32)
+
+
+def _row_bytes(d: int, spec: QuantSpec) -> int:
+    if spec.format.least_code:
+        return packed_words(d, spec.format.bits) * 4
+    return packed_bytes(d, spec.format.bits)

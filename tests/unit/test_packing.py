@@ -1,0 +1,107 @@
+"""Bit streams: golden bytes, inverses, errors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import corequant as cq
+from corequant.export import from_arrays, to_arrays
+
+SPECS = [
+    *(f"int{b}:{rest}" for b in range(2, 9) for rest in ("channel", "group32:asymmetric")),
+    *("uint4:token:asymmetric", "uint3:channel", "nf4:group16", "e3m2:channel:float16"),
+    *("codebook(-1,0,2):group32", "e4m3:tensor:bfloat16", "float8_e4m3fn:channel"),
+    *cq.presets,
+]
+
+
+def words(array):
+    return [f"{int(w) & 0xFFFFFFFF:08x}" for w in array.ravel()]
+
+
+def test_golden_integers():
+    codes = np.arange(-8, 8)
+    assert words(cq.pack(codes, 4)) == ["76543210", "fedcba98"]
+    assert words(cq.pack(np.tile(np.arange(-4, 4), 4), 3)) == ["88fac688", "c688fac6", "fac688fa"]
+
+
+def test_golden_zero_points_are_packed_along_the_outputs():
+    scales, codes = np.ones((16, 1), np.float32), np.zeros((16, 8), np.int8)
+    zeros = np.arange(-8, 8, dtype=np.int8)[:, None]
+    spec = cq.QuantSpec.parse("int4:channel:asymmetric")
+    arrays = to_arrays("w", cq.QuantizedTensor(codes, scales, zeros, spec))
+    assert arrays["w.weight_zero_point"].shape == (2, 1)
+    assert words(arrays["w.weight_zero_point"]) == ["76543210", "fedcba98"]
+
+
+def test_golden_fp4():
+    assert cq.pack_bytes(np.arange(16), 4).tobytes().hex() == "1032547698badcfe"
+    x = np.zeros((1, 32), np.float32)
+    x[0, :4] = 6, -3, 1.4, 0.3
+    micro = cq.quantize_packed(x, "mxfp4")
+    assert micro.scales.tolist() == [[127]]
+    assert micro.packed[0, :2].tobytes().hex() == "d713"
+    np.testing.assert_array_equal(cq.dequantize_packed(micro)[0, :4], [6, -3, 1.5, 0.5])
+    nv = cq.quantize_packed(np.ascontiguousarray(x[:, :16]), "nvfp4")
+    assert nv.global_scale.tolist() == [448.0]
+    assert nv.scales.tolist() == [[0x7E]]
+    assert nv.packed[0, :2].tobytes().hex() == "d713"
+    np.testing.assert_array_equal(cq.dequantize_packed(nv)[0, :4], [6, -3, 1.5, 0.5])
+
+
+@given(st.integers(2, 8), st.integers(0, 70), st.integers(0, 3), st.integers(0, 2**32 - 1))
+def test_unpack_undoes_pack(bits, d, rows, seed):
+    generator = np.random.default_rng(seed)
+    half = 2 ** (bits - 1)
+    codes = generator.integers(-half, half, (rows, d)).astype(np.int8)
+    np.testing.assert_array_equal(cq.unpack(cq.pack(codes, bits), bits, d), codes)
+    plain = (codes.astype(np.int16) + half).astype(np.uint8)
+    np.testing.assert_array_equal(cq.unpack_bytes(cq.pack_bytes(plain, bits), bits, d), plain)
+
+
+@given(st.integers(2, 8), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_bits_lie_where_the_definition_says(bits, d, seed):
+    codes = np.random.default_rng(seed).integers(0, 2**bits, d)
+    stream = int.from_bytes(cq.pack_bytes(codes, bits).tobytes(), "little")
+    assert [(stream >> (bits * k)) & (2**bits - 1) for k in range(d)] == codes.tolist()
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_packed_tensors_and_arrays_come_back(text):
+    x = np.random.default_rng(7).standard_normal((6, 96)).astype(np.float32)
+    quantized = cq.quantize(x, text)
+    packed = cq.quantize_packed(x, text)
+    apart = cq.pack_quantized(quantized)
+    np.testing.assert_array_equal(packed.packed, apart.packed)
+    np.testing.assert_array_equal(packed.scales, apart.scales)
+    np.testing.assert_array_equal(cq.dequantize_packed(packed), cq.dequantize(quantized))
+    again = from_arrays("m", to_arrays("m", quantized), quantized.spec, (6, 96))
+    for tensor in (cq.unpack_quantized(packed), again):
+        np.testing.assert_array_equal(tensor.codes, quantized.codes)
+        np.testing.assert_array_equal(tensor.scales, quantized.scales)
+        assert tensor.codes.dtype == quantized.codes.dtype
+        if quantized.zero_points is not None:
+            np.testing.assert_array_equal(tensor.zero_points, quantized.zero_points)
+        np.testing.assert_array_equal(cq.dequantize(tensor), cq.dequantize(quantized))
+
+
+def test_errors_name_what_is_wrong():
+    with pytest.raises(ValueError, match=r"codes must lie in \[-8, 7\] for 4 bits, got 8 to 8"):
+        cq.pack(np.array([8]), 4)
+    with pytest.raises(TypeError, match="codes must have an integer dtype, got float64"):
+        cq.pack(np.array([1.0]), 4)
+    with pytest.raises(ValueError, match="bits must be 2 to 8, got 9"):
+        cq.pack(np.array([1]), 9)
+    with pytest.raises(ValueError, match="packed must hold 1 words a row"):
+        cq.unpack(np.zeros((2, 2), np.int32), 4, 8)
+    with pytest.raises(TypeError, match="packed must have dtype uint8, got int32"):
+        cq.unpack_bytes(np.zeros(4, np.int32), 4, 8)
+    quantized = cq.quantize(np.ones((1, 32), np.float32), "mxfp4")
+    wrong = cq.QuantizedTensor(quantized.codes, quantized.scales * 24, None, quantized.spec)
+    with pytest.raises(ValueError, match=r"scales must be numbers of e8m0, got 6\.0"):
+        cq.pack_quantized(wrong)
+    with pytest.raises(cq.ShapeError, match="out must be uint8"):
+        cq.quantize_packed(np.ones((1, 32), np.float32), "mxfp4", out=np.zeros((1, 32), np.uint8))

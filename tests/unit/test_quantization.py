@@ -1,0 +1,274 @@
+"""Bad and extreme input of quantize, dequantize and fake_quantize, for every kind of spec."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import corequant as cq
+
+SPECS = [
+    "int4:channel:symmetric",
+    "int4:token:asymmetric",
+    "int8:tensor:asymmetric",
+    "int4:group32:symmetric:mse",
+    "int4:group32:symmetric:exact",
+    "int4:group32:asymmetric:hqo",
+    "int4:group32:percentile99",
+    "uint4:token:asymmetric",
+    "int4:group32:symmetric:float16",
+    "int4:group32:symmetric:bfloat16",
+    "int4:group32:symmetric:pow2:ceil",
+    "e3m2:channel",
+    "float8_e4m3fn:tensor",
+    "nf4:group32",
+    "nf4:group32:exact",
+    *cq.presets,
+    "mxfp4:ceil",
+    "mxfp4:search",
+    "nvfp4:search",
+    "nvfp4:four_over_six",
+]
+LARGEST = np.finfo(np.float32).max
+
+
+def sample(shape=(6, 96), seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("text", SPECS)
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_refused_with_its_place(text, bad):
+    x = sample()
+    x[3, 70] = bad
+    x[4, 1] = bad
+    calls = (
+        lambda: cq.quantize(x, text),
+        lambda: cq.fake_quantize(x, text),
+        lambda: cq.choose_qparams(x, text),
+        lambda: cq.quantize_packed(x, text),
+    )
+    for call in calls:
+        with pytest.raises(cq.NonFiniteError) as caught:
+            call()
+        assert (caught.value.count, caught.value.index) == (2, (3, 70))
+    good = cq.quantize(sample(), text)
+    with pytest.raises(cq.NonFiniteError, match=r"index \(3, 70\)"):
+        cq.quantize(x, text, good.scales, good.zero_points, global_scale=good.global_scale)
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_propagated_entries_spoil_nothing_else(text):
+    clean = sample()
+    clean[3, 70] = clean[0, 5] = 0
+    x = clean.copy()
+    x[3, 70], x[0, 5] = np.nan, -np.inf
+    rounded = cq.fake_quantize(x, text, nonfinite="propagate")
+    expected = cq.fake_quantize(clean, text)
+    expected[3, 70], expected[0, 5] = np.nan, -np.inf
+    np.testing.assert_array_equal(rounded, expected)
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_zeros_stay_zeros(text):
+    x = sample()
+    x[2] = 0
+    x[5, :32] = 0
+    x[1, 32:64] = -0.0
+    rounded = cq.dequantize(cq.quantize(x, text))
+    # A grid without zero has no exact zero to give; all of these have.
+    assert (rounded[2] == 0).all()
+    assert (rounded[5, :32] == 0).all()
+    assert (rounded[1, 32:64] == 0).all()
+    empty = cq.quantize(np.zeros((2, 32), np.float32), text)
+    assert (cq.dequantize(empty) == 0).all()
+    assert np.isfinite(empty.scales).all()
+    assert (empty.scales > 0).all()
+
+
+@pytest.mark.parametrize("text", SPECS)
+@pytest.mark.parametrize("size", [1e-45, 1e-40, 1e-30, 1e-12, 1e30, LARGEST / 2, LARGEST])
+def test_extreme_sizes_neither_overflow_nor_vanish(text, size):
+    unit = sample()
+    unit /= np.abs(unit).max()
+    x = np.clip(unit.astype(np.float64) * size, -LARGEST, LARGEST).astype(np.float32)
+    x[0, 0], x[1, 0] = size, -np.float32(size)
+    for rounded in (cq.dequantize(cq.quantize(x, text)), cq.fake_quantize(x, text)):
+        assert np.isfinite(rounded).all()
+        if 1e-33 < size and not ("float16" in text and "bfloat16" not in text):
+            error = np.abs(rounded.astype(np.float64) - x).max()
+            assert error <= np.float64(size) * 0.62
+
+
+@pytest.mark.parametrize("text", ["int4:group32:float16", "int4:group32:bfloat16"])
+def test_scales_beyond_their_format_saturate(text):
+    """Documented: the nearest scale that there is, so the largest entries are clipped."""
+    top = 65504 if text.endswith(":float16") else 3.3895313892515355e38
+    scales, _ = cq.choose_qparams(np.full((1, 32), LARGEST, np.float32), text)
+    assert 0 < scales[0, 0] <= top
+    tiny, _ = cq.choose_qparams(np.full((1, 32), 1e-44, np.float32), text)
+    assert tiny[0, 0] == (2.0**-24 if text.endswith(":float16") else 2.0**-133)
+    assert np.isfinite(cq.fake_quantize(np.full((1, 32), LARGEST, np.float32), text)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("text", SPECS)
+def test_narrow_dtypes_come_back_finite_and_as_through_float32(dtype, text):
+    x = sample().astype(dtype)
+    rounded = cq.fake_quantize(x, text)
+    assert rounded.dtype == dtype
+    wide = cq.fake_quantize(x.astype(np.float32), text).astype(dtype)
+    np.testing.assert_array_equal(rounded.view(np.uint16), wide.view(np.uint16))
+    top = np.array([65504 if dtype is np.float16 else 3.3895e38], np.float32).astype(dtype)
+    edge = np.full((1, 96), top[0])
+    edge[0, 1::2] = -top[0]
+    assert np.isfinite(cq.fake_quantize(edge, text).astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_layouts_of_memory_make_no_difference(text):
+    x = sample((8, 2, 96))
+    expected = cq.quantize(x, text)
+    wide = np.zeros((8, 2, 192), np.float32)
+    wide[..., ::2] = x
+    frozen = x.copy()
+    frozen.setflags(write=False)
+    for other in (
+        np.asfortranarray(x),
+        wide[..., ::2],
+        x[::-1].copy()[::-1],
+        x.astype(">f4"),
+        frozen,
+        x.transpose(2, 0, 1).copy().transpose(1, 2, 0),
+    ):
+        before = other.copy()
+        quantized = cq.quantize(other, text)
+        np.testing.assert_array_equal(quantized.codes, expected.codes)
+        np.testing.assert_array_equal(quantized.scales, expected.scales)
+        np.testing.assert_array_equal(cq.fake_quantize(other, text), cq.dequantize(expected))
+        np.testing.assert_array_equal(other, before)
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_rounding_twice_changes_nothing_with_the_same_scales(text):
+    x = sample()
+    first = cq.quantize(x, text)
+    again = cq.quantize(
+        cq.dequantize(first), text, first.scales, first.zero_points, global_scale=first.global_scale
+    )
+    np.testing.assert_array_equal(again.codes, first.codes)
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_fake_quantize_is_quantize_and_dequantize(text):
+    for dtype in (np.float32, np.float64):
+        x = sample().astype(dtype)
+        rounded = cq.fake_quantize(x, text)
+        decoded = cq.dequantize(cq.quantize(x, text))
+        assert rounded.dtype == decoded.dtype == dtype
+        np.testing.assert_array_equal(rounded, decoded)
+        np.testing.assert_array_equal(np.signbit(rounded), np.signbit(decoded))
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_results_do_not_depend_on_threads(text, monkeypatch):
+    x = sample((600, 384))
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "1")
+    alone, codes = cq.fake_quantize(x, text), cq.quantize(x, text).codes
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "3")
+    np.testing.assert_array_equal(cq.fake_quantize(x, text), alone)
+    np.testing.assert_array_equal(cq.quantize(x, text).codes, codes)
+
+
+def test_minus_zero_is_kept_where_there_is_one():
+    x = np.array([[-0.0, -0.1, 6, 0.0]], np.float32)
+    assert np.signbit(cq.fake_quantize(x, "e2m1:channel")).tolist() == [[True, True, False, False]]
+    assert not np.signbit(cq.fake_quantize(x, "float8_e4m3fnuz:channel")[0, 0])
+    assert not np.signbit(cq.fake_quantize(x, "int4:channel")).any()
+
+
+def test_out_takes_the_result_or_is_refused():
+    x = sample()
+    expected = cq.fake_quantize(x, "int4:group32")
+    out = np.empty_like(x)
+    assert cq.fake_quantize(x, "int4:group32", out=out) is out
+    np.testing.assert_array_equal(out, expected)
+    strided = np.zeros((6, 192), np.float32)[:, ::2]
+    cq.fake_quantize(x, "int4:group32", out=strided)
+    np.testing.assert_array_equal(strided, expected)
+    cq.fake_quantize(x, "int4:group32", out=x)
+    np.testing.assert_array_equal(x, expected)
+    with pytest.raises(cq.ShapeError, match="out must have x's shape"):
+        cq.fake_quantize(x, "int4:group32", out=np.empty((6, 95), np.float32))
+    with pytest.raises(ValueError, match="share no memory"):
+        cq.fake_quantize(x[:3], "int4:group32", out=x[1:4])
+    out.setflags(write=False)
+    with pytest.raises(ValueError, match="out must be writeable"):
+        cq.fake_quantize(x, "int4:group32", out=out)
+
+
+@pytest.mark.parametrize("shape", [(0, 32), (3, 0), (0, 0), (2, 0, 32)])
+@pytest.mark.parametrize("text", ["int4:channel", "int4:tensor:asymmetric", "mxfp4", "nvfp4"])
+def test_empty_arrays_stay_empty(shape, text):
+    quantized = cq.quantize(np.zeros(shape, np.float32), text)
+    assert quantized.shape == shape
+    assert cq.dequantize(quantized).shape == shape
+    assert cq.fake_quantize(np.zeros(shape, np.float32), text).shape == shape
+
+
+@pytest.mark.parametrize(
+    ("x", "text", "error", "message"),
+    [
+        (np.float32(3) * np.ones(()), "int4:channel", ValueError, "at least 1 axis"),
+        (np.ones((2, 4), np.int64), "int4:channel", TypeError, "real floating dtype, got int64"),
+        (np.ones((2, 4), bool), "int4:channel", TypeError, "real floating dtype, got bool"),
+        (np.ones((2, 4), object), "int4:channel", TypeError, "real floating dtype, got object"),
+        (np.ones((2, 4), complex), "int4:channel", TypeError, "got complex128"),
+        ([[1.0]], "int4:channel", TypeError, "expected an array of one of numpy"),
+        (np.ones((2, 250)), "int4:group128", ValueError, "group_size must divide d=250, got 128"),
+        (np.ones((2, 250)), "mxfp4", ValueError, "these do: 2, 5, 10, 25, 50, 125, 250"),
+        (np.ones((2, 4)), 4, TypeError, "spec must be a QuantSpec or its string form, got int"),
+    ],
+)
+def test_wrong_arguments_are_refused(x, text, error, message):
+    for call in (cq.quantize, cq.fake_quantize, cq.choose_qparams):
+        with pytest.raises(error, match=message):
+            call(x, text)
+
+
+def test_given_parameters_are_checked():
+    x = sample((4, 32))
+    scales = np.ones((4, 1), np.float32)
+    with pytest.raises(cq.ShapeError, match=r"scales must have shape \(4, 1\), got \(4,\)"):
+        cq.quantize(x, "int4:channel", scales[:, 0])
+    with pytest.raises(ValueError, match=r"scales must be positive and finite, got 0\.0"):
+        cq.quantize(x, "int4:channel", scales * 0)
+    with pytest.raises(ValueError, match="scales must be positive and finite"):
+        cq.quantize(x, "int4:channel", scales * np.nan)
+    with pytest.raises(ValueError, match="zero_points must be given exactly for asymmetric"):
+        cq.quantize(x, "int4:token:asymmetric", scales)
+    with pytest.raises(ValueError, match="zero_points must come with scales"):
+        cq.quantize(x, "int4:token:asymmetric", None, scales)
+    with pytest.raises(ValueError, match="global_scale must come with scales"):
+        cq.quantize(x, "nvfp4", np.ones((4, 2), np.float32))
+    with pytest.raises(ValueError, match="global_scale goes with granularity 'tensor_group'"):
+        cq.fake_quantize(x, "mxfp4", global_scale=np.ones(1, np.float32))
+    with pytest.raises(ValueError, match="one positive finite number"):
+        cq.fake_quantize(x, "nvfp4", global_scale=np.zeros(1, np.float32))
+    with pytest.raises(cq.SpecError, match="goes with granularity 'tensor_group'"):
+        cq.choose_global_scale(x, "mxfp4")
+    with pytest.raises(ValueError, match="nonfinite must be one of raise, propagate"):
+        cq.fake_quantize(x, "int4:channel", nonfinite="ignore")
+    with pytest.raises(TypeError, match="quantized must be a QuantizedTensor"):
+        cq.dequantize(x)
+
+
+def test_a_shared_global_scale_fits_all_of_its_tensors():
+    q, k = sample(), sample(seed=1) * np.float32(3)
+    shared = np.minimum(cq.choose_global_scale(q, "nvfp4"), cq.choose_global_scale(k, "nvfp4"))
+    for x in (q, k):
+        quantized = cq.quantize(x, "nvfp4", global_scale=shared)
+        assert quantized.global_scale is shared
+        error = np.abs(x - cq.dequantize(quantized)).max()
+        assert error < 0.2 * np.abs(x).max()
