@@ -1,4 +1,4 @@
-"""Scales that move difficulty between activations and weights."""
+"""Scales that move difficulty between tensors, and biases that take back what rounding shifted."""
 
 from __future__ import annotations
 
@@ -7,57 +7,173 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._validation import check_scores
+from corequant._validation import check_finite, check_floating, check_matrix, check_scores
 from corequant.errors import ShapeError
+from corequant.quantization import QuantizedTensor, dequantize
 
-__all__ = ["smoothquant_scales"]
+__all__ = ["correct_bias", "cross_layer_scales", "smoothquant_scales"]
+
+Vector = npt.NDArray[np.float64]
+
+_LEAST = 1e-5
 
 
-def smoothquant_scales(
-    activation_absmax: npt.NDArray[Any], weight_absmax: npt.NDArray[Any], alpha: float = 0.5
-) -> npt.NDArray[np.float64]:
-    """Compute the factors that activations are divided by and weight columns multiplied by.
+def smoothquant_scales(absmax: Any, *weights: Any, alpha: float = 0.5) -> Vector:
+    """Return scales that move outliers of activations into the weights that read them.
 
     Parameters
     ----------
-    activation_absmax : numpy.ndarray (d,)
+    absmax : numpy.ndarray (d,)
         Largest |x| of each channel.
-    weight_absmax : numpy.ndarray (d,)
-        Largest |W| of each input channel, over all weights that read the activation.
+    *weights : numpy.ndarray (out_features, d)
+        All weights that read these activations.
     alpha : float
-        How much of the difficulty moves to the weights: 0 none, 1 all.
+        Share of the difficulty that moves, 0 to 1.
 
     Returns
     -------
     numpy.ndarray (d,), float64
-        ``max|x|**alpha / max|W|**(1 - alpha)``, positive, with geometric mean 1, which leaves the
-        overall range alone; 1 for channels that are zero on either side.
+        s with ``x / s`` in place of x and ``W * s`` in place of W:
+        ``max|x_i|**alpha / max|W_i|**(1 - alpha)``, at least 1e-5, and 1 where either is zero.
 
     Raises
     ------
     NonFiniteError, ShapeError, TypeError, ValueError
-        If the arrays are not finite non-negative vectors of one length, or alpha is not in [0, 1].
+        If an array is not finite or of another shape, or alpha out of range.
 
     Notes
     -----
-    Source: SmoothQuant, arXiv 2211.10438, equation 4.
+    SmoothQuant, arXiv 2211.10438, equation 4.
 
     Examples
     --------
-    >>> import numpy as np
-    >>> from corequant.equalization import smoothquant_scales
-    >>> smoothquant_scales(np.array([16.0, 1.0]), np.array([1.0, 1.0]))
-    array([2. , 0.5])
+    >>> import numpy as np, corequant as cq
+    >>> cq.smoothquant_scales(np.array([16.0, 1.0]), np.array([[1.0, 0.25], [0.5, -1.0]]))
+    array([4., 1.])
     """
-    x = check_scores("activation_absmax", activation_absmax)
-    w = check_scores("weight_absmax", weight_absmax)
-    if x.shape != w.shape:
-        raise ShapeError(f"weight_absmax must have shape {x.shape}, got {w.shape}")
+    ranges = check_scores("absmax", absmax)
     if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
-    scales = np.ones_like(x)
-    live = (x > 0) & (w > 0)
-    if live.any():
-        logs = alpha * np.log(x[live]) - (1 - alpha) * np.log(w[live])
-        scales[live] = np.exp(logs - logs.mean())
+        raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
+    if not weights:
+        raise ValueError("weights must hold at least one weight, got none")
+    largest = np.zeros(len(ranges))
+    for k, weight in enumerate(weights):
+        W = check_matrix(f"weights[{k}]", weight)
+        if W.shape[1] != len(ranges):
+            raise ShapeError(f"weights[{k}] must have d={len(ranges)} columns, got {W.shape}")
+        np.maximum(largest, _range(W, 0), out=largest)
+    busy = (ranges > 0) & (largest > 0)
+    x, w = np.where(busy, ranges, 1), np.where(busy, largest, 1)
+    scales: Vector = np.maximum(x**alpha / w ** (1 - alpha), _LEAST)
+    return np.where(busy, scales, 1.0)
+
+
+def cross_layer_scales(first: Any, second: Any) -> Vector:
+    """Return scales that give a channel the same range on both of its sides.
+
+    Parameters
+    ----------
+    first : numpy.ndarray (h, in_features)
+        The weight that writes h channels.
+    second : numpy.ndarray (out_features, h)
+        The weight that reads them, through nothing but a positively homogeneous function.
+
+    Returns
+    -------
+    numpy.ndarray (h,), float64
+        s with ``first / s[:, None]`` and its bias ``/ s``, and ``second * s``: then both have the
+        range ``√(r1 r2)``. 1 where a range is zero.
+
+    Raises
+    ------
+    NonFiniteError, ShapeError, TypeError
+        If an array is not finite or of another shape.
+
+    Notes
+    -----
+    Cross-layer equalization, arXiv 1906.04721, equation 11; right through ReLU and the linear
+    branch of a gated unit, not through SiLU or GELU.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> first, second = np.array([[8.0, 1.0], [1.0, 0.5]]), np.array([[2.0, -4.0]])
+    >>> s = cq.cross_layer_scales(first, second)
+    >>> s, abs(first / s[:, None]).max(1), abs(second * s).max(0)
+    (array([2. , 0.5]), array([4., 2.]), array([4., 2.]))
+    """
+    one, two = check_matrix("first", first), check_matrix("second", second)
+    if one.shape[0] != two.shape[1]:
+        raise ShapeError(
+            f"second must have as many columns as first has rows, got {two.shape} and {one.shape}"
+        )
+    r1, r2 = _range(one, 1), _range(two, 0)
+    busy = (r1 > 0) & (r2 > 0)
+    scales: Vector = np.sqrt(np.where(busy, r1, 1)) / np.sqrt(np.where(busy, r2, 1))
     return scales
+
+
+def correct_bias(
+    W: Any, quantized: QuantizedTensor | Any, mean: Any, *, bias: Any = None, seen_mean: Any = None
+) -> npt.NDArray[Any]:
+    """Return the bias with which a rounded layer's mean output is the float layer's.
+
+    Parameters
+    ----------
+    W : numpy.ndarray (out_features, in_features)
+        The float weight.
+    quantized : QuantizedTensor or numpy.ndarray (out_features, in_features)
+        What stands for it.
+    mean : numpy.ndarray (in_features,)
+        Mean of each channel of the float layer's input.
+    bias : numpy.ndarray (out_features,), optional
+        The float layer's bias; zeros by default.
+    seen_mean : numpy.ndarray (in_features,), optional
+        Mean of the input that the rounded layer sees; by default the same.
+
+    Returns
+    -------
+    numpy.ndarray (out_features,)
+        ``bias + W mean - Q seen_mean``, in float64.
+
+    Raises
+    ------
+    NonFiniteError, ShapeError, TypeError
+        If an array is not finite or of another shape.
+
+    Notes
+    -----
+    Bias correction, arXiv 1906.04721, section 4.2, from means that are measured.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> W = np.array([[0.9, -1.5], [0.1, 0.3]])
+    >>> cq.correct_bias(W, np.round(W), np.array([1.0, 2.0])).round(3)
+    array([0.9, 0.7])
+    """
+    W = check_matrix("W", W)
+    Q = dequantize(quantized) if isinstance(quantized, QuantizedTensor) else quantized
+    Q = check_matrix("quantized", Q)
+    if Q.shape != W.shape:
+        raise ShapeError(f"quantized must have W's shape {W.shape}, got {Q.shape}")
+    x = _vector("mean", mean, W.shape[1])
+    seen = x if seen_mean is None else _vector("seen_mean", seen_mean, W.shape[1])
+    start = np.zeros(len(W)) if bias is None else _vector("bias", bias, len(W))
+    corrected: npt.NDArray[Any] = start + W.astype(np.float64) @ x - Q.astype(np.float64) @ seen
+    return corrected
+
+
+def _range(W: npt.NDArray[Any], axis: int) -> Vector:
+    largest: Vector = np.abs(W).max(axis, initial=0).astype(np.float64)
+    return largest
+
+
+def _vector(name: str, value: Any, length: int) -> Vector:
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} must be a numpy.ndarray, got {type(value).__name__}")
+    if value.shape != (length,):
+        raise ShapeError(f"{name} must have shape ({length},), got {value.shape}")
+    check_floating(name, value)
+    check_finite(name, value)
+    return value.astype(np.float64)

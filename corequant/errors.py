@@ -8,6 +8,7 @@ argument, the rule that it breaks and the value that was given.
 from __future__ import annotations
 
 __all__ = [
+    "AccumulatorError",
     "ArchitectureError",
     "BackendError",
     "BlockSizeError",
@@ -15,6 +16,7 @@ __all__ = [
     "CheckpointError",
     "CorequantError",
     "HadamardOrderError",
+    "HessianError",
     "NonFiniteError",
     "OutputError",
     "PermutationError",
@@ -101,3 +103,11 @@ class OutputError(CorequantError, OSError):
 
 class VerificationError(CorequantError, RuntimeError):
     """A transformed model does not compute the function of the float model, or did not change."""
+
+
+class HessianError(CorequantError, ValueError):
+    """A second-moment matrix ``H = XᵀX / n`` is none: asymmetric, or not positive semidefinite."""
+
+
+class AccumulatorError(CorequantError, ValueError):
+    """An accumulator is too narrow for any nonzero weight, or meets scales that it can't sum."""

@@ -232,7 +232,9 @@ def select_scales(
 
     candidates: dict[str, npt.NDArray[np.float64]] = {"none": np.ones(d)}
     for exponent in exponents:
-        scales = smoothquant_scales(np.abs(seen).max(0), np.abs(W).max(0), exponent)
+        scales = smoothquant_scales(np.abs(seen).max(0), W, alpha=exponent)
+        # With a geometric mean of 1 neither side's range moves as a whole.
+        scales /= np.exp(np.log(scales).mean())
         candidates[f"scales {exponent}"] = 1 / scales
     if signs:
         for name, factors in list(candidates.items()):

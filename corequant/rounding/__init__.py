@@ -1,5 +1,34 @@
 """Ways to round a weight: one method a module, each a pure function that returns codes."""
 
+from corequant.rounding.accumulators import (
+    AccumulatorSpec,
+    Certificate,
+    accumulator_bits,
+    certify,
+    integer_codes,
+)
+from corequant.rounding.gpfq import gpfq
+from corequant.rounding.gptq import gptq
+from corequant.rounding.learned import learned_rounding
+from corequant.rounding.magr import magr
 from corequant.rounding.nearest import round_to_nearest
+from corequant.rounding.qronos import qronos
+from corequant.rounding.report import Damping, RoundedTensor, RoundingReport, reconstruction_loss
 
-__all__ = ["round_to_nearest"]
+__all__ = [
+    "AccumulatorSpec",
+    "Certificate",
+    "Damping",
+    "RoundedTensor",
+    "RoundingReport",
+    "accumulator_bits",
+    "certify",
+    "gpfq",
+    "gptq",
+    "integer_codes",
+    "learned_rounding",
+    "magr",
+    "qronos",
+    "reconstruction_loss",
+    "round_to_nearest",
+]

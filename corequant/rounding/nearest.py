@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from corequant._validation import check_matrix
-from corequant.quantization import QuantizedTensor, as_spec, quantize
+from corequant.quantization import as_spec, quantize
+from corequant.rounding.report import RoundedTensor, RoundingReport, reconstruction_loss
 from corequant.specs import QuantSpec
 
 __all__ = ["round_to_nearest"]
 
 
-def round_to_nearest(W: Any, spec: QuantSpec | str) -> QuantizedTensor:
+def round_to_nearest(
+    W: Any, spec: QuantSpec | str, *, H: Any = None, G: Any = None, name: str = "W"
+) -> RoundedTensor:
     """Quantize a weight by rounding each entry to the nearest number of the grid.
 
     Parameters
@@ -20,15 +25,20 @@ def round_to_nearest(W: Any, spec: QuantSpec | str) -> QuantizedTensor:
         Finite, of a floating dtype.
     spec : QuantSpec or str
         The quantizer, such as ``"int4:channel:symmetric:mse"``.
+    H, G : numpy.ndarray (in_features, in_features), optional
+        Moments of the inputs, for the losses of the report alone.
+    name : str
+        The layer's name, for the report.
 
     Returns
     -------
-    QuantizedTensor
+    RoundedTensor
+        A QuantizedTensor with a ``report``.
 
     Raises
     ------
-    NonFiniteError, BlockSizeError, ShapeError, SpecError, TypeError
-        If W is not a finite floating matrix, or the spec doesn't fit it.
+    HessianError, NonFiniteError, BlockSizeError, ShapeError, SpecError, TypeError
+        If W is not a finite floating matrix, or the spec or the moments don't fit it.
 
     Examples
     --------
@@ -38,4 +48,10 @@ def round_to_nearest(W: Any, spec: QuantSpec | str) -> QuantizedTensor:
     array([[ 4, -8],
            [ 2,  7]], dtype=int8)
     """
-    return quantize(check_matrix("W", W), as_spec(spec))
+    quantized = quantize(check_matrix("W", W), as_spec(spec))
+    report = RoundingReport("nearest", name)
+    if H is not None:
+        loss = reconstruction_loss(W, quantized, H, G)
+        dead = tuple(int(j) for j in np.flatnonzero(np.diagonal(H) == 0))
+        report = RoundingReport("nearest", name, loss, loss, dead_columns=dead)
+    return RoundedTensor.of(quantized, report)

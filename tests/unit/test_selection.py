@@ -63,25 +63,3 @@ def test_bad_input(activations, rng):
         select_scales(seen, judge, np.full((2, 64), np.nan), 8, A, W4)
     with pytest.raises(cq.CalibrationError, match="judge"):
         select_scales(seen, judge[:0], np.ones((2, 64)), 8, A, W4)
-
-
-@pytest.mark.parametrize(
-    ("x", "w", "alpha", "error"),
-    [
-        (np.ones(3), np.ones(4), 0.5, cq.ShapeError),
-        (np.ones(3), np.ones(3), 1.5, ValueError),
-        (np.ones(3), -np.ones(3), 0.5, ValueError),
-        (np.full(3, np.inf), np.ones(3), 0.5, cq.NonFiniteError),
-    ],
-)
-def test_bad_scales(x, w, alpha, error):
-    with pytest.raises(error):
-        cq.smoothquant_scales(x, w, alpha)
-
-
-def test_smoothquant_scales_follow_the_formula(rng):
-    x, w = np.abs(rng.normal(size=(2, 16))) + 0.1
-    scales = cq.smoothquant_scales(x, w, 0.7)
-    raw = x**0.7 / w**0.3
-    np.testing.assert_allclose(scales, raw / np.exp(np.log(raw).mean()), rtol=1e-12)
-    np.testing.assert_array_equal(cq.smoothquant_scales(np.zeros(3), np.ones(3)), np.ones(3))

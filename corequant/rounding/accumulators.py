@@ -1,0 +1,296 @@
+"""Narrow accumulators: bounds while rounding, and proofs about weights that are rounded already.
+
+A dot product sums integer weights q_i times integer inputs x_i ∈ [μ, ν], μ ≤ 0 ≤ ν, the codes as
+they are stored; minifloats are integers times a power of two. With α the sum of a tile's positive
+weights and β that of its negative ones, every partial sum lies between αμ + βν and αν + βμ, in
+whatever order the products are added.
+
+Source: AXE, arXiv 2409.17092; A2Q+, arXiv 2401.10432 for the ℓ1 radius of centred weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant._validation import check_index
+from corequant.errors import AccumulatorError, ShapeError, SpecError
+from corequant.formats import FormatKind, NumberFormat, find_format, formats
+from corequant.quantization import QuantizedTensor
+from corequant.specs import QuantSpec
+
+__all__ = [
+    "AccumulatorSpec",
+    "Certificate",
+    "accumulator_bits",
+    "certify",
+    "check_tile",
+    "integer_codes",
+    "integer_unit",
+]
+
+Array = npt.NDArray[Any]
+
+_MOST_BITS = 48
+
+
+@dataclass(frozen=True)
+class AccumulatorSpec:
+    """An accumulator that no dot product may overflow.
+
+    Attributes
+    ----------
+    bits : int
+        Width P, 3 to 48, sign included; it holds sums in ±(2**(P-1) - 1).
+    tile : int or None
+        Products that are summed before the sum is handed to a wider accumulator; all of a row's by
+        default. Weights of a tile must share one scale, so a tile lies within a group.
+    activation : NumberFormat
+        Format of the other factor, or its name, or a QuantSpec: ``int8`` means codes -128..127,
+        ``uint8`` 0..255. Any code may meet any weight.
+    diffuse : bool
+        Whether columns rounded later also make up for what the bounds cut off (True), or only for
+        rounding, as published (False). GPFQ always does.
+
+    Raises
+    ------
+    AccumulatorError, SpecError, TypeError, ValueError
+        For a width or tile out of range, or a format that isn't a multiple of integers.
+
+    Examples
+    --------
+    >>> import corequant as cq
+    >>> cq.AccumulatorSpec(16, 128, "int8").range
+    (-128, 127)
+    """
+
+    bits: int
+    tile: int | None = None
+    activation: NumberFormat = formats["int8"]
+    diffuse: bool = True
+
+    def __post_init__(self) -> None:
+        """Look names up and refuse widths out of range."""
+        activation: Any = self.activation
+        if isinstance(activation, str):
+            activation = QuantSpec.parse(activation)
+        if isinstance(activation, QuantSpec):
+            activation = activation.format
+        if not isinstance(activation, NumberFormat):
+            raise TypeError(
+                "activation must be a NumberFormat, its name or a QuantSpec, "
+                f"got {type(activation).__name__}"
+            )
+        object.__setattr__(self, "activation", activation)
+        integer_unit(activation)
+        bits = check_index("bits", self.bits)
+        if not 3 <= bits <= _MOST_BITS:
+            raise AccumulatorError(f"bits must be 3 to {_MOST_BITS}, got {bits}")
+        if self.tile is not None:
+            check_index("tile", self.tile)
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """Smallest and largest integer that an activation's code stands for."""
+        return integer_range(self.activation)
+
+    @property
+    def limit(self) -> int:
+        """Largest magnitude that a sum may have."""
+        return int(2 ** (self.bits - 1) - 1)
+
+
+def integer_unit(form: NumberFormat) -> float:
+    """Return the number that all numbers of a format are integer multiples of.
+
+    A minifloat eXmY with bias β is an integer times ``2**(1 - β - Y)``.
+    """
+    if form.kind is FormatKind.CODEBOOK:
+        raise SpecError(f"the numbers of {form.name} are no multiples of one unit")
+    if form.kind is FormatKind.INTEGER:
+        return math.ldexp(1.0, -form.fraction_bits)
+    return math.ldexp(1.0, 1 - form.bias - form.mantissa_bits)
+
+
+def integer_range(form: NumberFormat) -> tuple[int, int]:
+    """Return a format's numbers' range as integers."""
+    unit = integer_unit(form)
+    return round(form.minimum / unit), round(form.maximum / unit)
+
+
+def accumulator_bits(terms: int, weight: NumberFormat | str, activation: NumberFormat | str) -> int:
+    """Return the accumulator width with which no weights whatever can overflow.
+
+    Parameters
+    ----------
+    terms : int
+        Products in a sum.
+    weight, activation : NumberFormat or str
+        Formats of the two factors.
+
+    Returns
+    -------
+    int
+
+    Examples
+    --------
+    >>> import corequant as cq
+    >>> cq.accumulator_bits(128, "int4", "uint8"), cq.accumulator_bits(128, "int4", "int8")
+    (19, 19)
+    """
+    terms = check_index("terms", terms)
+    largest = terms
+    for form in (weight, activation):
+        low, high = integer_range(find_format(form) if isinstance(form, str) else form)
+        largest *= max(-low, high)
+    return largest.bit_length() + 1
+
+
+def check_tile(accumulator: AccumulatorSpec, tile: int, spec: QuantSpec) -> None:
+    """Raise AccumulatorError unless tiles have one scale and room for a weight."""
+    group = spec.group_size
+    if group is not None and group % tile:
+        raise AccumulatorError(
+            f"tile must divide the group size {group} of {spec}, since a sum of codes has one "
+            f"scale, got {tile}"
+        )
+    integer_unit(spec.format)
+    low, high = accumulator.range
+    if accumulator.limit < max(-low, high):
+        raise AccumulatorError(
+            f"bits must leave room for one weight of 1: {accumulator.activation.name} reaches "
+            f"{max(-low, high)}, got {accumulator.bits} bits, which hold ±{accumulator.limit}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Certificate:
+    """What the worst inputs can do to an accumulator, computed exactly.
+
+    Attributes
+    ----------
+    safe : bool
+        No input makes any tile's sum, or any part of it in any order, exceed the accumulator.
+    largest : int
+        Largest magnitude that a tile's sum can reach.
+    minimum_bits : int
+        Narrowest accumulator that is safe for these weights with these tiles.
+    outer_bits : int
+        Narrowest accumulator that is safe for the sum over a row's tiles.
+    row, tile : int
+        Where ``largest`` is reached.
+    witness : numpy.ndarray (in_features,), int64
+        Integers of activations that reach it, zero outside the tile.
+    """
+
+    safe: bool
+    largest: int
+    minimum_bits: int
+    outer_bits: int
+    row: int
+    tile: int
+    witness: npt.NDArray[np.int64]
+
+
+def integer_codes(quantized: QuantizedTensor) -> npt.NDArray[np.int64]:
+    """Return the integers that a weight's dot products sum: code less zero point, or the minifloat.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> from corequant.rounding import integer_codes
+    >>> integer_codes(cq.quantize(np.array([[0.5, -6.0]]), "e2m1:channel"))
+    array([[  1, -12]])
+    """
+    form, codes = quantized.spec.format, np.asarray(quantized.codes)
+    if form.kind is FormatKind.INTEGER:
+        whole = codes.astype(np.int64)
+        if quantized.zero_points is None:
+            return whole
+        zeros = np.asarray(quantized.zero_points, np.int64)
+        length = codes.shape[-1] // zeros.shape[-1] if zeros.shape[-1] else 1
+        return whole - np.repeat(zeros, length, axis=-1)
+    numbers = form.values / integer_unit(form)
+    integers: npt.NDArray[np.int64] = np.rint(np.nan_to_num(numbers)).astype(np.int64)[codes]
+    return integers
+
+
+def certify(quantized: QuantizedTensor | Any, accumulator: AccumulatorSpec) -> Certificate:
+    """Prove that a weight's dot products never overflow an accumulator, or show how one does.
+
+    Parameters
+    ----------
+    quantized : QuantizedTensor or integer numpy.ndarray (out_features, in_features)
+        The weight, or the integers that its dot products sum.
+    accumulator : AccumulatorSpec
+        Width, tile and activations.
+
+    Returns
+    -------
+    Certificate
+
+    Raises
+    ------
+    AccumulatorError, ShapeError, SpecError, TypeError
+        If a tile spans several scales, or the weight isn't a matrix of integers.
+
+    Notes
+    -----
+    Products are bounded by sign, and none of their bounds has the wrong sign since μ ≤ 0 ≤ ν, so a
+    tile's extremes bound those of every part of it. All arithmetic is in integers.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> codes = np.array([[7, -8, 3, 1]])
+    >>> found = cq.certify(codes, cq.AccumulatorSpec(12, activation="int8"))
+    >>> found.safe, found.largest, found.minimum_bits, codes @ found.witness
+    (False, 2424, 13, array([-2424]))
+    """
+    if not isinstance(accumulator, AccumulatorSpec):
+        raise TypeError(f"accumulator must be an AccumulatorSpec, got {type(accumulator).__name__}")
+    codes = quantized
+    if isinstance(quantized, QuantizedTensor):
+        codes = integer_codes(quantized)
+        if codes.ndim == 2 and codes.size:
+            tile = min(accumulator.tile or codes.shape[1], codes.shape[1])
+            check_tile(accumulator, tile, quantized.spec)
+    if not isinstance(codes, np.ndarray) or codes.dtype.kind not in "iu":
+        kind = getattr(codes, "dtype", type(codes).__name__)
+        raise TypeError(f"quantized must be a QuantizedTensor or an integer array, got {kind}")
+    if codes.ndim != 2 or not codes.size:
+        raise ShapeError(
+            f"quantized must be (out_features, in_features), not empty, got {codes.shape}"
+        )
+    whole = codes.astype(np.int64)
+    tile = min(accumulator.tile or whole.shape[1], whole.shape[1])
+    low, high = accumulator.range
+    starts = np.arange(0, whole.shape[1], tile)
+    alpha = np.add.reduceat(np.maximum(whole, 0), starts, axis=1)
+    beta = np.add.reduceat(np.minimum(whole, 0), starts, axis=1)
+    if int(alpha.max() - beta.min()) * (high - low) * len(starts) >= 2**62:
+        alpha, beta = alpha.astype(object), beta.astype(object)
+    top, bottom = alpha * high + beta * low, -(alpha * low + beta * high)
+    worst = np.maximum(top, bottom)
+    row, column = (int(k) for k in np.unravel_index(int(np.argmax(worst)), worst.shape))
+    largest = int(worst[row, column])
+    outer = int(np.maximum(top.sum(1), bottom.sum(1)).max())
+    part = slice(starts[column], starts[column] + tile)
+    positive = whole[row, part] > 0
+    if bottom[row, column] > top[row, column]:
+        positive = whole[row, part] < 0
+    witness = np.zeros(whole.shape[1], np.int64)
+    witness[part] = np.where(whole[row, part] == 0, 0, np.where(positive, high, low))
+    return Certificate(
+        safe=largest <= accumulator.limit,
+        largest=largest,
+        minimum_bits=largest.bit_length() + 1,
+        outer_bits=outer.bit_length() + 1,
+        row=row,
+        tile=column,
+        witness=witness,
+    )

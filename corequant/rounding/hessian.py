@@ -1,0 +1,214 @@
+"""The matrices that describe a layer's inputs: checks, dead columns, order, damping, Cholesky."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant._numba.second_moments import first_fault
+from corequant._numba.triangular import factor_and_invert
+from corequant._threads import for_rows
+from corequant._validation import check_finite, check_floating
+from corequant.errors import HessianError, ShapeError
+from corequant.rounding.report import Damping
+
+__all__ = [
+    "Factor",
+    "check_cross_moment",
+    "check_hessian",
+    "column_order",
+    "damped_factor",
+    "largest_eigenvalue",
+]
+
+Array = npt.NDArray[Any]
+
+_PANEL = 128
+_SLACK = 1e-3
+"""Largest asymmetry allowed, relative to the geometric mean of two diagonal entries; sums of
+float32 products taken in another order differ by less than 1e-4 of it."""
+
+
+def check_hessian(H: Any, d: int, name: str) -> Array:
+    """Return H, in a native dtype, if it can be a matrix of second moments (d, d)."""
+    H = _check_square("H", H, d, name)
+    diagonal = np.diagonal(H).astype(np.float64)
+    if d and diagonal.min() < 0:
+        j = int(np.argmin(diagonal))
+        raise HessianError(
+            f"H of {name} must be positive semidefinite, got {diagonal[j]:.6g} at ({j}, {j})"
+        )
+    root, found = np.sqrt(diagonal), np.empty((d, 2), np.int64)
+    native = H.astype(H.dtype.newbyteorder("="), copy=False)
+    working: Array = (
+        native if native.dtype.kind == "f" and native.itemsize > 2 else H.astype(np.float32)
+    )
+    for_rows(d, d, lambda first, last: first_fault(first, last, working, root, _SLACK, found))
+    rows = [(k, int(i)) for k in (0, 1) for i in np.flatnonzero(found[:, k] < d)[:1]]
+    if not rows:
+        return working
+    kind, i = rows[0]
+    j = int(found[i, kind])
+    if kind == 0:
+        raise HessianError(
+            f"H of {name} must be symmetric, got {H[i, j]} at ({i}, {j}) and {H[j, i]} transposed"
+        )
+    raise HessianError(
+        f"H of {name} must be positive semidefinite, got {H[i, j]} at ({i}, {j}) with "
+        f"{diagonal[i]:.6g} and {diagonal[j]:.6g} on the diagonal"
+    )
+
+
+def check_cross_moment(G: Any, H: Array, name: str) -> Array:
+    """Return G if it is a finite (d, d) matrix that fits H."""
+    checked = _check_square("G", G, len(H), name)
+    G = checked
+    dead = np.diagonal(H) == 0
+    if dead.any() and (lost := np.argwhere(np.abs(G[:, dead]).max(0) > 0)).size:
+        j = int(np.flatnonzero(dead)[lost[0, 0]])
+        raise HessianError(
+            f"G of {name} must belong to H's inputs, got column {j} of G nonzero where H has zeros"
+        )
+    return checked
+
+
+def _check_square(argument: str, matrix: Any, d: int, name: str) -> Array:
+    if not isinstance(matrix, np.ndarray):
+        raise TypeError(f"{argument} must be a numpy.ndarray, got {type(matrix).__name__}")
+    check_floating(argument, matrix)
+    if matrix.shape != (d, d):
+        raise ShapeError(
+            f"{argument} of {name} must be (d, d) with d={d} as W has columns, got {matrix.shape}"
+        )
+    check_finite(f"{argument} of {name}", matrix)
+    checked: Array = matrix
+    return checked
+
+
+def column_order(H: Array, dead: npt.NDArray[np.bool_], act_order: bool, group: int) -> Array:
+    """Return the columns in reverse order of their rounding, int64 (d,).
+
+    With ``act_order`` the column of the largest H_jj is rounded first; otherwise the first. Where
+    ``group`` is not zero, groups stay together and are ordered by their means. Dead columns are
+    rounded last.
+    """
+    d = len(H)
+    natural = np.arange(d)[::-1]
+    if not act_order:
+        return natural
+    score = np.where(dead, -1.0, np.diagonal(H).astype(np.float64))
+    if not group:
+        return natural[np.argsort(score[::-1], kind="stable")]
+    means = score.reshape(-1, group).mean(1)
+    order = np.argsort(means[::-1], kind="stable")
+    groups = np.arange(d // group)[::-1][order]
+    return np.concatenate(
+        [g * group + column_order_within(score[g * group : (g + 1) * group]) for g in groups]
+    )
+
+
+def column_order_within(score: Array) -> Array:
+    """Return the indices of ascending scores; of equal ones the last first."""
+    order: Array = len(score) - 1 - np.argsort(score[::-1], kind="stable")
+    return order
+
+
+def largest_eigenvalue(H: Array, tolerance: float = 1e-4, steps: int = 30) -> float:
+    """Return the largest eigenvalue of H by power iteration from the row sums of |H|."""
+    if not len(H):
+        return 0.0
+    vector = np.abs(H).sum(1, dtype=np.float64)
+    value = 0.0
+    for _ in range(steps):
+        norm = float(np.linalg.norm(vector))
+        if norm == 0:
+            return 0.0
+        vector = (H @ (vector / norm).astype(H.dtype)).astype(np.float64)
+        before, value = value, float(np.linalg.norm(vector))
+        if abs(value - before) <= tolerance * value:
+            break
+    return value
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """``L Lᵀ = A`` (d, d) with the inverses of the blocks on L's diagonal (panels, b, b).
+
+    In panels of 128 columns nearly all of the work is matrix products; the blocks are factored in
+    float64.
+    """
+
+    L: Array
+    inverses: Array
+
+    @classmethod
+    def of(cls, A: Array) -> Factor | None:
+        """Factor a symmetric matrix, which is overwritten; None if it isn't definite."""
+        panels = _panels(len(A))
+        inverses = np.zeros((len(panels), _PANEL, _PANEL), A.dtype)
+        for k, (a, b) in enumerate(panels):
+            A[a:, a:b] -= A[a:, :a] @ A[a:b, :a].T
+            lower, inverse = np.empty((2, b - a, b - a), A.dtype)
+            if not factor_and_invert(A[a:b, a:b], lower, inverse):
+                return None
+            A[a:b, a:b] = lower
+            inverses[k, : b - a, : b - a] = inverse
+            A[b:, a:b] = A[b:, a:b] @ inverse.T
+            A[a:b, b:] = 0
+        return cls(A, inverses)
+
+    def forward(self, X: Array) -> Array:
+        """Return ``X L⁻ᵀ``; X (rows, d) is overwritten."""
+        for k, (a, b) in enumerate(_panels(len(self.L))):
+            X[:, a:b] -= X[:, :a] @ self.L[a:b, :a].T
+            X[:, a:b] = X[:, a:b] @ self.inverses[k, : b - a, : b - a].T
+        return X
+
+    def backward(self, X: Array) -> Array:
+        """Return ``X L⁻¹``; X (rows, d) is overwritten."""
+        for k, (a, b) in reversed(list(enumerate(_panels(len(self.L))))):
+            X[:, a:b] -= X[:, b:] @ self.L[b:, a:b]
+            X[:, a:b] = X[:, a:b] @ self.inverses[k, : b - a, : b - a]
+        return X
+
+
+def _panels(d: int) -> list[tuple[int, int]]:
+    return [(a, min(a + _PANEL, d)) for a in range(0, d, _PANEL)]
+
+
+def damped_factor(
+    H: Array,
+    order: Array,
+    dead: npt.NDArray[np.bool_],
+    value: float,
+    dtype: np.dtype[Any],
+    name: str,
+) -> tuple[Factor, Damping]:
+    """Return the factor of ``H[order][:, order] + damping`` and the damping that it took.
+
+    Dead columns get the mean of the diagonal. A factorization that fails is repeated with ten
+    times the damping, up to the mean of the diagonal.
+    """
+    diagonal = np.diagonal(H).astype(np.float64)
+    mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
+    floor = mean * float(np.finfo(dtype).eps)
+    tries = 0
+    while tries == 0 or value <= mean:
+        tries += 1
+        A = np.empty(H.shape, dtype)
+        for a, b in _panels(len(H)):
+            A[a:b] = H[np.ix_(order[a:b], order)]
+        position = np.arange(len(H))
+        A[position, position] = np.where(dead, mean, diagonal)[order] + value
+        factor = Factor.of(A)
+        if factor is not None:
+            return factor, Damping(value, value / mean, tries)
+        value = max(value * 10, floor)
+    raise HessianError(
+        f"H of {name} must be positive semidefinite: Cholesky failed {tries} times, at last "
+        f"with {value / 10:.3g} added to the diagonal, whose mean is {mean:.3g}; collect it from "
+        "more tokens, or in float64"
+    )

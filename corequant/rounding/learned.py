@@ -1,0 +1,214 @@
+"""Learned rounding: up or down for each weight, by gradient descent on the output error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant._validation import check_index, check_matrix
+from corequant.rounding.report import RoundedTensor, RoundingReport
+from corequant.specs import QuantSpec
+
+__all__ = ["learned_rounding"]
+
+Array = npt.NDArray[Any]
+
+_STRETCH = 1.2
+_OFFSET = -0.1
+_CHECKS = 10
+
+
+def learned_rounding(
+    W: Any,
+    H: Any,
+    spec: QuantSpec | str,
+    *,
+    G: Any = None,
+    objective: str = "adaround",
+    steps: int = 400,
+    rate: float | None = None,
+    scales: Any = None,
+    zero_points: Any = None,
+    global_scale: Any = None,
+    dtype: npt.DTypeLike | None = None,
+    name: str = "W",
+) -> RoundedTensor:
+    """Quantize a weight by learning, for each entry, which of its two neighbours to take.
+
+    Parameters
+    ----------
+    W : numpy.ndarray (out_features, in_features)
+        Finite, of a floating dtype.
+    H : numpy.ndarray (in_features, in_features)
+        ``X̃ᵀX̃ / n`` of the inputs that the layer will see.
+    spec : QuantSpec or str
+        The quantizer; any.
+    G : numpy.ndarray (in_features, in_features), optional
+        ``XᵀX̃ / n`` with the float network's inputs X; by default they are X̃ themselves.
+    objective : str
+        ``"adaround"`` moves a soft choice between the neighbours by Adam, with a penalty that
+        hardens it; ``"signround"`` shifts what is rounded to nearest by up to half a step, by the
+        sign of the gradient.
+    steps : int
+        Each takes one product with H.
+    rate : float, optional
+        Step size; 0.02 for ``adaround`` and 0.005 for ``signround``, which decays to zero.
+    scales, zero_points, global_scale : arrays, optional
+        As ``choose_qparams`` returns them; by default the spec's search on W.
+    dtype : numpy dtype, optional
+        Float32 or float64 for all arithmetic; by default float64 for a float64 W.
+    name : str
+        The layer's name, for errors and the report.
+
+    Returns
+    -------
+    RoundedTensor
+        The best of the choices met on the way, by each row's output error, rounding to nearest
+        among them. It carries a ``report``.
+
+    Raises
+    ------
+    BlockSizeError, HessianError, NonFiniteError, ShapeError, SpecError, TypeError, ValueError
+        If an argument breaks its rule.
+
+    Notes
+    -----
+    The gradient of the output error by Q is ``2 (Q H - W G)``, so nothing has to be traced.
+    AdaRound, arXiv 2004.10568, equations 21 to 25, interpolating between a format's neighbouring
+    numbers; SignRound, arXiv 2309.05516. Gradients are taken relative to H's diagonal.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> W = np.array([[0.9, -1.5, 0.4], [0.1, 0.3, -0.7]])
+    >>> H = np.array([[1.0, 0.8, 0.8], [0.8, 1.0, 0.8], [0.8, 0.8, 1.0]])
+    >>> found = cq.learned_rounding(W, H, "int2:channel")
+    >>> bool(found.report.loss <= found.report.nearest_loss)
+    True
+    """
+    from corequant.quantization import as_spec, dequantize
+    from corequant.rounding.columns import Scales
+    from corequant.rounding.hessian import check_cross_moment, check_hessian
+    from corequant.rounding.problem import working_dtype
+    from corequant.rounding.report import loss_of
+
+    W, spec = check_matrix("W", W), as_spec(spec)
+    working = working_dtype(W, dtype)
+    H = check_hessian(H, W.shape[1], name)
+    G = None if G is None else check_cross_moment(G, H, name)
+    if objective not in _METHODS:
+        raise ValueError(f"objective must be one of {', '.join(_METHODS)}, got {objective!r}")
+    steps = check_index("steps", steps, 0)
+    pace = _METHODS[objective][1] if rate is None else float(rate)
+    if not 0 < pace < float("inf"):
+        raise ValueError(f"rate must be positive and finite, got {rate!r}")
+    chosen = Scales.choose(W, spec, scales, zero_points, global_scale)
+    nearest = chosen.encode(W)
+    search = _Search(W, H, G, chosen, np.asarray(dequantize(nearest), working))
+    _METHODS[objective][0](search, steps, pace)
+    quantized = chosen.encode(search.best)
+    report = RoundingReport(
+        objective,
+        name,
+        loss_of(W, dequantize(quantized), H, G),
+        loss_of(W, dequantize(nearest), H, G),
+        None,
+        tuple(int(j) for j in np.flatnonzero(np.diagonal(H) == 0)),
+    )
+    return RoundedTensor.of(quantized, report)
+
+
+class _Search:
+    """The neighbours of each weight, the objective, and the best rows so far."""
+
+    def __init__(self, W: Array, H: Array, G: Array | None, scales: Any, start: Array) -> None:
+        dtype = start.dtype
+        self.w = np.ascontiguousarray(W, dtype=dtype)
+        self.H = H.astype(dtype, copy=False)
+        self.pull = self.w @ (self.H if G is None else G.astype(dtype, copy=False))
+        self.low, self.high = _neighbours(self.w, scales)
+        # Outside of the grid both neighbours are its end.
+        self.gap = np.where(self.high > self.low, self.high - self.low, 1)
+        diagonal = np.diagonal(self.H)
+        self.weight = np.where(diagonal > 0, 1 / np.where(diagonal > 0, diagonal, 1), 0)
+        self.best, self._losses = start, self._rows(start, start @ self.H)
+
+    def gradient(self, Q: Array, hard: bool) -> Array:
+        """Return the gradient by the share of the upper neighbour, of order one."""
+        product = Q @ self.H
+        if hard:
+            self._keep(Q, product)
+        gradient: Array = (product - self.pull) * self.weight / self.gap
+        return gradient
+
+    def keep(self, Q: Array) -> None:
+        """Remember the rows of Q that are better than all before."""
+        self._keep(Q, Q @ self.H)
+
+    def _keep(self, Q: Array, product: Array) -> None:
+        losses = self._rows(Q, product)
+        better = losses < self._losses
+        self.best[better], self._losses[better] = Q[better], losses[better]
+
+    def _rows(self, Q: Array, product: Array) -> Array:
+        losses: Array = np.einsum("ij,ij->i", Q, product - 2 * self.pull, dtype=np.float64)
+        return losses
+
+
+def _neighbours(w: Array, scales: Any) -> tuple[Array, Array]:
+    """Return the numbers of the grid next to each weight, below or equal, and above or equal."""
+    from corequant.rounding.columns import column_grid
+
+    steps, zeros = scales.steps(len(w), w.dtype)
+    steps, zeros = (np.repeat(a, scales.group, axis=1) for a in (steps, zeros))
+    grid = column_grid(scales.spec.format, w.dtype)
+    v = w / steps
+    if not len(grid.table):
+        low, high = (np.clip(f(v) + zeros, grid.least, grid.most) for f in (np.floor, np.ceil))
+        return (low - zeros) * steps, (high - zeros) * steps
+    last = len(grid.table) - 1
+    low = grid.table[np.clip(np.searchsorted(grid.table, v, "right") - 1, 0, last)]
+    high = grid.table[np.clip(np.searchsorted(grid.table, v, "left"), 0, last)]
+    return low * steps, high * steps
+
+
+def _adaround(search: _Search, steps: int, rate: float) -> None:
+    dtype = search.w.dtype
+    share = np.clip((search.w - search.low) / search.gap, 0, 1)
+    soft = (share - _OFFSET) / _STRETCH
+    V = np.log(soft / (1 - soft))
+    first, second = np.zeros_like(V), np.zeros_like(V)
+    for t in range(1, steps + 1):
+        sigmoid = 1 / (1 + np.exp(-V))
+        h = np.clip(_STRETCH * sigmoid + _OFFSET, 0, 1)
+        slope = np.where((h > 0) & (h < 1), _STRETCH * sigmoid * (1 - sigmoid), 0)
+        gradient = search.gradient(search.low + h * search.gap, False)
+        gradient *= search.gap**2
+        done = t / steps
+        if done > 0.2:
+            beta = 20 - 18 * (done - 0.2) / 0.8
+            side = 2 * h - 1
+            gradient -= done * 2 * beta * np.sign(side) * np.abs(side) ** (beta - 1)
+        gradient *= slope
+        first += (gradient - first) * 0.1
+        second += (gradient**2 - second) * 0.001
+        scale = np.sqrt(second / (1 - 0.999**t)) + np.finfo(dtype).tiny
+        V -= (rate / (1 - 0.9**t)) * first / scale
+        if t % max(1, steps // _CHECKS) == 0 or t == steps:
+            search.keep(np.where(V >= 0, search.high, search.low))
+
+
+def _signround(search: _Search, steps: int, rate: float) -> None:
+    share = (search.w - search.low) / search.gap
+    shift = np.zeros_like(search.w)
+    for t in range(steps):
+        Q = np.where(share + shift > 0.5, search.high, search.low)
+        gradient = search.gradient(Q, True)
+        shift -= rate * (1 - t / steps) * np.sign(gradient)
+        np.clip(shift, -0.5, 0.5, out=shift)
+    search.keep(np.where(share + shift > 0.5, search.high, search.low))
+
+
+_METHODS = {"adaround": (_adaround, 0.02), "signround": (_signround, 0.005)}

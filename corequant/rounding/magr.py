@@ -1,0 +1,93 @@
+"""MagR: weights of smaller range with nearly the same outputs, before they are rounded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant._validation import check_index, check_matrix
+
+__all__ = ["magr"]
+
+
+def magr(
+    W: Any,
+    H: Any,
+    *,
+    alpha: float = 0.01,
+    steps: int = 200,
+    group_size: int | None = None,
+    name: str = "W",
+) -> npt.NDArray[Any]:
+    """Return weights whose largest magnitudes are smaller, and whose outputs are nearly the same.
+
+    Parameters
+    ----------
+    W : numpy.ndarray (out_features, in_features)
+        Finite, of a floating dtype.
+    H : numpy.ndarray (in_features, in_features)
+        ``X̃ᵀX̃ / n`` of the inputs that the layer will see.
+    alpha : float
+        Strength, relative to H: 0.01 was published for per-channel scales.
+    steps : int
+        Proximal gradient steps; each takes one product with H.
+    group_size : int, optional
+        Shrink the range of each group of so many columns; by default of each row.
+    name : str
+        The layer's name, for errors.
+
+    Returns
+    -------
+    numpy.ndarray (out_features, in_features)
+        In W's dtype.
+
+    Raises
+    ------
+    BlockSizeError, HessianError, NonFiniteError, ShapeError, TypeError, ValueError
+        If an argument breaks its rule.
+
+    Notes
+    -----
+    Each row minimizes ``½(v - w) H (v - w)ᵀ + a · max|v|`` with ``a = alpha · σ² / ‖H‖₁``, σ being
+    the largest eigenvalue of H (arXiv 2406.00800, algorithm 1). The proximal map of the largest
+    magnitude clips: at the level that cuts off a total of ``a / σ``.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> W = np.array([[1.0, 0.2, 0.1]])
+    >>> H = np.array([[1.0, 0.9, 0.9], [0.9, 1.0, 0.9], [0.9, 0.9, 1.0]])
+    >>> cq.magr(W, H, alpha=0.02).round(2)
+    array([[0.62, 0.38, 0.28]])
+    """
+    from corequant._numba.projection import clip_rows
+    from corequant._threads import for_rows
+    from corequant._validation import check_divides
+    from corequant.rounding.hessian import check_hessian, largest_eigenvalue
+    from corequant.rounding.problem import check_damping, working_dtype
+
+    W = check_matrix("W", W)
+    H = check_hessian(H, W.shape[1], name)
+    strength, steps = check_damping(alpha, "alpha"), check_index("steps", steps, 0)
+    size = W.shape[1] if group_size is None else check_index("group_size", group_size)
+    if W.size:
+        check_divides("group_size", size, W.shape[1])
+    dtype = working_dtype(W, None)
+    sigma = largest_eigenvalue(H)
+    v: npt.NDArray[Any] = np.array(W, dtype, order="C")
+    if sigma == 0 or strength == 0 or not W.size:
+        return v.astype(W.dtype)
+    gram, start = H.astype(dtype, copy=False) / dtype.type(sigma), v.copy()
+    radius = strength * sigma / float(np.abs(H).sum(1, dtype=np.float64).max())
+    moved, limits = np.empty_like(v), np.empty(v.size // size, dtype)
+    for _ in range(steps):
+        np.subtract(v, (v - start) @ gram, out=moved)
+        rows, out = moved.reshape(-1, size), v.reshape(-1, size)
+
+        def work(first: int, last: int, rows: Any = rows, out: Any = out) -> None:
+            clip_rows(first, last, rows, radius, limits, out)
+
+        for_rows(len(rows), 8 * size, work)
+    return v.astype(W.dtype)

@@ -1,0 +1,144 @@
+"""What rounding a weight came to: losses, damping, dead columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant._validation import check_matrix
+from corequant.quantization import QuantizedTensor, dequantize
+
+__all__ = ["Damping", "RoundedTensor", "RoundingReport", "reconstruction_loss"]
+
+Array = npt.NDArray[Any]
+
+_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Damping:
+    """What was added to the diagonal of H.
+
+    Attributes
+    ----------
+    value : float
+        The number added.
+    relative : float
+        The same, divided by the mean of the diagonal.
+    tries : int
+        How many factorizations it took: 1 unless H was not positive definite enough.
+    """
+
+    value: float
+    relative: float
+    tries: int
+
+
+@dataclass(frozen=True)
+class RoundingReport:
+    """How a method rounded a weight.
+
+    Attributes
+    ----------
+    method : str
+        Such as ``"gptq"``.
+    name : str
+        The layer's name as it was given.
+    loss : float or None
+        ``reconstruction_loss`` of the result; None where it wasn't asked for.
+    nearest_loss : float or None
+        The same of the weight rounded to nearest with the spec's own scales.
+    damping : Damping or None
+        What was added to the diagonal of H; None for methods without.
+    dead_columns : tuple of int
+        Columns that no input reached: H_jj = 0.
+    bounded_share : float or None
+        Share of the weights that an accumulator's bound moved; None without an accumulator.
+    """
+
+    method: str
+    name: str
+    loss: float | None = None
+    nearest_loss: float | None = None
+    damping: Damping | None = None
+    dead_columns: tuple[int, ...] = ()
+    bounded_share: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RoundedTensor(QuantizedTensor):
+    """A QuantizedTensor with the report of the method that made it.
+
+    Attributes
+    ----------
+    report : RoundingReport
+        How it was made.
+    """
+
+    report: RoundingReport = RoundingReport("", "")
+
+    @classmethod
+    def of(cls, quantized: QuantizedTensor, report: RoundingReport) -> RoundedTensor:
+        """Attach a report to a quantized tensor."""
+        q = quantized
+        return cls(q.codes, q.scales, q.zero_points, q.spec, q.global_scale, report)
+
+
+def reconstruction_loss(W: Any, quantized: QuantizedTensor | Any, H: Any, G: Any = None) -> float:
+    """Return the mean squared error of a layer's outputs, summed over its outputs.
+
+    Parameters
+    ----------
+    W : numpy.ndarray (out_features, in_features)
+        The float weight.
+    quantized : QuantizedTensor or numpy.ndarray (out_features, in_features)
+        What stands for it.
+    H : numpy.ndarray (in_features, in_features)
+        ``X̃ᵀX̃ / n`` of the inputs that the layer will see.
+    G : numpy.ndarray (in_features, in_features), optional
+        ``XᵀX̃ / n`` with the float network's inputs X; by default they are X̃ themselves.
+
+    Returns
+    -------
+    float
+        ``tr((W - Q) H (W - Q)ᵀ)``. With G, ``E‖Wx - Qx̃‖² - E‖W(x - x̃)‖²``, whose second part no
+        rounding can change, so that it may be negative.
+
+    Raises
+    ------
+    HessianError, NonFiniteError, ShapeError, TypeError
+        If a matrix is none, or of another shape.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> W = np.array([[0.9, -1.5], [0.1, 0.3]])
+    >>> round(cq.reconstruction_loss(W, np.round(W), np.eye(2)), 3)
+    0.36
+    """
+    from corequant.rounding.hessian import check_cross_moment, check_hessian
+
+    W = check_matrix("W", W)
+    Q = check_matrix(
+        "quantized", dequantize(quantized) if isinstance(quantized, QuantizedTensor) else quantized
+    )
+    H = check_hessian(H, W.shape[1], "W")
+    return loss_of(W, Q, H, None if G is None else check_cross_moment(G, H, "W"))
+
+
+def loss_of(W: Array, Q: Array, H: Array, G: Array | None) -> float:
+    """Return the loss of checked matrices; products in H's dtype, sums in float64."""
+    total = 0.0
+    for start in range(0, len(W), _ROWS):
+        rows = slice(start, start + _ROWS)
+        D = (W[rows].astype(np.float64) - Q[rows]).astype(H.dtype)
+        P = D @ H
+        if G is not None:
+            # A product with G - H itself would copy it; the difference of two is as exact here.
+            w = W[rows].astype(H.dtype)
+            P += 2 * (w @ G.astype(H.dtype, copy=False) - w @ H)
+        total += float(np.einsum("ij,ij->", D, P, dtype=np.float64))
+    return total
