@@ -3,17 +3,13 @@
 The numerical core of post-training quantization with block rotations, on plain arrays.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from corequant._dispatch import available_backends
 from corequant.calibration import ActivationStats
-from corequant.casting import decode, encode
-from corequant.diagnostics import (
-    block_mass,
-    load_balance,
-    mass_concentration,
-    outlier_bounds,
-    probable_outlier_bounds,
-)
-from corequant.equalization import correct_bias, cross_layer_scales, smoothquant_scales
 from corequant.errors import (
     AccumulatorError,
     ArchitectureError,
@@ -33,17 +29,7 @@ from corequant.errors import (
     VerificationError,
 )
 from corequant.formats import NumberFormat, find_format, formats
-from corequant.fusion import rotate_fake_quantize, rotate_quantize
 from corequant.hadamard import hadamard_factors, hadamard_matrix, valid_block_sizes
-from corequant.merging import fold_norm, merge_factors, merge_permutation, merge_rotation
-from corequant.packed import (
-    PackedTensor,
-    dequantize_packed,
-    pack_quantized,
-    quantize_packed,
-    unpack_quantized,
-)
-from corequant.packing import pack, pack_bytes, unpack, unpack_bytes
 from corequant.permutation import (
     absmax,
     energydiff,
@@ -61,24 +47,89 @@ from corequant.quantization import (
     fake_quantize,
     quantize,
 )
-from corequant.ranges import rangediff, sign_descent
 from corequant.rotation import block_hadamard, random_signs
-from corequant.rounding import (
-    AccumulatorSpec,
-    Certificate,
-    RoundedTensor,
-    RoundingReport,
-    accumulator_bits,
-    certify,
-    gpfq,
-    gptq,
-    learned_rounding,
-    magr,
-    qronos,
-    reconstruction_loss,
-    round_to_nearest,
-)
 from corequant.specs import Granularity, QuantSpec, ScaleFormat, ScaleRounding, ScaleSearch, presets
+
+if TYPE_CHECKING:
+    from corequant.casting import decode, encode
+    from corequant.diagnostics import (
+        block_mass,
+        load_balance,
+        mass_concentration,
+        outlier_bounds,
+        probable_outlier_bounds,
+    )
+    from corequant.equalization import correct_bias, cross_layer_scales, smoothquant_scales
+    from corequant.fusion import rotate_fake_quantize, rotate_quantize
+    from corequant.merging import fold_norm, merge_factors, merge_permutation, merge_rotation
+    from corequant.packed import (
+        PackedTensor,
+        dequantize_packed,
+        pack_quantized,
+        quantize_packed,
+        unpack_quantized,
+    )
+    from corequant.packing import pack, pack_bytes, unpack, unpack_bytes
+    from corequant.ranges import rangediff, sign_descent
+    from corequant.rounding import (
+        AccumulatorSpec,
+        Certificate,
+        RoundedTensor,
+        RoundingReport,
+        accumulator_bits,
+        certify,
+        learned_rounding,
+        reconstruction_loss,
+        round_to_nearest,
+    )
+    from corequant.rounding.gpfq import gpfq
+    from corequant.rounding.gptq import gptq
+    from corequant.rounding.magr import magr
+    from corequant.rounding.qronos import qronos
+
+# Imported when first asked for: together they would double the time that importing corequant takes.
+_LAZY = {
+    "AccumulatorSpec": "corequant.rounding",
+    "Certificate": "corequant.rounding",
+    "PackedTensor": "corequant.packed",
+    "RoundedTensor": "corequant.rounding",
+    "RoundingReport": "corequant.rounding",
+    "accumulator_bits": "corequant.rounding",
+    "block_mass": "corequant.diagnostics",
+    "certify": "corequant.rounding",
+    "correct_bias": "corequant.equalization",
+    "cross_layer_scales": "corequant.equalization",
+    "decode": "corequant.casting",
+    "dequantize_packed": "corequant.packed",
+    "encode": "corequant.casting",
+    "fold_norm": "corequant.merging",
+    "gpfq": "corequant.rounding",
+    "gptq": "corequant.rounding",
+    "learned_rounding": "corequant.rounding",
+    "load_balance": "corequant.diagnostics",
+    "magr": "corequant.rounding",
+    "mass_concentration": "corequant.diagnostics",
+    "merge_factors": "corequant.merging",
+    "merge_permutation": "corequant.merging",
+    "merge_rotation": "corequant.merging",
+    "outlier_bounds": "corequant.diagnostics",
+    "pack": "corequant.packing",
+    "pack_bytes": "corequant.packing",
+    "pack_quantized": "corequant.packed",
+    "probable_outlier_bounds": "corequant.diagnostics",
+    "qronos": "corequant.rounding",
+    "quantize_packed": "corequant.packed",
+    "rangediff": "corequant.ranges",
+    "reconstruction_loss": "corequant.rounding",
+    "rotate_fake_quantize": "corequant.fusion",
+    "rotate_quantize": "corequant.fusion",
+    "round_to_nearest": "corequant.rounding",
+    "sign_descent": "corequant.ranges",
+    "smoothquant_scales": "corequant.equalization",
+    "unpack": "corequant.packing",
+    "unpack_bytes": "corequant.packing",
+    "unpack_quantized": "corequant.packed",
+}
 
 __all__ = [
     "AccumulatorError",
@@ -167,3 +218,15 @@ __all__ = [
     "valid_block_sizes",
     "zigzag",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'corequant' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
