@@ -3,6 +3,11 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# What runs a second time as plain Python: kernels whose loops are quick enough that way.
+PLAIN := $(addprefix tests/unit/test_,rotation.py permutation.py second_order.py calibration.py \
+	merging.py diagnostics.py) $(addprefix tests/property/test_,rotation.py permutation.py \
+	diagnostics.py)
+
 .PHONY: demo test test-nojit lint bench clean
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
@@ -27,7 +32,7 @@ lint: $(VENV)/.dev
 
 test: lint
 	$(BIN)/python -m pytest
-	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest -q tests/unit tests/property
+	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest -q $(PLAIN)
 
 bench: $(VENV)/.dev
 	$(BIN)/python -W ignore bench/bench_rotation.py --rounds 5 --write
