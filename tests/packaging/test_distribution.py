@@ -57,7 +57,7 @@ def test_metadata(wheel):
         for line in metadata.splitlines()
         if line.startswith("Requires-Dist") and "extra ==" not in line
     }
-    assert required == {"numpy", "scipy", "numba"}
+    assert required == {"llvmlite", "numba", "numpy", "scipy"}
     entries = read("entry_points.txt")
     assert "torch = corequant_torch:TorchBackend" in entries
     assert "corequant = corequant.cli:main" in entries
