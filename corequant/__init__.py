@@ -8,8 +8,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from corequant._dispatch import available_backends
-from corequant.calibration import ActivationStats
 from corequant.errors import (
     AccumulatorError,
     ArchitectureError,
@@ -29,28 +27,10 @@ from corequant.errors import (
     VerificationError,
 )
 from corequant.formats import NumberFormat, find_format, formats
-from corequant.hadamard import hadamard_factors, hadamard_matrix, valid_block_sizes
-from corequant.permutation import (
-    absmax,
-    energydiff,
-    identity_permutation,
-    invert_permutation,
-    massdiff,
-    random_permutation,
-    zigzag,
-)
-from corequant.quantization import (
-    QuantizedTensor,
-    choose_global_scale,
-    choose_qparams,
-    dequantize,
-    fake_quantize,
-    quantize,
-)
-from corequant.rotation import block_hadamard, random_signs
-from corequant.specs import Granularity, QuantSpec, ScaleFormat, ScaleRounding, ScaleSearch, presets
 
 if TYPE_CHECKING:
+    from corequant._dispatch import available_backends
+    from corequant.calibration import ActivationStats
     from corequant.casting import decode, encode
     from corequant.diagnostics import (
         block_mass,
@@ -61,6 +41,7 @@ if TYPE_CHECKING:
     )
     from corequant.equalization import correct_bias, cross_layer_scales, smoothquant_scales
     from corequant.fusion import rotate_fake_quantize, rotate_quantize
+    from corequant.hadamard import hadamard_factors, hadamard_matrix, valid_block_sizes
     from corequant.merging import fold_norm, merge_factors, merge_permutation, merge_rotation
     from corequant.packed import (
         PackedTensor,
@@ -70,7 +51,25 @@ if TYPE_CHECKING:
         unpack_quantized,
     )
     from corequant.packing import pack, pack_bytes, unpack, unpack_bytes
+    from corequant.permutation import (
+        absmax,
+        energydiff,
+        identity_permutation,
+        invert_permutation,
+        massdiff,
+        random_permutation,
+        zigzag,
+    )
+    from corequant.quantization import (
+        QuantizedTensor,
+        choose_global_scale,
+        choose_qparams,
+        dequantize,
+        fake_quantize,
+        quantize,
+    )
     from corequant.ranges import rangediff, sign_descent
+    from corequant.rotation import block_hadamard, random_signs
     from corequant.rounding import (
         AccumulatorSpec,
         Certificate,
@@ -86,50 +85,113 @@ if TYPE_CHECKING:
     from corequant.rounding.gptq import gptq
     from corequant.rounding.magr import magr
     from corequant.rounding.qronos import qronos
+    from corequant.specs import (
+        Granularity,
+        QuantSpec,
+        ScaleFormat,
+        ScaleRounding,
+        ScaleSearch,
+        presets,
+    )
 
-# Imported when first asked for: together they would double the time that importing corequant takes.
-_LAZY = {
-    "AccumulatorSpec": "corequant.rounding",
-    "Certificate": "corequant.rounding",
-    "PackedTensor": "corequant.packed",
-    "RoundedTensor": "corequant.rounding",
-    "RoundingReport": "corequant.rounding",
-    "accumulator_bits": "corequant.rounding",
-    "block_mass": "corequant.diagnostics",
-    "certify": "corequant.rounding",
-    "correct_bias": "corequant.equalization",
-    "cross_layer_scales": "corequant.equalization",
-    "decode": "corequant.casting",
-    "dequantize_packed": "corequant.packed",
-    "encode": "corequant.casting",
-    "fold_norm": "corequant.merging",
-    "gpfq": "corequant.rounding",
-    "gptq": "corequant.rounding",
-    "learned_rounding": "corequant.rounding",
-    "load_balance": "corequant.diagnostics",
-    "magr": "corequant.rounding",
-    "mass_concentration": "corequant.diagnostics",
-    "merge_factors": "corequant.merging",
-    "merge_permutation": "corequant.merging",
-    "merge_rotation": "corequant.merging",
-    "outlier_bounds": "corequant.diagnostics",
-    "pack": "corequant.packing",
-    "pack_bytes": "corequant.packing",
-    "pack_quantized": "corequant.packed",
-    "probable_outlier_bounds": "corequant.diagnostics",
-    "qronos": "corequant.rounding",
-    "quantize_packed": "corequant.packed",
-    "rangediff": "corequant.ranges",
-    "reconstruction_loss": "corequant.rounding",
-    "rotate_fake_quantize": "corequant.fusion",
-    "rotate_quantize": "corequant.fusion",
-    "round_to_nearest": "corequant.rounding",
-    "sign_descent": "corequant.ranges",
-    "smoothquant_scales": "corequant.equalization",
-    "unpack": "corequant.packing",
-    "unpack_bytes": "corequant.packing",
-    "unpack_quantized": "corequant.packed",
+# Imported when first asked for, so that importing corequant costs next to nothing.
+_PARTS = {
+    "corequant._dispatch": ("available_backends",),
+    "corequant.calibration": ("ActivationStats",),
+    "corequant.casting": (
+        "decode",
+        "encode",
+    ),
+    "corequant.diagnostics": (
+        "block_mass",
+        "load_balance",
+        "mass_concentration",
+        "outlier_bounds",
+        "probable_outlier_bounds",
+    ),
+    "corequant.equalization": (
+        "correct_bias",
+        "cross_layer_scales",
+        "smoothquant_scales",
+    ),
+    "corequant.fusion": (
+        "rotate_fake_quantize",
+        "rotate_quantize",
+    ),
+    "corequant.hadamard": (
+        "hadamard_factors",
+        "hadamard_matrix",
+        "valid_block_sizes",
+    ),
+    "corequant.merging": (
+        "fold_norm",
+        "merge_factors",
+        "merge_permutation",
+        "merge_rotation",
+    ),
+    "corequant.packed": (
+        "PackedTensor",
+        "dequantize_packed",
+        "pack_quantized",
+        "quantize_packed",
+        "unpack_quantized",
+    ),
+    "corequant.packing": (
+        "pack",
+        "pack_bytes",
+        "unpack",
+        "unpack_bytes",
+    ),
+    "corequant.permutation": (
+        "absmax",
+        "energydiff",
+        "identity_permutation",
+        "invert_permutation",
+        "massdiff",
+        "random_permutation",
+        "zigzag",
+    ),
+    "corequant.quantization": (
+        "QuantizedTensor",
+        "choose_global_scale",
+        "choose_qparams",
+        "dequantize",
+        "fake_quantize",
+        "quantize",
+    ),
+    "corequant.ranges": (
+        "rangediff",
+        "sign_descent",
+    ),
+    "corequant.rotation": (
+        "block_hadamard",
+        "random_signs",
+    ),
+    "corequant.rounding": (
+        "AccumulatorSpec",
+        "Certificate",
+        "RoundedTensor",
+        "RoundingReport",
+        "accumulator_bits",
+        "certify",
+        "learned_rounding",
+        "reconstruction_loss",
+        "round_to_nearest",
+    ),
+    "corequant.rounding.gpfq": ("gpfq",),
+    "corequant.rounding.gptq": ("gptq",),
+    "corequant.rounding.magr": ("magr",),
+    "corequant.rounding.qronos": ("qronos",),
+    "corequant.specs": (
+        "Granularity",
+        "QuantSpec",
+        "ScaleFormat",
+        "ScaleRounding",
+        "ScaleSearch",
+        "presets",
+    ),
 }
+_LAZY = {name: part for part, names in _PARTS.items() for name in names}
 
 __all__ = [
     "AccumulatorError",

@@ -29,6 +29,14 @@ def test_a_numpy_call_imports_no_torch():
     assert loaded == "False"
 
 
+def test_import_loads_only_what_names_need_at_once():
+    loaded = run(
+        "import sys, corequant; "
+        "print(sorted(m for m in sys.modules if m.partition('.')[0] == 'corequant'))"
+    )
+    assert loaded == "['corequant', 'corequant.errors', 'corequant.formats']"
+
+
 def test_import_takes_less_than_50_ms_beyond_numpy():
     # Processor time of the quickest of several: what else the machine is doing doesn't count.
     code = (
