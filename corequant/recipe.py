@@ -32,7 +32,7 @@ FACTORS = ("none", "signs", "scales")
 ROUNDINGS = ("nearest",)
 """Names that ``Recipe.rounding`` takes."""
 
-_LEAST = {"samples": 1, "sequence_length": 2, "seed": 0}
+_LEAST = {"sign_trials": 1, "samples": 1, "sequence_length": 2, "seed": 0}
 _WEIGHTS = QuantSpec.parse("int4:channel:symmetric:mse")
 _ACTIVATIONS = QuantSpec.parse("int4:token:asymmetric")
 
@@ -63,6 +63,9 @@ class Recipe:
     random_signs : bool
         Multiply the residual stream by random signs before it is rotated. Without them the first
         channel of the rotated stream is the sum of all, which has a far larger range.
+    sign_trials : int
+        How many draws of these signs are tried; the one whose rounded model loses least on the
+        first 512 tokens of the last calibration window is kept.
     rounding : str
         How weights are rounded: one of ``ROUNDINGS``.
     samples, sequence_length : int
@@ -92,6 +95,7 @@ class Recipe:
     weights: QuantSpec = _WEIGHTS
     activations: QuantSpec | None = _ACTIVATIONS
     random_signs: bool = True
+    sign_trials: int = 1
     rounding: str = "nearest"
     samples: int = 8
     sequence_length: int = 2048

@@ -39,11 +39,17 @@ class Calibration:
     held_out : mapping of str to ActivationStats
         The same on the last window, which ``statistics`` has not seen then, for choices that are
         judged by tokens; empty where the recipe needs none.
+    draw : int
+        Which draw of the residual stream's signs is taken.
+    draw_losses : tuple of float
+        Losses of all draws that were tried.
     """
 
     tokens: npt.NDArray[np.int64]
     statistics: Mapping[str, cq.ActivationStats]
     held_out: Mapping[str, cq.ActivationStats]
+    draw: int = 0
+    draw_losses: tuple[float, ...] = ()
 
 
 def needs_second_order(recipe: Recipe) -> bool:
@@ -103,7 +109,7 @@ def choose(
         Plain values for the report, one for each region.
     """
     permutations: dict[str, npt.NDArray[np.int64]] = {}
-    factors = plan.draw_signs()
+    factors = plan.draw_signs(calibration.draw)
     rows = []
     for index, matrix in enumerate(plan.regions):
         row: dict[str, Any] = {"name": matrix.name}

@@ -6,7 +6,7 @@ import copy
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from corequant_transformers.checkpoint import check_output, save
 from corequant_transformers.choosing import Calibration, choose, choose_block_sizes
 from corequant_transformers.layers import QuantizedLinear
 from corequant_transformers.planning import ModelPlan, check_modules, plan_model
+from corequant_transformers.signs import choose_signs
 from corequant_transformers.sources import Source
 from corequant_transformers.texts import check_tokens, token_windows
 from corequant_transformers.transforming import Choices, transform_model, untie
@@ -153,9 +154,15 @@ def calibrate(
         tokens = check_tokens(calibration)
     table = plan_model(model.config, recipe)
     check_modules(table, _shapes(model))
-    return collect_statistics(
+    gathered = collect_statistics(
         model, table, tokens, lambda done, total: progress("calibrate", done, total)
     )
+    if recipe.sign_trials == 1 or not recipe.random_signs:
+        return gathered
+    draw, losses = choose_signs(
+        model, table, gathered.tokens, lambda done, total: progress("signs", done, total)
+    )
+    return replace(gathered, draw=draw, draw_losses=tuple(losses))
 
 
 def quantize(
@@ -255,6 +262,7 @@ def quantize(
         "recipe": recipe.to_dict(),
         "verification": verification.to_dict(),
         "calibration_tokens": int(calibration.tokens.size),
+        "signs": {"draw": calibration.draw, "losses": list(calibration.draw_losses)},
         "regions": regions,
         "matrices": rows,
         "seconds": round(time.monotonic() - started, 1),

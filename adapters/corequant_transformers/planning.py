@@ -102,11 +102,15 @@ class ModelPlan:
     matrices: tuple[MatrixPlan, ...]
     norms: tuple[str, ...]
 
-    def draw_signs(self) -> dict[str, npt.NDArray[np.float64]]:
-        """Return the residual stream's random signs by their name, drawn from the recipe's seed."""
+    def draw_signs(self, draw: int = 0) -> dict[str, npt.NDArray[np.float64]]:
+        """Return the residual stream's random signs by their name.
+
+        They come from the recipe's seed, ``draw`` telling several sets of signs apart.
+        """
         if not self.recipe.random_signs:
             return {}
-        signs = random_signs(self.dimensions.hidden, self.recipe.seed)
+        generator = np.random.default_rng([self.recipe.seed, draw] if draw else self.recipe.seed)
+        signs = random_signs(self.dimensions.hidden, generator)
         return {RESIDUAL: signs.astype(np.float64)}
 
     def cost(self) -> dict[str, Any]:

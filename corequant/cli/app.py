@@ -50,6 +50,9 @@ Activations = Annotated[str, typer.Option(help="The same for activations, or non
 Samples = Annotated[int, typer.Option(help="Calibration windows.")]
 Length = Annotated[int, typer.Option(help="Tokens per window.")]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.")]
+SignTrials = Annotated[
+    int, typer.Option(help="Draws of the residual rotation's signs; the least lossy is kept.")
+]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="A TOML recipe, instead of the options below.")
 ]
@@ -96,6 +99,7 @@ def quantize(
     samples: Samples = _DEFAULT.samples,
     sequence_length: Length = _DEFAULT.sequence_length,
     seed: Seed = _DEFAULT.seed,
+    sign_trials: SignTrials = _DEFAULT.sign_trials,
     as_json: Json = False,
 ) -> None:
     """Calibrate, permute, rotate, verify, quantize and save a model."""
@@ -109,6 +113,7 @@ def quantize(
         samples=samples,
         sequence_length=sequence_length,
         seed=seed,
+        sign_trials=sign_trials,
     )
     text = _read_text("calibration", calibration)
     with show.progress() as progress:

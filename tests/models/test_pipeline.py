@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +61,25 @@ def test_statistics_are_those_of_what_down_reads():
     found = data.statistics["model.layers.1.mlp.down_proj"]
     assert found.count == 64
     np.testing.assert_allclose(found.mean_abs, np.abs(np.concatenate(seen)).mean(0), rtol=1e-6)
+
+
+def test_signs_are_those_whose_rounded_model_loses_least():
+    model, tokens = cqhf.tiny_model("llama"), np.arange(96).reshape(2, 48)
+    recipe = Recipe(permutation="identity", sign_trials=4)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    data = cqhf.calibrate(model, recipe, tokens)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    single = [cqhf.quantize(model, recipe, replace(data, draw=k)) for k in range(4)]
+    losses = [np.log(cqhf.evaluate(s.model, tokens[-1:]).perplexity) for s in single]
+    np.testing.assert_allclose(data.draw_losses, losses, rtol=1e-3)
+    assert len(set(data.draw_losses)) == 4
+    assert data.draw == int(np.argmin(losses))
+    result = cqhf.quantize(model, recipe, tokens)
+    assert result.report["signs"] == {"draw": data.draw, "losses": list(data.draw_losses)}
+    residual = [s.choices.factors["residual"] for s in single]
+    np.testing.assert_array_equal(result.choices.factors["residual"], residual[data.draw])
+    np.testing.assert_array_equal(residual[0], cq.random_signs(48, 0))
+    assert not any(np.array_equal(residual[0], other) for other in residual[1:])
 
 
 def test_nan_in_a_weight_names_it():

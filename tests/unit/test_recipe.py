@@ -29,6 +29,7 @@ def test_weights_search_their_scales_unless_told_otherwise():
         ({"rounding": "up"}, "rounding must be one of"),
         ({"samples": 0}, "samples must be at least 1"),
         ({"sequence_length": 1}, "sequence_length must be at least 2"),
+        ({"sign_trials": 0}, "sign_trials must be at least 1"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"block_size": 2.5}, "block_size must be an integer"),
         ({"weights": "int4:chanel"}, "unknown part 'chanel'.*did you mean 'channel'"),
