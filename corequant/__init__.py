@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         invert_permutation,
         massdiff,
         random_permutation,
+        repeat_permutation,
         zigzag,
     )
     from corequant.quantization import (
@@ -149,6 +150,7 @@ _PARTS = {
         "invert_permutation",
         "massdiff",
         "random_permutation",
+        "repeat_permutation",
         "zigzag",
     ),
     "corequant.quantization": (
@@ -269,6 +271,7 @@ __all__ = [
     "random_signs",
     "rangediff",
     "reconstruction_loss",
+    "repeat_permutation",
     "rotate_fake_quantize",
     "rotate_quantize",
     "round_to_nearest",

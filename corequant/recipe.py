@@ -11,7 +11,7 @@ from corequant._validation import check_index
 from corequant.errors import RecipeError, SpecError
 from corequant.specs import Granularity, QuantSpec
 
-__all__ = ["FACTORS", "PERMUTATIONS", "Recipe"]
+__all__ = ["FACTORS", "PERMUTATIONS", "ROTATIONS", "Recipe"]
 
 PERMUTATIONS = (
     "identity",
@@ -28,6 +28,9 @@ PERMUTATIONS = (
 
 FACTORS = ("none", "signs", "scales")
 """Names that ``Recipe.factors`` takes."""
+
+ROTATIONS = ("merged", "online")
+"""Names that ``Recipe.rotation`` takes."""
 
 ROUNDINGS = ("nearest",)
 """Names that ``Recipe.rounding`` takes."""
@@ -47,6 +50,14 @@ class Recipe:
         Block length of the online rotation at each ``down_proj``; None rotates the full vector, a
         tuple gives each layer its own, and ``auto`` takes for each the least power of two, from 16,
         whose error on held-out tokens is within ``tolerance`` of the full rotation's.
+    rotation : str
+        ``merged`` rotates the residual stream and the value heads once, in the weights around them,
+        so that only ``down_proj``'s rotation stays online. ``online`` merges none: the input of
+        every quantized layer is rotated by blocks at run time, and the residual stream is only
+        permuted, once for the whole model.
+    head_block_size : int, optional
+        Block length of the merged rotation between value and output projections; None rotates whole
+        heads. Where blocks are smaller than a head, its channels are permuted among themselves.
     tolerance : float
         Of an automatic block size: 0.05 allows 5 % more error.
     permutation : str
@@ -89,6 +100,8 @@ class Recipe:
     """
 
     block_size: int | tuple[int, ...] | str | None = None
+    rotation: str = "merged"
+    head_block_size: int | None = None
     tolerance: float = 0.05
     permutation: str = "massdiff"
     factors: str = "none"
@@ -115,16 +128,20 @@ class Recipe:
             raise RecipeError(str(error)) from error
         _check_choice("permutation", self.permutation, PERMUTATIONS)
         _check_choice("factors", self.factors, FACTORS)
+        _check_choice("rotation", self.rotation, ROTATIONS)
         _check_choice("rounding", self.rounding, ROUNDINGS)
         if isinstance(self.block_size, list):
             object.__setattr__(self, "block_size", tuple(self.block_size))
         whole = [(name, getattr(self, name), least) for name, least in _LEAST.items()]
         whole += [("block_size", size, 1) for size in self._sizes()]
+        if self.head_block_size is not None:
+            whole.append(("head_block_size", self.head_block_size, 1))
         for name, value, least in whole:
             try:
                 check_index(name, value, least)
             except (TypeError, ValueError) as error:
                 raise RecipeError(str(error)) from error
+        self._check_online()
         if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, int | float):
             raise RecipeError(f"tolerance must be a number, got {self.tolerance!r}")
         if not 0 <= self.tolerance < float("inf"):
@@ -142,6 +159,20 @@ class Recipe:
             raise RecipeError(
                 f"activations can't be scaled by channel at run time, got {self.activations}; "
                 "write token, group or tensor"
+            )
+
+    def _check_online(self) -> None:
+        if self.rotation == "merged":
+            return
+        if not isinstance(self.block_size, int | None):
+            raise RecipeError(
+                "block_size must be one number or None with rotation 'online', since all layers "
+                f"share the residual stream's permutation, got {self.block_size!r}"
+            )
+        if self.head_block_size is not None:
+            raise RecipeError(
+                "head_block_size must be None with rotation 'online', which rotates the output "
+                f"projection's input by block_size, got {self.head_block_size}"
             )
 
     def _sizes(self) -> tuple[Any, ...]:

@@ -2,27 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from corequant._validation import check_matrix
+from corequant._validation import check_divides, check_index, check_matrix
 from corequant.calibration import ActivationStats
 from corequant.equalization import smoothquant_scales
 from corequant.errors import CalibrationError
-from corequant.permutation import energydiff, identity_permutation, massdiff, zigzag
+from corequant.permutation import (
+    absmax,
+    energydiff,
+    identity_permutation,
+    massdiff,
+    random_permutation,
+    zigzag,
+)
 from corequant.quantization import as_spec, dequantize, fake_quantize
 from corequant.ranges import rangediff, sign_descent
 from corequant.rotation import block_hadamard
 from corequant.rounding import round_to_nearest
 from corequant.specs import QuantSpec
 
-__all__ = ["Selection", "rotation_error", "select_permutation", "select_scales"]
+__all__ = [
+    "METHODS",
+    "Selection",
+    "make_permutation",
+    "rotation_error",
+    "select_permutation",
+    "select_scales",
+]
 
 Array = npt.NDArray[Any]
+
+METHODS = (
+    "identity",
+    "massdiff",
+    "zigzag",
+    "absmax",
+    "random",
+    "energy",
+    "energydiff",
+    "rangediff",
+)
+"""Names of the permutations that can be made from statistics."""
+
+_CANDIDATES = ("identity", "massdiff", "zigzag", "energy", "energydiff", "rangediff")
 
 _SEARCH_TOKENS = 512
 """Tokens that the range search sees: more cost time and gained nothing measurable."""
@@ -89,12 +116,91 @@ def rotation_error(
     return float(np.divide(wrong, power, out=np.zeros_like(power), where=power > 0).mean())
 
 
+def make_permutation(
+    method: str,
+    statistics: ActivationStats,
+    block_size: int,
+    *,
+    symmetric: bool = False,
+    heads: int = 1,
+    seed: int | np.random.Generator = 0,
+) -> npt.NDArray[np.int64]:
+    """Make the permutation of a name from statistics.
+
+    Parameters
+    ----------
+    method : str
+        One of ``METHODS``.
+    statistics : ActivationStats
+        With what the method needs: ``energy_gram``, for ``rangediff`` a ``reservoir`` too.
+    block_size : int
+        Must divide the channels of a head.
+    symmetric : bool
+        Whether the quantizer has no zero point; ``rangediff`` shrinks its range.
+    heads : int
+        Equal parts whose channels must stay inside them.
+    seed : int or numpy.random.Generator
+        Of what is drawn at random.
+
+    Returns
+    -------
+    numpy.ndarray (d,), int64
+
+    Raises
+    ------
+    BlockSizeError, CalibrationError, ValueError
+        If sizes don't divide, a statistic is missing or the method unknown.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> from corequant.selection import make_permutation
+    >>> stats = cq.ActivationStats(8).update(np.array([[9.0, 8, 1, 1, 7, 6, 1, 1]]))
+    >>> make_permutation("massdiff", stats, 2, heads=2)
+    array([0, 3, 1, 2, 4, 7, 5, 6])
+    """
+    d = statistics.d
+    check_divides("heads", check_index("heads", heads), d)
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    generator = np.random.default_rng(seed)
+    parts = [slice(k * d // heads, (k + 1) * d // heads) for k in range(heads)]
+    width = d // heads
+    # The whole matrix is scaled by the number of tokens when it is asked for: once is enough.
+    energies = statistics.energy_gram if method in ("energydiff", "rangediff") else None
+    made = []
+    for part in parts:
+        match method:
+            case "identity":
+                p = identity_permutation(width)
+            case "massdiff":
+                p = massdiff(statistics.mean_abs[part], block_size)
+            case "zigzag":
+                p = zigzag(statistics.absmax[part], block_size)
+            case "absmax":
+                p = absmax(statistics.absmax[part], block_size)
+            case "random":
+                p = random_permutation(width, generator)
+            case "energy":
+                p = massdiff(statistics.mean_energy[part], block_size)
+            case _:
+                assert energies is not None
+                p = energydiff(energies[part, part], block_size)
+        if method == "rangediff":
+            tokens = statistics.tokens[:_SEARCH_TOKENS, part]
+            _check_tokens("statistics.tokens", tokens)
+            p = rangediff(tokens, block_size, start=p, symmetric=symmetric, seed=generator)
+        made.append(p + part.start)
+    return np.concatenate(made)
+
+
 def select_permutation(
     statistics: ActivationStats,
     held_out: Array,
     block_size: int,
     spec: QuantSpec | str,
     *,
+    heads: int = 1,
     seed: int | np.random.Generator = 0,
 ) -> Selection:
     """Make every permutation there is and keep the one with the least error on tokens held out.
@@ -108,6 +214,8 @@ def select_permutation(
     block_size : int
     spec : QuantSpec or str
         The deployed quantizer of the activations.
+    heads : int
+        Equal parts whose channels must stay inside them.
     seed : int or numpy.random.Generator
         Of the range search.
 
@@ -131,25 +239,14 @@ def select_permutation(
     True
     """
     spec = as_spec(spec)
-    seen = statistics.tokens
-    _check_tokens("statistics.tokens", seen)
+    _check_tokens("statistics.tokens", statistics.tokens)
     _check_tokens("held_out", held_out)
-    second = energydiff(statistics.energy_gram, block_size)
-
-    def search() -> npt.NDArray[np.int64]:
-        return rangediff(
-            seen[:_SEARCH_TOKENS], block_size, start=second, symmetric=spec.symmetric, seed=seed
+    made = {
+        name: make_permutation(
+            name, statistics, block_size, symmetric=spec.symmetric, heads=heads, seed=seed
         )
-
-    makers: Mapping[str, Callable[[], npt.NDArray[np.int64]]] = {
-        "identity": lambda: identity_permutation(statistics.d),
-        "massdiff": lambda: massdiff(statistics.mean_abs, block_size),
-        "zigzag": lambda: zigzag(statistics.mean_abs, block_size),
-        "energy": lambda: massdiff(statistics.mean_energy, block_size),
-        "energydiff": lambda: second,
-        "rangediff": search,
+        for name in _CANDIDATES
     }
-    made = {name: make() for name, make in makers.items()}
     errors = {
         name: rotation_error(held_out, block_size, spec, permutation=p) for name, p in made.items()
     }

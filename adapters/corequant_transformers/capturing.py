@@ -12,7 +12,8 @@ import torch
 
 import corequant as cq
 from corequant_transformers.choosing import Calibration, needs_second_order, needs_tokens
-from corequant_transformers.planning import MatrixPlan, ModelPlan
+from corequant_transformers.planning import ModelPlan
+from corequant_transformers.rows import Region
 from corequant_transformers.texts import check_tokens
 
 __all__ = ["collect_statistics"]
@@ -42,7 +43,7 @@ def collect_statistics(
     Returns
     -------
     Calibration
-        With statistics by the name of the matrix that reads the activation. Where choices are
+        With statistics by the name of the region. Where choices are
         judged by tokens, the last window is held out, and every second token is enough for the
         statistics.
 
@@ -54,14 +55,14 @@ def collect_statistics(
     recipe = plan.recipe
     kept = _RESERVOIR if needs_tokens(recipe) else 0
     statistics = {
-        m.name: cq.ActivationStats(
-            m.shape[1], energy_gram=needs_second_order(recipe), reservoir=kept, seed=recipe.seed
+        r.name: cq.ActivationStats(
+            r.width, energy_gram=needs_second_order(recipe), reservoir=kept, seed=recipe.seed
         )
-        for m in plan.online
+        for r in plan.regions
     }
     held_out = {
-        m.name: cq.ActivationStats(m.shape[1], reservoir=kept, seed=recipe.seed)
-        for m in plan.online
+        r.name: cq.ActivationStats(r.width, reservoir=kept, seed=recipe.seed)
+        for r in plan.regions
         if kept
     }
     windows = check_tokens(tokens)
@@ -70,25 +71,36 @@ def collect_statistics(
     stride = 2 if needs_second_order(recipe) else 1
     position = 0
 
-    def watch(matrix: MatrixPlan) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
+    def watch(region: Region, reader: str) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
         def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
             try:
                 if position < judging:
-                    statistics[matrix.name].update(args[0][..., ::stride, :])
+                    statistics[region.name].update(_tokens(args[0][..., ::stride, :], region))
                 if kept and (position >= judging or len(windows) == 1):
-                    held_out[matrix.name].update(args[0])
+                    held_out[region.name].update(_tokens(args[0], region))
             except cq.NonFiniteError as error:
-                name = f"the input of {matrix.name} in calibration window {position}"
+                name = f"the input of {reader} in calibration window {position}"
                 raise cq.NonFiniteError(name, error.count, error.index, error.value) from None
 
         return hook
 
     trunk = model.get_submodule(plan.architecture.embedding.rpartition(".")[0])
     with ExitStack() as hooks:
-        for matrix in plan.online:
-            handle = model.get_submodule(matrix.name).register_forward_pre_hook(watch(matrix))
-            hooks.callback(handle.remove)
+        for region in plan.regions:
+            for reader in region.readers:
+                hook = watch(region, reader)
+                handle = model.get_submodule(reader).register_forward_pre_hook(hook)
+                hooks.callback(handle.remove)
         for position, window in enumerate(windows):
             trunk(input_ids=torch.from_numpy(window)[None], use_cache=False)
             progress(position + 1, len(windows))
     return Calibration(windows, statistics, held_out)
+
+
+def _tokens(x: torch.Tensor, region: Region) -> torch.Tensor:
+    """Return an activation with a row for each of the heads that share the region's channels."""
+    repeat = region.side.repeat
+    if repeat == 1:
+        return x
+    heads = x.reshape(*x.shape[:-1], region.side.heads, repeat, -1)
+    return heads.transpose(-3, -2).reshape(*x.shape[:-1], repeat, region.width)

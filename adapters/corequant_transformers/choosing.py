@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,11 +15,13 @@ from corequant.hadamard import valid_block_sizes
 from corequant.recipe import Recipe
 from corequant.selection import (
     Selection,
+    make_permutation,
     rotation_error,
     select_permutation,
     select_scales,
 )
-from corequant_transformers.planning import MatrixPlan, ModelPlan
+from corequant_transformers.planning import ModelPlan
+from corequant_transformers.rows import Region
 from corequant_transformers.transforming import Choices
 
 __all__ = ["Calibration", "choose", "choose_block_sizes", "needs_second_order", "needs_tokens"]
@@ -35,7 +38,7 @@ class Calibration:
     ----------
     tokens : numpy.ndarray (windows, length), int64
     statistics : mapping of str to ActivationStats
-        Of what each MLP's ``down`` reads, by its name.
+        Of the channels of each region of the plan, by its name.
     held_out : mapping of str to ActivationStats
         The same on the last window, which ``statistics`` has not seen then, for choices that are
         judged by tokens; empty where the recipe needs none.
@@ -70,14 +73,17 @@ def choose_block_sizes(plan: ModelPlan, calibration: Calibration) -> Recipe:
         return recipe
     width = plan.dimensions.intermediate
     candidates = [b for b in valid_block_sizes(width) if b >= 16 and b & (b - 1) == 0 and b < width]
+    online = {m.name for m in plan.online}
     sizes = []
-    for index, matrix in enumerate(plan.online):
-        x = calibration.held_out[matrix.name].tokens
+    for index, region in enumerate(plan.regions):
+        if region.name not in online:
+            continue
+        x = calibration.held_out[region.name].tokens
         spec = _activations(recipe)
         limit = (1 + recipe.tolerance) * rotation_error(x, None, spec)
         chosen = width
         for b in candidates:
-            p = _permutation(recipe, matrix.name, b, calibration, index).permutation
+            p = _permutation(recipe, region, b, calibration, index).permutation
             if rotation_error(x, b, spec, permutation=p) <= limit:
                 chosen = b
                 break
@@ -111,68 +117,51 @@ def choose(
     permutations: dict[str, npt.NDArray[np.int64]] = {}
     factors = plan.draw_signs(calibration.draw)
     rows = []
-    for index, matrix in enumerate(plan.regions):
-        row: dict[str, Any] = {"name": matrix.name}
-        order = cq.identity_permutation(matrix.shape[1])
-        if matrix.input.permutation is not None:
-            b = matrix.input.rotation or 1
-            chosen = _permutation(plan.recipe, matrix.name, b, calibration, index)
-            order = permutations[matrix.name] = chosen.permutation
+    for index, region in enumerate(plan.regions):
+        row: dict[str, Any] = {"name": region.name}
+        order = cq.identity_permutation(region.width)
+        if region.permuted:
+            b = region.side.rotation or 1
+            chosen = _permutation(plan.recipe, region, b, calibration, index)
+            order = permutations[region.name] = chosen.permutation
             row |= {"permutation": chosen.method, "errors": chosen.errors}
-        if matrix.input.factors is not None:
-            found, errors = _factors(plan.recipe, matrix, calibration, weight, order)
-            factors[matrix.name] = found
+        if region.factored:
+            found, errors = _factors(plan.recipe, region, calibration, weight, order)
+            factors[region.name] = found
             row |= {"factors": min(errors, key=lambda n: errors[n]), "output_errors": errors}
-        rows.append(row | _masses(matrix, calibration, order))
+        rows.append(row | _masses(region, calibration, order))
         progress(index + 1, len(plan.regions))
     return Choices(permutations, factors), rows
 
 
 def _permutation(
-    recipe: Recipe, name: str, b: int, calibration: Calibration, index: int
+    recipe: Recipe, region: Region, b: int, calibration: Calibration, index: int
 ) -> Selection:
-    statistics = calibration.statistics[name]
+    statistics = calibration.statistics[region.name]
     generator = np.random.default_rng([recipe.seed, index])
-    spec = _activations(recipe)
-    match recipe.permutation:
-        case "auto":
-            held_out = calibration.held_out[name].tokens
-            return select_permutation(statistics, held_out, b, spec, seed=generator)
-        case "massdiff":
-            p = cq.massdiff(statistics.mean_abs, b)
-        case "zigzag":
-            p = cq.zigzag(statistics.absmax, b)
-        case "absmax":
-            p = cq.absmax(statistics.absmax, b)
-        case "random":
-            p = cq.random_permutation(statistics.d, generator)
-        case "energy":
-            p = cq.massdiff(statistics.mean_energy, b)
-        case "energydiff":
-            p = cq.energydiff(statistics.energy_gram, b)
-        case "rangediff":
-            start = cq.energydiff(statistics.energy_gram, b)
-            p = cq.rangediff(
-                statistics.tokens, b, start=start, symmetric=spec.symmetric, seed=generator
-            )
-        case _:
-            p = cq.identity_permutation(statistics.d)
+    spec, heads = _activations(recipe), region.side.heads
+    if recipe.permutation == "auto":
+        held_out = calibration.held_out[region.name].tokens
+        return select_permutation(statistics, held_out, b, spec, heads=heads, seed=generator)
+    p = make_permutation(
+        recipe.permutation, statistics, b, symmetric=spec.symmetric, heads=heads, seed=generator
+    )
     return Selection(p, recipe.permutation)
 
 
 def _factors(
     recipe: Recipe,
-    matrix: MatrixPlan,
+    region: Region,
     calibration: Calibration,
     weight: Callable[[str], Array],
     order: npt.NDArray[np.int64],
 ) -> tuple[npt.NDArray[np.float64], dict[str, float]]:
-    seen = calibration.statistics[matrix.name].tokens[:, order]
-    judge = calibration.held_out[matrix.name].tokens[:, order]
-    W = weight(matrix.name)[:, order].astype(np.float32)
+    seen = calibration.statistics[region.name].tokens[:, order]
+    judge = calibration.held_out[region.name].tokens[:, order]
+    W = weight(region.name)[:, order].astype(np.float32)
     options: dict[str, Any] = {} if recipe.factors == "scales" else {"exponents": ()}
     spec = _activations(recipe)
-    return select_scales(seen, judge, W, matrix.input.rotation, spec, recipe.weights, **options)
+    return select_scales(seen, judge, W, region.side.rotation, spec, recipe.weights, **options)
 
 
 def _activations(recipe: Recipe) -> cq.QuantSpec:
@@ -181,12 +170,17 @@ def _activations(recipe: Recipe) -> cq.QuantSpec:
 
 
 def _masses(
-    matrix: MatrixPlan, calibration: Calibration, order: npt.NDArray[np.int64]
+    region: Region, calibration: Calibration, order: npt.NDArray[np.int64]
 ) -> dict[str, float]:
-    b = matrix.input.rotation or 1
-    mean = calibration.statistics[matrix.name].mean_abs
+    b = _block_length(region)
+    mean = calibration.statistics[region.name].mean_abs
     return {
         "largest_block_mass": float(cq.block_mass(mean, b).max()),
         "largest_block_mass_permuted": float(cq.block_mass(mean[order], b).max()),
         "mean_block_mass": float(cq.block_mass(mean, b).mean()),
     }
+
+
+def _block_length(region: Region) -> int:
+    # A rotation over repeated heads can be wider than the channels that are counted once.
+    return math.gcd(region.side.rotation or 1, region.width)

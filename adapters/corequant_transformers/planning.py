@@ -1,15 +1,14 @@
 """What will be done to each matrix of a model, decided from its config alone.
 
-The plan is a table with one row for every matrix that changes. A row says which norm's gain is
-folded in, how the channels that it reads and writes are permuted and rotated, whether its input is
-rotated at run time, and whether it is quantized. Everything that follows only carries out rows, so
-a matrix can be transformed by itself.
+The plan is a table with one row for every matrix that changes (``rows``). Everything that follows
+only carries out rows, so a matrix can be transformed by itself.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,60 +25,9 @@ from corequant_transformers.architectures import (
     architecture_of,
     dimensions_of,
 )
+from corequant_transformers.rows import RESIDUAL, MatrixPlan, Region, Side, regions_of
 
-__all__ = ["MatrixPlan", "ModelPlan", "Side", "check_modules", "plan_model"]
-
-RESIDUAL = "residual"
-"""Name of the residual stream's signs."""
-
-
-@dataclass(frozen=True)
-class Side:
-    """What happens to the channels on one side of a matrix, in the order of the attributes.
-
-    Attributes
-    ----------
-    permutation : str, optional
-        Name of the region whose permutation applies; the name of the matrix that reads it.
-    factors : str, optional
-        Name of the signs or scales that the activation's channels are multiplied by.
-    rotation : int, optional
-        Block length of the rotation; None leaves the channels alone.
-    """
-
-    permutation: str | None = None
-    factors: str | None = None
-    rotation: int | None = None
-
-
-@dataclass(frozen=True)
-class MatrixPlan:
-    """One matrix and all that happens to it.
-
-    Attributes
-    ----------
-    name : str
-        Path of its module.
-    shape : tuple of int
-        (out_features, in_features); an embedding is (vocabulary, hidden), its tokens' vectors
-        being rows, so that its ``input`` side is what it writes to the residual stream.
-    norm : str, optional
-        Path of the norm whose gain is folded in.
-    input, output : Side
-        What happens to its columns and to its rows.
-    online : bool
-        Whether the input is rotated at run time rather than by the layer before.
-    quantized : bool
-        Whether its weight and its input are quantized.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    norm: str | None = None
-    input: Side = Side()
-    output: Side = Side()
-    online: bool = False
-    quantized: bool = True
+__all__ = ["MatrixPlan", "ModelPlan", "Region", "Side", "check_modules", "plan_model"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +41,8 @@ class ModelPlan:
     recipe : Recipe
     matrices : tuple of MatrixPlan
     norms : tuple of str
-        Paths of the norms whose gains become 1.
+        Paths of the norms. Where rotations are merged their gains become 1, otherwise they are
+        permuted with the residual stream.
     """
 
     architecture: Architecture
@@ -114,7 +63,7 @@ class ModelPlan:
         return {RESIDUAL: signs.astype(np.float64)}
 
     def cost(self) -> dict[str, Any]:
-        """Return what the plan costs: run-time additions, sizes in MiB, block sizes that work.
+        """Return what the plan costs: run-time additions and bytes, sizes in MiB, block sizes.
 
         ``peak_mib`` is the estimated peak memory of ``quantize``: the model in float64 while it is
         verified, and what torch and a window's activations take.
@@ -122,6 +71,8 @@ class ModelPlan:
         additions = sum(
             m.shape[1] * _additions_per_channel(m.input.rotation or 1) for m in self.online
         )
+        # Each rotated channel is read and written once, in float16 as models run.
+        traffic = sum(2 * 2 * m.shape[1] for m in self.online)
         products = sum(m.shape[0] * m.shape[1] for m in self.quantized)
         spec = self.recipe.weights
         stored = sum(
@@ -132,17 +83,27 @@ class ModelPlan:
         return {
             "online_rotations": len(self.online),
             "online_additions_per_token": additions,
+            "online_bytes_per_token": traffic,
             "online_share": additions / products,
             "quantized_mib": stored / 2**20,
             "float_mib": 4 * products / 2**20,
             "peak_mib": (8 * entries + 3 * 128 * 8 * self.dimensions.vocabulary) / 2**20 + 700,
-            "block_sizes": list(valid_block_sizes(self.dimensions.intermediate)),
+            "block_sizes": self._possible_block_sizes(),
         }
 
+    def _possible_block_sizes(self) -> list[int]:
+        widths = {m.shape[1] for m in self.online} | {self.dimensions.intermediate}
+        return list(valid_block_sizes(math.gcd(*widths)))
+
     @property
-    def regions(self) -> tuple[MatrixPlan, ...]:
-        """The matrices whose inputs are permuted or multiplied by factors of their own."""
-        return tuple(m for m in self.matrices if m.name in (m.input.permutation, m.input.factors))
+    def folds(self) -> bool:
+        """Whether the norms' gains are folded into the weights."""
+        return self.recipe.rotation == "merged"
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The channels that are measured to choose permutations and factors."""
+        return regions_of(self.matrices)
 
     @property
     def quantized(self) -> tuple[MatrixPlan, ...]:
@@ -177,31 +138,27 @@ def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
     architecture = architecture_of(config)
     sizes = dimensions_of(config)
     blocks = _block_sizes(recipe, sizes)
-    residual = Side(
-        factors=RESIDUAL if recipe.random_signs else None,
-        rotation=_rotation("residual rotation", None, "hidden_size", sizes.hidden),
-    )
-    head = Side(rotation=_rotation("head rotation", None, "head_dim", sizes.head_dim))
+    stream = _stream(recipe, sizes)
     matrices = [
         MatrixPlan(
             architecture.embedding,
             (sizes.vocabulary, sizes.hidden),
-            input=residual,
+            input=stream.written,
             quantized=False,
         )
     ]
     norms = [architecture.final_norm]
     for i in range(sizes.blocks):
         path = architecture.block.format(i)
-        matrices += _attention(architecture, sizes, path, residual, head)
-        matrices += _mlp(architecture, sizes, path, residual, blocks[i], recipe)
+        matrices += _attention(architecture, sizes, path, stream, recipe)
+        matrices += _mlp(architecture, sizes, path, stream, blocks[i], recipe)
         norms += [f"{path}.{architecture.attention_norm}", f"{path}.{architecture.mlp_norm}"]
     matrices.append(
         MatrixPlan(
             architecture.head,
             (sizes.vocabulary, sizes.hidden),
             norm=architecture.final_norm,
-            input=residual,
+            input=stream.written,
             quantized=False,
         )
     )
@@ -209,16 +166,62 @@ def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
     return ModelPlan(architecture, sizes, recipe, tuple(matrices), tuple(norms))
 
 
+@dataclass(frozen=True)
+class _Stream:
+    """The residual stream as it is written, and as quantized layers read it."""
+
+    written: Side
+    read: Side
+    online: bool
+
+
+def _stream(recipe: Recipe, sizes: Dimensions) -> _Stream:
+    signs = RESIDUAL if recipe.random_signs else None
+    if recipe.rotation == "merged":
+        width = _rotation("residual rotation", None, "hidden_size", sizes.hidden)
+        side = Side(factors=signs, rotation=width)
+        return _Stream(side, side, online=False)
+    block = recipe.block_size if isinstance(recipe.block_size, int) else None
+    width = _rotation("block_size", block, "hidden_size", sizes.hidden)
+    permuted = recipe.permutation != "identity" and width < sizes.hidden
+    side = Side(permutation=RESIDUAL if permuted else None, factors=signs)
+    return _Stream(side, replace(side, rotation=width), online=True)
+
+
 def _attention(
-    a: Architecture, sizes: Dimensions, path: str, residual: Side, head: Side
+    a: Architecture, sizes: Dimensions, path: str, stream: _Stream, recipe: Recipe
 ) -> Iterator[MatrixPlan]:
     norm = f"{path}.{a.attention_norm}"
+    name = f"{path}.{a.attention_output}"
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    yield MatrixPlan(f"{path}.{a.query}", (queries, sizes.hidden), norm, residual)
-    yield MatrixPlan(f"{path}.{a.key}", (keys, sizes.hidden), norm, residual)
-    yield MatrixPlan(f"{path}.{a.value}", (keys, sizes.hidden), norm, residual, output=head)
+    if stream.online:
+        block = recipe.block_size if isinstance(recipe.block_size, int) else None
+        width = _rotation("block_size", block, "heads times head_dim", queries)
+    else:
+        width = _rotation("head_block_size", recipe.head_block_size, "head_dim", sizes.head_dim)
+    # A block that holds whole heads leaves nothing to balance inside them.
+    inside = width < sizes.head_dim and sizes.head_dim % width == 0
+    region = name if inside and recipe.permutation != "identity" else None
+    group = sizes.heads // sizes.kv_heads if region else 1
+    heads = sizes.kv_heads if region else 1
+    for part, rows in ((a.query, queries), (a.key, keys)):
+        yield MatrixPlan(
+            f"{path}.{part}", (rows, sizes.hidden), norm, stream.read, online=stream.online
+        )
     yield MatrixPlan(
-        f"{path}.{a.attention_output}", (sizes.hidden, queries), input=head, output=residual
+        f"{path}.{a.value}",
+        (keys, sizes.hidden),
+        norm,
+        stream.read,
+        Side(region, rotation=None if stream.online else width, heads=heads),
+        online=stream.online,
+    )
+    yield MatrixPlan(
+        name,
+        (sizes.hidden, queries),
+        input=Side(region, rotation=width, heads=heads, repeat=group),
+        output=stream.written,
+        online=stream.online,
     )
 
 
@@ -226,7 +229,7 @@ def _mlp(
     a: Architecture,
     sizes: Dimensions,
     path: str,
-    residual: Side,
+    stream: _Stream,
     block: int,
     recipe: Recipe,
 ) -> Iterator[MatrixPlan]:
@@ -239,13 +242,13 @@ def _mlp(
     # The gate passes through an activation function, so factors go through up alone.
     linear = Side(permutation=region, factors=None if recipe.factors == "none" else name)
     wide = (sizes.intermediate, sizes.hidden)
-    yield MatrixPlan(f"{path}.{a.gate}", wide, norm, residual, output=inner)
-    yield MatrixPlan(f"{path}.{a.up}", wide, norm, residual, output=linear)
+    for part, written in ((a.gate, inner), (a.up, linear)):
+        yield MatrixPlan(f"{path}.{part}", wide, norm, stream.read, written, online=stream.online)
     yield MatrixPlan(
         name,
         (sizes.hidden, sizes.intermediate),
         input=Side(permutation=region, factors=linear.factors, rotation=block),
-        output=residual,
+        output=stream.written,
         online=True,
     )
 

@@ -11,9 +11,10 @@ import numpy.typing as npt
 import torch
 
 import corequant as cq
-from corequant_transformers.planning import MatrixPlan, ModelPlan, Side
+from corequant_transformers.planning import ModelPlan
+from corequant_transformers.rows import RESIDUAL, MatrixPlan, Side
 
-__all__ = ["Choices", "OnlineRotation", "transform_matrix", "transform_model", "untie"]
+__all__ = ["Choices", "OnlineRotation", "restore", "transform_matrix", "transform_model", "untie"]
 
 Array = npt.NDArray[Any]
 
@@ -72,12 +73,24 @@ def transform_matrix(
 
 def _transform_side(W: Array, side: Side, name: str, choices: Choices) -> Array:
     if side.permutation is not None:
-        W = cq.merge_permutation(W, choices.permutations[side.permutation], side=name)
+        p = cq.repeat_permutation(choices.permutations[side.permutation], side.heads, side.repeat)
+        W = cq.merge_permutation(W, p, side=name)
     if side.factors is not None:
         W = cq.merge_factors(W, choices.factors[side.factors], side=name)
     if side.rotation is not None:
         W = cq.merge_rotation(W, side.rotation, side=name)
     return W
+
+
+def restore(x: torch.Tensor, side: Side, choices: Choices) -> torch.Tensor:
+    """Undo on an activation (..., channels) what happened to its channels."""
+    if side.rotation is not None:
+        x = cq.block_hadamard(x, side.rotation, inverse=True)
+    if side.factors is not None:
+        x = x / torch.from_numpy(choices.factors[side.factors])
+    if side.permutation is not None:
+        x = x[..., torch.from_numpy(cq.invert_permutation(choices.permutations[side.permutation]))]
+    return x
 
 
 def untie(model: Any, plan: ModelPlan) -> None:
@@ -101,7 +114,8 @@ def transform_model(
     """
     for done, matrix in enumerate(plan.matrices):
         module = model.get_submodule(matrix.name)
-        norm = model.get_submodule(matrix.norm) if matrix.norm is not None else None
+        folds = plan.folds and matrix.norm is not None
+        norm = model.get_submodule(matrix.norm) if folds else None
         bias = getattr(module, "bias", None)
         W, b = transform_matrix(
             module.weight.detach().numpy(),
@@ -117,4 +131,10 @@ def transform_model(
             module.register_forward_pre_hook(OnlineRotation(matrix.input.rotation))
         progress(done + 1, len(plan.matrices))
     for name in plan.norms:
-        torch.nn.init.ones_(model.get_submodule(name).weight)
+        norm = model.get_submodule(name)
+        if plan.folds:
+            torch.nn.init.ones_(norm.weight)
+        elif RESIDUAL in choices.permutations:
+            order = torch.from_numpy(choices.permutations[RESIDUAL])
+            for parameter in norm.parameters(recurse=False):
+                parameter.data = parameter.data[order]

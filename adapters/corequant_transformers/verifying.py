@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-import corequant as cq
 from corequant.errors import VerificationError
-from corequant_transformers.planning import RESIDUAL, ModelPlan
+from corequant_transformers.planning import ModelPlan
+from corequant_transformers.rows import MatrixPlan
 from corequant_transformers.texts import check_tokens
-from corequant_transformers.transforming import Choices, OnlineRotation
+from corequant_transformers.transforming import Choices, OnlineRotation, restore
 
 __all__ = ["Trace", "Verification", "trace", "verify"]
 
@@ -55,7 +55,7 @@ class Verification:
     logits_error : float
         Largest difference of logits.
     block_errors : tuple of float
-        Largest difference of each decoder block's output, rotated back.
+        Largest difference of each decoder block's output, rotated and permuted back.
     matrices_changed, rotations_online, permutations : int
         Matrices that changed, layers with a run-time rotation, permutations that move a channel.
     """
@@ -138,11 +138,9 @@ def verify(
     acted = _check_acted(reference, model, plan, choices)
     logits, blocks = _run(model, plan, reference.tokens)
     errors = []
-    width = plan.matrices[0].input.rotation
-    signs = choices.factors.get(RESIDUAL)
+    stream = plan.matrices[0].input
     for before, after in zip(reference.blocks, blocks, strict=True):
-        back = cq.block_hadamard(after, width, inverse=True, signs=signs)
-        errors.append(_relative(before, back))
+        errors.append(_relative(before, restore(after, stream, choices)))
     logits_error = _relative(reference.logits, logits)
     bad = [i for i, e in enumerate(errors) if not e <= tolerance]
     if bad:
@@ -170,11 +168,12 @@ def _check_acted(
     choices: Choices,
 ) -> tuple[int, int, int]:
     now = _fingerprints(model, plan)
-    same = [name for name, value in reference.fingerprints.items() if now[name] == value]
-    if same or not now:
+    planned = [m.name for m in plan.matrices if _acts(m, plan, choices)]
+    same = [name for name in planned if now[name] == reference.fingerprints[name]]
+    if same or not planned:
         raise VerificationError(
-            f"{len(same)} of {len(now)} matrices that should have been transformed did not change, "
-            f"the first is {same[0] if same else 'none planned'}"
+            f"{len(same)} of {len(planned)} matrices that should have been transformed did not "
+            f"change, the first is {same[0] if same else 'none planned'}"
         )
     for matrix in plan.online:
         hooks = model.get_submodule(matrix.name)._forward_pre_hooks.values()
@@ -184,7 +183,7 @@ def _check_acted(
                 f"{matrix.name} must rotate its input by blocks of {matrix.input.rotation} once, "
                 f"got rotations {sizes}"
             )
-    permuted = [m.name for m in plan.matrices if m.input.permutation is not None]
+    permuted = [r.name for r in plan.regions if r.permuted]
     missing = [name for name in permuted if name not in choices.permutations]
     if missing:
         raise VerificationError(f"no permutation was chosen for {missing[0]}")
@@ -194,7 +193,21 @@ def _check_acted(
             f"all {len(permuted)} permutations are the identity, although the recipe asks for "
             f"{plan.recipe.permutation!r}"
         )
-    return len(now), len(plan.online), moving
+    return len(planned), len(plan.online), moving
+
+
+def _acts(matrix: MatrixPlan, plan: ModelPlan, choices: Choices) -> bool:
+    """Tell whether carrying out a row has to change its matrix."""
+    if plan.folds and matrix.norm is not None:
+        return True
+    for side in (matrix.input, matrix.output):
+        order = choices.permutations.get(side.permutation or "")
+        factors = choices.factors.get(side.factors or "")
+        moved = order is not None and bool((order != np.arange(len(order))).any())
+        scaled = factors is not None and bool((factors != 1).any())
+        if side.rotation is not None or moved or scaled:
+            return True
+    return False
 
 
 def _fingerprints(model: Any, plan: ModelPlan) -> dict[str, float]:

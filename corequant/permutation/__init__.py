@@ -13,6 +13,7 @@ from corequant.permutation.first_order import (
     random_permutation,
     zigzag,
 )
+from corequant.permutation.heads import repeat_permutation
 from corequant.permutation.second_order import energydiff
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "invert_permutation",
     "massdiff",
     "random_permutation",
+    "repeat_permutation",
     "zigzag",
 ]

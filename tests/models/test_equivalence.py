@@ -22,8 +22,7 @@ def prepare(kind, tokens, recipe=None, **config):
     plan = cqhf.plan(model, recipe)
     data = cqhf.calibrate(model, recipe, tokens)
     permutations = {
-        m.name: cq.massdiff(data.statistics[m.name].mean_abs, m.input.rotation)
-        for m in plan.regions
+        r.name: cq.massdiff(data.statistics[r.name].mean_abs, r.side.rotation) for r in plan.regions
     }
     choices = cqhf.Choices(permutations, plan.draw_signs())
     untie(model, plan)

@@ -112,3 +112,26 @@ def test_bad_scores(method, score, b, error, words):
 def test_bad_permutations(p, error, words):
     with pytest.raises(error, match=words):
         cq.invert_permutation(p)
+
+
+def test_repeated_heads_move_alike(rng):
+    p = np.concatenate([rng.permutation(8) + 8 * g for g in range(3)])
+    x = rng.normal(size=(5, 3, 8))
+    v = np.repeat(x, 2, axis=1).reshape(5, -1)
+    moved = np.repeat(x.reshape(5, -1)[:, p].reshape(5, 3, 8), 2, axis=1).reshape(5, -1)
+    np.testing.assert_array_equal(v[:, cq.repeat_permutation(p, 3, 2)], moved)
+    np.testing.assert_array_equal(cq.repeat_permutation(p, 3, 1), p)
+
+
+@pytest.mark.parametrize(
+    ("p", "heads", "repeat", "error", "words"),
+    [
+        (np.array([0, 2, 1, 3]), 2, 1, ValueError, "inside their head of 2, got channel 2 in head"),
+        (np.arange(4), 3, 1, cq.BlockSizeError, "heads must divide d=4, got 3"),
+        (np.arange(4), 2, 0, ValueError, "repeat must be at least 1"),
+        (np.zeros(4, int), 2, 1, cq.PermutationError, "every index once"),
+    ],
+)
+def test_bad_repeats(p, heads, repeat, error, words):
+    with pytest.raises(error, match=words):
+        cq.repeat_permutation(p, heads, repeat)

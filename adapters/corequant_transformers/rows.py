@@ -1,0 +1,128 @@
+"""Rows of a plan: what happens to one matrix, and to the channels between matrices.
+
+A row says which norm's gain is folded in, how the channels that it reads and writes are permuted
+and rotated, whether its input is rotated at run time, and whether it is quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+__all__ = ["RESIDUAL", "MatrixPlan", "Region", "Side", "regions_of"]
+
+RESIDUAL = "residual"
+"""Name of the residual stream's signs and of its permutation."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """What happens to the channels on one side of a matrix, in the order of the attributes.
+
+    Attributes
+    ----------
+    permutation : str, optional
+        Name of the region whose permutation applies: the matrix that reads it, or the residual
+        stream.
+    factors : str, optional
+        Name of the signs or scales that the activation's channels are multiplied by.
+    rotation : int, optional
+        Block length of the rotation; None leaves the channels alone.
+    heads, repeat : int
+        The permutation is made of one for each of so many heads, and each head's occurs so many
+        times in a row here, as keys and values serve several query heads.
+    """
+
+    permutation: str | None = None
+    factors: str | None = None
+    rotation: int | None = None
+    heads: int = 1
+    repeat: int = 1
+
+
+@dataclass(frozen=True)
+class MatrixPlan:
+    """One matrix and all that happens to it.
+
+    Attributes
+    ----------
+    name : str
+        Path of its module.
+    shape : tuple of int
+        (out_features, in_features); an embedding is (vocabulary, hidden), its tokens' vectors
+        being rows, so that its ``input`` side is what it writes to the residual stream.
+    norm : str, optional
+        Path of the norm that it reads, whose gain is folded in where rotations are merged.
+    input, output : Side
+        What happens to its columns and to its rows.
+    online : bool
+        Whether the input is rotated at run time rather than by the layer before.
+    quantized : bool
+        Whether its weight and its input are quantized.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    norm: str | None = None
+    input: Side = Side()
+    output: Side = Side()
+    online: bool = False
+    quantized: bool = True
+
+    @property
+    def region(self) -> str | None:
+        """Name of the region that the input belongs to; None where it is not worth measuring."""
+        if not self.quantized:
+            return None
+        own = self.online or self.input.factors == self.name
+        return self.input.permutation or (self.name if own else None)
+
+
+@dataclass(frozen=True)
+class Region:
+    """Channels that are measured, and permuted or multiplied by factors of their own.
+
+    Attributes
+    ----------
+    name : str
+        The matrix that reads them, or the residual stream.
+    readers : tuple of str
+        Matrices whose inputs are measured; of several that read the same norm the first.
+    width : int
+        Channels, counted once where heads repeat.
+    side : Side
+        What happens to them.
+    """
+
+    name: str
+    readers: tuple[str, ...]
+    width: int
+    side: Side
+
+    @property
+    def permuted(self) -> bool:
+        """Whether a permutation is to be chosen."""
+        return self.side.permutation == self.name
+
+    @property
+    def factored(self) -> bool:
+        """Whether signs or scales of its own are to be chosen."""
+        return self.side.factors == self.name and self.name != RESIDUAL
+
+
+def regions_of(matrices: Iterable[MatrixPlan]) -> tuple[Region, ...]:
+    """Return the regions that rows read, in their order."""
+    readers: dict[str, list[MatrixPlan]] = {}
+    for matrix in matrices:
+        if matrix.region is not None:
+            readers.setdefault(matrix.region, []).append(matrix)
+    return tuple(_region(name, found) for name, found in readers.items())
+
+
+def _region(name: str, readers: list[MatrixPlan]) -> Region:
+    seen: dict[str, str] = {}
+    for matrix in readers:
+        seen.setdefault(matrix.norm or matrix.name, matrix.name)
+    first = readers[0]
+    width = first.shape[1] // first.input.repeat
+    return Region(name, tuple(seen.values()), width, first.input)
