@@ -42,7 +42,14 @@ if TYPE_CHECKING:
     from corequant.equalization import correct_bias, cross_layer_scales, smoothquant_scales
     from corequant.fusion import rotate_fake_quantize, rotate_quantize
     from corequant.hadamard import hadamard_factors, hadamard_matrix, valid_block_sizes
-    from corequant.merging import fold_norm, merge_factors, merge_permutation, merge_rotation
+    from corequant.merging import (
+        fold_norm,
+        fold_norm_bias,
+        merge_centering,
+        merge_factors,
+        merge_permutation,
+        merge_rotation,
+    )
     from corequant.packed import (
         PackedTensor,
         dequantize_packed,
@@ -126,6 +133,8 @@ _PARTS = {
     ),
     "corequant.merging": (
         "fold_norm",
+        "fold_norm_bias",
+        "merge_centering",
         "merge_factors",
         "merge_permutation",
         "merge_rotation",
@@ -243,6 +252,7 @@ __all__ = [
     "fake_quantize",
     "find_format",
     "fold_norm",
+    "fold_norm_bias",
     "formats",
     "gpfq",
     "gptq",
@@ -255,6 +265,7 @@ __all__ = [
     "magr",
     "mass_concentration",
     "massdiff",
+    "merge_centering",
     "merge_factors",
     "merge_permutation",
     "merge_rotation",

@@ -1,4 +1,4 @@
-"""Fold norm gains, permutations, signs and rotations into the weights around them.
+"""Fold norms, permutations, signs and rotations into the weights around them.
 
 Weights are (out_features, in_features) and a linear layer is ``y = x Wᵀ + bias``. The ``input``
 side of a weight is what it reads, the ``output`` side what it writes. If the activation between two
@@ -17,7 +17,14 @@ from corequant._validation import check_finite, check_floating, check_permutatio
 from corequant.errors import ShapeError
 from corequant.rotation import block_hadamard
 
-__all__ = ["fold_norm", "merge_factors", "merge_permutation", "merge_rotation"]
+__all__ = [
+    "fold_norm",
+    "fold_norm_bias",
+    "merge_centering",
+    "merge_factors",
+    "merge_permutation",
+    "merge_rotation",
+]
 
 Array = npt.NDArray[Any]
 
@@ -53,6 +60,86 @@ def fold_norm(W: Array, gain: Array) -> Array:
         raise ShapeError(f"gain must have shape ({W.shape[1]},), got {gain.shape}")
     product = W.astype(np.float64) * gain.astype(np.float64)
     return product.astype(W.dtype)
+
+
+def fold_norm_bias(W: Array, bias: Array | None, shift: Array) -> Array:
+    """Fold the bias of a norm into the bias of a layer that reads the norm's output.
+
+    Parameters
+    ----------
+    W : numpy.ndarray (out_features, d)
+        The layer's weight before the norm's gain is folded in.
+    bias : numpy.ndarray (out_features,), optional
+        The layer's bias; None is a bias of zeros.
+    shift : numpy.ndarray (d,)
+        What the norm adds to its output; afterwards the norm's own bias must be 0.
+
+    Returns
+    -------
+    numpy.ndarray (out_features,)
+        ``bias + W shift`` in the dtype of W, computed in float64.
+
+    Raises
+    ------
+    NonFiniteError, ShapeError, TypeError
+        If an argument is not a finite floating array of that shape.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> cq.fold_norm_bias(np.array([[1.0, 2.0]]), np.array([0.5]), np.array([3.0, 1.0]))
+    array([5.5])
+    """
+    _check_weight("W", W, 2)
+    _check_weight("shift", shift, 1)
+    if shift.shape[0] != W.shape[1]:
+        raise ShapeError(f"shift must have shape ({W.shape[1]},), got {shift.shape}")
+    total = W.astype(np.float64) @ shift.astype(np.float64)
+    if bias is not None:
+        _check_weight("bias", bias, 1)
+        if bias.shape[0] != W.shape[0]:
+            raise ShapeError(f"bias must have shape ({W.shape[0]},), got {bias.shape}")
+        total = total + bias.astype(np.float64)
+    return total.astype(W.dtype)
+
+
+def merge_centering(W: Array, *, side: str) -> Array:
+    """Subtract the mean over the channels from all that a weight writes, or from what it reads.
+
+    A LayerNorm subtracts the mean of its input's channels. Where every writer of the input is
+    centered, so is their sum, and the LayerNorm is an RMSNorm, which a rotation commutes with.
+
+    Parameters
+    ----------
+    W : numpy.ndarray (out_features, in_features), or (out_features,) for a bias
+    side : {"input", "output"}
+        ``output`` centers columns, ``input`` rows; a bias has only an output side.
+
+    Returns
+    -------
+    numpy.ndarray
+        A C-contiguous array in the dtype of W, computed in float64.
+
+    Raises
+    ------
+    NonFiniteError, ShapeError, TypeError, ValueError
+        If an argument is malformed.
+
+    Notes
+    -----
+    Source: SliceGPT, arXiv 2401.15024, section 3.1.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> cq.merge_centering(np.array([[1.0, 2.0], [3.0, 8.0]]), side="output")
+    array([[-1., -3.],
+           [ 1.,  3.]])
+    """
+    axis = _axis(W, side)
+    check_finite("W", W)
+    wide = W.astype(np.float64)
+    return np.ascontiguousarray(wide - wide.mean(axis, keepdims=True), dtype=W.dtype)
 
 
 def merge_permutation(W: Array, permutation: Array, *, side: str) -> Array:

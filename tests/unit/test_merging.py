@@ -72,6 +72,11 @@ def test_merging_rounds_once(rng):
         (lambda W: cq.fold_norm(W, np.ones(3)), cq.ShapeError, r"shape \(4,\)"),
         (lambda W: cq.fold_norm(W, np.full(4, np.inf)), cq.NonFiniteError, "gain must be"),
         (lambda W: cq.fold_norm(W[0], np.ones(4)), cq.ShapeError, "2 axes"),
+        (lambda W: cq.fold_norm_bias(W, None, np.ones(3)), cq.ShapeError, r"shape \(4,\)"),
+        (lambda W: cq.fold_norm_bias(W, np.ones(4), np.ones(4)), cq.ShapeError, r"shape \(2,\)"),
+        (lambda W: cq.fold_norm_bias(W, None, np.full(4, np.nan)), cq.NonFiniteError, "shift must"),
+        (lambda W: cq.merge_centering(W, side="rows"), ValueError, "side"),
+        (lambda W: cq.merge_centering(W * np.inf, side="input"), cq.NonFiniteError, "W must be"),
     ],
 )
 def test_bad_input(rng, call, error, words):
@@ -92,3 +97,22 @@ def test_factors_pass_through_a_linear_pair(rng):
         cq.merge_factors(up, np.array([1.0, 1, 0, 1, 1, 1, 1, 1]), side="output")
     with pytest.raises(cq.ShapeError):
         cq.merge_factors(up, factors, side="input")
+
+
+def test_a_layer_norm_between_centered_writers_and_a_folded_reader_is_an_rms_norm(rng):
+    h, bias = rng.normal(size=(3, 6)), rng.normal(size=8)
+    writer, reader = rng.normal(size=(8, 6)), rng.normal(size=(5, 8))
+    gain, shift, reader_bias = rng.normal(size=8), rng.normal(size=8), rng.normal(size=5)
+    x = h @ writer.T + bias
+    centered = x - x.mean(1, keepdims=True)
+    normed = centered / np.sqrt(np.square(centered).mean(1, keepdims=True) + 1e-5)
+    expected = (normed * gain + shift) @ reader.T + reader_bias
+
+    W = cq.merge_centering(writer, side="output")
+    y = h @ W.T + cq.merge_centering(bias, side="output")
+    np.testing.assert_allclose(y.mean(1), 0, atol=1e-15)
+    y = y / np.sqrt(np.square(y).mean(1, keepdims=True) + 1e-5)
+    got = y @ cq.fold_norm(reader, gain).T + cq.fold_norm_bias(reader, reader_bias, shift)
+    np.testing.assert_allclose(got, expected, atol=1e-13)
+    np.testing.assert_allclose(cq.fold_norm_bias(reader, None, shift), reader @ shift, atol=1e-14)
+    assert cq.merge_centering(writer.astype(np.float32), side="input").dtype == np.float32
