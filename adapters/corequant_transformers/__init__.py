@@ -1,6 +1,6 @@
 """corequant for Hugging Face models: plan, quantize, verify, save, load, evaluate."""
 
-from corequant_transformers.architectures import Architecture, register
+from corequant_transformers.architectures import Architecture, Experts, register
 from corequant_transformers.checkpoint import load, load_tokenizer
 from corequant_transformers.choosing import Calibration
 from corequant_transformers.inspecting import Inspection, inspect
@@ -17,6 +17,7 @@ __all__ = [
     "Calibration",
     "Choices",
     "Evaluation",
+    "Experts",
     "Inspection",
     "Quantized",
     "Source",

@@ -29,8 +29,10 @@ from corequant.errors import CheckpointError, OutputError, RecipeError
 from corequant.export import from_arrays, to_arrays
 from corequant.recipe import Recipe
 from corequant_transformers.layers import QuantizedLinear
+from corequant_transformers.layouts import standardize
 from corequant_transformers.planning import ModelPlan, plan_model
 from corequant_transformers.sources import quiet_transformers, read_json
+from corequant_transformers.transforming import restructure
 
 __all__ = ["check_output", "is_quantized", "load", "load_tokenizer", "read_recipe", "save"]
 
@@ -141,6 +143,8 @@ def load(path: str | Path) -> Any:
     config.tie_word_embeddings = False
     with quiet_transformers():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    standardize(model, plan)
+    restructure(model, plan)
     tensors = _read_tensors(folder / WEIGHTS)
     for matrix in plan.quantized:
         own = {k: t.numpy() for k, t in tensors.items() if k.startswith(f"{matrix.name}.weight_")}

@@ -71,24 +71,30 @@ def choose_block_sizes(plan: ModelPlan, calibration: Calibration) -> Recipe:
     recipe = plan.recipe
     if recipe.block_size != "auto":
         return recipe
-    width = plan.dimensions.intermediate
-    candidates = [b for b in valid_block_sizes(width) if b >= 16 and b & (b - 1) == 0 and b < width]
-    online = {m.name for m in plan.online}
-    sizes = []
+    blocks = {m.name: m.block for m in plan.mlp_outputs}
+    sizes = {m.block: 0 for m in plan.mlp_outputs}
     for index, region in enumerate(plan.regions):
-        if region.name not in online:
+        if region.name not in blocks:
             continue
-        x = calibration.held_out[region.name].tokens
+        width, block = region.width, blocks[region.name]
+        judged = _judged(region, calibration)
+        if not judged.count:
+            # An expert that no token was routed to goes along with the others.
+            continue
+        x = judged.tokens
         spec = _activations(recipe)
         limit = (1 + recipe.tolerance) * rotation_error(x, None, spec)
         chosen = width
-        for b in candidates:
+        for b in valid_block_sizes(width):
+            if b < 16 or b & (b - 1) or b == width:
+                continue
             p = _permutation(recipe, region, b, calibration, index).permutation
             if rotation_error(x, b, spec, permutation=p) <= limit:
                 chosen = b
                 break
-        sizes.append(chosen)
-    return replace(recipe, block_size=tuple(sizes))
+        # The experts of a block share one size: the largest that any of them needs.
+        sizes[block] = max(sizes[block], chosen)
+    return replace(recipe, block_size=tuple(sizes.values()))
 
 
 def choose(
@@ -118,8 +124,21 @@ def choose(
     factors = plan.draw_signs(calibration.draw)
     rows = []
     for index, region in enumerate(plan.regions):
-        row: dict[str, Any] = {"name": region.name}
+        count = calibration.statistics[region.name].count
+        row: dict[str, Any] = {"name": region.name, "tokens": count}
         order = cq.identity_permutation(region.width)
+        if not count:
+            # An expert that no token was routed to tells nothing; what is neutral is exact too.
+            row["unrouted"] = True
+            if region.permuted:
+                permutations[region.name] = order
+                row["permutation"] = "identity"
+            if region.factored:
+                factors[region.name] = np.ones(region.width)
+                row["factors"] = "none"
+            rows.append(row)
+            progress(index + 1, len(plan.regions))
+            continue
         if region.permuted:
             b = region.side.rotation or 1
             chosen = _permutation(plan.recipe, region, b, calibration, index)
@@ -141,12 +160,18 @@ def _permutation(
     generator = np.random.default_rng([recipe.seed, index])
     spec, heads = _activations(recipe), region.side.heads
     if recipe.permutation == "auto":
-        held_out = calibration.held_out[region.name].tokens
+        held_out = _judged(region, calibration).tokens
         return select_permutation(statistics, held_out, b, spec, heads=heads, seed=generator)
     p = make_permutation(
         recipe.permutation, statistics, b, symmetric=spec.symmetric, heads=heads, seed=generator
     )
     return Selection(p, recipe.permutation)
+
+
+def _judged(region: Region, calibration: Calibration) -> cq.ActivationStats:
+    """Return what judges a choice; an expert without held-out tokens is judged by those it has."""
+    held_out = calibration.held_out[region.name]
+    return held_out if held_out.count else calibration.statistics[region.name]
 
 
 def _factors(
@@ -157,7 +182,7 @@ def _factors(
     order: npt.NDArray[np.int64],
 ) -> tuple[npt.NDArray[np.float64], dict[str, float]]:
     seen = calibration.statistics[region.name].tokens[:, order]
-    judge = calibration.held_out[region.name].tokens[:, order]
+    judge = _judged(region, calibration).tokens[:, order]
     W = weight(region.name)[:, order].astype(np.float32)
     options: dict[str, Any] = {} if recipe.factors == "scales" else {"exponents": ()}
     spec = _activations(recipe)

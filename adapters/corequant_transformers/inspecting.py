@@ -128,14 +128,14 @@ def inspect(
     recipe = Recipe(block_size=block_size, permutation="auto")
     data = calibrate(model, recipe, windows, progress=progress)
     plan = plan_model(model.config, recipe)
-    width = plan.dimensions.intermediate
-    sizes = tuple(b for b in (16, 32, 64, 128, 256) if width % b == 0 and b < width)
+    widths = {m.shape[1] for m in plan.mlp_outputs}
+    sizes = tuple(b for b in (16, 32, 64, 128, 256) if all(w % b == 0 and b < w for w in widths))
     layers = []
-    for done, matrix in enumerate(plan.online):
+    for done, matrix in enumerate(plan.mlp_outputs):
         statistics = data.statistics[matrix.name]
         x = data.held_out[matrix.name].tokens
         layers.append(_layer(matrix.name, statistics, x, block_size, sizes, activations))
-        progress("inspect", done + 1, len(plan.online))
+        progress("inspect", done + 1, len(plan.mlp_outputs))
     kind = plan.architecture.model_type
     return Inspection(kind, block_size, sizes, activations, tuple(layers))
 

@@ -21,7 +21,8 @@ from corequant_transformers.capturing import collect_statistics
 from corequant_transformers.checkpoint import check_output, save
 from corequant_transformers.choosing import Calibration, choose, choose_block_sizes
 from corequant_transformers.layers import QuantizedLinear
-from corequant_transformers.planning import ModelPlan, check_modules, plan_model
+from corequant_transformers.layouts import check_modules, standardize, standardized
+from corequant_transformers.planning import ModelPlan, plan_model
 from corequant_transformers.signs import choose_signs
 from corequant_transformers.sources import Source
 from corequant_transformers.texts import check_tokens, token_windows
@@ -153,15 +154,16 @@ def calibrate(
     else:
         tokens = check_tokens(calibration)
     table = plan_model(model.config, recipe)
-    check_modules(table, _shapes(model))
-    gathered = collect_statistics(
-        model, table, tokens, lambda done, total: progress("calibrate", done, total)
-    )
-    if recipe.sign_trials == 1 or not recipe.random_signs:
-        return gathered
-    draw, losses = choose_signs(
-        model, table, gathered.tokens, lambda done, total: progress("signs", done, total)
-    )
+    with standardized(model, table):
+        check_modules(table, _shapes(model))
+        gathered = collect_statistics(
+            model, table, tokens, lambda done, total: progress("calibrate", done, total)
+        )
+        if recipe.sign_trials == 1 or not table.draw_signs():
+            return gathered
+        draw, losses = choose_signs(
+            model, table, gathered.tokens, lambda done, total: progress("signs", done, total)
+        )
     return replace(gathered, draw=draw, draw_losses=tuple(losses))
 
 
@@ -243,6 +245,7 @@ def quantize(
     else:
         work = copy.deepcopy(cast(Any, model)).float().eval().requires_grad_(False)
     float_config = _config_text(source, work)
+    standardize(work, table)
     check_modules(table, _shapes(work))
     _check_weights(work)
     if not isinstance(calibration, Calibration):
@@ -261,6 +264,7 @@ def quantize(
     report = {
         "recipe": recipe.to_dict(),
         "verification": verification.to_dict(),
+        "notes": list(table.notes),
         "calibration_tokens": int(calibration.tokens.size),
         "signs": {"draw": calibration.draw, "losses": list(calibration.draw_losses)},
         "regions": regions,

@@ -7,17 +7,17 @@ only carries out rows, so a matrix can be transformed by itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from corequant.errors import ArchitectureError, BlockSizeError, HadamardOrderError, RecipeError
+from corequant.errors import BlockSizeError, RecipeError
 from corequant.hadamard import hadamard_factors, valid_block_sizes
 from corequant.recipe import Recipe
-from corequant.rotation import check_block_size, random_signs
+from corequant.rotation import random_signs
 from corequant.specs import QuantSpec
 from corequant_transformers.architectures import (
     Architecture,
@@ -25,9 +25,10 @@ from corequant_transformers.architectures import (
     architecture_of,
     dimensions_of,
 )
-from corequant_transformers.rows import RESIDUAL, MatrixPlan, Region, Side, regions_of
+from corequant_transformers.rows import RESIDUAL, MatrixPlan, Part, Region, Side, regions_of
+from corequant_transformers.streams import Stream, check_rotation, plan_stream
 
-__all__ = ["MatrixPlan", "ModelPlan", "Region", "Side", "check_modules", "plan_model"]
+__all__ = ["MatrixPlan", "ModelPlan", "Part", "Region", "Side", "plan_model"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,10 @@ class ModelPlan:
     recipe : Recipe
     matrices : tuple of MatrixPlan
     norms : tuple of str
-        Paths of the norms. Where rotations are merged their gains become 1, otherwise they are
-        permuted with the residual stream.
+        Paths of the norms of the residual stream. Where rotations are merged their gains become 1,
+        and LayerNorms become RMSNorms; otherwise they are permuted with the residual stream.
+    notes : tuple of str
+        What the model's structure keeps the recipe from doing, why, and what is done instead.
     """
 
     architecture: Architecture
@@ -50,13 +53,14 @@ class ModelPlan:
     recipe: Recipe
     matrices: tuple[MatrixPlan, ...]
     norms: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def draw_signs(self, draw: int = 0) -> dict[str, npt.NDArray[np.float64]]:
         """Return the residual stream's random signs by their name.
 
         They come from the recipe's seed, ``draw`` telling several sets of signs apart.
         """
-        if not self.recipe.random_signs:
+        if not any(RESIDUAL == m.input.factors for m in self.matrices):
             return {}
         generator = np.random.default_rng([self.recipe.seed, draw] if draw else self.recipe.seed)
         signs = random_signs(self.dimensions.hidden, generator)
@@ -68,12 +72,15 @@ class ModelPlan:
         ``peak_mib`` is the estimated peak memory of ``quantize``: the model in float64 while it is
         verified, and what torch and a window's activations take.
         """
+        rotations = [(self._share(m), m) for m in self.online]
         additions = sum(
-            m.shape[1] * _additions_per_channel(m.input.rotation or 1) for m in self.online
+            share * m.shape[1] * _additions_per_channel(m.input.rotation or 1)
+            for share, m in rotations
         )
         # Each rotated channel is read and written once, in float16 as models run.
-        traffic = sum(2 * 2 * m.shape[1] for m in self.online)
+        traffic = sum(share * 2 * 2 * m.shape[1] for share, m in rotations)
         products = sum(m.shape[0] * m.shape[1] for m in self.quantized)
+        used = sum(self._share(m) * m.shape[0] * m.shape[1] for m in self.quantized)
         spec = self.recipe.weights
         stored = sum(
             m.shape[0] * (m.shape[1] * spec.format.bits / 8 + 4 * m.shape[1] / _scaled(spec, m))
@@ -81,10 +88,10 @@ class ModelPlan:
         )
         entries = sum(m.shape[0] * m.shape[1] for m in self.matrices)
         return {
-            "online_rotations": len(self.online),
-            "online_additions_per_token": additions,
-            "online_bytes_per_token": traffic,
-            "online_share": additions / products,
+            "online_rotations": len(rotations),
+            "online_additions_per_token": round(additions),
+            "online_bytes_per_token": round(traffic),
+            "online_share": additions / used,
             "quantized_mib": stored / 2**20,
             "float_mib": 4 * products / 2**20,
             "peak_mib": (8 * entries + 3 * 128 * 8 * self.dimensions.vocabulary) / 2**20 + 700,
@@ -92,18 +99,28 @@ class ModelPlan:
         }
 
     def _possible_block_sizes(self) -> list[int]:
-        widths = {m.shape[1] for m in self.online} | {self.dimensions.intermediate}
-        return list(valid_block_sizes(math.gcd(*widths)))
+        rotated = self.online if self.recipe.rotation == "online" else self.mlp_outputs
+        return list(valid_block_sizes(math.gcd(*(m.shape[1] for m in rotated))))
+
+    def _share(self, matrix: MatrixPlan) -> float:
+        """Return the share of the tokens that a matrix sees."""
+        sizes = self.dimensions
+        return 1.0 if matrix.expert is None else min(1.0, sizes.experts_chosen / sizes.experts)
 
     @property
     def folds(self) -> bool:
         """Whether the norms' gains are folded into the weights."""
-        return self.recipe.rotation == "merged"
+        return self.recipe.rotation == "merged" and not self.architecture.post_norms
 
     @property
     def regions(self) -> tuple[Region, ...]:
         """The channels that are measured to choose permutations and factors."""
         return regions_of(self.matrices)
+
+    @property
+    def mlp_outputs(self) -> tuple[MatrixPlan, ...]:
+        """The matrices that read an MLP's inner activation, by blocks of the recipe's size."""
+        return tuple(m for m in self.matrices if m.role == "mlp_output")
 
     @property
     def quantized(self) -> tuple[MatrixPlan, ...]:
@@ -134,123 +151,191 @@ def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
         If the architecture is unknown or its config malformed.
     BlockSizeError, HadamardOrderError
         If a rotation or a group doesn't fit a width; the message names the width.
+    RecipeError
+        If signs or scales are asked for where the path isn't linear.
     """
     architecture = architecture_of(config)
     sizes = dimensions_of(config)
-    blocks = _block_sizes(recipe, sizes)
-    stream = _stream(recipe, sizes)
-    matrices = [
-        MatrixPlan(
-            architecture.embedding,
-            (sizes.vocabulary, sizes.hidden),
-            input=stream.written,
-            quantized=False,
-        )
-    ]
+    sparse = [_is_sparse(architecture, config, i) for i in range(sizes.blocks)]
+    _check_factors(architecture, recipe, sparse)
+    blocks = _block_sizes(
+        recipe, [sizes.expert_intermediate if s else sizes.intermediate for s in sparse]
+    )
+    stream = plan_stream(architecture, recipe, sizes)
+    matrices = list(_embeddings(architecture, sizes, stream))
     norms = [architecture.final_norm]
     for i in range(sizes.blocks):
         path = architecture.block.format(i)
-        matrices += _attention(architecture, sizes, path, stream, recipe)
-        matrices += _mlp(architecture, sizes, path, stream, blocks[i], recipe)
-        norms += [f"{path}.{architecture.attention_norm}", f"{path}.{architecture.mlp_norm}"]
+        matrices += _attention(architecture, sizes, i, stream, recipe)
+        matrices += _mlps(architecture, sizes, i, stream, sparse[i], blocks[i], recipe)
+        norms += [f"{path}.{norm}" for norm in architecture.norms]
     matrices.append(
         MatrixPlan(
             architecture.head,
             (sizes.vocabulary, sizes.hidden),
             norm=architecture.final_norm,
-            input=stream.written,
+            input=stream.final,
             quantized=False,
+            reads="final",
+            role="head",
         )
     )
     _check_groups(matrices, recipe)
-    return ModelPlan(architecture, sizes, recipe, tuple(matrices), tuple(norms))
+    return ModelPlan(architecture, sizes, recipe, tuple(matrices), tuple(norms), stream.notes)
 
 
-@dataclass(frozen=True)
-class _Stream:
-    """The residual stream as it is written, and as quantized layers read it."""
-
-    written: Side
-    read: Side
-    online: bool
-
-
-def _stream(recipe: Recipe, sizes: Dimensions) -> _Stream:
-    signs = RESIDUAL if recipe.random_signs else None
-    if recipe.rotation == "merged":
-        width = _rotation("residual rotation", None, "hidden_size", sizes.hidden)
-        side = Side(factors=signs, rotation=width)
-        return _Stream(side, side, online=False)
-    block = recipe.block_size if isinstance(recipe.block_size, int) else None
-    width = _rotation("block_size", block, "hidden_size", sizes.hidden)
-    permuted = recipe.permutation != "identity" and width < sizes.hidden
-    side = Side(permutation=RESIDUAL if permuted else None, factors=signs)
-    return _Stream(side, replace(side, rotation=width), online=True)
+def _embeddings(a: Architecture, sizes: Dimensions, stream: Stream) -> Iterator[MatrixPlan]:
+    for name, rows in ((a.embedding, sizes.vocabulary), (a.positions, sizes.positions)):
+        if name is not None:
+            shape = (rows, sizes.hidden)
+            yield MatrixPlan(name, shape, input=stream.written, quantized=False, role="embedding")
 
 
 def _attention(
-    a: Architecture, sizes: Dimensions, path: str, stream: _Stream, recipe: Recipe
+    a: Architecture, sizes: Dimensions, block: int, stream: Stream, recipe: Recipe
 ) -> Iterator[MatrixPlan]:
-    norm = f"{path}.{a.attention_norm}"
+    path = a.block.format(block)
     name = f"{path}.{a.attention_output}"
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    if stream.online:
-        block = recipe.block_size if isinstance(recipe.block_size, int) else None
-        width = _rotation("block_size", block, "heads times head_dim", queries)
+    online = recipe.rotation == "online"
+    if online:
+        given = recipe.block_size if isinstance(recipe.block_size, int) else None
+        width = check_rotation("block_size", given, "heads times head_dim", queries)
     else:
-        width = _rotation("head_block_size", recipe.head_block_size, "head_dim", sizes.head_dim)
+        width = check_rotation(
+            "head_block_size", recipe.head_block_size, "head_dim", sizes.head_dim
+        )
     # A block that holds whole heads leaves nothing to balance inside them.
     inside = width < sizes.head_dim and sizes.head_dim % width == 0
     region = name if inside and recipe.permutation != "identity" else None
     group = sizes.heads // sizes.kv_heads if region else 1
     heads = sizes.kv_heads if region else 1
-    for part, rows in ((a.query, queries), (a.key, keys)):
-        yield MatrixPlan(
-            f"{path}.{part}", (rows, sizes.hidden), norm, stream.read, online=stream.online
-        )
-    yield MatrixPlan(
-        f"{path}.{a.value}",
-        (keys, sizes.hidden),
-        norm,
-        stream.read,
-        Side(region, rotation=None if stream.online else width, heads=heads),
-        online=stream.online,
+    value = Side(permutation=region, rotation=None if online else width, heads=heads)
+    parts = ((a.query, Part(queries)), (a.key, Part(keys)), (a.value, Part(keys, value)))
+    yield from _readers(
+        path, a.attention_norm, parts, sizes, stream, block=block, role="attention_input"
     )
     yield MatrixPlan(
         name,
         (sizes.hidden, queries),
-        input=Side(region, rotation=width, heads=heads, repeat=group),
+        input=Side(permutation=region, rotation=width, heads=heads, repeat=group),
         output=stream.written,
-        online=stream.online,
+        online=online,
+        reads=name,
+        block=block,
+        role="attention_output",
     )
+
+
+def _readers(
+    path: str,
+    norm: str | None,
+    parts: Iterable[tuple[str, Part]],
+    sizes: Dimensions,
+    stream: Stream,
+    **where: Any,
+) -> Iterator[MatrixPlan]:
+    """Yield quantized readers of the stream; those with one path are parts of one matrix."""
+    fused: dict[str, list[Part]] = {}
+    for name, part in parts:
+        fused.setdefault(name, []).append(part)
+    expert = where.get("expert")
+    reads = f"{path}.{where['role']}" + ("" if expert is None else f".{expert}")
+    for name, rows in fused.items():
+        yield MatrixPlan(
+            f"{path}.{name}",
+            (sum(part.rows for part in rows), sizes.hidden),
+            None if norm is None else f"{path}.{norm}",
+            stream.read,
+            output=rows[0].output if len(rows) == 1 else Side(),
+            online=stream.online,
+            parts=tuple(rows) if len(rows) > 1 else (),
+            reads=reads,
+            **where,
+        )
+
+
+def _mlps(
+    a: Architecture,
+    sizes: Dimensions,
+    block: int,
+    stream: Stream,
+    sparse: bool,
+    block_size: int,
+    recipe: Recipe,
+) -> Iterator[MatrixPlan]:
+    path = a.block.format(block)
+    e = a.experts
+    if e is None or not sparse:
+        layers = (a.gate, a.up, a.down)
+        yield from _mlp(a, sizes, layers, sizes.intermediate, stream, block_size, recipe, block)
+        return
+    yield MatrixPlan(
+        f"{path}.{e.router}",
+        (sizes.experts, sizes.hidden),
+        None if a.mlp_norm is None else f"{path}.{a.mlp_norm}",
+        stream.final,
+        quantized=False,
+        reads=f"{path}.mlp_input",
+        block=block,
+        role="router",
+    )
+    for i in range(sizes.experts):
+        layers = (f"{e.path}.{i}.{e.gate}", f"{e.path}.{i}.{e.up}", f"{e.path}.{i}.{e.down}")
+        width = sizes.expert_intermediate
+        yield from _mlp(a, sizes, layers, width, stream, block_size, recipe, block, i)
 
 
 def _mlp(
     a: Architecture,
     sizes: Dimensions,
-    path: str,
-    stream: _Stream,
-    block: int,
+    layers: tuple[str | None, str, str],
+    width: int,
+    stream: Stream,
+    block_size: int,
     recipe: Recipe,
+    block: int,
+    expert: int | None = None,
 ) -> Iterator[MatrixPlan]:
-    norm = f"{path}.{a.mlp_norm}"
-    name = f"{path}.{a.down}"
+    path = a.block.format(block)
+    gate, up, down = layers
+    name = f"{path}.{down}"
     # A single block leaves nothing to permute.
-    permuted = recipe.permutation != "identity" and block < sizes.intermediate
-    region = name if permuted else None
+    region = name if recipe.permutation != "identity" and block_size < width else None
     inner = Side(permutation=region)
     # The gate passes through an activation function, so factors go through up alone.
-    linear = Side(permutation=region, factors=None if recipe.factors == "none" else name)
-    wide = (sizes.intermediate, sizes.hidden)
-    for part, written in ((a.gate, inner), (a.up, linear)):
-        yield MatrixPlan(f"{path}.{part}", wide, norm, stream.read, written, online=stream.online)
+    linear = replace(inner, factors=None if recipe.factors == "none" else name)
+    parts = [(up, Part(width, linear))]
+    if gate is not None:
+        parts.insert(0, (gate, Part(width, inner)))
+    where = {"block": block, "expert": expert}
+    yield from _readers(path, a.mlp_norm, parts, sizes, stream, role="mlp_input", **where)
     yield MatrixPlan(
         name,
-        (sizes.hidden, sizes.intermediate),
-        input=Side(permutation=region, factors=linear.factors, rotation=block),
+        (sizes.hidden, width),
+        input=replace(linear, rotation=block_size),
         output=stream.written,
         online=True,
+        reads=name,
+        block=block,
+        expert=expert,
+        role="mlp_output",
     )
+
+
+def _is_sparse(a: Architecture, config: Any, block: int) -> bool:
+    if a.experts is None:
+        return False
+    return a.experts.is_sparse is None or a.experts.is_sparse(config, block)
+
+
+def _check_factors(a: Architecture, recipe: Recipe, sparse: list[bool]) -> None:
+    if recipe.factors != "none" and a.gate is None and not all(sparse):
+        raise RecipeError(
+            f"factors must be none for {a.model_type!r}, got {recipe.factors!r}: signs and scales "
+            f"pass only through linear paths, and in an MLP without a gate the activation "
+            f"function stands between {a.up} and {a.down}"
+        )
 
 
 def _additions_per_channel(block_size: int) -> int:
@@ -263,27 +348,21 @@ def _scaled(spec: QuantSpec, matrix: MatrixPlan) -> int:
     return spec.group_size or matrix.shape[1]
 
 
-def _block_sizes(recipe: Recipe, sizes: Dimensions) -> list[int]:
+def _block_sizes(recipe: Recipe, widths: list[int]) -> list[int]:
     """Return each layer's block size; an automatic one counts as the full vector until chosen."""
     given = recipe.block_size
     wanted: tuple[int | None, ...]
     if isinstance(given, tuple):
         wanted = given
     else:
-        wanted = (given if isinstance(given, int) else None,) * sizes.blocks
-    if len(wanted) != sizes.blocks:
+        wanted = (given if isinstance(given, int) else None,) * len(widths)
+    if len(wanted) != len(widths):
         raise RecipeError(
-            f"block_size must be one number or one for each of {sizes.blocks} blocks, "
+            f"block_size must be one number or one for each of {len(widths)} blocks, "
             f"got {len(wanted)}"
         )
-    return [_rotation("block_size", b, "intermediate_size", sizes.intermediate) for b in wanted]
-
-
-def _rotation(what: str, size: int | None, field: str, width: int) -> int:
-    try:
-        return check_block_size(what, size, width)
-    except (BlockSizeError, HadamardOrderError) as error:
-        raise type(error)(f"{field}={width} of the model: {error}") from None
+    pairs = zip(wanted, widths, strict=True)
+    return [check_rotation("block_size", b, "intermediate_size", width) for b, width in pairs]
 
 
 def _check_groups(matrices: list[MatrixPlan], recipe: Recipe) -> None:
@@ -297,24 +376,3 @@ def _check_groups(matrices: list[MatrixPlan], recipe: Recipe) -> None:
                     f"the group size of {field} must divide the inputs of every layer, got "
                     f"{group} for {matrix.name} with {matrix.shape[1]} inputs"
                 )
-
-
-def check_modules(plan: ModelPlan, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise ArchitectureError unless every matrix and norm of the plan is in the model.
-
-    Parameters
-    ----------
-    plan : ModelPlan
-    shapes : dict
-        Shape of every parameter of the model by its name.
-    """
-    for matrix in plan.matrices:
-        found = shapes.get(f"{matrix.name}.weight")
-        if found != matrix.shape:
-            raise ArchitectureError(
-                f"{matrix.name}.weight must have shape {matrix.shape} as "
-                f"{plan.architecture.model_type!r} is described, got {found}"
-            )
-    for norm in plan.norms:
-        if f"{norm}.weight" not in shapes:
-            raise ArchitectureError(f"the model has no norm {norm!r} with a weight")

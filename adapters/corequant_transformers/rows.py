@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["RESIDUAL", "MatrixPlan", "Region", "Side", "regions_of"]
+__all__ = ["RESIDUAL", "MatrixPlan", "Part", "Region", "Side", "regions_of"]
 
 RESIDUAL = "residual"
 """Name of the residual stream's signs and of its permutation."""
@@ -21,6 +21,8 @@ class Side:
 
     Attributes
     ----------
+    centered : bool
+        Whether the mean over the channels is subtracted, as a LayerNorm that reads them would.
     permutation : str, optional
         Name of the region whose permutation applies: the matrix that reads it, or the residual
         stream.
@@ -33,11 +35,28 @@ class Side:
         times in a row here, as keys and values serve several query heads.
     """
 
+    centered: bool = False
     permutation: str | None = None
     factors: str | None = None
     rotation: int | None = None
     heads: int = 1
     repeat: int = 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive rows of a matrix that holds several projections.
+
+    Attributes
+    ----------
+    rows : int
+        How many.
+    output : Side
+        What happens to them.
+    """
+
+    rows: int
+    output: Side = Side()
 
 
 @dataclass(frozen=True)
@@ -52,13 +71,23 @@ class MatrixPlan:
         (out_features, in_features); an embedding is (vocabulary, hidden), its tokens' vectors
         being rows, so that its ``input`` side is what it writes to the residual stream.
     norm : str, optional
-        Path of the norm that it reads, whose gain is folded in where rotations are merged.
+        Path of the norm that it reads, whose gain, and bias if it has one, is folded in where
+        rotations are merged.
     input, output : Side
         What happens to its columns and to its rows.
     online : bool
         Whether the input is rotated at run time rather than by the layer before.
     quantized : bool
         Whether its weight and its input are quantized.
+    parts : tuple of Part
+        Of a matrix with several projections, in place of ``output``: its rows in order.
+    reads : str
+        Name of the activation that it reads; matrices with the same name read the same one.
+    block, expert : int, optional
+        Index of the decoder block and of the expert that it belongs to.
+    role : str
+        ``embedding``, ``attention_input``, ``attention_output``, ``router``, ``mlp_input``,
+        ``mlp_output`` or ``head``.
     """
 
     name: str
@@ -68,13 +97,23 @@ class MatrixPlan:
     output: Side = Side()
     online: bool = False
     quantized: bool = True
+    parts: tuple[Part, ...] = ()
+    reads: str = ""
+    block: int | None = None
+    expert: int | None = None
+    role: str = ""
+
+    @property
+    def outputs(self) -> tuple[Part, ...]:
+        """The parts, or the whole matrix as one."""
+        return self.parts or (Part(self.shape[0], self.output),)
 
     @property
     def region(self) -> str | None:
         """Name of the region that the input belongs to; None where it is not worth measuring."""
         if not self.quantized:
             return None
-        own = self.online or self.input.factors == self.name
+        own = self.role == "mlp_output" or self.input.factors == self.name
         return self.input.permutation or (self.name if own else None)
 
 
@@ -87,7 +126,7 @@ class Region:
     name : str
         The matrix that reads them, or the residual stream.
     readers : tuple of str
-        Matrices whose inputs are measured; of several that read the same norm the first.
+        Matrices whose inputs are measured; of several that read the same activation the first.
     width : int
         Channels, counted once where heads repeat.
     side : Side
@@ -122,7 +161,7 @@ def regions_of(matrices: Iterable[MatrixPlan]) -> tuple[Region, ...]:
 def _region(name: str, readers: list[MatrixPlan]) -> Region:
     seen: dict[str, str] = {}
     for matrix in readers:
-        seen.setdefault(matrix.norm or matrix.name, matrix.name)
+        seen.setdefault(matrix.reads or matrix.name, matrix.name)
     first = readers[0]
     width = first.shape[1] // first.input.repeat
     return Region(name, tuple(seen.values()), width, first.input)

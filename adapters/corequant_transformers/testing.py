@@ -7,19 +7,22 @@ from typing import Any
 import torch
 import transformers
 
+from corequant_transformers.architectures import architecture_of
+
 __all__ = ["tiny_model"]
 
 
 def tiny_model(model_type: str, *, seed: int = 0, **config: Any) -> Any:
     """Make a random float32 model of a known architecture, small but with all of its parts.
 
-    Norm gains and biases are random too, so that a forgotten one shows. Heads share keys and
-    values in groups of two. The global generators are left as they were.
+    Norm gains and biases are random too, so that a forgotten one shows. Where the architecture
+    allows it, heads share keys and values in groups of two. Experts are four, of which a token
+    visits two. The global generators are left as they were.
 
     Parameters
     ----------
     model_type : str
-        As in ``config.json``, such as ``llama``, ``mistral``, ``qwen2`` or ``qwen3``.
+        As in ``config.json``, such as ``llama``, ``gpt2`` or ``mixtral``.
     seed : int
         Of the weights.
     **config
@@ -48,16 +51,35 @@ def tiny_model(model_type: str, *, seed: int = 0, **config: Any) -> Any:
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
+        # Names that some architectures have for the same, and what only some have.
+        "n_inner": 96,
+        "ffn_dim": 96,
+        "word_embed_proj_dim": 48,
+        "num_experts": 4,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        # Small enough to bend the values that such a model has.
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 16,
     }
+    usual = transformers.AutoConfig.for_model(model_type)
+    known = {name for name in values if hasattr(usual, name)}
+    if "num_key_value_heads" in known:
+        # Many models honour it although their configs don't have it unless it is given.
+        known.add("head_dim")
+    values = {name: value for name, value in values.items() if name in known}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(
             transformers.AutoConfig.for_model(model_type, **{**values, **config}),
             dtype=torch.float32,
         )
+        one_plus = architecture_of(model.config).norm == "rms_one_plus"
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
-                base = 1.0 if name.endswith("weight") else 0.0
+                base = 1.0 if name.endswith("weight") and not one_plus else 0.0
                 torch.nn.init.normal_(parameter, base, 0.3)
             else:
                 torch.nn.init.normal_(parameter, 0.0, parameter.shape[-1] ** -0.5)

@@ -160,12 +160,15 @@ def _negative_log_likelihood(model: Any, window: Tokens) -> float:
     architecture = architecture_of(model.config)
     trunk = model.get_submodule(architecture.embedding.rpartition(".")[0])
     head = model.get_submodule(architecture.head)
+    cap = architecture.logit_softcap and getattr(model.config, architecture.logit_softcap, None)
     ids = torch.from_numpy(window).to(head.weight.device)
     hidden = trunk(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
     total = 0.0
     # The vocabulary is wide: logits of a few hundred positions at a time bound the memory.
     for start in range(0, len(hidden), 256):
         logits = head(hidden[start : start + 256]).float()
+        if cap:
+            logits = cap * torch.tanh(logits / cap)
         target = ids[1:][start : start + 256]
         total += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
     return total

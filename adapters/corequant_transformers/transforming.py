@@ -14,7 +14,15 @@ import corequant as cq
 from corequant_transformers.planning import ModelPlan
 from corequant_transformers.rows import RESIDUAL, MatrixPlan, Side
 
-__all__ = ["Choices", "OnlineRotation", "restore", "transform_matrix", "transform_model", "untie"]
+__all__ = [
+    "Choices",
+    "OnlineRotation",
+    "restore",
+    "restructure",
+    "transform_matrix",
+    "transform_model",
+    "untie",
+]
 
 Array = npt.NDArray[Any]
 
@@ -50,6 +58,7 @@ def transform_matrix(
     matrix: MatrixPlan,
     gain: Array | None,
     choices: Choices,
+    shift: Array | None = None,
 ) -> tuple[Array, Array | None]:
     """Return a matrix and its bias after everything that the row says.
 
@@ -58,20 +67,30 @@ def transform_matrix(
     W : numpy.ndarray (out_features, in_features)
     bias : numpy.ndarray (out_features,), optional
     matrix : MatrixPlan
-    gain : numpy.ndarray (in_features,), optional
-        Of the norm that the row folds.
+    gain, shift : numpy.ndarray (in_features,), optional
+        What the norm that the row folds multiplies by and adds; a shift gives the layer a bias.
     choices : Choices
     """
+    if shift is not None:
+        bias = cq.fold_norm_bias(W, bias, shift)
     if gain is not None:
         W = cq.fold_norm(W, gain)
     W = _transform_side(W, matrix.input, "input", choices)
-    W = _transform_side(W, matrix.output, "output", choices)
+    W = _transform_outputs(W, matrix, choices)
     if bias is not None:
-        bias = _transform_side(bias, matrix.output, "output", choices)
+        bias = _transform_outputs(bias, matrix, choices)
     return W, bias
 
 
+def _transform_outputs(W: Array, matrix: MatrixPlan, choices: Choices) -> Array:
+    ends = np.cumsum([part.rows for part in matrix.outputs])
+    pieces = zip(np.split(W, ends[:-1]), matrix.outputs, strict=True)
+    return np.concatenate([_transform_side(w, p.output, "output", choices) for w, p in pieces])
+
+
 def _transform_side(W: Array, side: Side, name: str, choices: Choices) -> Array:
+    if side.centered:
+        W = cq.merge_centering(W, side=name)
     if side.permutation is not None:
         p = cq.repeat_permutation(choices.permutations[side.permutation], side.heads, side.repeat)
         W = cq.merge_permutation(W, p, side=name)
@@ -110,19 +129,20 @@ def transform_model(
 ) -> None:
     """Transform every matrix of a torch model in place, in its own precision, and hook rotations.
 
-    Embedding and head must not be tied any more.
+    Embedding and head must not be tied any more, and the model must be in the layout of
+    ``layouts.standardize``.
     """
     for done, matrix in enumerate(plan.matrices):
         module = model.get_submodule(matrix.name)
         folds = plan.folds and matrix.norm is not None
         norm = model.get_submodule(matrix.norm) if folds else None
-        bias = getattr(module, "bias", None)
         W, b = transform_matrix(
             module.weight.detach().numpy(),
-            None if bias is None else bias.detach().numpy(),
+            _numpy(module, "bias"),
             matrix,
-            None if norm is None else norm.weight.detach().numpy(),
+            None if norm is None else _gain(norm, plan),
             choices,
+            None if norm is None else _numpy(norm, "bias"),
         )
         module.weight = torch.nn.Parameter(torch.from_numpy(W), requires_grad=False)
         if b is not None:
@@ -130,11 +150,44 @@ def transform_model(
         if matrix.online and matrix.input.rotation is not None:
             module.register_forward_pre_hook(OnlineRotation(matrix.input.rotation))
         progress(done + 1, len(plan.matrices))
+    restructure(model, plan)
     for name in plan.norms:
         norm = model.get_submodule(name)
         if plan.folds:
-            torch.nn.init.ones_(norm.weight)
+            # The kinds of norm differ in which weight is a gain of 1.
+            neutral = 0.0 if plan.architecture.norm == "rms_one_plus" else 1.0
+            torch.nn.init.constant_(norm.weight, neutral)
         elif RESIDUAL in choices.permutations:
             order = torch.from_numpy(choices.permutations[RESIDUAL])
             for parameter in norm.parameters(recurse=False):
                 parameter.data = parameter.data[order]
+
+
+def restructure(model: Any, plan: ModelPlan) -> None:
+    """Give a standardized model the modules that its transformed weights need, in place.
+
+    Where LayerNorms are folded, RMSNorms take their place, and the layers that read them get a
+    bias. Weights and biases that are there stay as they are.
+    """
+    if not plan.folds or plan.architecture.norm != "layer":
+        return
+    for name in plan.norms:
+        norm = model.get_submodule(name)
+        if isinstance(norm, torch.nn.LayerNorm):
+            rms = torch.nn.RMSNorm(norm.normalized_shape, norm.eps, dtype=norm.weight.dtype)
+            model.set_submodule(name, rms.requires_grad_(False))
+    for matrix in plan.matrices:
+        module = model.get_submodule(matrix.name)
+        if matrix.norm is not None and module.bias is None:
+            zeros = module.weight.new_zeros(matrix.shape[0])
+            module.bias = torch.nn.Parameter(zeros, requires_grad=False)
+
+
+def _gain(norm: Any, plan: ModelPlan) -> Array:
+    weight: Array = norm.weight.detach().numpy()
+    return 1.0 + weight if plan.architecture.norm == "rms_one_plus" else weight
+
+
+def _numpy(module: torch.nn.Module, name: str) -> Array | None:
+    tensor = getattr(module, name, None)
+    return None if tensor is None else tensor.detach().numpy()

@@ -1,19 +1,20 @@
 """Prove that a transformed model computes the float model's function, and that it was transformed.
 
-Everything is compared in float64. Norms that compute in float32, as those of Transformers do, are
-lifted to float64 for the comparison; otherwise they would hide a small error behind their own.
+Everything is compared in float64. What Transformers computes in float32 whatever the model's
+precision, such as norms, is lifted to float64 for the comparison; otherwise it would hide a small
+error behind its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.overrides import TorchFunctionMode
 
 from corequant.errors import VerificationError
 from corequant_transformers.planning import ModelPlan
@@ -140,6 +141,9 @@ def verify(
     errors = []
     stream = plan.matrices[0].input
     for before, after in zip(reference.blocks, blocks, strict=True):
+        if stream.centered:
+            # Its readers never see the mean, and the writers no longer write it.
+            before = before - before.mean(-1, keepdim=True)
         errors.append(_relative(before, restore(after, stream, choices)))
     logits_error = _relative(reference.logits, logits)
     bad = [i for i, e in enumerate(errors) if not e <= tolerance]
@@ -200,12 +204,12 @@ def _acts(matrix: MatrixPlan, plan: ModelPlan, choices: Choices) -> bool:
     """Tell whether carrying out a row has to change its matrix."""
     if plan.folds and matrix.norm is not None:
         return True
-    for side in (matrix.input, matrix.output):
+    for side in (matrix.input, *(part.output for part in matrix.outputs)):
         order = choices.permutations.get(side.permutation or "")
         factors = choices.factors.get(side.factors or "")
         moved = order is not None and bool((order != np.arange(len(order))).any())
         scaled = factors is not None and bool((factors != 1).any())
-        if side.rotation is not None or moved or scaled:
+        if side.centered or side.rotation is not None or moved or scaled:
             return True
     return False
 
@@ -233,7 +237,7 @@ def _run(
         blocks.append(output[0] if isinstance(output, tuple) else output)
 
     with ExitStack() as stack:
-        stack.enter_context(_norms_in_float64(model))
+        stack.enter_context(_KeepFloat64())
         for i in range(plan.dimensions.blocks):
             block = model.get_submodule(plan.architecture.block.format(i))
             stack.callback(block.register_forward_hook(record).remove)
@@ -241,26 +245,29 @@ def _run(
     return logits, blocks
 
 
-@contextmanager
-def _norms_in_float64(model: torch.nn.Module) -> Iterator[None]:
-    norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
-    try:
-        for norm in norms:
-            norm.forward = _float64_norm(norm)
-        yield
-    finally:
-        for norm in norms:
-            # The instance's attribute hid the class's method.
-            norm.__dict__.pop("forward", None)
+class _KeepFloat64(TorchFunctionMode):
+    """While entered, tensors in float64 stay so when they are asked to become float32."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _CASTS and args[0].dtype == torch.float64:
+            if func is torch.Tensor.float:
+                return args[0]
+            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+            if kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
 
 
-def _float64_norm(norm: Any) -> Any:
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        mean_square = x.pow(2).mean(-1, keepdim=True)
-        result: torch.Tensor = norm.weight * (x * torch.rsqrt(mean_square + norm.variance_epsilon))
-        return result
-
-    return forward
+_CASTS = {
+    torch.Tensor.float,
+    torch.Tensor.to,
+    torch.Tensor.softmax,
+    torch.softmax,
+    torch.nn.functional.softmax,
+}
 
 
 def _relative(reference: torch.Tensor, other: torch.Tensor) -> float:

@@ -71,35 +71,49 @@ def plan_dict(plan: Any) -> dict[str, Any]:
                 "online": m.online,
                 "output_permuted": m.output.permutation is not None,
                 "output_rotation": m.output.rotation,
+                "parts": [
+                    {
+                        "rows": part.rows,
+                        "output_permuted": part.output.permutation is not None,
+                        "output_rotation": part.output.rotation,
+                    }
+                    for part in m.parts
+                ],
                 "quantized": m.quantized,
             }
             for m in plan.matrices
         ],
+        "notes": list(plan.notes),
     }
 
 
 def plan_table(plan: Any) -> None:
-    """Print what happens to each kind of matrix; one decoder block stands for all."""
+    """Print what happens to each kind of matrix."""
     sizes = plan.dimensions
     table = Table(
         Column("matrix", no_wrap=True), "shape", "folds", "reads", "writes", "rounded",
         title=f"{plan.architecture.model_type}: {sizes.blocks} blocks, hidden {sizes.hidden}, "
         f"intermediate {sizes.intermediate}, head {sizes.head_dim}",
     )  # fmt: skip
-    first = plan.architecture.block.format(0)
-    others = plan.architecture.block.format("")
+    kinds: dict[tuple[tuple[str, int, int], ...], int] = {}
+    for i in range(sizes.blocks):
+        kinds.setdefault(tuple((m.role, *m.shape) for m in plan.matrices if m.block == i), i)
     for m in plan.matrices:
-        if m.name.startswith(others) and not m.name.startswith(first + "."):
+        # One block of each kind stands for all, and so does one expert.
+        if m.expert or (m.block is not None and m.block not in kinds.values()):
             continue
+        path = "" if m.block is None else plan.architecture.block.format(m.block) + "."
         table.add_row(
-            m.name.removeprefix(first + "."),
+            m.name.removeprefix(path),
             "×".join(map(str, m.shape)),
             "" if m.norm is None else "norm",
             _side(m.input, "online " if m.online else ""),
-            _side(m.output, ""),
+            ", ".join(filter(None, dict.fromkeys(_side(p.output, "") for p in m.outputs))),
             "yes" if m.quantized else "",
         )
     _console.print(table)
+    for note in plan.notes:
+        _console.print(f"note: {note}")
     cost = plan.cost()
     recipe = plan.recipe
     _console.print(f"weights {recipe.weights}, activations {recipe.activations or 'float'}")
@@ -149,11 +163,15 @@ def inspection(model: Path, recipe: Any, report: dict[str, Any], sizes: dict[str
     )
     regions = report.get("regions", [])
     if regions:
-        table = Table("region", "largest block mass / mean", "after permutation")
+        table = Table("region", "tokens", "largest block mass / mean", "after permutation")
         for row in regions:
+            if row.get("unrouted"):
+                table.add_row(row["name"], "0", "no token was routed to this expert", "")
+                continue
             mean = row["mean_block_mass"]
             table.add_row(
                 row["name"],
+                str(row.get("tokens", "")),
                 f"{row['largest_block_mass'] / mean:.3f}",
                 f"{row['largest_block_mass_permuted'] / mean:.3f}",
             )
