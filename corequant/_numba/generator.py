@@ -7,6 +7,7 @@ chunk; every other pass combines the same vector of several chunks.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ class Body:
         self.b = builder
         self.plan = plan
         self.v = Vectors(builder, plan.dtype)
+        self.half = Vectors(builder, plan.dtype, VECTOR_BYTES // 2)
         (src, twin, dst, src_step, dst_step, units, signs, period, phase, scale, scratch) = (
             arguments
         )
@@ -70,7 +72,7 @@ class Body:
         self.signs, self.scratch = self._pointer(signs), self._pointer(scratch)
         self.steps = (src_step, dst_step)
         self.units, self.period, self.phase = units, period, phase
-        self.factor = self.v.splat(scale)
+        self.factor = scale
 
     def emit(self) -> None:
         """Emit the loop over units."""
@@ -79,6 +81,7 @@ class Body:
         moved = vectors * self.v.stored_bytes
         with b.goto_entry_block():
             phase = b.alloca(_WORD)
+            self.fused = {v: v.minus_one() if plan.mixed else None for v in (self.v, self.half)}
         b.store(self.phase, phase)
         if plan.stores == "shifted":
             start = plan.kept + mix_scratch(plan.core)
@@ -112,6 +115,8 @@ class Body:
         """
         plan = self.plan
         rest = _Place(self.scratch, plan.pitch, in_array=False)
+        if plan.in_place:
+            rest = target
         lines = -(-moved // VECTOR_BYTES)
         self.share = -(-lines // plan.passes)
         steps: list[Callable[..., None]] = [self._first_pass] if plan.tile else []
@@ -131,31 +136,42 @@ class Body:
 
     def _first_pass(self, over: _Stretch, source: _Place, target: _Place) -> None:
         """Stages inside a vector, then between the vectors of a tile."""
-        plan, v = self.plan, self.v
-        stages = (min(plan.power, plan.lanes)).bit_length() - 1
-        together = max(1, min(plan.tile, plan.power // plan.lanes))
+        plan = self.plan
+        v = self.half if plan.halved else self.v
+        parts = 2 if plan.split else 1
+        count = plan.tile * VECTOR_BYTES // v.bytes
+        stages = min(plan.power, v.lanes * parts).bit_length() - 1
+        together = max(parts, min(count, plan.power // v.lanes))
         with self._loop(over.chunks) as index:
             chunk = self._prefetch(over, index, over.chunks)
             vectors = []
-            for i in range(plan.tile):
+            for i in range(0, count, parts):
                 if plan.paired_loads:
-                    at = self._offset(source, chunk, i)
+                    at = self._offset(v, source, chunk, i)
                     left, right = v.address(source.base, at), v.address(self.from_twin, at)
                     vectors.append(v.load_butterfly(left, right))
+                elif plan.split:
+                    vectors += v.butterflies(self._load_split(v, source, chunk, i))
                 else:
-                    vectors.append(self._load(source, chunk, i))
-            for stage in range(int(plan.paired_loads), stages):
-                vectors = [v.lane_butterfly(vector, 1 << stage) for vector in vectors]
-            for i in range(0, plan.tile, together):
-                vectors[i : i + together] = v.butterflies(vectors[i : i + together])
-            for i, vector in enumerate(vectors):
-                self._store(vector, target, chunk, i, over.last)
+                    vectors.append(self._load(v, source, chunk, i, first=True))
+            done = int(plan.paired_loads or plan.split)
+            for stage in range(stages - done):
+                distance = 1 << (stage + int(plan.paired_loads))
+                vectors = [v.lane_butterfly(vector, distance) for vector in vectors]
+            for start, part in itertools.product(range(0, count, together), range(parts)):
+                run = slice(start + part, start + together, parts)
+                vectors[run] = v.butterflies(vectors[run], self.fused[v])
+            for i in range(0, count, parts):
+                self._store_some(v, vectors[i : i + parts], target, chunk, i, over.last)
 
     def _pass(
         self, radix: int, distance: int, over: _Stretch, source: _Place, target: _Place
     ) -> None:
         """Stages between ``radix`` chunks, each ``distance`` chunks from the next."""
-        width = self.plan.tile or self.plan.strip
+        joined = over.last and self.plan.split
+        parts = 2 if joined else 1
+        v = self.half if joined and self.plan.halved else self.v
+        width = (self.plan.tile or self.plan.strip) * VECTOR_BYTES // (v.bytes * parts)
         groups = over.chunks // (radix * distance)
         with self._loop(groups) as group, self._loop(distance) as inner, self._loop(width) as at:
             number = self._number((group, distance), (inner, width), at)
@@ -164,9 +180,15 @@ class Body:
             start = self.b.add(start, self.b.mul(group, _word(radix * distance)))
             start = self.b.add(start, inner)
             chunks = [self.b.add(start, _word(i * distance)) for i in range(radix)]
-            loaded = [self._load(source, chunk, at) for chunk in chunks]
-            for chunk, turned in zip(chunks, self.v.butterflies(loaded), strict=True):
-                self._store(turned, target, chunk, at, over.last)
+            place = self.b.mul(at, _word(parts)) if joined else at
+            places = [place, self.b.add(place, _word(1))][:parts]
+            first = over.number == 0
+            turned = []
+            for one in places:
+                loaded = [self._load(v, source, chunk, one, first) for chunk in chunks]
+                turned.append(v.butterflies(loaded, self.fused[v]))
+            for chunk, *vectors in zip(chunks, *turned, strict=True):
+                self._store_some(v, vectors, target, chunk, place, over.last)
 
     def _core_pass(self, distance: int, over: _Stretch, source: _Place, target: _Place) -> None:
         """Emit the core's stage, between K chunks, each p numbers from the next."""
@@ -177,10 +199,12 @@ class Body:
             self._prefetch(over, self._number((inner, width), at), distance * width)
 
             def load(k: Any) -> Any:
-                return self._load(source, self._chunk(inner, k, distance), at)
+                chunk = self._chunk(inner, k, distance)
+                return self._load(self.v, source, chunk, at, over.number == 0)
 
             def store(k: Any, mixed: Any) -> None:
-                self._store(mixed, target, self._chunk(inner, k, distance), at, over.last)
+                chunk = self._chunk(inner, k, distance)
+                self._store_some(self.v, [mixed], target, chunk, at, over.last)
 
             mix(self.v, plan.core, plan.inverse, load, store, tables)
 
@@ -188,43 +212,57 @@ class Body:
         step = _word(k * distance) if isinstance(k, int) else self.b.mul(k, _word(distance))
         return self.b.add(inner, step)
 
-    def _load(self, place: _Place, chunk: Any, vector: Any) -> Any:
-        pointer = self.v.address(place.base, self._offset(place, chunk, vector))
+    def _load(self, v: Vectors, place: _Place, chunk: Any, vector: Any, first: bool) -> Any:
+        pointer = v.address(place.base, self._offset(v, place, chunk, vector))
         if not place.in_array:
-            return self.v.load(pointer)
-        if self.plan.strip and self.plan.ahead:
-            self.v.prefetch(self.v.address(pointer, self.plan.ahead))
-        loaded = self.v.load_stored(pointer)
-        if self.plan.signs == "before":
-            loaded = self.v.scale(loaded, self._sign(chunk, vector))
+            return v.load(pointer)
+        if first and self.plan.strip and self.plan.ahead:
+            v.prefetch(v.address(pointer, self.plan.ahead))
+        loaded = v.load_stored(pointer)
+        if first and self.plan.signs == "before":
+            loaded = v.scale(loaded, *self._signs(v, chunk, vector, 1))
         return loaded
 
-    def _store(self, vector: Any, place: _Place, chunk: Any, at: Any, last: bool) -> None:
-        pointer = self.v.address(place.base, self._offset(place, chunk, at))
-        if not last:
-            self.v.store(vector, pointer, VECTOR_BYTES)
-            return
-        signed = self.plan.signs == "after"
-        vector = self.v.scale(vector, self._sign(chunk, at) if signed else self.factor)
-        if self.plan.stores == "streamed":
-            self.v.store_stored(vector, pointer, self.v.stored_bytes, stream=True)
-        else:
-            self.v.store_stored(vector, pointer)
+    def _load_split(self, v: Vectors, place: _Place, chunk: Any, vector: Any) -> list[Any]:
+        parted = v.load_split(v.address(place.base, self._offset(v, place, chunk, vector)))
+        if self.plan.signs == "before":
+            parted = list(map(v.scale, parted, self._signs(v, chunk, vector, 2)))
+        return parted
 
-    def _sign(self, chunk: Any, vector: Any) -> Any:
+    def _store_some(
+        self, v: Vectors, vectors: list[Any], place: _Place, chunk: Any, at: Any, last: bool
+    ) -> None:
+        """Store vectors from ``at`` on: one, or the two that a split load made."""
+        pointer = v.address(place.base, self._offset(v, place, chunk, at))
+        if not last:
+            for i, vector in enumerate(vectors):
+                v.store(vector, v.address(pointer, i * v.bytes), 0 if place.in_array else v.bytes)
+            return
+        factors = [v.splat(self.factor)] * len(vectors)
+        if self.plan.signs == "after":
+            factors = self._signs(v, chunk, at, len(vectors))
+        scaled = list(map(v.scale, vectors, factors))
+        stream = self.plan.stores == "streamed"
+        if len(scaled) > 1:
+            v.store_split(*scaled, pointer, stream)
+        else:
+            v.store_stored(*scaled, pointer, v.stored_bytes if stream else 0, stream)
+
+    def _signs(self, v: Vectors, chunk: Any, vector: Any, count: int) -> list[Any]:
         if self.plan.strip:
-            offset = self.b.mul(chunk, _word(self.v.scalar_bytes))
-            return self.v.load_scalar(self.v.address(self.signs, offset))
+            offset = self.b.mul(chunk, _word(v.scalar_bytes))
+            return [v.load_scalar(v.address(self.signs, offset))]
         place = _Place(self.unit_signs, self.plan.tile * VECTOR_BYTES, in_array=False)
-        return self.v.load(self.v.address(place.base, self._offset(place, chunk, vector)))
+        pointer = v.address(place.base, self._offset(v, place, chunk, vector))
+        return v.load_parted(pointer) if count > 1 else [v.load(pointer)]
 
     def _array(self, pointer: Any, which: int) -> _Place:
         if self.plan.strip:
             return _Place(pointer, self.steps[which], in_array=True)
         return _Place(pointer, self.plan.tile * self.v.stored_bytes, in_array=True)
 
-    def _offset(self, place: _Place, chunk: Any, vector: Any) -> Any:
-        size = self.v.stored_bytes if place.in_array else VECTOR_BYTES
+    def _offset(self, v: Vectors, place: _Place, chunk: Any, vector: Any) -> Any:
+        size = v.stored_bytes if place.in_array else v.bytes
         within = vector * size if isinstance(vector, int) else self.b.mul(vector, _word(size))
         return self.b.add(self.b.mul(chunk, _word(place.step)), _word(within))
 

@@ -14,8 +14,8 @@ from llvmlite import ir
 
 from corequant._numba.loops import counted
 from corequant._numba.machine import build
-from corequant._numba.plans import fetches_ahead
 from corequant._numba.rotation import edition
+from corequant._numba.tuning import tuning
 from corequant._numba.vectors import VECTOR_BYTES, Vectors
 
 __all__ = ["moments_kernel"]
@@ -71,7 +71,7 @@ def _add(v: Vectors, first: Any, step: Any, i: Any, together: int, kept: Any) ->
     top = v.load(top_at)
     for k in range(together):
         here = v.address(at, b.mul(step, ir.Constant(_WORD, k)))
-        if fetches_ahead():
+        if tuning().ahead:
             v.prefetch(v.address(here, _AHEAD))
         size = v.magnitude(v.load_stored(here))
         top = v.maximum([top, size])

@@ -9,45 +9,17 @@ the same bits; plans differ in speed alone. ``docs/kernels.md`` tells why each i
 from __future__ import annotations
 
 import json
-import platform
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 from corequant._numba.cores import mix_scratch
-from corequant._numba.machine import processor
-from corequant._numba.vectors import VECTOR_BYTES, compute_dtype, lanes_of
+from corequant._numba.tuning import split, tuning
+from corequant._numba.vectors import VECTOR_BYTES, lanes_of
 
-__all__ = ["Plan", "fetches_ahead", "plan_columns", "plan_rows"]
-
-_AHEAD = 8192
-"""Bytes that a processor which needs it is told to fetch ahead: 4 KiB is 5 % slower, 16 KiB not
-faster (Emerald Rapids, in place, block size 64)."""
+__all__ = ["Plan", "plan_columns", "plan_rows"]
 
 _SHIFTED_BATCH = 1024
 """Numbers put together before they are streamed, so many that no load waits for a store."""
-
-_LOADS_SHUFFLE = platform.machine().lower() in ("x86_64", "amd64")
-"""Whether load ports can do the first butterfly's shuffles; asked together with `fetches_ahead`."""
-
-# Vectors per tile of the first pass, then the radices of the passes across tiles, by the order p
-# over the vector's length.
-_ROWS: dict[int, tuple[int, tuple[int, ...]]] = {
-    1: (4, ()),
-    2: (4, ()),
-    4: (4, ()),
-    8: (4, (2,)),
-    16: (4, (4,)),
-    32: (8, (4,)),
-    64: (4, (4, 4)),
-    128: (8, (16,)),
-    256: (4, (8, 8)),
-    512: (4, (8, 4, 4)),
-    1024: (8, (16, 8)),
-    2048: (8, (16, 16)),
-    4096: (8, (8, 8, 8)),
-}
-# Stores that bypass the cache want few lines at a time in the last pass.
-_STREAMED = {16: (8, (2,)), 128: (4, (8, 4))}
 
 
 @dataclass(frozen=True)
@@ -81,6 +53,16 @@ class Plan:
         Bytes to fetch ahead of the first pass; 0 leaves that to the processor.
     paired_loads : bool
         Let the load ports do the first butterfly's shuffles.
+    halved : bool
+        Do the first pass on vectors of 32 bytes.
+    in_place : bool
+        Keep a block in the result between passes instead of the scratch.
+    mixed : bool
+        Let the units that multiply take the differences of butterflies between vectors.
+    split : bool
+        Load bfloat16 by pairs, so that the first butterfly is one between vectors.
+    padding : int
+        Vectors left free after each tile in the scratch.
     """
 
     dtype: str
@@ -95,6 +77,11 @@ class Plan:
     batch: int = 0
     ahead: int = 0
     paired_loads: bool = False
+    halved: bool = False
+    in_place: bool = False
+    mixed: bool = False
+    split: bool = False
+    padding: int = 1
 
     def __str__(self) -> str:
         """Write the form that ``parse`` reads; it is what a compiled kernel is cached under."""
@@ -128,11 +115,11 @@ class Plan:
 
     @property
     def pitch(self) -> int:
-        """Bytes from tile to tile in the scratch, one vector more than they fill.
+        """Bytes from tile to tile in the scratch.
 
-        Without it, tiles a power of two apart would share a few sets of the first-level cache.
+        Without padding, tiles a power of two apart share a few sets of the first-level cache.
         """
-        return ((self.tile or self.strip) + 1) * VECTOR_BYTES
+        return ((self.tile or self.strip) + self.padding) * VECTOR_BYTES
 
     @property
     def chunks(self) -> int:
@@ -149,7 +136,7 @@ class Plan:
     @property
     def kept(self) -> int:
         """Bytes of scratch that hold a block between passes; 0 for a single pass."""
-        return self.chunks * self.pitch if self.passes > 1 else 0
+        return self.chunks * self.pitch if self.passes > 1 and not self.in_place else 0
 
     @property
     def scratch(self) -> int:
@@ -161,31 +148,37 @@ class Plan:
 @lru_cache(maxsize=256)
 def plan_rows(dtype: str, core: int, power: int, inverse: bool, signs: str, stores: str) -> Plan:
     """Plan a rotation along the last axis; p at least a vector's length, or K = 1."""
+    best = tuning()
     vectors = max(1, power // lanes_of(dtype))
-    table = _ROWS if stores == "ordinary" else _ROWS | _STREAMED
-    tile, radices = table[vectors] if vectors in table else _long(vectors)
-    if core > 1 and tile > vectors:
-        tile = vectors
-    plain = dtype == "float32" and power > 1 and signs != "before"
+    passes = best.passes(vectors, dtype, stores)
+    tile = min(passes.tile, vectors) if core > 1 else passes.tile
+    several = bool(passes.radices) or core > 1
+    wide = dtype in ("float32", "float64")
     return Plan(
         dtype=dtype,
         core=core,
         power=power,
         inverse=inverse and core > 1,
         tile=tile,
-        radices=radices,
+        radices=passes.radices,
         signs=signs,
         stores=stores,
         batch=_SHIFTED_BATCH if stores == "shifted" and core == 1 else 0,
-        ahead=_AHEAD if fetches_ahead() else 0,
-        paired_loads=plain and fetches_ahead() and _LOADS_SHUFFLE,
+        ahead=best.ahead,
+        paired_loads=best.paired_loads and dtype == "float32" and power > 1 and signs != "before",
+        halved=passes.halved,
+        in_place=best.in_place and several and wide and stores == "ordinary",
+        mixed=best.mixed and bool(passes.radices),
+        split=best.split and dtype == "bfloat16" and core == 1 and power > 1,
+        padding=best.padding,
     )
 
 
 @lru_cache(maxsize=256)
 def plan_columns(dtype: str, core: int, power: int, inverse: bool, signs: str, stores: str) -> Plan:
     """Plan a rotation down the first axis: rows are combined, vectors lie along them."""
-    radices = _split(power)
+    best = tuning()
+    radices = split(power)
     single = len(radices) + (core > 1) == 1
     return Plan(
         dtype=dtype,
@@ -196,33 +189,6 @@ def plan_columns(dtype: str, core: int, power: int, inverse: bool, signs: str, s
         strip=1 if single else 4,
         signs=signs,
         stores=stores,
-        ahead=256 if fetches_ahead() else 0,
+        ahead=best.columns_ahead,
+        padding=1,
     )
-
-
-def _split(order: int) -> tuple[int, ...]:
-    """Split a power of two into radices of at most 16, as even as that gets."""
-    bits = order.bit_length() - 1
-    count = -(-bits // 4)
-    return tuple(1 << ((bits + k) // count) for k in range(count))
-
-
-def _long(vectors: int) -> tuple[int, tuple[int, ...]]:
-    return 8, _split(vectors // 8)
-
-
-@lru_cache(maxsize=1)
-def fetches_ahead() -> bool:
-    """Tell whether kernels ask for memory ahead of its use on this processor."""
-    # Intel's cores are short of scheduler entries: the butterflies that wait for memory fill them
-    # before enough lines are under way. AMD's lose by prefetching (Zen 4).
-    return not processor()[0].startswith("znver")
-
-
-def describe(plan: Plan) -> str:
-    """Say in words what a plan does."""
-    first = [f"{plan.tile} vectors"] if plan.tile else []
-    steps = [*first, *(f"radix {r}" for r in plan.radices)]
-    if plan.core > 1:
-        steps.append(f"core {plan.core}")
-    return f"{compute_dtype(plan.dtype)}: " + ", ".join(steps)

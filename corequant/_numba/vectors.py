@@ -37,18 +37,21 @@ def lanes_of(dtype: str) -> int:
 
 
 class Vectors:
-    """Emits vector code for arrays of one dtype at the builder's position."""
+    """Emits vector code for arrays of one dtype at the builder's position.
 
-    def __init__(self, builder: Any, dtype: str) -> None:
+    ``size`` is the bytes of a vector of the computed dtype: 64, or half of it.
+    """
+
+    def __init__(self, builder: Any, dtype: str, size: int = VECTOR_BYTES) -> None:
         self.builder = builder
         self.dtype = dtype
-        self.lanes = lanes_of(dtype)
+        self.lanes = lanes_of(dtype) * size // VECTOR_BYTES
         self.scalar = ir.DoubleType() if dtype == "float64" else ir.FloatType()
         self.kind = ir.VectorType(self.scalar, self.lanes)
-        self.bytes = VECTOR_BYTES
+        self.bytes = size
         stored = {"float16": ir.HalfType(), "bfloat16": _INT16}.get(dtype, self.scalar)
         self.stored_kind = ir.VectorType(stored, self.lanes)
-        self.stored_bytes = VECTOR_BYTES // (2 if dtype in ("float16", "bfloat16") else 1)
+        self.stored_bytes = size // (2 if dtype in ("float16", "bfloat16") else 1)
 
     def address(self, base: Any, offset: Any) -> Any:
         """Step ``offset`` bytes, a number or a value, from the byte pointer ``base``."""
@@ -71,6 +74,29 @@ class Vectors:
             wide = self.builder.zext(raw, ir.VectorType(_INT32, self.lanes))
             return self.builder.bitcast(self.builder.shl(wide, self._integers(16)), self.kind)
         return raw
+
+    def load_split(self, pointer: Any) -> list[Any]:
+        """Read two vectors' worth of bfloat16: the even numbers, and the odd ones.
+
+        Each pair is one word of 32 bits, so that a shift and a mask widen them.
+        """
+        words = self._load(pointer, ir.VectorType(_INT32, self.lanes))
+        even = self.builder.shl(words, self._integers(16))
+        odd = self.builder.and_(words, self._integers(0xFFFF0000))
+        return [self.builder.bitcast(half, self.kind) for half in (even, odd)]
+
+    def load_parted(self, pointer: Any) -> list[Any]:
+        """Read two vectors of the computed dtype, parted as ``load_split`` does."""
+        first, second = self.load(pointer), self.load(self.address(pointer, self.bytes))
+        return [
+            self._shuffle(first, list(range(part, 2 * self.lanes, 2)), second) for part in (0, 1)
+        ]
+
+    def store_split(self, even: Any, odd: Any, pointer: Any, stream: bool = False) -> None:
+        """Write the even and the odd numbers of two vectors as bfloat16, rounded half to even."""
+        low = self.builder.lshr(self._rounded(even), self._integers(16))
+        high = self.builder.and_(self._rounded(odd), self._integers(0xFFFF0000))
+        self.store(self.builder.or_(low, high), pointer, self.bytes if stream else 2, stream)
 
     def load_scalar(self, pointer: Any) -> Any:
         """Read one number of the computed dtype into every lane."""
@@ -97,7 +123,7 @@ class Vectors:
     @property
     def scalar_bytes(self) -> int:
         """Bytes of one number of the computed dtype."""
-        return VECTOR_BYTES // self.lanes
+        return self.bytes // self.lanes
 
     def splat(self, value: Any) -> Any:
         """Put one number into every lane."""
@@ -124,8 +150,11 @@ class Vectors:
         odd = self._shuffle(self._load(twin, self.kind), [i | 1 for i in range(self.lanes)])
         return self._add_signed(even, odd, 1)
 
-    def butterflies(self, vectors: list[Any]) -> list[Any]:
-        """Sylvester's transform across a power of two of vectors, small distances first."""
+    def butterflies(self, vectors: list[Any], fused: Any = None) -> list[Any]:
+        """Sylvester's transform across a power of two of vectors, small distances first.
+
+        ``fused``, a vector of -1, lets the units that multiply take the differences.
+        """
         vectors = list(vectors)
         half = 1
         while half < len(vectors):
@@ -133,9 +162,25 @@ class Vectors:
                 if not i & half:
                     a, b = vectors[i], vectors[i | half]
                     vectors[i] = self.builder.fadd(a, b)
-                    vectors[i | half] = self.builder.fsub(a, b)
+                    vectors[i | half] = self._difference(a, b, fused)
             half *= 2
         return vectors
+
+    def _difference(self, a: Any, b: Any, fused: Any) -> Any:
+        if fused is None:
+            return self.builder.fsub(a, b)
+        negative = self.builder.fmul(b, fused, flags=_EXACT)
+        return self.builder.fadd(negative, a, flags=_EXACT)
+
+    def minus_one(self) -> Any:
+        """Put -1 into every lane, out of LLVM's sight: it would make subtractions of products."""
+        module = self.builder.module
+        name = "corequant_minus_one"
+        cell = module.globals.get(name)
+        if cell is None:
+            cell = ir.GlobalVariable(module, self.scalar, name)
+            cell.initializer = ir.Constant(self.scalar, -1.0)
+        return self.splat(self.builder.load(cell))
 
     def add(self, a: Any, b: Any) -> Any:
         """Sum of two vectors."""
@@ -232,18 +277,22 @@ class Vectors:
         return self.builder.fadd(signed, a, flags=_EXACT)
 
     def _round_to_bfloat16(self, vector: Any) -> Any:
+        rounded = self.builder.lshr(self._rounded(vector), self._integers(16))
+        return self.builder.trunc(rounded, self.stored_kind)
+
+    def _rounded(self, vector: Any) -> Any:
+        """Bits of float32, the upper half of them rounded to bfloat16."""
         # A NaN made from bfloat16 numbers has no bits below the sixteenth: the carry can't harm it.
         b = self.builder
         bits = b.bitcast(vector, ir.VectorType(_INT32, self.lanes))
-        odd = b.and_(b.lshr(bits, self._integers(16)), self._integers(1))
-        rounded = b.add(b.add(bits, self._integers(0x7FFF)), odd)
-        return b.trunc(b.lshr(rounded, self._integers(16)), self.stored_kind)
+        odd = b.icmp_unsigned("!=", b.and_(bits, self._integers(0x10000)), self._integers(0))
+        return b.add(bits, b.select(odd, self._integers(0x8000), self._integers(0x7FFF)))
 
     def _integers(self, value: int) -> Any:
         return ir.Constant(ir.VectorType(_INT32, self.lanes), [value] * self.lanes)
 
-    def _shuffle(self, vector: Any, mask: list[int]) -> Any:
-        undefined = ir.Constant(vector.type, ir.Undefined)
+    def _shuffle(self, vector: Any, mask: list[int], second: Any = None) -> Any:
+        undefined = ir.Constant(vector.type, ir.Undefined) if second is None else second
         places = ir.Constant(ir.VectorType(_INT32, len(mask)), mask)
         return self.builder.shuffle_vector(vector, undefined, places)
 
