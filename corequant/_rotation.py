@@ -20,9 +20,10 @@ import numpy.typing as npt
 from corequant._numba.hadamard import rotate_blocks
 from corequant._numba.machine import compiled_away
 from corequant._numba.plans import plan_columns, plan_rows
-from corequant._numba.rotation import kernel_for
+from corequant._numba.rotation import kernel_for, settings
 from corequant._numba.vectors import VECTOR_BYTES, compute_dtype, lanes_of
-from corequant._threads import for_rows
+from corequant._repeated import address_of, keep
+from corequant._threads import for_rows, one_part
 from corequant.hadamard import hadamard_factors
 
 __all__ = ["aligned", "factors", "is_plain", "name_of", "rotate", "scratch"]
@@ -32,6 +33,9 @@ Signs = npt.NDArray[np.int8] | None
 
 _STREAMED_BYTES = 1 << 25
 """Results of at least 32 MiB bypass the cache: they would push everything else out of it."""
+
+_PER_THREAD = 1 << 19
+"""Numbers that are worth a thread: it takes 40 µs to wake one, and as long to turn 2 MiB."""
 
 _TRANSPOSED = 256
 """Blocks that are turned into columns at a time."""
@@ -92,7 +96,7 @@ class _Scratch(threading.local):
         """Return the address of at least so many bytes, 64-aligned."""
         if size > self.size:
             self.memory = aligned(size)
-            self.size, self.address = size, self.memory.ctypes.data
+            self.size, self.address = size, address_of(self.memory)
         return self.address
 
 
@@ -103,7 +107,7 @@ def aligned(size: int, dtype: Any = np.uint8) -> Array:
     """Return an uninitialised vector that starts on a line of cache."""
     kind = np.dtype(dtype)
     raw = np.empty(size * kind.itemsize + VECTOR_BYTES, np.uint8)
-    start = -raw.ctypes.data % VECTOR_BYTES
+    start = -address_of(raw) % VECTOR_BYTES
     return raw[start : start + size * kind.itemsize].view(kind)
 
 
@@ -130,7 +134,7 @@ def factors(signs: Signs, dtype: str, block_size: int, inverse: bool) -> tuple[s
 class _RowKernel:
     """A plan for rows, and all of it that a call needs."""
 
-    call: Callable[..., None]
+    call: Callable[[int, int, bytes], None]
     unit: int
     scratch: int
     scale: float
@@ -154,30 +158,36 @@ def _rotate_rows(
     if signs is not None:
         period = math.lcm(len(signs), kernel.unit)
         repeated = np.tile(multipliers, period // len(signs))
-        table = repeated.ctypes.data
-    source = x.ctypes.data
-    target = source if out is x else out.ctypes.data
+        table = address_of(repeated)
+    source = address_of(x)
+    target = source if out is x else address_of(out)
     units, rest = divmod(x.size, kernel.unit)
+
+    def set_up(kernel: _RowKernel, first: int, count: int) -> bytes:
+        room = scratch.at_least(kernel.scratch)
+        phase = first % period if period else 0
+        return settings(count, kernel.scale, room, signs=(table, period, phase))
 
     def work(first: int, last: int) -> None:
         at = first * kernel.unit
         start, end = source + at * size, target + at * size
-        phase = at % period if period else 0
-        room = scratch.at_least(kernel.scratch)
-        kernel.call(start, start, end, 0, 0, last - first, table, period, phase, kernel.scale, room)
+        kernel.call(start, end, set_up(kernel, at, last - first))
 
     if units:
-        for_rows(units, kernel.unit, work, threads)
+        for_rows(units, kernel.unit, work, threads, _PER_THREAD)
     if rest:
         tail = np.zeros(kernel.unit, x.dtype)
         tail[:rest] = x.reshape(-1)[-rest:]
-        address = tail.ctypes.data
+        address = address_of(tail)
         small = _row_kernel(name, block_size, inverse, where, "ordinary")
-        count = kernel.unit // small.unit
-        phase = units * kernel.unit % period if period else 0
-        room = scratch.at_least(small.scratch)
-        small.call(address, address, address, 0, 0, count, table, period, phase, small.scale, room)
+        small.call(address, address, set_up(small, x.size - rest, kernel.unit // small.unit))
         out.reshape(-1)[-rest:] = tail[:rest]
+    elif (
+        signs is None
+        and x.nbytes < _STREAMED_BYTES
+        and one_part(units, kernel.unit, threads, _PER_THREAD)
+    ):
+        keep(x, block_size, inverse, threads, kernel.call, set_up(kernel, 0, units))
 
 
 def _rotate_columns(
@@ -195,8 +205,8 @@ def _rotate_columns(
     columns = math.prod(x.shape[axis + 1 :])
     step = columns * size
     # The first columns are left out so that the strips start on lines of cache.
-    whole_lines = step % VECTOR_BYTES == 0 and out.ctypes.data % size == 0
-    lead = -out.ctypes.data % VECTOR_BYTES // size if whole_lines else 0
+    whole_lines = step % VECTOR_BYTES == 0 and address_of(out) % size == 0
+    lead = -address_of(out) % VECTOR_BYTES // size if whole_lines else 0
     streamed = whole_lines and _stores(x, out) != "ordinary"
     plan = plan_columns(name, core, power, inverse, where, "streamed" if streamed else "ordinary")
     kernel = kernel_for(plan)
@@ -206,10 +216,12 @@ def _rotate_columns(
     blocks = x.size // (block_size * columns)
     per_axis = x.shape[axis] // block_size
 
+    factors_at = address_of(multipliers)
+
     def turn(src: int, dst: int, row: int, block: int, count: int, room: int) -> None:
-        signed = block % per_axis * block_size * multipliers.dtype.itemsize
-        table = multipliers.ctypes.data + signed
-        kernel(src, src, dst, row, row, count, table, 0, 0, scale, room)
+        table = factors_at + block % per_axis * block_size * multipliers.dtype.itemsize
+        given = settings(count, float(scale), room, steps=(row, row), signs=(table, 0, 0))
+        kernel(src, dst, given)
 
     def work(first: int, last: int) -> None:
         room = scratch.at_least(plan.scratch)
@@ -217,11 +229,11 @@ def _rotate_columns(
             block, strip = divmod(first, strips)
             count = min(last - first, strips - strip)
             at = block * block_size * step + (lead + strip * width) * size
-            turn(x.ctypes.data + at, out.ctypes.data + at, step, block, count, room)
+            turn(address_of(x) + at, address_of(out) + at, step, block, count, room)
             first += count
 
     if strips:
-        for_rows(blocks * strips, block_size * width, work, threads)
+        for_rows(blocks * strips, block_size * width, work, threads, _PER_THREAD)
     source, target = (a.reshape(blocks, block_size, columns) for a in (x, out))
     left_out = [(0, lead), (covered, columns)] if strips else [(0, columns)]
     room = scratch.at_least(plan.scratch)
@@ -231,7 +243,7 @@ def _rotate_columns(
             count = min(width, end - at)
             copied[:, :count] = source[block, :, at : at + count]
             copied[:, count:] = 0
-            address = copied.ctypes.data
+            address = address_of(copied)
             turn(address, address, width * size, block, 1, room)
             target[block, :, at : at + count] = copied[:, :count]
 
@@ -274,8 +286,8 @@ def _stores(x: Array, out: Array) -> str:
     if (
         out is x
         or out.nbytes < _STREAMED_BYTES
-        or out.ctypes.data % 4
+        or address_of(out) % 4
         or np.may_share_memory(x, out)
     ):
         return "ordinary"
-    return "shifted" if out.ctypes.data % VECTOR_BYTES else "streamed"
+    return "shifted" if address_of(out) % VECTOR_BYTES else "streamed"

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._dispatch import backend_for, get_backend
+from corequant._dispatch import backend_for
+from corequant._repeated import repeat
 from corequant._validation import (
     check_array,
     check_divides,
@@ -89,11 +90,14 @@ def block_hadamard(
     >>> bool(np.allclose(cq.block_hadamard(cq.block_hadamard(x), inverse=True), x))
     True
     """
-    # Short cuts for the usual call: checking must not outweigh a rotation in the cache.
-    usual = type(x) is np.ndarray and (out is None or type(out) is np.ndarray)
-    backend = get_backend("numpy") if usual else backend_for(x=x, out=out)
+    # Checking must not outweigh a rotation in the cache.
+    if signs is None and type(x) is np.ndarray:
+        rotated = repeat(x, block_size, axis, inverse, out, threads)
+        if rotated is not None:
+            return rotated
+    backend = backend_for(x=x, out=out)
     check_array("x", x)
-    place = x.ndim - 1 if axis == -1 else check_axis("axis", axis, x.ndim)
+    place = check_axis("axis", axis, x.ndim)
     d = int(x.shape[place])
     size = check_block_size("block_size", block_size, d)
     sign = check_signs("signs", signs, d)

@@ -22,13 +22,9 @@ from corequant._numba.plans import Plan
 from corequant._numba.streaming import ShiftedStores
 from corequant._numba.vectors import VECTOR_BYTES, Vectors
 
-__all__ = ["PARAMETERS", "Body"]
+__all__ = ["Body"]
 
 _WORD = ir.IntType(64)
-
-
-PARAMETERS = "iiiiiiiii{real}i"
-"""Kinds of the parameters of a kernel."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +47,9 @@ class _Stretch:
 
 
 class Body:
-    """One kernel's body under construction.
+    """A rotation under construction.
 
-    Its parameters are ``src, twin, dst, src_step, dst_step, units, signs, period, phase, scale,
+    Its arguments are ``src, twin, dst, src_step, dst_step, units, signs, period, phase, scale,
     scratch``. It rotates ``units`` units of ``src`` into ``dst``, addresses that may be the same.
     ``twin`` equals ``src``. The steps are bytes from row to row, used for columns only. ``signs``
     is the address of ``period`` factors, of which the first unit uses those from ``phase`` on;
@@ -244,9 +240,10 @@ class Body:
         scaled = list(map(v.scale, vectors, factors))
         stream = self.plan.stores == "streamed"
         if len(scaled) > 1:
-            v.store_split(*scaled, pointer, stream)
+            even, odd = scaled
+            v.store_split(even, odd, pointer, stream)
         else:
-            v.store_stored(*scaled, pointer, v.stored_bytes if stream else 0, stream)
+            v.store_stored(scaled[0], pointer, v.stored_bytes if stream else 0, stream)
 
     def _signs(self, v: Vectors, chunk: Any, vector: Any, count: int) -> list[Any]:
         if self.plan.strip:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import corequant as cq
-from corequant import _rotation
+from corequant import _repeated, _rotation
 
 ROOT = Path(cq.__file__).parents[1]
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
@@ -135,6 +135,7 @@ def test_streamed_results_are_the_same_bytes(rng, monkeypatch, offset, order):
     x = rng.normal(size=(3, 3 * order)).astype(np.float32)
     expected = cq.block_hadamard(x, order)
     monkeypatch.setattr(_rotation, "_STREAMED_BYTES", 0)
+    _repeated.forget()
     memory = np.full(x.nbytes + 256, 7, np.uint8)
     start = -memory.ctypes.data % 64 + 64 + offset
     out = memory[start : start + x.nbytes].view(np.float32).reshape(x.shape)
@@ -144,7 +145,9 @@ def test_streamed_results_are_the_same_bytes(rng, monkeypatch, offset, order):
     assert (memory[start + x.nbytes :] == 7).all()
 
 
-def test_result_does_not_depend_on_threads(rng):
+def test_result_does_not_depend_on_threads(rng, monkeypatch):
+    monkeypatch.setattr(_rotation, "_PER_THREAD", 1 << 12)
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "7")
     x = rng.normal(size=(256, 1536)).astype(np.float32)
     for axis, order in ((1, 64), (1, 12 * 128), (0, 256)):
         one = cq.block_hadamard(x, order, axis=axis, threads=1)
@@ -155,7 +158,9 @@ def test_result_does_not_depend_on_threads(rng):
         cq.block_hadamard(x, 64, threads=0)
 
 
-def test_callers_threads_share_the_kernels(rng):
+def test_callers_threads_share_the_kernels(rng, monkeypatch):
+    monkeypatch.setattr(_rotation, "_PER_THREAD", 1 << 14)
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "3")
     arrays = [rng.normal(size=(64, 2048)).astype(np.float32) for _ in range(8)]
     expected = [cq.block_hadamard(x, 2048, threads=1) for x in arrays]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -226,3 +231,55 @@ print(cq.block_hadamard(np.ones(64, np.float32))[0], "numba" in sys.modules)
 """
     assert run(script, NUMBA_CACHE_DIR=str(tmp_path), NUMBA_DISABLE_JIT="0") == "8.0 False"
     assert run(script, NUMBA_CACHE_DIR=str(tmp_path), NUMBA_DISABLE_JIT="0") == "8.0 False"
+
+
+@pytest.mark.parametrize("where", ["in place", "out", "fresh"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_second_call_of_a_kind_gives_what_the_first_gave(rng, dtype, where):
+    _repeated.forget()
+    first = rng.normal(size=(6, 192)).astype(dtype)
+    for x in (first, rng.normal(size=first.shape).astype(dtype)):
+        expected = cq.block_hadamard(np.vstack([x, x]), 64)[:6]
+        out = {"in place": x, "out": np.empty_like(x), "fresh": None}[where]
+        found = cq.block_hadamard(x, 64, out=out)
+        assert out is None or found is out
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_repeated_call_is_as_strict_as_the_first(rng):
+    x = rng.normal(size=(4, 64)).astype(np.float32)
+    expected = cq.block_hadamard(x, 64)
+    for arguments in ({"block_size": 64.0}, {"axis": -1.0}, {"threads": True}, {"threads": 1.0}):
+        with pytest.raises(TypeError, match="must be an integer"):
+            cq.block_hadamard(x, **{"block_size": 64, **arguments})
+    fixed = x.copy()
+    fixed.flags.writeable = False
+    with pytest.raises(ValueError, match="writeable"):
+        cq.block_hadamard(x, 64, out=fixed)
+    with pytest.raises(ValueError, match="writeable"):
+        cq.block_hadamard(fixed, 64, out=fixed)
+    memory = np.zeros(x.size + 64, np.float32)
+    memory[: x.size] = x.ravel()
+    with pytest.raises(ValueError, match="overlap"):
+        cq.block_hadamard(memory[: x.size].reshape(x.shape), 64, out=memory[64:].reshape(x.shape))
+    for other in (np.empty((4, 64)), np.empty((64, 4), np.float32)):
+        with pytest.raises(cq.ShapeError, match="out must have"):
+            cq.block_hadamard(x, 64, out=other)
+    np.testing.assert_array_equal(cq.block_hadamard(np.asfortranarray(x), 64), expected)
+    np.testing.assert_array_equal(cq.block_hadamard(x.astype(">f4"), 64), expected)
+    np.testing.assert_array_equal(cq.block_hadamard(x, 64, inverse=True), expected)
+
+
+def test_a_thread_forgets_calls_when_there_are_many(monkeypatch):
+    monkeypatch.setattr(_repeated, "_MOST", 3)
+    _repeated.forget()
+    for rows in range(1, 9):
+        cq.block_hadamard(np.ones((rows, 16), np.float32), 16)
+        assert len(_repeated._calls.known) <= 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_addresses_are_those_of_the_arrays(dtype):
+    memory = np.zeros(64, dtype)
+    for x in (memory, memory[3:], memory[::2], memory.reshape(4, 16)[1:, 2:]):
+        assert _repeated.address_of(x) == x.ctypes.data == _repeated._by_interface(x)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,13 +14,49 @@ from corequant import _threads
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_ranges_cover_the_rows_once(threads, monkeypatch):
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "7")
     seen = np.zeros(1001, int)
+    ranges = []
 
     def work(first, last):
         seen[first:last] += 1
+        ranges.append((first, last))
 
     _threads.for_rows(1001, 1 << 20, work, threads)
     assert (seen == 1).all()
+    assert len(ranges) == threads
+
+
+def test_where_callers_are_enough_each_works_alone(monkeypatch):
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "3")
+    seen = []
+
+    def work(first, last):
+        seen.append((threading.get_ident(), last - first))
+
+    with _threads._crew.helpers(0), _threads._crew.helpers(0):
+        _threads.for_rows(64, 1 << 20, work)
+    assert seen == [(threading.get_ident(), 64)]
+    with _threads._crew.helpers(0):
+        _threads.for_rows(64, 1 << 20, work)
+    assert [rows for _, rows in seen[1:]] == [32, 32]
+    assert _threads._crew.working == 0
+
+
+def test_a_caller_does_what_no_helper_has_begun(monkeypatch):
+    monkeypatch.setattr(_threads._Crew, "_help", lambda self: None)
+    _threads._start_anew()
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "4")
+    done = []
+    _threads.for_rows(64, 1 << 20, lambda first, last: done.extend(range(first, last)))
+    assert done == list(range(64))
+    _threads._start_anew()
+
+
+def test_small_work_stays_with_the_caller():
+    assert _threads.one_part(8, 100, None, 1000)
+    assert _threads.one_part(1 << 20, 100, 1, 1000)
+    assert not _threads.one_part(80, 100, None, 1000)
 
 
 def test_results_do_not_depend_on_the_number_of_threads(rng, monkeypatch):
@@ -32,7 +69,9 @@ def test_results_do_not_depend_on_the_number_of_threads(rng, monkeypatch):
     np.testing.assert_array_equal(results[0], results[2])
 
 
-def test_an_error_in_a_thread_reaches_the_caller():
+def test_an_error_in_a_thread_reaches_the_caller(monkeypatch):
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "2")
+
     def work(first, last):
         if first:
             raise ZeroDivisionError
