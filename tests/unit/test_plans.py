@@ -1,0 +1,89 @@
+"""Every way to cut a rotation into passes gives the same bits, on whatever processor."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from corequant._numba import tuning
+from corequant._numba.plans import Plan, plan_columns, plan_rows
+from corequant._numba.rotation import kernel_for, settings
+from corequant._numba.tuning import Passes
+from corequant._numba.vectors import lanes_of
+from corequant._rotation import aligned
+
+PASSES = {  # by the vectors in a block; 0 is a block of two numbers
+    0: [Passes(4), Passes(8, halved=True)],
+    1: [Passes(1), Passes(4, halved=True), Passes(8)],
+    4: [Passes(4), Passes(4, halved=True), Passes(2, (2,)), Passes(8)],
+    32: [Passes(8, (4,)), Passes(2, (16,), halved=True), Passes(4, (2, 4))],
+    256: [Passes(4, (8, 8)), Passes(2, (16, 8), halved=True), Passes(4, (4, 4, 4))],
+}
+
+
+def turned(plan, x, signs):
+    y, scratch = aligned(x.size, x.dtype), aligned(plan.scratch + 64)
+    y[:] = x
+    given = settings(
+        x.size // plan.unit,
+        0.125,
+        scratch.ctypes.data,
+        signs=(signs.ctypes.data, len(signs), 0),
+    )
+    kernel_for(plan)(y.ctypes.data, y.ctypes.data, given)
+    return y.view(np.uint8)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("vectors", list(PASSES))
+def test_plans_differ_in_speed_alone(dtype, vectors):
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    order = vectors * lanes_of(dtype) or 2
+    rng = np.random.default_rng(order)
+    x = rng.normal(size=1 << 13).astype(kind)
+    signs = rng.choice([-0.125, 0.125], 4096).astype("f8" if dtype == "float64" else "f4")
+    for where in ("none", "before", "after"):
+        plan = plan_rows(dtype, 1, order, False, where, "ordinary")
+        expected = turned(replace(plan, paired_loads=False, split=False), x, signs)
+        for passes in PASSES[vectors]:
+            cut = replace(plan, tile=passes.tile, radices=passes.radices, halved=passes.halved)
+            changes = [{}, {"mixed": True}, {"padding": 0}, {"padding": 1}, {"ahead": 4096}]
+            if kind.itemsize > 2:
+                changes += [{"in_place": bool(passes.radices), "mixed": True}]
+            if dtype == "float32" and where != "before":
+                changes += [{"paired_loads": True}]
+            if dtype == "bfloat16" and (cut.tile > 1 or cut.halved):
+                changes += [{"split": True}, {"split": True, "mixed": True}]
+            for change in changes:
+                other = replace(cut, **{"split": False, "in_place": False, **change})
+                assert (turned(other, x, signs) == expected).all(), other
+
+
+@pytest.mark.parametrize("family", [tuning._AMD, tuning._INTEL])
+@pytest.mark.parametrize("stores", ["ordinary", "streamed", "shifted"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_passes_cover_every_block_size(monkeypatch, family, stores, dtype):
+    monkeypatch.setattr("corequant._numba.plans.tuning", lambda: family)
+    for core in (1, 12, 172):
+        for power in (1 << k for k in range(4 if core > 1 else 1, 16)):
+            plan = plan_rows.__wrapped__(dtype, core, power, False, "none", stores)
+            # All passes together combine as many vectors as are in a power.
+            vectors = max(1, power // plan.lanes)
+            assert plan.tile * np.prod(plan.radices, dtype=int) >= vectors
+            assert plan.radices == () or plan.tile * np.prod(plan.radices) == vectors
+            assert plan.unit % plan.block == 0
+            assert plan.kept == 0 or plan.kept >= plan.block * (4 if dtype != "float64" else 8)
+            assert not (
+                plan.in_place and (stores != "ordinary" or dtype in ("float16", "bfloat16"))
+            )
+
+
+def test_a_plan_is_read_back_from_its_text():
+    for plan in (
+        plan_rows("bfloat16", 12, 64, True, "after", "streamed"),
+        plan_columns("float32", 1, 256, False, "before", "ordinary"),
+    ):
+        assert Plan.parse(str(plan)) == plan
