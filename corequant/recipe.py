@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from corequant._validation import check_index
-from corequant.errors import RecipeError, SpecError
+from corequant.errors import AccumulatorError, RecipeError, SpecError
 from corequant.specs import Granularity, QuantSpec
 
-__all__ = ["FACTORS", "PERMUTATIONS", "ROTATIONS", "Recipe"]
+if TYPE_CHECKING:
+    from corequant.rounding.accumulators import AccumulatorSpec
+    from corequant.rounding.together import RoundingOptions
+
+__all__ = ["FACTORS", "PERMUTATIONS", "ROTATIONS", "ROUNDINGS", "Recipe"]
 
 PERMUTATIONS = (
     "identity",
@@ -32,10 +37,11 @@ FACTORS = ("none", "signs", "scales")
 ROTATIONS = ("merged", "online")
 """Names that ``Recipe.rotation`` takes."""
 
-ROUNDINGS = ("nearest",)
+ROUNDINGS = ("nearest", "gptq", "gpfq", "qronos", "learned")
 """Names that ``Recipe.rounding`` takes."""
 
-_LEAST = {"sign_trials": 1, "samples": 1, "sequence_length": 2, "seed": 0}
+_WEIGHT_ONLY_DAMPING = 1e-6
+_LEAST = {"samples": 1, "sequence_length": 2, "seed": 0, "steps": 0, "sign_trials": 1}
 _WEIGHTS = QuantSpec.parse("int4:channel:symmetric:mse")
 _ACTIVATIONS = QuantSpec.parse("int4:token:asymmetric")
 
@@ -78,7 +84,24 @@ class Recipe:
         How many draws of these signs are tried; the one whose rounded model loses least on the
         first 512 tokens of the last calibration window is kept.
     rounding : str
-        How weights are rounded: one of ``ROUNDINGS``.
+        How weights are rounded: one of ``ROUNDINGS``; all but ``nearest`` look at what calibration
+        makes each layer read.
+    damping : float, optional
+        Of ``gptq`` (relative to H's mean diagonal; by default 0.01) and ``qronos`` (relative to
+        its largest eigenvalue; by default 1e-3, and 1e-6 where activations stay in float).
+    act_order : bool
+        Round the columns of large inputs first.
+    correction : float
+        Strength of GPTAQ's correction in ``gptq``; 0.25 in its authors' code.
+    refit : bool
+        Choose the scales of a group of columns when its first column is reached.
+    magr : float
+        Strength of MagR, which shrinks the range of weights beforehand; 0.01 was published.
+    accumulator : str, optional
+        Accumulator that no dot product of codes may overflow: its width in bits, or tile and width
+        as in ``128x16``.
+    steps : int
+        Of ``learned``.
     samples, sequence_length : int
         Calibration windows and tokens per window.
     seed : int
@@ -88,6 +111,8 @@ class Recipe:
     ------
     RecipeError
         If a field has no meaning.
+    AccumulatorError
+        If the accumulator is too narrow for any weight.
 
     Examples
     --------
@@ -110,6 +135,13 @@ class Recipe:
     random_signs: bool = True
     sign_trials: int = 1
     rounding: str = "nearest"
+    damping: float | None = None
+    act_order: bool = True
+    correction: float = 0.0
+    refit: bool = False
+    magr: float = 0.0
+    accumulator: str | None = None
+    steps: int = 400
     samples: int = 8
     sequence_length: int = 2048
     seed: int = 0
@@ -160,6 +192,9 @@ class Recipe:
                 f"activations can't be scaled by channel at run time, got {self.activations}; "
                 "write token, group or tensor"
             )
+        if isinstance(self.accumulator, int) and not isinstance(self.accumulator, bool):
+            object.__setattr__(self, "accumulator", str(self.accumulator))
+        self.rounding_options()
 
     def _check_online(self) -> None:
         if self.rotation == "merged":
@@ -179,6 +214,55 @@ class Recipe:
         if self.block_size is None or self.block_size == "auto":
             return ()
         return self.block_size if isinstance(self.block_size, tuple) else (self.block_size,)
+
+    def rounding_options(self) -> RoundingOptions:
+        """Return how weights are rounded, for ``round_together``."""
+        from corequant.rounding.together import RoundingOptions
+
+        damping = self.damping
+        if damping is None and self.rounding == "qronos" and self.activations is None:
+            damping = _WEIGHT_ONLY_DAMPING
+        try:
+            return RoundingOptions(
+                self.rounding,
+                damping,
+                self.act_order,
+                self.correction,
+                self.refit,
+                self.magr,
+                self._accumulator(),
+                self.steps,
+            )
+        except AccumulatorError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise RecipeError(str(error)) from error
+
+    def _accumulator(self) -> AccumulatorSpec | None:
+        from corequant.rounding.accumulators import AccumulatorSpec, check_tile
+
+        if self.accumulator is None:
+            return None
+        found = re.fullmatch(r"(?:([1-9]\d*)[x×])?([1-9]\d*)", str(self.accumulator).strip())
+        if found is None:
+            raise RecipeError(
+                "accumulator must be a width in bits or tile and width such as 128x16, got "
+                f"{self.accumulator!r}"
+            )
+        if self.activations is None:
+            raise RecipeError(
+                f"an accumulator needs quantized activations, got {self.accumulator} and none"
+            )
+        tile = None if found[1] is None else int(found[1])
+        if tile is None and self.weights.group_size is not None:
+            raise RecipeError(
+                "accumulator must name a tile that divides the weights' group size "
+                f"{self.weights.group_size}, such as {self.weights.group_size}x{found[2]}, "
+                f"got {self.accumulator}"
+            )
+        spec = AccumulatorSpec(int(found[2]), tile, self.activations.format)
+        check_tile(spec, tile or 1, self.weights)
+        return spec
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values: specs in string form, absent ones left out."""

@@ -6,6 +6,7 @@ import copy
 import resource
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,7 @@ from corequant_transformers.choosing import Calibration, choose, choose_block_si
 from corequant_transformers.layers import QuantizedLinear
 from corequant_transformers.layouts import check_modules, standardize, standardized
 from corequant_transformers.planning import ModelPlan, plan_model
+from corequant_transformers.sequential import round_blocks
 from corequant_transformers.signs import choose_signs
 from corequant_transformers.sources import Source
 from corequant_transformers.texts import check_tokens, token_windows
@@ -174,6 +176,7 @@ def quantize(
     output: str | Path | None = None,
     *,
     tokenizer: Any = None,
+    executor: Executor | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> Quantized:
     """Permute, rotate and quantize a model; verify it on the way; save it if asked.
@@ -190,6 +193,9 @@ def quantize(
         A new or empty directory. Nothing is left there if anything fails.
     tokenizer : transformers tokenizer, optional
         Of a model that is given as an object; one on disk brings its own.
+    executor : concurrent.futures.Executor, optional
+        Rounds layers that read the same input at the same time, where the recipe's rounding looks
+        at data.
     progress : callable
         Called as ``progress(phase, done, total)``.
 
@@ -205,6 +211,8 @@ def quantize(
         If there is too little text.
     CheckpointError, OutputError
         If files can't be read or written.
+    HessianError
+        If a layer's inputs make no use of the recipe's rounding; names the layer.
     NonFiniteError
         If weights or activations hold NaN or infinity.
     VerificationError
@@ -260,7 +268,16 @@ def quantize(
         lambda done, total: progress("choose", done, total),
     )
     verification = _transform(work, table, choices, calibration.tokens, progress)
-    rows = _quantize_matrices(work, table, progress)
+    if table.recipe.rounding == "nearest":
+        rows = _round_to_nearest(work, table, progress)
+    else:
+        rows = round_blocks(
+            work,
+            table,
+            calibration.tokens,
+            executor=executor,
+            progress=lambda done, total: progress("round", done, total),
+        )
     report = {
         "recipe": recipe.to_dict(),
         "verification": verification.to_dict(),
@@ -298,7 +315,7 @@ def _transform(
     return verification
 
 
-def _quantize_matrices(model: Any, table: ModelPlan, progress: Progress) -> list[dict[str, Any]]:
+def _round_to_nearest(model: Any, table: ModelPlan, progress: Progress) -> list[dict[str, Any]]:
     recipe, rows = table.recipe, []
     for done, matrix in enumerate(table.quantized):
         module = model.get_submodule(matrix.name)

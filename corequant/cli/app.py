@@ -13,7 +13,7 @@ import corequant_transformers as cqhf
 from corequant._dispatch import available_backends, get_backend
 from corequant.cli import show
 from corequant.errors import BackendError, CalibrationError, CorequantError
-from corequant.recipe import FACTORS, PERMUTATIONS, Recipe
+from corequant.recipe import FACTORS, PERMUTATIONS, ROUNDINGS, Recipe
 from corequant_transformers import demo as demonstration
 from corequant_transformers.checkpoint import is_quantized, read_recipe
 from corequant_transformers.sources import read_json
@@ -47,6 +47,19 @@ Weights = Annotated[
     str, typer.Option(help="Format, granularity, symmetry and scale search of the weights.")
 ]
 Activations = Annotated[str, typer.Option(help="The same for activations, or none.")]
+Rounding = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(ROUNDINGS)}.")]
+Damping = Annotated[
+    float | None, typer.Option(help="Of gptq and qronos; by default the method's own.")
+]
+ActOrder = Annotated[bool, typer.Option(help="Round the columns of large inputs first.")]
+Correction = Annotated[float, typer.Option(help="Strength of GPTAQ's correction in gptq.")]
+Refit = Annotated[bool, typer.Option(help="Choose a group's scale when it is reached.")]
+Magr = Annotated[float, typer.Option(help="Strength of MagR before rounding.")]
+Accumulator = Annotated[
+    str | None,
+    typer.Option(help="Width that no sum may overflow, or tile and width.", metavar="[TILEx]BITS"),
+]
+Steps = Annotated[int, typer.Option(help="Of learned rounding.")]
 Samples = Annotated[int, typer.Option(help="Calibration windows.")]
 Length = Annotated[int, typer.Option(help="Tokens per window.")]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.")]
@@ -96,6 +109,14 @@ def quantize(
     factors: Factors = _DEFAULT.factors,
     weights: Weights = str(_DEFAULT.weights),
     activations: Activations = str(_DEFAULT.activations),
+    rounding: Rounding = _DEFAULT.rounding,
+    damping: Damping = _DEFAULT.damping,
+    act_order: ActOrder = _DEFAULT.act_order,
+    correction: Correction = _DEFAULT.correction,
+    refit: Refit = _DEFAULT.refit,
+    magr: Magr = _DEFAULT.magr,
+    accumulator: Accumulator = _DEFAULT.accumulator,
+    steps: Steps = _DEFAULT.steps,
     samples: Samples = _DEFAULT.samples,
     sequence_length: Length = _DEFAULT.sequence_length,
     seed: Seed = _DEFAULT.seed,
@@ -110,6 +131,14 @@ def quantize(
         factors=factors,
         weights=weights,
         activations=activations,
+        rounding=rounding,
+        damping=damping,
+        act_order=act_order,
+        correction=correction,
+        refit=refit,
+        magr=magr,
+        accumulator=accumulator,
+        steps=steps,
         samples=samples,
         sequence_length=sequence_length,
         seed=seed,

@@ -11,15 +11,19 @@ from corequant.rounding.gpfq import gpfq
 from corequant.rounding.gptq import gptq
 from corequant.rounding.learned import learned_rounding
 from corequant.rounding.magr import magr
+from corequant.rounding.moments import InputMoments
 from corequant.rounding.nearest import round_to_nearest
 from corequant.rounding.qronos import qronos
 from corequant.rounding.report import Damping, RoundedTensor, RoundingReport, reconstruction_loss
+from corequant.rounding.together import RoundingOptions, round_together
 
 __all__ = [
     "AccumulatorSpec",
     "Certificate",
     "Damping",
+    "InputMoments",
     "RoundedTensor",
+    "RoundingOptions",
     "RoundingReport",
     "accumulator_bits",
     "certify",
@@ -31,4 +35,5 @@ __all__ = [
     "qronos",
     "reconstruction_loss",
     "round_to_nearest",
+    "round_together",
 ]

@@ -27,6 +27,17 @@ def test_weights_search_their_scales_unless_told_otherwise():
     [
         ({"permutation": "mass"}, "permutation must be one of identity"),
         ({"rounding": "up"}, "rounding must be one of"),
+        ({"damping": 0.1}, "damping goes with gptq, qronos, got it with 'nearest'"),
+        ({"rounding": "gptq", "damping": -1}, "damping must be finite and not negative"),
+        ({"rounding": "qronos", "correction": 0.25}, "correction goes with gptq"),
+        ({"rounding": "gptq", "act_order": "no"}, "act_order must be true or false"),
+        ({"rounding": "learned", "steps": -1}, "steps must be at least 0"),
+        ({"rounding": "gptq", "accumulator": "wide"}, "accumulator must be a width in bits or"),
+        ({"rounding": "gptq", "accumulator": "16", "activations": "none"}, "needs quantized act"),
+        (
+            {"rounding": "gptq", "accumulator": "16", "weights": "int4:group32"},
+            "divides the weights' group size 32, such as 32x16",
+        ),
         ({"samples": 0}, "samples must be at least 1"),
         ({"sequence_length": 1}, "sequence_length must be at least 2"),
         ({"sign_trials": 0}, "sign_trials must be at least 1"),
@@ -53,6 +64,44 @@ def test_weights_search_their_scales_unless_told_otherwise():
 def test_bad_fields(fields, words):
     with pytest.raises(cq.RecipeError, match=words):
         Recipe(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rounding": "gptq", "damping": 0.02, "correction": 0.25, "act_order": False},
+        {"rounding": "qronos", "accumulator": "128x16", "activations": "int8"},
+        {"rounding": "gpfq", "accumulator": 24, "magr": 0.01},
+        {"rounding": "gptq", "refit": True, "weights": "int3:group64"},
+        {"rounding": "learned", "steps": 7},
+    ],
+)
+def test_rounding_round_trip(fields):
+    recipe = Recipe(**fields)
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+    options = recipe.rounding_options()
+    assert options.method == fields["rounding"]
+    assert options.damping == fields.get("damping")
+
+
+def test_damping_follows_the_activations():
+    assert Recipe(rounding="qronos", activations="none").rounding_options().damping == 1e-6
+    assert Recipe(rounding="qronos").rounding_options().damping is None
+    chosen = Recipe(rounding="qronos", activations="none", damping=1e-4)
+    assert chosen.rounding_options().damping == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"accumulator": "8", "activations": "int8"}, "bits must leave room for one weight of 1"),
+        ({"accumulator": "2"}, "bits must be 3 to 48, got 2"),
+        ({"accumulator": "24x16", "weights": "int4:group32"}, "tile must divide the group size 32"),
+    ],
+)
+def test_an_impossible_accumulator(fields, words):
+    with pytest.raises(cq.AccumulatorError, match=words):
+        Recipe(rounding="gptq", **fields)
 
 
 def test_bad_files():

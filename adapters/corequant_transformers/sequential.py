@@ -1,0 +1,451 @@
+"""Rounding that sees the data: one decoder block after the other, two networks side by side.
+
+Hidden states of all windows go through the float network and through the quantized one, block by
+block. Within a block, the layers that read the same input are a group, and groups are rounded in
+the order in which they run, each for what the network quantized so far really gives it, activations
+rounded as at run time. Only one block's weights are needed at a time, besides the hidden states.
+"""
+
+from __future__ import annotations
+
+import copy
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import corequant as cq
+from corequant.errors import ArchitectureError, CalibrationError
+from corequant.rounding import InputMoments, RoundedTensor, RoundingOptions, round_together
+from corequant_transformers.layers import QuantizedLinear
+from corequant_transformers.pausing import BlockPasses
+from corequant_transformers.planning import MatrixPlan, ModelPlan
+from corequant_transformers.texts import check_tokens
+
+__all__ = [
+    "HiddenStates",
+    "RoundedBlock",
+    "groups_of",
+    "read_hidden_states",
+    "round_block",
+    "round_blocks",
+]
+
+HELD_BYTES = 2**30
+"""What passes may hold while they wait; where it is less than they would, they start again."""
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenStates:
+    """What a decoder block reads, in both networks.
+
+    Attributes
+    ----------
+    quantized : torch.Tensor (windows, length, hidden), float32
+        In the network whose earlier blocks are quantized.
+    float_states : torch.Tensor (windows, length, hidden), float32, optional
+        In the float network, in the same rotated basis; None where the method needs none.
+    """
+
+    quantized: torch.Tensor
+    float_states: torch.Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class RoundedBlock:
+    """What ``round_block`` made of a block.
+
+    Attributes
+    ----------
+    layers : mapping of str to QuantizedLinear
+        By the names of the plan's rows.
+    rows : list of dict
+        Plain values for the report, one for each layer.
+    hidden : HiddenStates
+        What the next block reads.
+    """
+
+    layers: Mapping[str, QuantizedLinear]
+    rows: list[dict[str, Any]]
+    hidden: HiddenStates
+
+
+def groups_of(rows: Sequence[MatrixPlan]) -> list[list[MatrixPlan]]:
+    """Return a block's quantized rows by the input that they read, in their order.
+
+    Layers next to each other in the same module that read the same norm share an input: query, key
+    and value, gate and up, but not those of different experts.
+    """
+    groups: list[list[MatrixPlan]] = []
+    for row in rows:
+        parent = row.name.rpartition(".")[0]
+        last = groups[-1][-1] if groups else None
+        if (
+            last is not None
+            and row.norm is not None
+            and row.norm == last.norm
+            and parent == last.name.rpartition(".")[0]
+        ):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+@torch.no_grad()
+def read_hidden_states(
+    model: Any, plan: ModelPlan, tokens: npt.NDArray[np.int64]
+) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """Return what the first block reads, and the further arguments of every block.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        In float32. No block of it runs.
+    plan : ModelPlan
+    tokens : numpy.ndarray (windows, length), int64
+
+    Returns
+    -------
+    hidden : torch.Tensor (windows, length, hidden), float32
+    arguments : list of dict
+        Keyword arguments of each block, which are those of every window.
+    """
+    windows = check_tokens(tokens)
+    trunk = model.get_submodule(plan.architecture.embedding.rpartition(".")[0])
+    arguments: list[dict[str, Any]] = [{} for _ in range(plan.dimensions.blocks)]
+    entered: list[torch.Tensor] = []
+
+    def stand_in(index: int) -> Any:
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if args:
+                raise ArchitectureError(
+                    f"decoder block {index} must get its arguments by name, got {len(args)} without"
+                )
+            if index == 0:
+                entered.append(hidden_states)
+            arguments[index] = kwargs
+            return hidden_states
+
+        return forward
+
+    with ExitStack() as stack:
+        for i in range(plan.dimensions.blocks):
+            block = model.get_submodule(plan.architecture.block.format(i))
+            block.forward = stand_in(i)
+            # The instance's attribute hides the class's method.
+            stack.callback(block.__dict__.pop, "forward")
+        for window in windows:
+            trunk(input_ids=torch.from_numpy(window)[None], use_cache=False)
+    hidden = torch.empty(*windows.shape, plan.dimensions.hidden)
+    for k, one in enumerate(entered):
+        hidden[k] = one[0]
+    return hidden, arguments
+
+
+@torch.no_grad()
+def round_block(
+    block: torch.nn.Module,
+    path: str,
+    rows: Sequence[MatrixPlan],
+    hidden: HiddenStates,
+    arguments: Mapping[str, Any],
+    weights: cq.QuantSpec,
+    activations: cq.QuantSpec | None,
+    options: RoundingOptions,
+    *,
+    executor: Executor | None = None,
+    held_bytes: int = HELD_BYTES,
+    progress: Callable[[], None] = lambda: None,
+) -> RoundedBlock:
+    """Round the layers of one decoder block.
+
+    Parameters
+    ----------
+    block : torch.nn.Module
+        Transformed, with the hooks of its run-time rotations, in float32; left as it is.
+    path : str
+        Where the block is in the model; the rows' names start with it.
+    rows : sequence of MatrixPlan
+        Of the block's quantized layers, in the order in which they run.
+    hidden : HiddenStates
+        What the block reads; overwritten by what it gives.
+    arguments : mapping
+        Its further arguments by name.
+    weights, activations : QuantSpec
+        Activations may be None.
+    options : RoundingOptions
+    executor : concurrent.futures.Executor, optional
+        Rounds the layers of a group at the same time; without one they are rounded together, which
+        takes less work.
+    held_bytes : int
+        What forward passes may hold while a group is rounded, before they are started again for
+        each group instead.
+    progress : callable
+        Called after each group.
+
+    Returns
+    -------
+    RoundedBlock
+
+    Raises
+    ------
+    ArchitectureError
+        If layers don't run in the order of the rows, or those of a group read different inputs.
+    CalibrationError
+        If no token reaches a layer.
+    HessianError, NonFiniteError
+        If the inputs' moments can't be used; names the layer and the window.
+    """
+    groups = groups_of(rows)
+    local = [[row.name.removeprefix(f"{path}.") for row in group] for group in groups]
+    quantized = copy.deepcopy(block)
+    count = len(hidden.quantized)
+    streams = 1 if hidden.float_states is None else 2
+    keep = streams * _held(hidden.quantized, rows) <= held_bytes
+
+    def passes(module: torch.nn.Module, states: torch.Tensor, prepare: Any) -> BlockPasses:
+        def forward(window: int) -> torch.Tensor:
+            output: Any = module(states[window : window + 1], **arguments)
+            result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+            return result
+
+        return BlockPasses(module, local, forward, count, prepare, keep)
+
+    layers: dict[str, QuantizedLinear] = {}
+    table: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        prepare = _Activations(path, activations)
+        rounded_network = stack.enter_context(passes(quantized, hidden.quantized, prepare))
+        float_network = None
+        if hidden.float_states is not None:
+            same = _Activations(path, None)
+            float_network = stack.enter_context(passes(block, hidden.float_states, same))
+        for index, group in enumerate(groups):
+            started = time.monotonic()
+            moments = _collect(
+                group, index, count, rounded_network, float_network, hidden.quantized.shape[1]
+            )
+            found = _round(block, path, group, moments, weights, options, executor)
+            seconds = time.monotonic() - started
+            for row in group:
+                name = row.name.removeprefix(f"{path}.")
+                layer = _layer(block.get_submodule(name), row, found[row.name], activations)
+                # The same numbers that the layer will multiply by.
+                quantized.get_submodule(name).weight = torch.nn.Parameter(
+                    layer.weight, requires_grad=False
+                )
+                layers[row.name] = layer
+                table.append(_report(row, found[row.name], moments.count, seconds / len(group)))
+            del moments
+            progress()
+        for window in range(count):
+            hidden.quantized[window] = rounded_network.finish(window)[0]
+            if float_network is not None and hidden.float_states is not None:
+                hidden.float_states[window] = float_network.finish(window)[0]
+    return RoundedBlock(layers, table, hidden)
+
+
+@torch.no_grad()
+def round_blocks(
+    model: Any,
+    plan: ModelPlan,
+    tokens: npt.NDArray[np.int64],
+    *,
+    executor: Executor | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """Round all decoder blocks of a transformed model, in place, by its recipe.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Transformed, with the hooks of its run-time rotations. It becomes float32.
+    plan : ModelPlan
+    tokens : numpy.ndarray (windows, length), int64
+        What is calibrated on.
+    executor : concurrent.futures.Executor, optional
+        As for ``round_block``.
+    progress : callable
+        Told how many groups of how many are done.
+
+    Returns
+    -------
+    list of dict
+        Plain values, one for each matrix: losses to nearest and as rounded, damping, dead columns,
+        tokens, seconds, and the process's peak memory until then.
+
+    Raises
+    ------
+    ArchitectureError, CalibrationError, HessianError, NonFiniteError
+        As ``round_block``.
+    """
+    recipe = plan.recipe
+    options = recipe.rounding_options()
+    paths = [plan.architecture.block.format(i) for i in range(plan.dimensions.blocks)]
+    parts = [[m for m in plan.quantized if m.name.startswith(f"{p}.")] for p in paths]
+    outside = {m.name for m in plan.quantized} - {m.name for part in parts for m in part}
+    if outside:
+        raise ArchitectureError(
+            f"a matrix must lie in a decoder block to be rounded by {options.method}, got "
+            f"{min(outside)}"
+        )
+    model.float()
+    first, arguments = read_hidden_states(model, plan, tokens)
+    hidden = HiddenStates(first, first.clone() if options.needs_float else None)
+    total, done, rows = sum(len(groups_of(part)) for part in parts), 0, []
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    for path, part, given in zip(paths, parts, arguments, strict=True):
+        rounded = round_block(
+            model.get_submodule(path),
+            path,
+            part,
+            hidden,
+            given,
+            recipe.weights,
+            recipe.activations,
+            options,
+            executor=executor,
+            progress=step,
+        )
+        for name, layer in rounded.layers.items():
+            model.set_submodule(name, layer)
+        rows += rounded.rows
+    return rows
+
+
+class _Activations:
+    """What a group reads, rounded as at run time; finite in any case."""
+
+    def __init__(self, path: str, spec: cq.QuantSpec | None) -> None:
+        self.path, self.spec = path, spec
+
+    def __call__(self, name: str, x: torch.Tensor, window: int) -> torch.Tensor:
+        try:
+            if self.spec is not None:
+                rounded: torch.Tensor = cq.fake_quantize(x, self.spec)
+                return rounded
+            if not bool(torch.isfinite(x).all()):
+                good = torch.isfinite(x).numpy()
+                index = tuple(int(i) for i in np.unravel_index(int(good.argmin()), good.shape))
+                raise cq.NonFiniteError("x", int((~good).sum()), index, float(x[index]))
+        except cq.NonFiniteError as error:
+            where = f"the input of {self.path}.{name} in calibration window {window}"
+            raise cq.NonFiniteError(where, error.count, error.index, error.value) from None
+        return x
+
+
+def _held(states: torch.Tensor, rows: Sequence[MatrixPlan]) -> int:
+    # A waiting pass holds the residual, a norm's output, and the widest input: as it came, rotated
+    # and rounded.
+    widest = max(row.shape[1] for row in rows)
+    windows, length, hidden = states.shape
+    return windows * length * (2 * hidden + 3 * widest) * states.element_size()
+
+
+def _collect(
+    group: Sequence[MatrixPlan],
+    index: int,
+    count: int,
+    rounded: BlockPasses,
+    reference: BlockPasses | None,
+    length: int,
+) -> InputMoments:
+    name = group[0].name
+    moments = InputMoments(group[0].shape[1], cross=reference is not None)
+    for window in range(count):
+        q = rounded.reach(window, index)
+        x = None if reference is None else reference.reach(window, index)
+        if reference is not None:
+            _check_same_tokens(name, window, length, q, x)
+        if q is None:
+            continue
+        arrays = [None if t is None else t.numpy() for t in (q, x)]
+        try:
+            moments.update(*arrays)
+        except cq.NonFiniteError as error:
+            what = f"{error.name} of {name} in calibration window {window}"
+            raise cq.NonFiniteError(what, error.count, error.index, error.value) from None
+    if moments.count == 0:
+        raise CalibrationError(
+            f"at least one token must reach {name}, after the layers described before it, got none "
+            f"in {count} calibration windows"
+        )
+    return moments
+
+
+def _check_same_tokens(
+    name: str, window: int, length: int, q: torch.Tensor | None, x: torch.Tensor | None
+) -> None:
+    # Which tokens come may differ between the networks as soon as some don't.
+    counts = [0 if t is None else t.numel() // t.shape[-1] for t in (q, x)]
+    if counts not in ([0, 0], [length, length]):
+        raise CalibrationError(
+            f"all {length} tokens of a window must reach {name} to compare it with the float "
+            f"network's, got {counts[0]} and {counts[1]} of calibration window {window}; gptq "
+            "without a correction compares nothing"
+        )
+
+
+def _round(
+    block: torch.nn.Module,
+    path: str,
+    group: Sequence[MatrixPlan],
+    moments: InputMoments,
+    spec: cq.QuantSpec,
+    options: RoundingOptions,
+    executor: Executor | None,
+) -> dict[str, RoundedTensor]:
+    weights: dict[str, npt.NDArray[Any]] = {}
+    for row in group:
+        module: Any = block.get_submodule(row.name.removeprefix(f"{path}."))
+        weights[row.name] = module.weight.detach().numpy()
+    H, G = moments.H, moments.G
+    if executor is None:
+        return round_together(weights, spec, options, H, G)
+    waiting = [
+        executor.submit(round_together, {name: W}, spec, options, H, G)
+        for name, W in weights.items()
+    ]
+    return {name: one for future in waiting for name, one in future.result().items()}
+
+
+def _layer(
+    module: Any, row: MatrixPlan, rounded: RoundedTensor, activations: cq.QuantSpec | None
+) -> QuantizedLinear:
+    rotation = row.input.rotation if row.online else None
+    bias = getattr(module, "bias", None)
+    bias = None if bias is None else bias.detach().float()
+    return QuantizedLinear(rounded, bias, rotation, activations, row.name)
+
+
+def _report(row: MatrixPlan, rounded: RoundedTensor, tokens: int, seconds: float) -> dict[str, Any]:
+    report = rounded.report
+    damping = report.damping
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {
+        "name": row.name,
+        "method": report.method,
+        "loss_nearest": report.nearest_loss,
+        "loss": report.loss,
+        "damping": None if damping is None else damping.value,
+        "relative_damping": None if damping is None else damping.relative,
+        "damping_tries": None if damping is None else damping.tries,
+        "dead_columns": len(report.dead_columns),
+        "bounded_share": report.bounded_share,
+        "tokens": tokens,
+        "seconds": round(seconds, 3),
+        "peak_rss_mib": round(peak),
+    }

@@ -1,0 +1,222 @@
+"""Round the weights that read one input by the method and the options of one value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant._validation import check_index
+from corequant.errors import SpecError
+from corequant.quantization import QuantizedTensor, as_spec, quantize
+from corequant.rounding.accumulators import AccumulatorSpec
+from corequant.rounding.report import RoundedTensor, RoundingReport, reconstruction_loss
+from corequant.specs import Granularity, QuantSpec
+
+__all__ = ["METHODS", "RoundingOptions", "round_together"]
+
+Array = npt.NDArray[Any]
+
+METHODS = ("nearest", "gptq", "gpfq", "qronos", "learned")
+"""Names that ``RoundingOptions.method`` takes."""
+
+
+@dataclass(frozen=True)
+class RoundingOptions:
+    """How weights are rounded.
+
+    Attributes
+    ----------
+    method : str
+        One of ``METHODS``: each entry by itself, or with the moments of the layer's inputs.
+    damping : float, optional
+        Of ``gptq`` and ``qronos``; by default what they take.
+    act_order : bool
+        Round columns of large inputs first; of ``gptq``, ``gpfq`` and ``qronos``.
+    correction : float
+        Strength of GPTAQ's correction towards the float network's outputs; of ``gptq``.
+    refit : bool
+        Choose a group's scale when its first column is reached.
+    magr : float
+        Strength of MagR, which shrinks the weights' range beforehand; 0 leaves them alone.
+    accumulator : AccumulatorSpec, optional
+        What no dot product may overflow; of ``gptq``, ``gpfq`` and ``qronos``.
+    steps : int
+        Of ``learned``.
+
+    Raises
+    ------
+    SpecError, TypeError, ValueError
+        If a value has no meaning, or none for the method.
+    """
+
+    method: str = "nearest"
+    damping: float | None = None
+    act_order: bool = True
+    correction: float = 0.0
+    refit: bool = False
+    magr: float = 0.0
+    accumulator: AccumulatorSpec | None = None
+    steps: int = 400
+
+    def __post_init__(self) -> None:
+        """Refuse what the method doesn't know."""
+        if self.method not in METHODS:
+            raise SpecError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        for name in ("damping", "correction", "magr"):
+            value = getattr(self, name)
+            if value is None and name == "damping":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
+        for name in ("act_order", "refit"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        check_index("steps", self.steps, 0)
+        loops = ("gptq", "gpfq", "qronos")
+        for name, allowed in (
+            ("damping", ("gptq", "qronos")),
+            ("correction", ("gptq",)),
+            ("refit", loops),
+            ("accumulator", loops),
+            ("magr", METHODS[1:]),
+        ):
+            if getattr(self, name) and self.method not in allowed:
+                raise SpecError(
+                    f"{name} goes with {', '.join(allowed)}, got it with {self.method!r}"
+                )
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether the method takes H."""
+        return self.method != "nearest"
+
+    @property
+    def needs_float(self) -> bool:
+        """Whether the method takes G, the float network's inputs against the quantized one's."""
+        return self.method in ("gpfq", "qronos", "learned") or bool(self.correction)
+
+
+def round_together(
+    weights: Mapping[str, Any],
+    spec: QuantSpec | str,
+    options: RoundingOptions,
+    H: Any = None,
+    G: Any = None,
+) -> dict[str, RoundedTensor]:
+    """Quantize the weights of layers that read the same input.
+
+    Parameters
+    ----------
+    weights : mapping of str to numpy.ndarray (out_features, in_features)
+        By the layers' names.
+    spec : QuantSpec or str
+        The quantizer; any.
+    options : RoundingOptions
+    H, G : numpy.ndarray (in_features, in_features), optional
+        Moments of the inputs, as ``InputMoments`` collects them: H for every method but
+        ``nearest``, G where ``options.needs_float``.
+
+    Returns
+    -------
+    dict of str to RoundedTensor
+        Each with its own ``report``; the losses are relative to the weights as they were given.
+
+    Raises
+    ------
+    AccumulatorError, BlockSizeError, HessianError, NonFiniteError, ShapeError, SpecError, TypeError
+        As the methods raise them, naming the layers.
+
+    Notes
+    -----
+    Rows are independent given H, so the weights are rounded as one, sharing a factorization, unless
+    their scales depend on all rows of a tensor.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from corequant.rounding import RoundingOptions, round_together
+    >>> W, H = np.array([[0.9, -1.5], [0.1, 0.3]]), np.array([[1.0, 0.8], [0.8, 1.0]])
+    >>> found = round_together({"k": W[:1], "v": W[1:]}, "int3:channel", RoundingOptions("gptq"), H)
+    >>> found["v"].codes
+    array([[1, 3]], dtype=int8)
+    """
+    spec = as_spec(spec)
+    if H is None and options.needs_moments:
+        raise TypeError(f"H must be a numpy.ndarray for {options.method}, got None")
+    if G is None and options.needs_float and options.method != "learned":
+        raise TypeError(f"G must be a numpy.ndarray for {options.method}, got None")
+    alone = spec.granularity not in (Granularity.CHANNEL, Granularity.GROUP)
+    batches = [[name] for name in weights] if alone else [list(weights)]
+    result = {}
+    for names in batches:
+        W = np.concatenate([weights[name] for name in names])
+        nearest = quantize(W, spec)
+        rounded = _round(W, nearest, options, H, G, ", ".join(names))
+        start = 0
+        for name in names:
+            part = slice(start, start + len(weights[name]))
+            start = part.stop
+            report = replace(rounded.report, name=name)
+            if H is not None:
+                report = replace(
+                    report,
+                    loss=reconstruction_loss(W[part], _rows(rounded, part), H, G),
+                    nearest_loss=reconstruction_loss(W[part], _rows(nearest, part), H, G),
+                )
+            result[name] = RoundedTensor.of(_rows(rounded, part), report)
+    return result
+
+
+def _round(
+    W: Array, nearest: QuantizedTensor, options: RoundingOptions, H: Any, G: Any, name: str
+) -> RoundedTensor:
+    from corequant.rounding.gpfq import gpfq
+    from corequant.rounding.gptq import gptq
+    from corequant.rounding.learned import learned_rounding
+    from corequant.rounding.magr import magr
+    from corequant.rounding.qronos import qronos
+
+    spec = nearest.spec
+    if options.method == "nearest":
+        return RoundedTensor.of(nearest, RoundingReport("nearest", name))
+    shared: dict[str, Any] = {"name": name}
+    if options.magr:
+        W = magr(W, H, alpha=options.magr, group_size=spec.group_size, name=name)
+    elif not options.refit:
+        # The search for scales is done already.
+        shared["scales"], shared["zero_points"] = nearest.scales, nearest.zero_points
+        shared["global_scale"] = nearest.global_scale
+    if options.method == "learned":
+        return learned_rounding(W, H, spec, G=G, steps=options.steps, **shared)
+    shared |= {
+        "act_order": options.act_order,
+        "refit": options.refit,
+        "accumulator": options.accumulator,
+        "losses": False,
+    }
+    if options.method == "gpfq":
+        return gpfq(W, H, G, spec, **shared)
+    if options.damping is not None:
+        shared["damping"] = options.damping
+    if options.method == "qronos":
+        return qronos(W, H, G, spec, **shared)
+    cross = {"G": G, "correction": options.correction} if options.correction else {}
+    return gptq(W, H, spec, **cross, **shared)
+
+
+def _rows(q: QuantizedTensor, part: slice) -> QuantizedTensor:
+    if part.stop - part.start == q.codes.shape[0]:
+        return q
+    return QuantizedTensor(
+        np.ascontiguousarray(q.codes[part]),
+        np.ascontiguousarray(q.scales[part]),
+        None if q.zero_points is None else np.ascontiguousarray(q.zero_points[part]),
+        q.spec,
+        q.global_scale,
+    )
