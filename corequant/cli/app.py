@@ -13,7 +13,7 @@ import corequant_transformers as cqhf
 from corequant._dispatch import available_backends, get_backend
 from corequant.cli import show
 from corequant.errors import BackendError, CalibrationError, CorequantError
-from corequant.recipe import FACTORS, PERMUTATIONS, ROUNDINGS, Recipe
+from corequant.recipe import FACTORS, PERMUTATIONS, ROTATIONS, ROUNDINGS, Recipe
 from corequant_transformers import demo as demonstration
 from corequant_transformers.checkpoint import is_quantized, read_recipe
 from corequant_transformers.sources import read_json
@@ -38,6 +38,13 @@ BlockSize = Annotated[
         help="Block length of the online rotation, or auto; without it, the full vector.",
         metavar="INTEGER|auto",
     ),
+]
+Rotation = Annotated[
+    str, typer.Option(help=f"One of {', '.join(ROTATIONS)}: online rotates every layer's input.")
+]
+HeadBlockSize = Annotated[
+    int | None,
+    typer.Option(help="Block length of the merged rotation of value heads; whole heads without."),
 ]
 Permutation = Annotated[str, typer.Option(help=f"One of {', '.join(PERMUTATIONS)}.")]
 Factors = Annotated[
@@ -76,6 +83,8 @@ def plan(
     model: Model,
     recipe: RecipeFile = None,
     block_size: BlockSize = None,
+    rotation: Rotation = _DEFAULT.rotation,
+    head_block_size: HeadBlockSize = None,
     permutation: Permutation = _DEFAULT.permutation,
     factors: Factors = _DEFAULT.factors,
     weights: Weights = str(_DEFAULT.weights),
@@ -86,6 +95,8 @@ def plan(
     wanted = _recipe(
         recipe,
         block_size=block_size,
+        rotation=rotation,
+        head_block_size=head_block_size,
         permutation=permutation,
         factors=factors,
         weights=weights,
@@ -105,6 +116,8 @@ def quantize(
     calibration: Annotated[Path, typer.Option(help="A text file (UTF-8) to calibrate on.")],
     recipe: RecipeFile = None,
     block_size: BlockSize = None,
+    rotation: Rotation = _DEFAULT.rotation,
+    head_block_size: HeadBlockSize = None,
     permutation: Permutation = _DEFAULT.permutation,
     factors: Factors = _DEFAULT.factors,
     weights: Weights = str(_DEFAULT.weights),
@@ -127,6 +140,8 @@ def quantize(
     wanted = _recipe(
         recipe,
         block_size=block_size,
+        rotation=rotation,
+        head_block_size=head_block_size,
         permutation=permutation,
         factors=factors,
         weights=weights,

@@ -65,7 +65,7 @@ def plan_dict(plan: Any) -> dict[str, Any]:
             {
                 "name": m.name,
                 "shape": list(m.shape),
-                "norm": m.norm,
+                "norm": m.norm if plan.folds else None,
                 "input_permuted": m.input.permutation is not None,
                 "input_rotation": m.input.rotation,
                 "online": m.online,
@@ -106,7 +106,7 @@ def plan_table(plan: Any) -> None:
         table.add_row(
             m.name.removeprefix(path),
             "×".join(map(str, m.shape)),
-            "" if m.norm is None else "norm",
+            "norm" if plan.folds and m.norm is not None else "",
             _side(m.input, "online " if m.online else ""),
             ", ".join(filter(None, dict.fromkeys(_side(p.output, "") for p in m.outputs))),
             "yes" if m.quantized else "",
@@ -120,13 +120,13 @@ def plan_table(plan: Any) -> None:
     _console.print(
         f"online rotations: {cost['online_rotations']}, "
         f"{cost['online_additions_per_token']:,} additions per token "
-        f"({cost['online_share']:.2%} of the linear layers' multiplications)\n"
+        f"({cost['online_share']:.2%} of the linear layers' multiplications), "
+        f"{cost['online_bytes_per_token'] / 1024:.0f} KiB read and written\n"
         f"quantized weights: {cost['quantized_mib']:.1f} MiB of {cost['float_mib']:.1f} MiB float; "
         f"peak memory about {cost['peak_mib']:.0f} MiB"
     )
     _console.print(
-        f"block sizes that work for intermediate {sizes.intermediate}: "
-        + ", ".join(map(str, cost["block_sizes"]))
+        f"block sizes that work for {_widths(plan)}: " + ", ".join(map(str, cost["block_sizes"]))
     )
 
 
@@ -228,6 +228,12 @@ def backends(rows: dict[str, dict[str, str]]) -> None:
     for name, found in rows.items():
         table.add_row(name, ", ".join(f"{k} {v}" for k, v in found.items()))
     _console.print(table)
+
+
+def _widths(plan: Any) -> str:
+    if plan.recipe.rotation == "online":
+        return "all rotated widths"
+    return f"intermediate {plan.dimensions.intermediate}"
 
 
 def _side(side: Any, prefix: str) -> str:

@@ -54,6 +54,23 @@ def test_plan_json(folder):
     assert "block sizes that work" in table
 
 
+def test_plan_of_an_online_model(folder):
+    online = ("--rotation", "online", "--block-size", "16")
+    plan = json.loads(run("plan", "model", *online, "--json", cwd=folder).stdout)
+    assert plan["online_rotations"] == 14
+    query = next(m for m in plan["matrices"] if m["name"].endswith("0.self_attn.q_proj"))
+    assert query["online"]
+    assert query["input_permuted"]
+    assert query["norm"] is None
+    assert "all rotated widths" in run("plan", "model", *online, cwd=folder).stdout
+    heads = run("plan", "model", "--head-block-size", "8", "--json", cwd=folder).stdout
+    output = next(
+        m for m in json.loads(heads)["matrices"] if m["name"].endswith("0.self_attn.o_proj")
+    )
+    assert output["input_rotation"] == 8
+    assert output["input_permuted"]
+
+
 def test_quantize_evaluate_inspect(folder, tmp_path):
     out = tmp_path / "out"
     done = run(
