@@ -1,30 +1,46 @@
 """Rounding error behind a block rotation, by permutation and block size, on tokens held out.
 
-Usage: python bench/bench_permutations.py --model M --calibration valid.txt --text test.txt
+Usage: python bench/bench_permutations.py --model M --calibration valid.txt --text test.txt --json F
 
 The error is the mean over tokens of the relative squared error of the rotated input of each
-``down_proj``, rounded to INT4 asymmetric per token; a figure is the geometric mean over all layers
-of its ratio to the error behind the full-vector rotation. 4096 tokens calibrate, 4096 others judge.
-For the last two rows, which trade against the rounded weight, it is the layer's output error.
+``down_proj``, rounded to INT4 asymmetric per token; a figure is the geometric mean over layers of
+its ratio to the error behind the full-vector rotation. 4096 tokens calibrate, of which 512 only
+judge candidates; 4096 others measure. Scales trade the input's error against the rounded weight's,
+so there is a second table of the error of the layer's output with both rounded. Every finished
+layer is added to the JSON file; a later run goes on from there. ``--write`` puts the tables into
+bench/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
+from markdown import write_section
 
 import corequant as cq
 import corequant_transformers as cqhf
-from corequant.selection import rotation_error, select_permutation, select_scales
+from corequant.selection import make_permutation, rotation_error, select_scales
 
 ACTIVATIONS = "int4:token:asymmetric"
 WEIGHTS = "int4:channel:symmetric:mse"
 SIZES = (16, 32, 64, 128)
+JUDGES = 512
+SEVEN = (0, 3, 8, 15, 22, 27, 29)
+"""Layers of the measurements that there are for other implementations."""
+CANDIDATES = {
+    "identity": "identity",
+    "random": "random",
+    "zigzag": "zigzag",
+    "MassDiff": "massdiff",
+    "energy, first order": "energy",
+    "second order, refined": "energydiff",
+    "range search": "rangediff",
+}
 
 
 def inputs(model, tokens):
@@ -44,49 +60,119 @@ def inputs(model, tokens):
     return {i: np.concatenate(parts) for i, parts in seen.items()}
 
 
-def output_error(x, W, b, permutation, factors=None):
+def output_error(x, exact, W, b, permutation, factors=1.0):
     """Return the relative squared error of the layer's output with both sides rounded."""
-    factors = np.ones(len(permutation)) if factors is None else factors
-    x, W = x[:, permutation], W[:, permutation]
-    z = cq.fake_quantize(cq.block_hadamard((x * factors).astype(np.float32), b), ACTIVATIONS)
-    rotated = cq.block_hadamard((W / factors).astype(np.float32), b)
-    y = z @ cq.dequantize(cq.round_to_nearest(rotated, WEIGHTS)).T
-    exact = x @ W.T
+    z = cq.block_hadamard((x[:, permutation] * factors).astype(np.float32), b)
+    rotated = cq.block_hadamard((W[:, permutation] / factors).astype(np.float32), b)
+    y = cq.fake_quantize(z, ACTIVATIONS) @ cq.dequantize(cq.round_to_nearest(rotated, WEIGHTS)).T
     return float(np.square(y - exact).sum(dtype=np.float64) / np.square(exact).sum())
 
 
-def layer_errors(stats, test, W, b):
-    """Return error ratios to the full rotation by method."""
-    full = rotation_error(test, None, ACTIVATIONS)
-    whole = np.arange(stats.d)
-    half = len(stats.tokens) // 2
-    auto = select_permutation(stats, stats.tokens[half:], b, ACTIVATIONS)
-    second = cq.energydiff(stats.energy_gram, b)
-    permutations = {
-        "identity": whole,
-        "random": cq.random_permutation(stats.d, 0),
-        "zigzag": cq.zigzag(stats.absmax, b),
-        "MassDiff": cq.massdiff(stats.mean_abs, b),
-        "energy, first order": cq.massdiff(stats.mean_energy, b),
-        "second order": cq.energydiff(stats.energy_gram, b, refine=0),
-        "second order, refined": second,
-        "auto": auto.permutation,
+def layer_errors(stats, judge, test, W, b, references):
+    """Return error ratios to the full rotation by method: of the input, and of the output."""
+    full, exact, full_output = references
+    made = {name: make_permutation(m, stats, b, seed=0) for name, m in CANDIDATES.items()}
+    fit = [name for name in CANDIDATES if name != "random"]
+    judged = {n: rotation_error(judge, b, ACTIVATIONS, permutation=made[n]) for n in fit}
+    chosen = min(judged, key=lambda n: judged[n])
+    made["auto"] = p = made[chosen]
+    made["second order"] = cq.energydiff(stats.energy_gram, b, refine=0)
+
+    def error(permutation, factors=None):
+        found = rotation_error(test, b, ACTIVATIONS, permutation=permutation, factors=factors)
+        return found / full
+
+    errors = {name: error(permutation) for name, permutation in made.items()}
+    refined = made["second order, refined"]
+    signs = cq.sign_descent(stats.tokens[:JUDGES, refined], b)
+    errors["refined, with signs"] = error(refined, signs)
+    signs = cq.sign_descent(stats.tokens[:JUDGES, p], b)
+    errors["auto, with signs"] = error(p, signs)
+    tokens, weight = stats.tokens[:JUDGES, p], W[:, p]
+    factors, _ = select_scales(tokens, judge[:, p], weight, b, ACTIVATIONS, WEIGHTS)
+    scales, _ = select_scales(tokens, judge[:, p], weight, b, ACTIVATIONS, WEIGHTS, signs=False)
+    errors["auto, with scales"] = error(p, scales)
+    errors["auto, with signs and scales"] = error(p, factors)
+    outputs = {
+        "identity": (made["identity"], 1.0),
+        "MassDiff": (made["MassDiff"], 1.0),
+        "second order, refined": (refined, 1.0),
+        "auto": (p, 1.0),
+        "auto, with signs": (p, signs),
+        "auto, with scales": (p, scales),
+        "auto, with signs and scales": (p, factors),
     }
-    errors = {
-        name: rotation_error(test, b, ACTIVATIONS, permutation=p) / full
-        for name, p in permutations.items()
-    }
-    signs = cq.sign_descent(stats.tokens[:half][:, second], b)
-    found = rotation_error(test, b, ACTIVATIONS, permutation=second, factors=signs)
-    errors["refined, with signs"] = found / full
-    p = auto.permutation
-    factors, _ = select_scales(
-        stats.tokens[:half, p], stats.tokens[half:, p], W[:, p], b, ACTIVATIONS, WEIGHTS
+    ratios = {n: output_error(test, exact, W, b, *v) / full_output for n, v in outputs.items()}
+    return {"input": errors, "output": ratios, "chosen": chosen}
+
+
+def measure(seen, test, W, layer):
+    """Return a layer's record for every block size."""
+    statistics = cq.ActivationStats(seen.shape[1], energy_gram=True, reservoir=1024)
+    stats, judge = statistics.update(seen[:-JUDGES]), seen[-JUDGES:]
+    exact = test @ W.T
+    whole = np.arange(W.shape[1])
+    full_output = output_error(test, exact, W, None, whole)
+    references = (rotation_error(test, None, ACTIVATIONS), exact, full_output)
+    found = {str(b): layer_errors(stats, judge, test, W, b, references) for b in SIZES}
+    return {"layer": layer, "sizes": found}
+
+
+ROWS = {
+    "input": (
+        *("identity", "random", "zigzag", "MassDiff", "energy, first order", "second order"),
+        *("second order, refined", "refined, with signs", "range search", "auto"),
+        *("auto, with signs", "auto, with scales", "auto, with signs and scales"),
+    ),
+    "output": (
+        *("identity", "MassDiff", "second order, refined", "auto", "auto, with signs"),
+        *("auto, with scales", "auto, with signs and scales"),
+    ),
+}
+
+
+def table(records, kind, layers=None):
+    """Return a Markdown table of geometric means over layers."""
+    used = [r for r in records if layers is None or r["layer"] in layers]
+    lines = ["| permutation | " + " | ".join(f"b={b}" for b in SIZES) + " |"]
+    lines.append("|" + "---|" * (1 + len(SIZES)))
+    for name in ROWS[kind]:
+        values = [[r["sizes"][str(b)][kind][name] for r in used] for b in SIZES]
+        means = [float(np.exp(np.log(v).mean())) for v in values]
+        lines.append(f"| {name} | " + " | ".join(f"{m:.3f}" for m in means) + " |")
+    return "\n".join(lines)
+
+
+def report(records) -> str:
+    """Return the section of bench/README.md."""
+    ratios = [
+        r["sizes"][str(b)]["input"]["auto"] / r["sizes"][str(b)]["input"]["MassDiff"]
+        for r in records
+        for b in SIZES
+    ]
+    counts = {}
+    for r in records:
+        for b in SIZES:
+            name = r["sizes"][str(b)]["chosen"]
+            counts[name] = counts.get(name, 0) + 1
+    picked = ", ".join(f"{n} {c}" for n, c in sorted(counts.items(), key=lambda t: -t[1]))
+    known = [layer for layer in SEVEN if any(r["layer"] == layer for r in records)]
+    return "\n\n".join(
+        [
+            "## Permutations",
+            "Written by `bench_permutations.py`: SmolLM2-135M-Instruct, WikiText-2, 4096 tokens of "
+            "the validation split to calibrate, 4096 of the test split to measure. Geometric means "
+            "over layers, relative to the full-vector rotation; below 1 the blocks are better.",
+            f"### Input of `down_proj`, INT4 asymmetric per token, {len(records)} layers",
+            table(records, "input"),
+            f"Auto's worst layer has {max(ratios):.3f} times MassDiff's error, its best "
+            f"{min(ratios):.3f} times. Chosen: {picked}.",
+            f"### The same, layers {', '.join(map(str, known))}",
+            table(records, "input", known),
+            "### Output of `down_proj`, its weight rounded to INT4 by channel too",
+            table(records, "output"),
+        ]
     )
-    reference = output_error(test, W, None, whole)
-    errors["output: MassDiff"] = output_error(test, W, b, permutations["MassDiff"]) / reference
-    errors["output: auto, signs, scales"] = output_error(test, W, b, p, factors) / reference
-    return errors
 
 
 def main() -> None:
@@ -94,30 +180,35 @@ def main() -> None:
     parser.add_argument("--model", required=True, type=Path)
     parser.add_argument("--calibration", required=True, type=Path)
     parser.add_argument("--text", required=True, type=Path)
+    parser.add_argument("--json", required=True, type=Path)
+    parser.add_argument("--minutes", default=1e9, type=float, help="start no layer after that")
+    parser.add_argument("--write", action="store_true", help="write the tables to bench/README.md")
     o = parser.parse_args()
+    started = time.monotonic()
+    records = json.loads(o.json.read_text(encoding="utf-8")) if o.json.exists() else []
     source = cqhf.Source(o.model)
-    model, tokenizer = source.load(), source.tokenizer()
-    seen, test = (
-        inputs(model, cqhf.token_windows(f.read_text(encoding="utf-8"), tokenizer, 2048, 2))
-        for f in (o.calibration, o.text)
-    )
-    table = Table("permutation", *(f"b={b}" for b in SIZES))
-    rows: dict[str, list[float]] = {}
-    worst = 0.0
-    for b in SIZES:
-        ratios: dict[str, list[float]] = {}
-        for i, x in seen.items():
-            stats = cq.ActivationStats(x.shape[1], energy_gram=True, reservoir=1024).update(x)
-            W = model.model.layers[i].mlp.down_proj.weight.numpy()
-            for name, value in layer_errors(stats, test[i], W, b).items():
-                ratios.setdefault(name, []).append(value)
-        for name, values in ratios.items():
-            rows.setdefault(name, []).append(float(np.exp(np.log(values).mean())))
-        worst = max(worst, *(np.array(ratios["auto"]) / np.array(ratios["MassDiff"])))
-    for name, values in rows.items():
-        table.add_row(name, *(f"{v:.3f}" for v in values))
-    Console().print(table)
-    print(f"auto's worst layer against MassDiff: {worst:.3f} times its error")
+    done = {r["layer"] for r in records}
+    layers = range(source.config().num_hidden_layers)
+    # The layers that others measured come first.
+    wanted = [i for i in sorted(layers, key=lambda i: (i not in SEVEN, i)) if i not in done]
+    if wanted and o.minutes > 0:
+        model, tokenizer = source.load(), source.tokenizer()
+        seen, test = (
+            inputs(model, cqhf.token_windows(f.read_text(encoding="utf-8"), tokenizer, 2048, 2))
+            for f in (o.calibration, o.text)
+        )
+    for i in wanted:
+        if time.monotonic() - started > 60 * o.minutes:
+            break
+        begun = time.monotonic()
+        W = model.model.layers[i].mlp.down_proj.weight.numpy()
+        records.append(measure(seen[i], test[i], W, i))
+        o.json.write_text(json.dumps(records, indent=1), encoding="utf-8")
+        print(i, round(time.monotonic() - begun, 1), flush=True)
+    records.sort(key=lambda r: r["layer"])
+    print(report(records))
+    if o.write:
+        write_section("permutations", report(records))
 
 
 if __name__ == "__main__":
