@@ -89,8 +89,10 @@ def layer_errors(stats, judge, test, W, b, references):
     signs = cq.sign_descent(stats.tokens[:JUDGES, p], b)
     errors["auto, with signs"] = error(p, signs)
     tokens, weight = stats.tokens[:JUDGES, p], W[:, p]
-    factors, _ = select_scales(tokens, judge[:, p], weight, b, ACTIVATIONS, WEIGHTS)
-    scales, _ = select_scales(tokens, judge[:, p], weight, b, ACTIVATIONS, WEIGHTS, signs=False)
+    given = (tokens, judge[:, p], weight, b, ACTIVATIONS, WEIGHTS)
+    energy = stats.mean_square[p]
+    factors, _ = select_scales(*given, mean_square=energy)
+    scales, _ = select_scales(*given, mean_square=energy, signs=False)
     errors["auto, with scales"] = error(p, scales)
     errors["auto, with signs and scales"] = error(p, factors)
     outputs = {

@@ -39,7 +39,12 @@ if TYPE_CHECKING:
         outlier_bounds,
         probable_outlier_bounds,
     )
-    from corequant.equalization import correct_bias, cross_layer_scales, smoothquant_scales
+    from corequant.equalization import (
+        balanced_scales,
+        correct_bias,
+        cross_layer_scales,
+        smoothquant_scales,
+    )
     from corequant.fusion import rotate_fake_quantize, rotate_quantize
     from corequant.hadamard import hadamard_factors, hadamard_matrix, valid_block_sizes
     from corequant.merging import (
@@ -118,6 +123,7 @@ _PARTS = {
         "probable_outlier_bounds",
     ),
     "corequant.equalization": (
+        "balanced_scales",
         "correct_bias",
         "cross_layer_scales",
         "smoothquant_scales",
@@ -237,6 +243,7 @@ __all__ = [
     "absmax",
     "accumulator_bits",
     "available_backends",
+    "balanced_scales",
     "block_hadamard",
     "block_mass",
     "certify",

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from corequant._validation import check_divides, check_index, check_matrix
 from corequant.calibration import ActivationStats
-from corequant.equalization import smoothquant_scales
+from corequant.equalization import balanced_scales
 from corequant.errors import CalibrationError
 from corequant.permutation import (
     absmax,
@@ -262,13 +262,14 @@ def select_scales(
     activations: QuantSpec | str,
     weights: QuantSpec | str,
     *,
-    exponents: tuple[float, ...] = (0.2, 0.35, 0.5, 0.65),
+    mean_square: Array | None = None,
+    exponents: tuple[float, ...] = (0.35, 0.5, 0.65),
     signs: bool = True,
 ) -> tuple[npt.NDArray[np.float64], dict[str, float]]:
     """Choose the factors that tokens are multiplied by before they are rotated.
 
-    For each exponent of a SmoothQuant grid, and for no scaling, signs are descended and the error
-    of the layer's output is measured with both the tokens and the weight rounded.
+    Scales of every exponent of a grid, and none, are judged by the error of the layer's output with
+    both the tokens and the weight rounded; then signs are descended for the best and for none.
 
     Parameters
     ----------
@@ -281,8 +282,11 @@ def select_scales(
     block_size : int, optional
     activations, weights : QuantSpec or str
         The deployed quantizers.
+    mean_square : numpy.ndarray (d,), optional
+        Mean of x² of each channel over all calibration tokens, permuted likewise; rare tokens with
+        massive activations show in it. That of ``tokens`` by default.
     exponents : tuple of float
-        The grid; empty to choose signs alone.
+        The grid, ``alpha`` of ``balanced_scales``; empty to choose signs alone.
     signs : bool
         Whether to choose signs too.
 
@@ -291,7 +295,9 @@ def select_scales(
     factors : numpy.ndarray (d,), float64
         For the tokens; the weight's columns are divided by them.
     errors : dict of str to float
-        Relative squared error of the output for each candidate, on the tokens that judge.
+        Error of the output for each candidate on the tokens that judge: the geometric mean of the
+        relative squared error of all tokens together and of the mean of each token's own, so that
+        neither the few largest tokens decide alone nor the many small ones.
 
     Raises
     ------
@@ -317,7 +323,8 @@ def select_scales(
     _check_tokens("judge", judge)
     seen, judge = tokens.astype(np.float32), judge.astype(np.float32)
     exact = judge @ W.T.astype(np.float32)
-    power = float(np.square(exact, dtype=np.float64).sum()) or 1.0
+    power = np.square(exact, dtype=np.float64).sum(1)
+    busy = power > 0
 
     def output_error(factors: npt.NDArray[np.float64]) -> float:
         z = block_hadamard((judge * factors).astype(np.float32), size)
@@ -325,21 +332,26 @@ def select_scales(
         product = (
             fake_quantize(z, activation_spec) @ dequantize(round_to_nearest(rotated, weight_spec)).T
         )
-        return float(np.square(product - exact, dtype=np.float64).sum()) / power
+        error = np.square(product - exact, dtype=np.float64).sum(1)
+        if not busy.any():
+            return float(error.sum())
+        together = error.sum() / power.sum()
+        return float(np.sqrt(together * (error[busy] / power[busy]).mean()))
 
+    energy = np.square(seen, dtype=np.float64).mean(0) if mean_square is None else mean_square
     candidates: dict[str, npt.NDArray[np.float64]] = {"none": np.ones(d)}
     for exponent in exponents:
-        scales = smoothquant_scales(np.abs(seen).max(0), W, alpha=exponent)
-        # With a geometric mean of 1 neither side's range moves as a whole.
-        scales /= np.exp(np.log(scales).mean())
+        scales = balanced_scales(energy, W, alpha=exponent)
         candidates[f"scales {exponent}"] = 1 / scales
+    errors = {name: output_error(factors) for name, factors in candidates.items()}
     if signs:
-        for name, factors in list(candidates.items()):
+        for name in dict.fromkeys(["none", min(errors, key=lambda n: errors[n])]):
+            factors = candidates[name]
             scaled = (seen[:_SEARCH_TOKENS] * factors).astype(np.float32)
             found = sign_descent(scaled, size, symmetric=activation_spec.symmetric)
             told = "signs" if name == "none" else f"{name}, signs"
             candidates[told] = factors * found
-    errors = {name: output_error(factors) for name, factors in candidates.items()}
+            errors[told] = output_error(candidates[told])
     best = min(errors, key=lambda name: errors[name])
     return candidates[best], errors
 

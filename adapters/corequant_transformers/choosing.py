@@ -185,6 +185,7 @@ def _factors(
     judge = _judged(region, calibration).tokens[:, order]
     W = weight(region.name)[:, order].astype(np.float32)
     options: dict[str, Any] = {} if recipe.factors == "scales" else {"exponents": ()}
+    options["mean_square"] = calibration.statistics[region.name].mean_square[order]
     spec = _activations(recipe)
     return select_scales(seen, judge, W, region.side.rotation, spec, recipe.weights, **options)
 

@@ -27,6 +27,43 @@ def test_silent_channels_keep_scale_one():
     np.testing.assert_array_equal(cq.cross_layer_scales(np.zeros((3, 2)), W), [1, 1, 1])
 
 
+def test_balanced_scales_meet_their_bound(rng):
+    energy = np.exp(rng.normal(0, 2, 24))
+    weights = [rng.normal(size=(8, 24)), rng.normal(size=(5, 24)) * np.exp(rng.normal(size=24))]
+    norms = np.sqrt(sum(np.square(W).sum(0) for W in weights))
+
+    def product(s):
+        return (energy / s**2).sum() * np.square(norms * s).sum()
+
+    s = cq.balanced_scales(energy, *weights)
+    bound = (np.sqrt(energy) * norms).sum() ** 2
+    assert product(s) == pytest.approx(bound, rel=1e-12)
+    assert np.log(s).mean() == pytest.approx(0, abs=1e-12)
+    for alpha in (0.0, 0.4, 0.6, 1.0):
+        assert product(cq.balanced_scales(energy, *weights, alpha=alpha)) > bound
+    for _ in range(20):
+        assert product(s * np.exp(0.1 * rng.normal(size=24))) > bound
+
+
+def test_balanced_scales_of_silent_channels_and_extremes():
+    W = np.array([[1.0, 0.0, 2.0, 1.0]])
+    found = cq.balanced_scales(np.array([0.0, 5.0, 16.0, 4.0]), W)
+    np.testing.assert_allclose(found, [1, 1, 1, 1])
+    huge = cq.balanced_scales(np.array([1e300, 1e-300]), np.array([[1e150, 1e-150]]))
+    assert np.isfinite(huge).all()
+    np.testing.assert_array_equal(cq.balanced_scales(np.zeros(2), np.ones((1, 2))), [1, 1])
+
+
+def test_bad_balanced_scales():
+    W = np.ones((2, 3))
+    with pytest.raises(cq.ShapeError, match=r"weights\[0\] must have d=2 columns"):
+        cq.balanced_scales(np.ones(2), W)
+    with pytest.raises(ValueError, match="alpha must be in"):
+        cq.balanced_scales(np.ones(3), W, alpha=-0.1)
+    with pytest.raises(ValueError, match="at least one weight"):
+        cq.balanced_scales(np.ones(3))
+
+
 def test_cross_layer_scales_leave_a_relu_pair_unchanged(rng):
     first = rng.normal(size=(16, 6)) * np.exp(rng.normal(0, 1, (16, 1)))
     second, bias = rng.normal(size=(4, 16)), rng.normal(size=16)
