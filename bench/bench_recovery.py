@@ -43,12 +43,17 @@ FULL = "full"
 
 def cells(seeds: int) -> list[tuple[int, int | None, str]]:
     """Return (seed, block size, method), the most telling first."""
-    order = []
-    for sizes in ((16, 32), (64, 128)):
+    order: list[tuple[int, int | None, str]] = []
+    rivals = ("MassDiff", "auto, signs, scales")
+    for sizes, methods in (
+        ((16, 32), rivals),
+        ((16, 32), ("second order", "none")),
+        ((64, 128), tuple(METHODS)),
+    ):
         for seed in range(seeds):
-            if sizes == (16, 32):
+            if methods is rivals:
                 order.append((seed, None, FULL))
-            order += [(seed, b, method) for b in sizes for method in METHODS]
+            order += [(seed, b, method) for b in sizes for method in methods]
     return order
 
 
