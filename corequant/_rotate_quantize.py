@@ -10,9 +10,17 @@ import numpy.typing as npt
 
 from corequant._numba.machine import compiled_away
 from corequant._numba.plans import plan_rows
-from corequant._numba.row_kernels import Task, fused_kernel, fused_scratch
+from corequant._numba.row_kernels import Task, fused_kernel, fused_scratch, index_dtype
 from corequant._numba.vectors import compute_dtype, lanes_of
-from corequant._rotation import aligned, factors, is_plain, name_of, scratch
+from corequant._rotation import (
+    aligned,
+    is_plain,
+    name_of,
+    repeated_bits,
+    scale_of,
+    scratch,
+    where_signs,
+)
 from corequant._threads import for_rows
 from corequant.formats import FormatKind
 from corequant.hadamard import hadamard_factors
@@ -167,22 +175,25 @@ def fuse(
     rows, d = x.shape
     name = name_of(x.dtype)
     real = np.dtype(compute_dtype(name))
-    where, multipliers, scale = factors(signs, name, block_size, inverse=False)
+    where, scale = where_signs(signs, inverse=False), scale_of(name, block_size)
     core, power = hadamard_factors(block_size)
     plan = plan_rows(name, core, power, False, where, "ordinary")
     if permutation is not None:
         # The gather fetches the next row; what the rotation reads is in the cache already.
         plan = replace(plan, ahead=0)
+    bits = np.zeros(0, np.uint8) if signs is None else repeated_bits(plan, signs)
     task = Task(d, group, grid, symmetric, permutation is not None)
     kernel, room = fused_kernel(plan, task), fused_scratch(plan, task)
     per_row = d // group
     scales = aligned(rows * per_row, np.uint8 if grid == "float4" else real)
     zeros = np.zeros(0 if symmetric else rows * per_row, real)
-    indices = np.zeros(0, np.int32) if permutation is None else permutation.astype(np.int32)
+    indices = np.zeros(0, np.uint16)
+    if permutation is not None:
+        indices = permutation.astype(index_dtype(d))
     tiny = float(np.finfo(real).smallest_subnormal)
     # The margin that quantize leaves below the largest float.
     huge = float(np.finfo(real).max) * (1 - 2.0**-20)
-    starts = [a.ctypes.data for a in (x, out, scales, zeros, indices, multipliers)]
+    starts = [a.ctypes.data for a in (x, out, scales, zeros, indices, bits)]
     finite = []
 
     def work(first: int, last: int) -> None:

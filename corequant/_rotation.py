@@ -19,14 +19,23 @@ import numpy.typing as npt
 
 from corequant._numba.hadamard import rotate_blocks
 from corequant._numba.machine import compiled_away
-from corequant._numba.plans import plan_columns, plan_rows
-from corequant._numba.rotation import kernel_for, settings
+from corequant._numba.plans import Plan, plan_columns, plan_rows
+from corequant._numba.rotation import kernel_for, settings, sign_bits
 from corequant._numba.vectors import VECTOR_BYTES, compute_dtype, lanes_of
 from corequant._repeated import address_of, keep
 from corequant._threads import for_rows, one_part
 from corequant.hadamard import hadamard_factors
 
-__all__ = ["aligned", "factors", "is_plain", "name_of", "rotate", "scratch"]
+__all__ = [
+    "aligned",
+    "is_plain",
+    "name_of",
+    "repeated_bits",
+    "rotate",
+    "scale_of",
+    "scratch",
+    "where_signs",
+]
 
 Array = npt.NDArray[Any]
 Signs = npt.NDArray[np.int8] | None
@@ -119,15 +128,29 @@ def _new(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     return aligned(size, dtype).reshape(shape)
 
 
-def factors(signs: Signs, dtype: str, block_size: int, inverse: bool) -> tuple[str, Array, Any]:
-    """Return where signs are multiplied, what by, and the scale, in the computed dtype."""
-    kind = np.dtype(compute_dtype(dtype))
-    scale = kind.type(1 / math.sqrt(block_size))
+def where_signs(signs: Signs, inverse: bool) -> str:
+    """Say where a plan multiplies signs."""
     if signs is None:
-        return "none", np.empty(0, kind), scale
-    if inverse:
-        return "after", signs.astype(kind) * scale, scale
-    return "before", signs.astype(kind), scale
+        return "none"
+    return "after" if inverse else "before"
+
+
+def repeated_bits(plan: Plan, signs: npt.NDArray[np.int8]) -> Array:
+    """Return the bits of signs for whole rows and whole units of the plan."""
+    return sign_bits(plan, np.tile(signs, math.lcm(len(signs), plan.unit) // len(signs)))
+
+
+def scale_of(dtype: str, block_size: int) -> Any:
+    """Return 1/√b in the computed dtype."""
+    return np.dtype(compute_dtype(dtype)).type(1 / math.sqrt(block_size))
+
+
+def _factors_of(signs: Signs, scale: Any, inverse: bool) -> Array:
+    """Return what numbers are multiplied by where the signs are; afterwards that is scaled, too."""
+    if signs is None:
+        return np.empty(0, scale.dtype)
+    multipliers: Array = signs.astype(scale.dtype)
+    return multipliers * scale if inverse else multipliers
 
 
 @dataclass(frozen=True)
@@ -135,6 +158,7 @@ class _RowKernel:
     """A plan for rows, and all of it that a call needs."""
 
     call: Callable[[int, int, bytes], None]
+    plan: Plan
     unit: int
     scratch: int
     scale: float
@@ -143,35 +167,33 @@ class _RowKernel:
 @lru_cache(maxsize=512)
 def _row_kernel(dtype: str, block_size: int, inverse: bool, signs: str, stores: str) -> _RowKernel:
     plan = plan_rows(dtype, *_factors(block_size), inverse, signs, stores)
-    scale = float(factors(None, dtype, block_size, inverse)[2])
-    return _RowKernel(kernel_for(plan), plan.unit, plan.scratch, scale)
+    scale = float(scale_of(dtype, block_size))
+    return _RowKernel(kernel_for(plan), plan, plan.unit, plan.scratch, scale)
 
 
 def _rotate_rows(
     x: Array, out: Array, block_size: int, inverse: bool, signs: Signs, threads: int | None
 ) -> None:
     name, size = name_of(x.dtype), x.dtype.itemsize
-    where, table, period = "none", 0, 0
-    if signs is not None:
-        where, multipliers, _ = factors(signs, name, block_size, inverse)
+    where = where_signs(signs, inverse)
     kernel = _row_kernel(name, block_size, inverse, where, _stores(x, out))
-    if signs is not None:
-        period = math.lcm(len(signs), kernel.unit)
-        repeated = np.tile(multipliers, period // len(signs))
-        table = address_of(repeated)
+    bits = None if signs is None else repeated_bits(kernel.plan, signs)
     source = address_of(x)
     target = source if out is x else address_of(out)
     units, rest = divmod(x.size, kernel.unit)
 
-    def set_up(kernel: _RowKernel, first: int, count: int) -> bytes:
+    def set_up(kernel: _RowKernel, bits: Array | None, first: int, count: int) -> bytes:
         room = scratch.at_least(kernel.scratch)
-        phase = first % period if period else 0
-        return settings(count, kernel.scale, room, signs=(table, period, phase))
+        if bits is None:
+            return settings(count, kernel.scale, room)
+        period = 8 * bits.size
+        table = (address_of(bits), period, first % period)
+        return settings(count, kernel.scale, room, signs=table)
 
     def work(first: int, last: int) -> None:
         at = first * kernel.unit
         start, end = source + at * size, target + at * size
-        kernel.call(start, end, set_up(kernel, at, last - first))
+        kernel.call(start, end, set_up(kernel, bits, at, last - first))
 
     if units:
         for_rows(units, kernel.unit, work, threads, _PER_THREAD)
@@ -180,14 +202,16 @@ def _rotate_rows(
         tail[:rest] = x.reshape(-1)[-rest:]
         address = address_of(tail)
         small = _row_kernel(name, block_size, inverse, where, "ordinary")
-        small.call(address, address, set_up(small, x.size - rest, kernel.unit // small.unit))
+        own = None if signs is None else repeated_bits(small.plan, signs)
+        given = set_up(small, own, x.size - rest, kernel.unit // small.unit)
+        small.call(address, address, given)
         out.reshape(-1)[-rest:] = tail[:rest]
     elif (
         signs is None
         and x.nbytes < _STREAMED_BYTES
         and one_part(units, kernel.unit, threads, _PER_THREAD)
     ):
-        keep(x, block_size, inverse, threads, kernel.call, set_up(kernel, 0, units))
+        keep(x, block_size, inverse, threads, kernel.call, set_up(kernel, None, 0, units))
 
 
 def _rotate_columns(
@@ -201,7 +225,8 @@ def _rotate_columns(
 ) -> None:
     core, power = _factors(block_size)
     name, size = name_of(x.dtype), x.dtype.itemsize
-    where, multipliers, scale = factors(signs, name, block_size, inverse)
+    where, scale = where_signs(signs, inverse), scale_of(name, block_size)
+    multipliers = _factors_of(signs, scale, inverse)
     columns = math.prod(x.shape[axis + 1 :])
     step = columns * size
     # The first columns are left out so that the strips start on lines of cache.
@@ -271,7 +296,8 @@ def _rotate_transposed(
 def _rotate_plainly(
     x: Array, out: Array, block_size: int, axis: int, inverse: bool, signs: Signs
 ) -> None:
-    where, multipliers, scale = factors(signs, x.dtype.name, block_size, inverse)
+    where, scale = where_signs(signs, inverse), scale_of(x.dtype.name, block_size)
+    multipliers = _factors_of(signs, scale, inverse)
     wide = np.moveaxis(x, axis, -1).astype(scale.dtype)
     if where == "before":
         wide *= multipliers

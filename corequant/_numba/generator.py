@@ -52,8 +52,9 @@ class Body:
     Its arguments are ``src, twin, dst, src_step, dst_step, units, signs, period, phase, scale,
     scratch``. It rotates ``units`` units of ``src`` into ``dst``, addresses that may be the same.
     ``twin`` equals ``src``. The steps are bytes from row to row, used for columns only. ``signs``
-    is the address of ``period`` factors, of which the first unit uses those from ``phase`` on;
-    after the rotation they take the place of ``scale``.
+    is the address of ``period`` bits as ``sign_bits`` puts them, of which the first unit uses those
+    from ``phase`` on. For columns it is that of a factor for each row of the block, which after
+    the rotation takes the place of ``scale``.
     """
 
     def __init__(self, builder: Any, plan: Plan, arguments: Any) -> None:
@@ -88,7 +89,7 @@ class Body:
             self.ahead = self.v.address(self.src, b.add(offset, _word(max(plan.ahead, moved))))
             if plan.signs != "none" and not plan.strip:
                 at = b.load(phase)
-                self.unit_signs = self.v.address(self.signs, b.mul(at, _word(self.v.scalar_bytes)))
+                self.unit_signs = self.v.address(self.signs, b.lshr(at, _word(3)))
                 following = b.add(at, _word(plan.unit))
                 wraps = b.icmp_signed("==", following, self.period)
                 b.store(b.select(wraps, _word(0), following), phase)
@@ -216,13 +217,13 @@ class Body:
             v.prefetch(v.address(pointer, self.plan.ahead))
         loaded = v.load_stored(pointer)
         if first and self.plan.signs == "before":
-            loaded = v.scale(loaded, *self._signs(v, chunk, vector, 1))
+            loaded = self._signed(v, loaded, chunk, vector)
         return loaded
 
     def _load_split(self, v: Vectors, place: _Place, chunk: Any, vector: Any) -> list[Any]:
         parted = v.load_split(v.address(place.base, self._offset(v, place, chunk, vector)))
         if self.plan.signs == "before":
-            parted = list(map(v.scale, parted, self._signs(v, chunk, vector, 2)))
+            parted = [self._signed(v, half, chunk, vector + i) for i, half in enumerate(parted)]
         return parted
 
     def _store_some(
@@ -234,10 +235,7 @@ class Body:
             for i, vector in enumerate(vectors):
                 v.store(vector, v.address(pointer, i * v.bytes), 0 if place.in_array else v.bytes)
             return
-        factors = [v.splat(self.factor)] * len(vectors)
-        if self.plan.signs == "after":
-            factors = self._signs(v, chunk, at, len(vectors))
-        scaled = list(map(v.scale, vectors, factors))
+        scaled = [self._scaled(v, vector, chunk, at, i) for i, vector in enumerate(vectors)]
         stream = self.plan.stores == "streamed"
         if len(scaled) > 1:
             even, odd = scaled
@@ -245,13 +243,28 @@ class Body:
         else:
             v.store_stored(scaled[0], pointer, v.stored_bytes if stream else 0, stream)
 
-    def _signs(self, v: Vectors, chunk: Any, vector: Any, count: int) -> list[Any]:
+    def _scaled(self, v: Vectors, vector: Any, chunk: Any, at: Any, i: int) -> Any:
+        if self.plan.signs != "after":
+            return v.scale(vector, v.splat(self.factor))
         if self.plan.strip:
-            offset = self.b.mul(chunk, _word(v.scalar_bytes))
-            return [v.load_scalar(v.address(self.signs, offset))]
-        place = _Place(self.unit_signs, self.plan.tile * VECTOR_BYTES, in_array=False)
-        pointer = v.address(place.base, self._offset(v, place, chunk, vector))
-        return v.load_parted(pointer) if count > 1 else [v.load(pointer)]
+            return v.scale(vector, self._row_factor(v, chunk))
+        place = at + i if isinstance(at, int) else self.b.add(at, _word(i))
+        return self._signed(v, v.scale(vector, v.splat(self.factor)), chunk, place)
+
+    def _signed(self, v: Vectors, vector: Any, chunk: Any, at: Any) -> Any:
+        """Flip the signs of what is vector ``at`` of a chunk."""
+        if self.plan.strip:
+            return v.scale(vector, self._row_factor(v, chunk))
+        start = self.b.mul(chunk, _word(self.plan.tile * self.plan.lanes // 8))
+        if isinstance(at, int):
+            at, nibble = divmod(at * v.lanes // 4, 2)
+        else:
+            at, nibble = self.b.mul(at, _word(v.lanes // 8)), 0
+        pointer = v.address(self.unit_signs, self.b.add(start, _word(at)))
+        return v.negate_where(v.load_signs(pointer, nibble), vector)
+
+    def _row_factor(self, v: Vectors, chunk: Any) -> Any:
+        return v.load_scalar(v.address(self.signs, self.b.mul(chunk, _word(v.scalar_bytes))))
 
     def _array(self, pointer: Any, which: int) -> _Place:
         if self.plan.strip:

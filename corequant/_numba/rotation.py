@@ -9,13 +9,15 @@ from importlib import resources
 from typing import Any
 from zlib import crc32
 
+import numpy as np
+import numpy.typing as npt
 from llvmlite import ir
 
 from corequant._numba.generator import Body
 from corequant._numba.machine import build
 from corequant._numba.plans import Plan
 
-__all__ = ["edition", "kernel_for", "settings"]
+__all__ = ["edition", "kernel_for", "settings", "sign_bits"]
 
 _WORD = ir.IntType(64)
 _WORDS = struct.Struct("8qd")
@@ -50,9 +52,22 @@ def settings(
     steps : tuple of int
         Bytes from row to row of source and result, for a rotation down columns.
     signs : tuple of int
-        Address of the factors, how many there are, and the first to be used.
+        Address of ``sign_bits``, how many there are, and the first to be used; for columns the
+        address of the rows' factors.
     """
     return _WORDS.pack(units, *steps, *signs, scratch, 0, scale)
+
+
+def sign_bits(plan: Plan, signs: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Put signs into bits, 1 for a negative one, in the order that the plan's kernel reads them in.
+
+    Bits take a 32nd of the place of factors, which would push the array out of the cache.
+    """
+    negative = signs < 0
+    if plan.split:
+        lanes = plan.lanes // 2 if plan.halved else plan.lanes
+        negative = negative.reshape(-1, lanes, 2).swapaxes(1, 2)
+    return np.packbits(negative, bitorder="little")
 
 
 def _emit(b: Any, plan: Plan, given: Any) -> None:

@@ -85,18 +85,25 @@ class Vectors:
         odd = self.builder.and_(words, self._integers(0xFFFF0000))
         return [self.builder.bitcast(half, self.kind) for half in (even, odd)]
 
-    def load_parted(self, pointer: Any) -> list[Any]:
-        """Read two vectors of the computed dtype, parted as ``load_split`` does."""
-        first, second = self.load(pointer), self.load(self.address(pointer, self.bytes))
-        return [
-            self._shuffle(first, list(range(part, 2 * self.lanes, 2)), second) for part in (0, 1)
-        ]
-
     def store_split(self, even: Any, odd: Any, pointer: Any, stream: bool = False) -> None:
         """Write the even and the odd numbers of two vectors as bfloat16, rounded half to even."""
         low = self.builder.lshr(self._rounded(even), self._integers(16))
         high = self.builder.and_(self._rounded(odd), self._integers(0xFFFF0000))
         self.store(self.builder.or_(low, high), pointer, self.bytes if stream else 2, stream)
+
+    def load_signs(self, pointer: Any, nibble: int = 0) -> Any:
+        """Read a bit for each lane; of four lanes those of the byte's lower or upper half."""
+        kind = ir.IntType(max(8, self.lanes))
+        bits = self.builder.load(self._cast(pointer, kind))
+        bits.align = 1
+        if self.lanes < 8:
+            shifted = self.builder.lshr(bits, ir.Constant(kind, 4 * nibble))
+            bits = self.builder.trunc(shifted, ir.IntType(self.lanes))
+        return self.builder.bitcast(bits, ir.VectorType(ir.IntType(1), self.lanes))
+
+    def negate_where(self, negative: Any, vector: Any) -> Any:
+        """Flip the signs of the lanes that ``load_signs`` tells."""
+        return self.builder.select(negative, self.builder.fneg(vector), vector)
 
     def load_scalar(self, pointer: Any) -> Any:
         """Read one number of the computed dtype into every lane."""
@@ -291,8 +298,8 @@ class Vectors:
     def _integers(self, value: int) -> Any:
         return ir.Constant(ir.VectorType(_INT32, self.lanes), [value] * self.lanes)
 
-    def _shuffle(self, vector: Any, mask: list[int], second: Any = None) -> Any:
-        undefined = ir.Constant(vector.type, ir.Undefined) if second is None else second
+    def _shuffle(self, vector: Any, mask: list[int]) -> Any:
+        undefined = ir.Constant(vector.type, ir.Undefined)
         places = ir.Constant(ir.VectorType(_INT32, len(mask)), mask)
         return self.builder.shuffle_vector(vector, undefined, places)
 

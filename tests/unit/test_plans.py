@@ -10,7 +10,7 @@ import pytest
 
 from corequant._numba import tuning
 from corequant._numba.plans import Plan, plan_columns, plan_rows
-from corequant._numba.rotation import kernel_for, settings
+from corequant._numba.rotation import kernel_for, settings, sign_bits
 from corequant._numba.tuning import Passes
 from corequant._numba.vectors import lanes_of
 from corequant._rotation import aligned
@@ -27,11 +27,12 @@ PASSES = {  # by the vectors in a block; 0 is a block of two numbers
 def turned(plan, x, signs):
     y, scratch = aligned(x.size, x.dtype), aligned(plan.scratch + 64)
     y[:] = x
+    bits = sign_bits(plan, signs)
     given = settings(
         x.size // plan.unit,
         0.125,
         scratch.ctypes.data,
-        signs=(signs.ctypes.data, len(signs), 0),
+        signs=(bits.ctypes.data, len(signs), 0),
     )
     kernel_for(plan)(y.ctypes.data, y.ctypes.data, given)
     return y.view(np.uint8)
@@ -44,7 +45,7 @@ def test_plans_differ_in_speed_alone(dtype, vectors):
     order = vectors * lanes_of(dtype) or 2
     rng = np.random.default_rng(order)
     x = rng.normal(size=1 << 13).astype(kind)
-    signs = rng.choice([-0.125, 0.125], 4096).astype("f8" if dtype == "float64" else "f4")
+    signs = rng.choice([-1, 1], 4096)
     for where in ("none", "before", "after"):
         plan = plan_rows(dtype, 1, order, False, where, "ordinary")
         expected = turned(replace(plan, paired_loads=False, split=False), x, signs)
@@ -79,6 +80,24 @@ def test_passes_cover_every_block_size(monkeypatch, family, stores, dtype):
             assert not (
                 plan.in_place and (stores != "ordinary" or dtype in ("float16", "bfloat16"))
             )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("halved", [False, True])
+def test_bits_flip_the_signs_that_they_mean(dtype, halved):
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    rng = np.random.default_rng(0)
+    x = rng.integers(-4, 5, 256).astype(kind)
+    signs = rng.choice([-1, 1], 64)
+    signed = (x.reshape(-1, 64) * signs.astype(kind)).ravel()
+    for where, expected in (("before", signed), ("after", x)):
+        plan = replace(plan_rows(dtype, 1, 16, False, where, "ordinary"), tile=4, halved=halved)
+        plain = replace(plan, signs="none")
+        found = turned(plan, x, signs).view(kind)
+        wanted = turned(plain, expected, signs).view(kind)
+        if where == "after":
+            wanted = (wanted.reshape(-1, 64) * signs.astype(kind)).ravel()
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_a_plan_is_read_back_from_its_text():
