@@ -80,9 +80,27 @@ def _owner(kind: Any) -> Backend:
 
 
 def backend_for(**arrays: Any) -> Backend:
-    """Return the one backend that owns all the named arrays; None among them is passed over."""
-    owners = {n: _owner(cast(Any, type(a))) for n, a in arrays.items() if a is not None}
-    if len(set(owners.values())) > 1:
-        told = ", ".join(f"{name} belongs to {b.name}" for name, b in owners.items())
-        raise TypeError(f"arrays must all belong to one backend, but {told}")
-    return next(iter(owners.values()))
+    """Return the one backend that owns all the named arrays; None among them is passed over.
+
+    A backend with devices may have a method ``check_together(**arrays)`` that refuses mixtures.
+    """
+    # Plain loops: this stands before every call, however small its arrays are.
+    found: Backend | None = None
+    several = False
+    for array in arrays.values():
+        if array is None:
+            continue
+        owner = _owner(cast(Any, type(array)))
+        if found is None:
+            found = owner
+            continue
+        several = True
+        if owner is not found:
+            owners = {n: _owner(cast(Any, type(a))) for n, a in arrays.items() if a is not None}
+            told = ", ".join(f"{name} belongs to {b.name}" for name, b in owners.items())
+            raise TypeError(f"arrays must all belong to one backend, but {told}")
+    if found is None:
+        raise TypeError(f"expected an array for one of {', '.join(arrays)}, got None")
+    if several and (check := getattr(found, "check_together", None)) is not None:
+        check(**arrays)
+    return found

@@ -16,7 +16,15 @@ from corequant._numba.scales import FLOAT, POWER, ROUNDED, Rule
 from corequant.formats import FormatKind, NumberFormat, Specials, formats
 from corequant.specs import QuantSpec, ScaleFormat, ScaleRounding
 
-__all__ = ["Grid", "grid_for", "levels_of", "rounder_for", "rule_for", "unsigned"]
+__all__ = [
+    "Grid",
+    "codebook_thresholds",
+    "grid_for",
+    "levels_of",
+    "rounder_for",
+    "rule_for",
+    "unsigned",
+]
 
 Array = npt.NDArray[Any]
 
@@ -215,7 +223,7 @@ class _Codebook:
     def __init__(self, form: NumberFormat, dtype: np.dtype[Any]) -> None:
         self._bits = form.bits
         self._table = _byte_table(form, dtype)
-        self._thresholds = _thresholds(form.table, dtype)
+        self._thresholds = codebook_thresholds(form.table, dtype)
 
     def encode(self, panel: Array, scales: Array, zeros: Array, codes: Array) -> None:
         codebook.encode(panel, scales, self._thresholds, codes)
@@ -266,7 +274,7 @@ def _byte_table(form: NumberFormat, dtype: np.dtype[Any]) -> Array:
     return table
 
 
-def _thresholds(table: tuple[float, ...], dtype: np.dtype[Any]) -> Array:
+def codebook_thresholds(table: tuple[float, ...], dtype: np.dtype[Any]) -> Array:
     """Return, for each code but the first, the smallest float that is rounded to it or above."""
     found = np.empty(len(table) - 1, dtype)
     for code in range(1, len(table)):

@@ -20,12 +20,12 @@ Array = npt.NDArray[Any]
 SHRINKS = np.linspace(0.2, 1.0, 100)
 """Fractions of the full range that the grid search tries; 0.2 suffices for INT2 on heavy tails."""
 
-_SWEEP = np.array([0, *(s * k for k in range(1, 9) for s in (-1, 1))], np.int64)
+SWEEP = np.array([0, *(s * k for k in range(1, 9) for s in (-1, 1))], np.int64)
 """Neighbours of an E4M3 code to try: an octave each way. Twice the scale that covers the range
 loses to it, since its numbers in the range are among the other's; half the scale halves the
 largest magnitude."""
 
-_FOUR_OVER_SIX_TOP = 256.0
+FOUR_OVER_SIX_TOP = 256.0
 """The largest block scale that maps to 6, so that 1.5 times as much, for 4, is still in E4M3."""
 
 
@@ -59,12 +59,12 @@ def global_scale_for(largest: float, spec: QuantSpec) -> Array:
     """
     top = formats["float8_e4m3fn"].maximum
     if spec.scale_search is ScaleSearch.FOUR_OVER_SIX:
-        top = _FOUR_OVER_SIX_TOP
+        top = FOUR_OVER_SIX_TOP
     if largest == 0:
         return np.ones(1, np.float32)
     limit = float(np.finfo(np.float32).max) * (1 - 2.0**-20)
     # In float32 as elsewhere: the quotient of two float32 numbers, rounded once.
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(over="ignore", under="ignore", divide="ignore"):
         quotient = np.float32(top * spec.format.maximum) / np.float32(min(largest, limit))
     return np.clip(quotient, np.float32(2.0**-126), np.float32(2.0**127)).reshape(1)
 
@@ -139,7 +139,7 @@ def _trials(
         codes = np.empty((1, len(scales)), np.uint8)
         rounder = rounder_for(form, dtype)
         minifloat.encode(scales[None], np.ones(1, dtype), rounder, codes)
-        near = np.clip(codes[0].astype(np.int64)[:, None] + _SWEEP, 1, form.magnitudes - 1)
+        near = np.clip(codes[0].astype(np.int64)[:, None] + SWEEP, 1, form.magnitudes - 1)
         trials = form.values.astype(dtype)[near]
         return trials, np.zeros_like(trials)
     shrinks = SHRINKS.astype(dtype)

@@ -116,7 +116,8 @@ def rotate_fake_quantize(
     Returns
     -------
     array (..., d)
-        ``dequantize(rotate_quantize(...))`` in x's dtype.
+        ``dequantize(rotate_quantize(...))`` in x's dtype. A tensor's gradient is the rotation's,
+        straight through the rounding.
 
     Raises
     ------

@@ -140,7 +140,7 @@ def choose_qparams(x: Any, spec: QuantSpec | str, *, global_scale: Any = None) -
     >>> scales, zero_points
     (array([[0.2]]), array([[-3]], dtype=int8))
     """
-    backend, spec = _prepare(x, spec)
+    backend, spec = _prepare(x, spec, global_scale)
     _check_global(spec, global_scale)
     scales, zero_points = backend.choose_qparams(x, spec, global_scale)
     return scales, zero_points
@@ -185,7 +185,7 @@ def quantize(
     >>> q.codes, q.scales
     (array([[-8,  0,  2]], dtype=int8), array([[1.]]))
     """
-    backend, spec = _prepare(x, spec)
+    backend, spec = _prepare(x, spec, global_scale)
     if scales is None:
         if zero_points is not None:
             raise ValueError("zero_points must come with scales, got zero_points alone")
@@ -265,7 +265,7 @@ def fake_quantize(
     -------
     array (..., d)
         Of the type, dtype and device of ``x``. What a float16 or bfloat16 can't hold becomes its
-        largest number.
+        largest number. A tensor's gradient passes straight through the rounding.
 
     Raises
     ------
@@ -278,7 +278,7 @@ def fake_quantize(
     >>> cq.fake_quantize(np.array([[-7.5, 0, 2.4]], np.float32), "int4:token:symmetric")
     array([[-8.,  0.,  2.]], dtype=float32)
     """
-    backend, spec = _prepare(x, spec)
+    backend, spec = _prepare(x, spec, global_scale)
     _check_global(spec, global_scale)
     if nonfinite not in _POLICIES:
         raise ValueError(f"nonfinite must be one of {', '.join(_POLICIES)}, got {nonfinite!r}")
@@ -296,9 +296,9 @@ def as_spec(spec: Any) -> QuantSpec:
     return spec
 
 
-def _prepare(x: Any, spec: QuantSpec | str) -> tuple[Backend, QuantSpec]:
+def _prepare(x: Any, spec: QuantSpec | str, global_scale: Any = None) -> tuple[Backend, QuantSpec]:
     spec = as_spec(spec)
-    backend = backend_for(x=x)
+    backend = backend_for(x=x, global_scale=global_scale)
     check_array("x", x)
     if spec.group_size is not None:
         check_divides("group_size", spec.group_size, int(x.shape[-1]))

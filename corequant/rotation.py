@@ -64,9 +64,10 @@ def block_hadamard(
     Returns
     -------
     array (..., d)
-        Of the type, dtype and device of ``x``; computed in float32, or float64 for float64, and
-        rounded once. Its relative error, root mean square, is that of the plain butterflies in the
-        same dtype: about 1e-7 in float32.
+        Of the type, dtype and device of ``x``, differentiable where that is a tensor which
+        records gradients; computed in float32, or float64 for float64, and rounded once. Its
+        relative error, root mean square, is that of the plain butterflies in the same dtype:
+        about 1e-7 in float32.
 
     Raises
     ------

@@ -1,4 +1,8 @@
-"""The torch backend: CPU tensors are handed to the NumPy kernels."""
+"""The torch backend: hands tensors to the kernels of their device, or to an operator.
+
+Where gradients are recorded, or a compiler or a transform of ``torch.func`` follows the call, one
+operator of ``corequant_torch.operators`` stands for it; otherwise the kernels run at once.
+"""
 
 from __future__ import annotations
 
@@ -8,215 +12,224 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from corequant._dispatch import get_backend
-from corequant.errors import BackendError
 from corequant.formats import NumberFormat
 from corequant.protocols import Moments
 from corequant.specs import QuantSpec
+from corequant_torch import operators, tracing
+from corequant_torch.cpu import CpuKernels
+from corequant_torch.engines import check_apart, check_devices, engine_for, is_plain_call
 
 __all__ = ["TorchBackend"]
 
+Tensor = torch.Tensor
+Signs = npt.NDArray[np.int8] | None
+Permutation = npt.NDArray[np.int64] | None
+
+tracing.register()
+
 
 class TorchBackend:
-    """Kernels on torch tensors on the CPU; results are tensors, without gradients."""
+    """Kernels on torch tensors of any device and stride; results are where the tensors are.
+
+    ``block_hadamard``, ``fake_quantize`` and ``rotate_fake_quantize`` carry gradients, the last two
+    straight through the rounding; codes, scales and statistics carry none.
+    """
 
     name = "torch"
 
     def __init__(self) -> None:
-        self._numpy = get_backend("numpy")
+        self._cpu = CpuKernels()
+
+    def check_together(self, **tensors: Tensor | None) -> None:
+        """Raise BackendError unless all the named tensors are on one device."""
+        first, x = next((n, t) for n, t in tensors.items() if t is not None)
+        check_devices(x, first, **tensors)
 
     def describe(self) -> dict[str, str]:
-        """Return torch's version and the devices that it sees."""
-        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        return {"torch": torch.__version__, "devices": ", ".join(["cpu", *gpus])}
+        """Return torch's version, the devices that it sees, and Triton's version."""
+        from corequant_torch.device import triton_version
 
-    def first_nonfinite(self, x: torch.Tensor) -> tuple[int, tuple[int, ...], float] | None:
-        """Return count, first index and value of NaN and Inf, or None without any."""
-        return self._numpy.first_nonfinite(_to_numpy(x))
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        devices = ", ".join(["cpu", *gpus])
+        return {"torch": torch.__version__, "devices": devices, "triton": triton_version()}
+
+    def first_nonfinite(self, x: Tensor) -> tuple[int, tuple[int, ...], float] | None:
+        """Return count, first index and value of NaN and Inf in ``x``, or None without any."""
+        return engine_for(x).first_nonfinite(x.detach())
 
     def block_hadamard(
         self,
-        x: torch.Tensor,
+        x: Tensor,
         block_size: int,
         *,
         axis: int,
         inverse: bool,
-        signs: npt.NDArray[np.int8] | None,
-        out: torch.Tensor | None,
+        signs: Signs,
+        out: Tensor | None,
         threads: int | None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Rotate blocks of one axis; see ``corequant.block_hadamard``."""
-        options: dict[str, Any] = {
-            "axis": axis,
-            "inverse": inverse,
-            "signs": signs,
-            "threads": threads,
-        }
-        if out is not None and out.dtype != torch.bfloat16:
-            self._numpy.block_hadamard(_to_numpy(x), block_size, out=_to_numpy(out), **options)
-            return out
-        rotated = self._numpy.block_hadamard(_to_numpy(x), block_size, out=None, **options)
-        result = _to_torch(rotated, x.dtype)
-        return result if out is None else out.copy_(result)
+        if out is not None:
+            check_out(x, out)
+        if is_plain_call(x):
+            kernels = self._cpu if x.is_cpu else engine_for(x)
+            rotated: Tensor = kernels.block_hadamard(
+                x, block_size, axis=axis, inverse=inverse, signs=signs, out=out, threads=threads
+            )
+            return rotated
+        y = operators.block_hadamard(x, block_size, axis, inverse, _tensor(signs))
+        return y if out is None else out.copy_(y)
 
     def rotate_quantize(
         self,
-        x: torch.Tensor,
+        x: Tensor,
         block_size: int,
         spec: QuantSpec,
         *,
-        permutation: npt.NDArray[np.int64] | None,
-        signs: npt.NDArray[np.int8] | None,
-        out: torch.Tensor | None,
+        permutation: Permutation,
+        signs: Signs,
+        out: Tensor | None,
         threads: int | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """Return codes, scales and zero points in one pass, or None where it can't."""
-        if x.dtype == torch.bfloat16:
-            # In one pass NumPy would hold the rotated row in float32, without bfloat16's rounding.
-            return None
-        fused = self._numpy.rotate_quantize(
-            _to_numpy(x),
+        check_devices(x, "x", out=out)
+        return engine_for(x).rotate_quantize(
+            x.detach(),
             block_size,
             spec,
             permutation=permutation,
             signs=signs,
-            out=_to_numpy_or_none(out),
+            out=out,
             threads=threads,
         )
-        if fused is None:
-            return None
-        codes, scales, zeros = fused
-        zero_points = None if zeros is None else torch.from_numpy(zeros)
-        written = torch.from_numpy(codes) if out is None else out
-        return written, torch.from_numpy(scales), zero_points
 
     def rotate_fake_quantize(
         self,
-        x: torch.Tensor,
+        x: Tensor,
         block_size: int,
         spec: QuantSpec,
         *,
-        permutation: npt.NDArray[np.int64] | None,
-        signs: npt.NDArray[np.int8] | None,
-        out: torch.Tensor | None,
+        permutation: Permutation,
+        signs: Signs,
+        out: Tensor | None,
         threads: int | None,
-    ) -> torch.Tensor | None:
+    ) -> Tensor | None:
         """Return the codes' values in one pass, or None where it can't."""
-        if x.dtype == torch.bfloat16:
-            return None
-        values = self._numpy.rotate_fake_quantize(
-            _to_numpy(x),
-            block_size,
-            spec,
-            permutation=permutation,
-            signs=signs,
-            out=_to_numpy_or_none(out),
-            threads=threads,
+        if out is not None:
+            check_out(x, out)
+        if is_plain_call(x):
+            values: Tensor | None = engine_for(x).rotate_fake_quantize(
+                x,
+                block_size,
+                spec,
+                permutation=permutation,
+                signs=signs,
+                out=out,
+                threads=threads,
+            )
+            return values
+        y = operators.rotate_fake_quantize(
+            x, block_size, str(spec), _tensor(permutation), _tensor(signs)
         )
-        if values is None:
-            return None
-        return torch.from_numpy(values) if out is None else out
+        return y if out is None else out.copy_(y)
 
-    def token_normalize(self, x: torch.Tensor) -> torch.Tensor:
+    def token_normalize(self, x: Tensor) -> Tensor:
         """Return rows scaled to mean square 1; rows of zeros stay."""
-        return torch.from_numpy(self._numpy.token_normalize(_to_numpy(x)))
+        result: Tensor = engine_for(x).token_normalize(x.detach())
+        return result
 
-    def moments(self, x: torch.Tensor) -> Moments:
+    def moments(self, x: Tensor) -> Moments:
         """Return float64 sums of |x| and x² and the largest |x| of each channel (d,)."""
-        return self._numpy.moments(_to_numpy(x))
+        return engine_for(x).moments(x.detach())
 
-    def gram(self, x: torch.Tensor) -> npt.NDArray[Any]:
+    def gram(self, x: Tensor) -> npt.NDArray[Any]:
         """Return XᵀX (d, d) of the rows of ``x``."""
-        return self._numpy.gram(_to_numpy(x))
+        return engine_for(x).gram(x.detach())
 
-    def energy_gram(self, x: torch.Tensor) -> npt.NDArray[Any]:
+    def energy_gram(self, x: Tensor) -> npt.NDArray[Any]:
         """Return EᵀE (d, d) of the energies ``d·x²/‖x‖²`` of the rows of ``x``."""
-        return self._numpy.energy_gram(_to_numpy(x))
+        return engine_for(x).energy_gram(x.detach())
 
-    def encode(self, x: torch.Tensor, form: NumberFormat) -> torch.Tensor:
+    def encode(self, x: Tensor, form: NumberFormat) -> Tensor:
         """Return the codes nearest to ``x``, which is finite, without any scale."""
-        return torch.from_numpy(self._numpy.encode(_to_numpy(x), form))
+        result: Tensor = engine_for(x).encode(x.detach(), form)
+        return result
 
-    def decode(self, codes: torch.Tensor, form: NumberFormat) -> torch.Tensor:
+    def decode(self, codes: Tensor, form: NumberFormat) -> Tensor:
         """Return what codes stand for, float32."""
-        return torch.from_numpy(self._numpy.decode(_to_numpy(codes), form))
+        result: Tensor = engine_for(codes).decode(codes, form)
+        return result
 
-    def choose_global_scale(self, x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    def choose_global_scale(self, x: Tensor, spec: QuantSpec) -> Tensor:
         """Return the divisor of all scales of a tensor, float32 (1,)."""
-        return torch.from_numpy(self._numpy.choose_global_scale(_to_numpy(x), spec))
+        result: Tensor = engine_for(x).choose_global_scale(x.detach(), spec)
+        return result
 
     def choose_qparams(
-        self, x: torch.Tensor, spec: QuantSpec, global_scale: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, x: Tensor, spec: QuantSpec, global_scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return scales and zero points, shaped as ``spec`` asks."""
-        scales, zeros = self._numpy.choose_qparams(
-            _to_numpy(x), spec, _to_numpy_or_none(global_scale)
-        )
-        return torch.from_numpy(scales), None if zeros is None else torch.from_numpy(zeros)
+        check_devices(x, "x", global_scale=global_scale)
+        return engine_for(x).choose_qparams(x.detach(), spec, global_scale)
 
     def quantize(
         self,
-        x: torch.Tensor,
+        x: Tensor,
         spec: QuantSpec,
-        scales: torch.Tensor | None = None,
-        zero_points: torch.Tensor | None = None,
-        global_scale: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        scales: Tensor | None = None,
+        zero_points: Tensor | None = None,
+        global_scale: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return codes of ``x``, scales and zero points."""
-        given = (_to_numpy_or_none(t) for t in (scales, zero_points, global_scale))
-        codes, chosen, zeros = self._numpy.quantize(_to_numpy(x), spec, *given)
-        return (
-            torch.from_numpy(codes),
-            torch.from_numpy(chosen) if scales is None else scales,
-            zero_points if scales is not None or zeros is None else torch.from_numpy(zeros),
-        )
+        check_devices(x, "x", scales=scales, zero_points=zero_points, global_scale=global_scale)
+        return engine_for(x).quantize(x.detach(), spec, scales, zero_points, global_scale)
 
     def dequantize(
         self,
-        codes: torch.Tensor,
+        codes: Tensor,
         spec: QuantSpec,
-        scales: torch.Tensor,
-        zero_points: torch.Tensor | None = None,
-        global_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        scales: Tensor,
+        zero_points: Tensor | None = None,
+        global_scale: Tensor | None = None,
+    ) -> Tensor:
         """Return what codes stand for, in the dtype of the scales."""
-        given = (_to_numpy_or_none(t) for t in (zero_points, global_scale))
-        return torch.from_numpy(
-            self._numpy.dequantize(_to_numpy(codes), spec, _to_numpy(scales), *given)
+        check_devices(
+            codes, "codes", scales=scales, zero_points=zero_points, global_scale=global_scale
         )
+        result: Tensor = engine_for(codes).dequantize(
+            codes, spec, scales, zero_points, global_scale
+        )
+        return result
 
     def fake_quantize(
         self,
-        x: torch.Tensor,
+        x: Tensor,
         spec: QuantSpec,
-        global_scale: torch.Tensor | None = None,
+        global_scale: Tensor | None = None,
         *,
-        out: torch.Tensor | None = None,
+        out: Tensor | None = None,
         propagate: bool = False,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Return ``x`` rounded to the grid that it chooses for itself, in x's dtype."""
-        rounded = self._numpy.fake_quantize(
-            _to_numpy(x), spec, _to_numpy_or_none(global_scale), propagate=propagate
-        )
-        result = _to_torch(rounded, x.dtype)
-        return result if out is None else out.copy_(result)
+        check_devices(x, "x", global_scale=global_scale)
+        if out is not None:
+            check_out(x, out)
+        if is_plain_call(x):
+            rounded: Tensor = engine_for(x).fake_quantize(
+                x, spec, global_scale, out=out, propagate=propagate
+            )
+            return rounded
+        y = operators.fake_quantize(x, str(spec), global_scale, propagate)
+        return y if out is None else out.copy_(y)
 
 
-def _to_numpy(x: torch.Tensor) -> npt.NDArray[Any]:
-    if x.device.type != "cpu":
-        raise BackendError(
-            f"tensors must be on the CPU for this version of the torch backend, got {x.device}; "
-            "move them yourself with .cpu(), nothing is copied between devices silently"
-        )
-    x = x.detach()
-    # NumPy has no bfloat16; every bfloat16 is a float32.
-    array: npt.NDArray[Any] = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
-    return array
+def check_out(x: Tensor, out: Tensor) -> None:
+    """Raise unless results for ``x`` may be written to ``out``."""
+    check_devices(x, "x", out=out)
+    check_apart(x, out)
+    if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
+        raise ValueError("out must not be given where gradients are recorded; use torch.no_grad()")
 
 
-def _to_numpy_or_none(x: torch.Tensor | None) -> npt.NDArray[Any] | None:
-    return None if x is None else _to_numpy(x)
-
-
-def _to_torch(array: npt.NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
-    return torch.from_numpy(array).to(dtype)
+def _tensor(table: npt.NDArray[Any] | None) -> Tensor | None:
+    return None if table is None else torch.from_numpy(table)

@@ -1,0 +1,208 @@
+"""The NumPy kernels on the memory of CPU tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from corequant._dispatch import get_backend
+from corequant.formats import NumberFormat
+from corequant.protocols import Moments
+from corequant.specs import QuantSpec
+from corequant_torch.bridge import VIEWS, to_numpy, to_numpy_or_none, to_torch, to_torch_or_none
+
+__all__ = ["CpuKernels"]
+
+Signs = npt.NDArray[np.int8] | None
+Permutation = npt.NDArray[np.int64] | None
+
+
+class CpuKernels:
+    """Kernels on CPU tensors; they are the NumPy backend's, and nothing is copied for them."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        self._numpy = get_backend("numpy")
+        self._rotate = self._numpy.block_hadamard
+
+    def describe(self) -> dict[str, str]:
+        """Return the NumPy backend's description."""
+        return self._numpy.describe()
+
+    def first_nonfinite(self, x: torch.Tensor) -> tuple[int, tuple[int, ...], float] | None:
+        """Return count, first index and value of NaN and Inf in ``x``, or None without any."""
+        return self._numpy.first_nonfinite(to_numpy(x))
+
+    def block_hadamard(
+        self,
+        x: torch.Tensor,
+        block_size: int,
+        *,
+        axis: int,
+        inverse: bool,
+        signs: Signs,
+        out: torch.Tensor | None,
+        threads: int | None,
+    ) -> torch.Tensor:
+        """Rotate blocks of one axis."""
+        view = VIEWS.get(x.dtype)
+        try:
+            array = x.numpy() if view is None else x.view(view.bits).numpy().view(view.array)
+        except (RuntimeError, TypeError):
+            # Detaches, or says what is wrong.
+            array = to_numpy(x)
+        target = array if out is x else to_numpy_or_none(out)
+        rotated = self._rotate(
+            array,
+            block_size,
+            axis=axis,
+            inverse=inverse,
+            signs=signs,
+            out=target,
+            threads=threads,
+        )
+        if out is not None:
+            return out
+        # Spelled out here: looking a NumPy dtype up takes as long as a small rotation.
+        if view is None:
+            return torch.from_numpy(rotated)
+        return torch.from_numpy(rotated.view(view.plain)).view(x.dtype)
+
+    def rotate_quantize(
+        self,
+        x: torch.Tensor,
+        block_size: int,
+        spec: QuantSpec,
+        *,
+        permutation: Permutation,
+        signs: Signs,
+        out: torch.Tensor | None,
+        threads: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+        """Return codes, scales and zero points in one pass, or None where it can't."""
+        fused = self._numpy.rotate_quantize(
+            to_numpy(x),
+            block_size,
+            spec,
+            permutation=permutation,
+            signs=signs,
+            out=to_numpy_or_none(out),
+            threads=threads,
+        )
+        if fused is None:
+            return None
+        codes, scales, zeros = fused
+        return (
+            to_torch(codes) if out is None else out,
+            to_torch(scales),
+            to_torch_or_none(zeros),
+        )
+
+    def rotate_fake_quantize(
+        self,
+        x: torch.Tensor,
+        block_size: int,
+        spec: QuantSpec,
+        *,
+        permutation: Permutation,
+        signs: Signs,
+        out: torch.Tensor | None,
+        threads: int | None,
+    ) -> torch.Tensor | None:
+        """Return the codes' values in one pass, or None where it can't."""
+        values = self._numpy.rotate_fake_quantize(
+            to_numpy(x),
+            block_size,
+            spec,
+            permutation=permutation,
+            signs=signs,
+            out=to_numpy_or_none(out),
+            threads=threads,
+        )
+        if values is None:
+            return None
+        return to_torch(values) if out is None else out
+
+    def token_normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """Return rows scaled to mean square 1; rows of zeros stay."""
+        return to_torch(self._numpy.token_normalize(to_numpy(x)))
+
+    def moments(self, x: torch.Tensor) -> Moments:
+        """Return float64 sums of |x| and x² and the largest |x| of each channel (d,)."""
+        return self._numpy.moments(to_numpy(x))
+
+    def gram(self, x: torch.Tensor) -> npt.NDArray[Any]:
+        """Return XᵀX (d, d) of the rows of ``x``."""
+        return self._numpy.gram(to_numpy(x))
+
+    def energy_gram(self, x: torch.Tensor) -> npt.NDArray[Any]:
+        """Return EᵀE (d, d) of the energies ``d·x²/‖x‖²`` of the rows of ``x``."""
+        return self._numpy.energy_gram(to_numpy(x))
+
+    def encode(self, x: torch.Tensor, form: NumberFormat) -> torch.Tensor:
+        """Return the codes nearest to ``x``, which is finite, without any scale."""
+        return to_torch(self._numpy.encode(to_numpy(x), form))
+
+    def decode(self, codes: torch.Tensor, form: NumberFormat) -> torch.Tensor:
+        """Return what codes stand for, float32."""
+        return to_torch(self._numpy.decode(to_numpy(codes), form))
+
+    def choose_global_scale(self, x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+        """Return the divisor of all scales of a tensor, float32 (1,)."""
+        return to_torch(self._numpy.choose_global_scale(to_numpy(x), spec))
+
+    def choose_qparams(
+        self, x: torch.Tensor, spec: QuantSpec, global_scale: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return scales and zero points, shaped as ``spec`` asks."""
+        divisor = to_numpy_or_none(global_scale)
+        scales, zeros = self._numpy.choose_qparams(to_numpy(x), spec, divisor)
+        return to_torch(scales), to_torch_or_none(zeros)
+
+    def quantize(
+        self,
+        x: torch.Tensor,
+        spec: QuantSpec,
+        scales: torch.Tensor | None = None,
+        zero_points: torch.Tensor | None = None,
+        global_scale: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return codes of ``x``, scales and zero points."""
+        given = (to_numpy_or_none(t) for t in (scales, zero_points, global_scale))
+        codes, chosen, zeros = self._numpy.quantize(to_numpy(x), spec, *given)
+        if scales is not None:
+            return to_torch(codes), scales, zero_points
+        return to_torch(codes), to_torch(chosen), to_torch_or_none(zeros)
+
+    def dequantize(
+        self,
+        codes: torch.Tensor,
+        spec: QuantSpec,
+        scales: torch.Tensor,
+        zero_points: torch.Tensor | None = None,
+        global_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return what codes stand for, in the dtype of the scales."""
+        given = (to_numpy_or_none(t) for t in (zero_points, global_scale))
+        return to_torch(self._numpy.dequantize(to_numpy(codes), spec, to_numpy(scales), *given))
+
+    def fake_quantize(
+        self,
+        x: torch.Tensor,
+        spec: QuantSpec,
+        global_scale: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
+        propagate: bool = False,
+    ) -> torch.Tensor:
+        """Return ``x`` rounded to the grid that it chooses for itself, in x's dtype."""
+        array = to_numpy(x)
+        target = array if out is x else to_numpy_or_none(out)
+        rounded = self._numpy.fake_quantize(
+            array, spec, to_numpy_or_none(global_scale), out=target, propagate=propagate
+        )
+        return to_torch(rounded) if out is None else out
