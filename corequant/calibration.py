@@ -32,6 +32,9 @@ class ActivationStats:
     energy_gram : bool
         Also collect EᵀE (d, d) of the channel energies ``e = d·x²/‖x‖²`` of each token, which says
         which channels are large in the same token, for ``energydiff``.
+    energy_stride : int
+        Take every so many-th token for that; it costs about d operations for each entry of a token,
+        and some thousand tokens are enough.
     reservoir : int
         Also keep a uniform random sample of so many tokens, for searches that need tokens.
     seed : int
@@ -66,6 +69,7 @@ class ActivationStats:
         *,
         gram: bool = False,
         energy_gram: bool = False,
+        energy_stride: int = 1,
         reservoir: int = 0,
         seed: int = 0,
         token_normalize: bool = False,
@@ -82,6 +86,8 @@ class ActivationStats:
         self._absmax = np.zeros(d)
         self._gram = np.zeros((d, d), self._dtype) if gram else None
         self._energy_gram = np.zeros((d, d), self._dtype) if energy_gram else None
+        self._energy_stride = check_index("energy_stride", energy_stride)
+        self._energy_count = 0
         # The tokens with the smallest random keys are a uniform sample, also of merged streams.
         self._room = check_index("reservoir", reservoir, 0)
         self._generator = np.random.default_rng(check_index("seed", seed, 0))
@@ -123,7 +129,12 @@ class ActivationStats:
         if self._gram is not None:
             self._gram += backend.gram(x)
         if self._energy_gram is not None:
-            self._energy_gram += backend.energy_gram(x)
+            # Counting from the middle leaves out a text's first token, which is like no other.
+            first = (self._energy_stride // 2 - self._count) % self._energy_stride
+            rows = x.reshape(tokens, self.d)[first :: self._energy_stride]
+            if len(rows):
+                self._energy_gram += backend.energy_gram(rows)
+            self._energy_count += len(rows)
         if self._room:
             self._sample(x, tokens)
         self._count += tokens
@@ -147,6 +158,7 @@ class ActivationStats:
             self.d,
             gram=self._gram is not None,
             energy_gram=self._energy_gram is not None,
+            energy_stride=self._energy_stride,
             reservoir=self._room,
             token_normalize=self.token_normalize,
             dtype=self._dtype,
@@ -159,6 +171,7 @@ class ActivationStats:
             merged._gram = self._gram + other._gram
         if self._energy_gram is not None and other._energy_gram is not None:
             merged._energy_gram = self._energy_gram + other._energy_gram
+            merged._energy_count = self._energy_count + other._energy_count
         merged._keep(
             np.concatenate([self._keys, other._keys]),
             np.concatenate([self._tokens, other._tokens]),
@@ -187,6 +200,7 @@ class ActivationStats:
             self.d,
             self._gram is not None,
             self._energy_gram is not None,
+            self._energy_stride,
             self._room,
             self.token_normalize,
             self._dtype.name,
@@ -227,7 +241,13 @@ class ActivationStats:
             raise ValueError(
                 "energy_gram was not collected; make ActivationStats with energy_gram=True"
             )
-        return np.divide(self._energy_gram, self._dtype.type(self._seen()))
+        if self._energy_count == 0:
+            self._seen()
+            raise CalibrationError(
+                f"energy_gram needs more than {self._count} tokens with energy_stride="
+                f"{self._energy_stride}"
+            )
+        return np.divide(self._energy_gram, self._dtype.type(self._energy_count))
 
     @property
     def mean_energy(self) -> Vector:

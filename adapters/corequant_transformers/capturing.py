@@ -21,6 +21,9 @@ __all__ = ["collect_statistics"]
 _RESERVOIR = 1024
 """Tokens kept of each layer: 6 MiB at 1536 channels."""
 
+_ENERGY_TOKENS = 4096
+"""Tokens after which the permutations made from energies gain nothing measurable."""
+
 
 @torch.no_grad()
 def collect_statistics(
@@ -43,9 +46,8 @@ def collect_statistics(
     Returns
     -------
     Calibration
-        With statistics by the name of the region. Where choices are
-        judged by tokens, the last window is held out, and every second token is enough for the
-        statistics.
+        With statistics by the name of the region. Where choices are judged by tokens, the last
+        window is held out. Some thousand tokens are enough for the second-order statistic.
 
     Raises
     ------
@@ -56,7 +58,11 @@ def collect_statistics(
     kept = _RESERVOIR if needs_tokens(recipe) else 0
     statistics = {
         r.name: cq.ActivationStats(
-            r.width, energy_gram=needs_second_order(recipe), reservoir=kept, seed=recipe.seed
+            r.width,
+            energy_gram=needs_second_order(recipe),
+            energy_stride=_energy_stride(plan, tokens),
+            reservoir=kept,
+            seed=recipe.seed,
         )
         for r in plan.regions
     }
@@ -68,14 +74,13 @@ def collect_statistics(
     windows = check_tokens(tokens)
     # A single window has to serve for both.
     judging = len(windows) - 1 if kept and len(windows) > 1 else len(windows)
-    stride = 2 if needs_second_order(recipe) else 1
     position = 0
 
     def watch(region: Region, reader: str) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
         def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
             try:
                 if position < judging:
-                    statistics[region.name].update(_tokens(args[0][..., ::stride, :], region))
+                    statistics[region.name].update(_tokens(args[0], region))
                 if kept and (position >= judging or len(windows) == 1):
                     held_out[region.name].update(_tokens(args[0], region))
             except cq.NonFiniteError as error:
@@ -104,3 +109,11 @@ def _tokens(x: torch.Tensor, region: Region) -> torch.Tensor:
         return x
     heads = x.reshape(*x.shape[:-1], region.side.heads, repeat, -1)
     return heads.transpose(-3, -2).reshape(*x.shape[:-1], repeat, region.width)
+
+
+def _energy_stride(plan: ModelPlan, tokens: npt.NDArray[np.int64]) -> int:
+    """Return which tokens enter the energy statistic: 4096 in all, and no fewer than an eighth."""
+    if plan.dimensions.experts:
+        # An expert sees few tokens anyway.
+        return 1
+    return min(8, max(2, np.size(tokens) // _ENERGY_TOKENS))

@@ -132,3 +132,24 @@ def test_degenerate_sizes():
 def test_energy_gram_must_have_been_collected():
     with pytest.raises(ValueError, match="energy_gram=True"):
         _ = cq.ActivationStats(4).update(np.ones(4)).energy_gram
+
+
+def test_a_stride_takes_every_so_many_th_token_however_they_are_batched(rng):
+    x = heavy_tailed(rng, 103, 24)
+    options = {"energy_gram": True, "energy_stride": 4, "dtype": np.float64}
+    whole = cq.ActivationStats(24, **options).update(x)
+    expected = cq.ActivationStats(24, energy_gram=True, dtype=np.float64).update(x[2::4])
+    np.testing.assert_allclose(whole.energy_gram, expected.energy_gram, rtol=1e-12)
+    np.testing.assert_allclose(whole.mean_energy.sum(), 24, rtol=1e-12)
+    assert whole.count == 103
+    pieces = cq.ActivationStats(24, **options)
+    for part in np.split(x, [1, 2, 9, 10, 50]):
+        pieces.update(part)
+    np.testing.assert_allclose(pieces.energy_gram, whole.energy_gram, rtol=1e-12)
+    np.testing.assert_allclose(pieces.mean_abs, np.abs(x).mean(0), rtol=1e-12)
+    merged = pieces.merge(cq.ActivationStats(24, **options).update(x[:8]))
+    assert merged.count == 111
+    with pytest.raises(cq.CalibrationError, match="more than 2 tokens with energy_stride=4"):
+        _ = cq.ActivationStats(24, **options).update(x[:2]).energy_gram
+    with pytest.raises(ValueError, match="energy_stride must be at least 1"):
+        cq.ActivationStats(24, energy_stride=0)
