@@ -10,6 +10,7 @@ would be.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -29,6 +30,12 @@ __all__ = ["Task", "fused_kernel", "fused_scratch", "index_dtype"]
 _WORD = ir.IntType(64)
 _INT32 = ir.IntType(32)
 _BYTE = ir.IntType(8)
+
+_FUSED = ("contract",)
+"""Products with zero are exact, so that fusing them with a sum changes no bit."""
+
+_SHORT = 16
+"""Vectors in a group below which the reciprocal comes too late to be worth it."""
 
 _LINE = 16
 """Numbers gathered in one turn; rows are a multiple of it, since they are whole units of a plan."""
@@ -131,6 +138,11 @@ class _Rows:
                 values = self._pointer(b.add(rotated, b.mul(group, _word(task.group * stored))))
                 number = b.add(b.mul(row, _word(groups)), group)
                 here = v.address(target, b.mul(group, _word(task.group * written)))
+                # The processor fetches ahead only while it rotates, and the gather for itself.
+                self.next = None
+                if not task.permuted and not self.plan.ahead:
+                    skipped = b.add(b.mul(group, _word(task.group)), _word(task.length))
+                    self.next = self._pointer(b.add(source, b.mul(skipped, _word(stored))))
                 if task.grid == "float4":
                     self._float4(values, here, number)
                 else:
@@ -171,41 +183,109 @@ class _Rows:
     def _measure(self, values: Any) -> tuple[Any, Any]:
         """Smallest and largest number of a group, and zero; note what is not finite."""
         b, v = self.b, self.v
-        zero = ir.Constant(v.kind, [0.0] * v.lanes)
+        zero = v.constant(0.0)
         low, high = self._variable(zero), self._variable(zero)
-        vectors = self.task.group // v.lanes
-        together = next(n for n in (4, 3, 2, 1) if vectors % n == 0)
-        with counted(b, vectors // together) as i:
-            start = v.address(values, b.mul(i, _word(together * v.stored_bytes)))
-            loaded = [v.load_stored(v.address(start, k * v.stored_bytes)) for k in range(together)]
+        with self._runs(values) as (_, loaded):
             b.store(v.minimum([b.load(low), *loaded]), low)
             b.store(v.maximum([b.load(high), *loaded]), high)
-            doubt = b.load(self.doubt)
-            for vector in loaded:
-                doubt = b.fadd(
-                    doubt, b.fmul(vector, zero, flags=("contract",)), flags=("contract",)
-                )
-            b.store(doubt, self.doubt)
+            # One addition is carried from turn to turn: a chain through all would be waited for.
+            doubt = b.fmul(loaded[0], zero)
+            for vector in loaded[1:]:
+                doubt = b.fadd(b.fmul(vector, zero, flags=_FUSED), doubt, flags=_FUSED)
+            b.store(b.fadd(b.load(self.doubt), doubt), self.doubt)
         return v.across(b.load(low), v.minimum), v.across(b.load(high), v.maximum)
+
+    def _largest(self, values: Any) -> Any:
+        """Largest magnitude of a group; note what is not finite."""
+        b, v = self.b, self.v
+        # As integers magnitudes keep their order, and NaN is the largest of all.
+        kind = ir.VectorType(ir.IntType(8 * v.scalar_bytes), v.lanes)
+        top = self._variable(ir.Constant(kind, [0] * v.lanes))
+        with self._runs(values) as (_, loaded):
+            found = b.load(top)
+            for vector in loaded:
+                bits = b.bitcast(v.magnitude(vector), kind)
+                found = b.select(b.icmp_unsigned(">", bits, found), bits, found)
+            b.store(found, top)
+        largest = b.bitcast(b.load(top), v.kind)
+        doubt = b.fmul(largest, v.constant(0.0), flags=_FUSED)
+        b.store(b.fadd(doubt, b.load(self.doubt), flags=_FUSED), self.doubt)
+        return v.across(largest, v.maximum)
+
+    @contextmanager
+    def _runs(self, values: Any, ahead: Any = None) -> Iterator[tuple[Any, list[Any]]]:
+        """Go through the vectors of a group, several at a time; yields the first's number, too.
+
+        As much is fetched from the address ``ahead``.
+        """
+        b, v = self.b, self.v
+        vectors = self.task.group // v.lanes
+        together = next(n for n in (4, 3, 2, 1) if vectors % n == 0)
+        with counted(b, vectors, step=together) as first:
+            start = b.mul(first, _word(v.stored_bytes))
+            places = [b.add(start, _word(k * v.stored_bytes)) for k in range(together)]
+            if ahead is not None:
+                for place in places:
+                    v.prefetch(v.address(ahead, place))
+            yield first, [v.load_stored(v.address(values, place)) for place in places]
 
     def _affine(self, values: Any, target: Any, number: Any) -> None:
         b, v = self.b, self.v
-        low, high = self._measure(values)
+        if self.task.symmetric:
+            high = self._largest(values)
+            low = b.fneg(high)
+        else:
+            low, high = self._measure(values)
         scale, zero = self._parameters(low, high)
         self._keep(self.scales, number, scale)
         if not self.task.symmetric:
             self._keep(self.zeros, number, zero)
         scales, zeros = v.splat(scale), v.splat(zero)
         least, most = v.splat(self.least), v.splat(self.most)
-        with counted(b, self.task.group // v.lanes) as i:
-            x = v.load_stored(v.address(values, b.mul(i, _word(v.stored_bytes))))
-            code = b.fadd(v.nearest(b.fdiv(x, scales)), zeros)
-            code = v.minimum([v.maximum([code, least]), most])
-            if self.task.grid == "codes":
-                self._write_bytes(code, target, i)
-            else:
-                value = b.fmul(b.fsub(code, zeros), scales)
-                v.store_stored(value, v.address(target, b.mul(i, _word(v.stored_bytes))))
+        reciprocals = v.splat(b.fdiv(ir.Constant(v.scalar, 1.0), scale))
+        with self._runs(values, self.next) as (first, loaded):
+            for k, whole in enumerate(self._divided(loaded, scales, reciprocals)):
+                i = b.add(first, _word(k))
+                code = v.minimum([v.maximum([b.fadd(whole, zeros), least]), most])
+                if self.task.grid == "codes":
+                    self._write_bytes(code, target, i)
+                else:
+                    value = b.fmul(b.fsub(code, zeros), scales)
+                    v.store_stored(value, v.address(target, b.mul(i, _word(v.stored_bytes))))
+
+    def _divided(self, loaded: list[Any], scales: Any, reciprocals: Any) -> list[Any]:
+        """Quotients rounded to integers, half to even, as if by division.
+
+        A product with the reciprocal differs from the quotient by less than two units of its last
+        place, which matters only next to the middle between two integers. Where a number is as
+        near as that, or not one at all, this run is divided after all.
+        """
+        b, v = self.b, self.v
+        if self.task.group < _SHORT * v.lanes:
+            return [v.nearest(b.fdiv(x, scales)) for x in loaded]
+        steps = b.fadd(b.fsub(self.most, self.least), ir.Constant(v.scalar, 2.0))
+        unit = 2.0 ** (-21 if v.scalar_bytes == 4 else -50)
+        margin = b.fmul(steps, ir.Constant(v.scalar, unit))
+        bound = v.splat(b.fsub(ir.Constant(v.scalar, 0.5), margin))
+        quick, close = [], None
+        for x in loaded:
+            quotient = b.fmul(x, reciprocals)
+            quick.append(v.nearest(quotient))
+            distance = v.magnitude(b.fsub(quotient, quick[-1]))
+            near = b.fcmp_unordered(">", distance, bound)
+            close = near if close is None else b.or_(close, near)
+        whole = b.bitcast(close, ir.IntType(v.lanes))
+        before = b.block
+        with b.if_then(b.icmp_unsigned("!=", whole, ir.Constant(whole.type, 0)), likely=False):
+            exact = [v.nearest(b.fdiv(x, scales)) for x in loaded]
+            slow = b.block
+        results = []
+        for fast, careful in zip(quick, exact, strict=True):
+            result = b.phi(v.kind)
+            result.add_incoming(fast, before)
+            result.add_incoming(careful, slow)
+            results.append(result)
+        return results
 
     def _parameters(self, low: Any, high: Any) -> tuple[Any, Any]:
         """Scale and zero point, as ``quantize.py`` has them."""
@@ -214,7 +294,7 @@ class _Rows:
         nought, one, two = (ir.Constant(real, k) for k in (0.0, 1.0, 2.0))
         steps = b.fdiv(b.fsub(self.most, self.least), two)
         if self.task.symmetric:
-            width = v.maximum([b.fneg(low), high])
+            width = high
             widest = v.maximum([b.fneg(self.least), self.most])
         else:
             width = b.fsub(b.fdiv(high, two), b.fdiv(low, two))
@@ -232,10 +312,7 @@ class _Rows:
     def _float4(self, values: Any, target: Any, number: Any) -> None:
         """Scale 2^(floor(log2 max|x|) - 2), at least 2^-127, and codes rounded half to even."""
         b, v = self.b, self.v
-        low, high = self._measure(values)
-        largest = v.maximum([b.fneg(low), high])
-        # Of -0.0 and 0.0 either may be the largest.
-        bits = b.and_(b.bitcast(largest, _INT32), ir.Constant(_INT32, 0x7FFFFFFF))
+        bits = b.bitcast(self._largest(values), _INT32)
         exponent = b.lshr(bits, ir.Constant(_INT32, 23))
         biased = b.sub(exponent, ir.Constant(_INT32, 2))
         nought = ir.Constant(_INT32, 0)

@@ -153,3 +153,33 @@ def test_empty_batch():
     q = cq.rotate_quantize(np.empty((0, 64), np.float32), 64, "int4:token")
     assert q.codes.shape == (0, 64)
     assert q.scales.shape == (0, 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("spec", ["int4:token:symmetric", "int8:token:symmetric"])
+@pytest.mark.parametrize("size", ["subnormal", "small", "one", "large"])
+def test_quotients_next_to_the_middle_of_two_codes(rng, dtype, spec, size):
+    """A row is scaled so that its numbers lie on, above and below k + 1/2 steps."""
+    info = np.finfo(dtype)
+    unit = {
+        "subnormal": info.smallest_subnormal * 3,
+        "small": info.tiny * 5,
+        "one": dtype(1),
+        "large": info.max / 400,
+    }[size]
+    most = 127.5 if spec.startswith("int8") else 7.5
+    steps = (rng.uniform(1, 2, size=(64, 1)) * unit).astype(dtype)
+    middles = (rng.integers(-7, 7, size=(64, 512)) + 0.5) * steps
+    x = middles.astype(dtype)
+    for _ in range(3):
+        moved = np.nextafter(x, (rng.choice([-1, 1], x.shape) * info.max).astype(dtype))
+        x = np.where(rng.random(x.shape) < 0.4, moved, x)
+    x[:, 0] = (most * steps[:, 0]).astype(dtype)
+    fused = cq.rotate_quantize(x, 1, spec)
+    apart = cq.quantize(x, spec)
+    np.testing.assert_array_equal(fused.scales, apart.scales)
+    np.testing.assert_array_equal(fused.codes, apart.codes)
+    # Taking the product with the reciprocal would not do.
+    if size == "one":
+        hasty = np.rint(x * (dtype(1) / apart.scales.reshape(-1, 1)))
+        assert (hasty != apart.codes).any()
