@@ -255,8 +255,8 @@ class Vectors:
         self.builder.call(function, [pointer, read, second_level, data])
 
     def constant_table(self, rows: list[list[int]]) -> Any:
-        """Put a table of small numbers into the module."""
-        kind = ir.ArrayType(ir.ArrayType(_INT32, len(rows[0])), len(rows))
+        """Put a table of numbers below 65536 into the module."""
+        kind = ir.ArrayType(ir.ArrayType(_INT16, len(rows[0])), len(rows))
         module = self.builder.module
         table = ir.GlobalVariable(module, kind, module.get_unique_name("corequant_table"))
         table.linkage = "internal"
