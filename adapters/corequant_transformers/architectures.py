@@ -108,8 +108,6 @@ class Architecture:
         The config's field with the MLP's width.
     usual_expansion : int, optional
         Where a config leaves that field open, how many times the hidden size the width is.
-    logit_softcap : str, optional
-        The config's field with a limit c of the logits, which become ``c tanh(logits / c)``.
     requires : tuple of (str, value)
         Fields of the config that must have a value for the description to hold; a string is the
         name of a field that must be equal.
@@ -154,7 +152,6 @@ class Architecture:
     inner: tuple[str, ...] = ("self_attn.q_norm", "self_attn.k_norm")
     intermediate_size: str = "intermediate_size"
     usual_expansion: int | None = None
-    logit_softcap: str | None = None
     requires: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -223,7 +220,6 @@ _GEMMA2 = Architecture(
     attention_post_norm="post_attention_layernorm",
     mlp_norm="pre_feedforward_layernorm",
     mlp_post_norm="post_feedforward_layernorm",
-    logit_softcap="final_logit_softcapping",
 )
 
 _DESCRIBED = (

@@ -21,6 +21,7 @@ from corequant.rounding import round_to_nearest
 from corequant_transformers.capturing import collect_statistics
 from corequant_transformers.checkpoint import check_output, save
 from corequant_transformers.choosing import Calibration, choose, choose_block_sizes
+from corequant_transformers.descriptions import check_described
 from corequant_transformers.layers import QuantizedLinear
 from corequant_transformers.layouts import check_modules, standardize, standardized
 from corequant_transformers.planning import ModelPlan, plan_model
@@ -113,7 +114,10 @@ def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
     >>> table.online[0].name, table.online[0].input.rotation
     ('model.layers.0.mlp.down_proj', 16)
     """
-    config = Source(model).config() if isinstance(model, str | Path) else model.config
+    source = Source(model) if isinstance(model, str | Path) else None
+    config = source.config() if source else cast(Any, model).config
+    names = source.tensor_names if source else lambda: list(cast(Any, model).state_dict())
+    check_described(config, names)
     return plan_model(config, recipe)
 
 

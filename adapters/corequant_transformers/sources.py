@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 import transformers
 from transformers import modeling_gguf_pytorch_utils
@@ -131,6 +132,22 @@ class Source:
             model.hf_quantizer = None
             model.config.__dict__.pop("quantization_config", None)
         return model.eval().requires_grad_(False)
+
+    def tensor_names(self) -> list[str]:
+        """Return the names of the tensors in safetensors files; of other files, none.
+
+        Raises
+        ------
+        CheckpointError
+            If a file is truncated or malformed.
+        """
+        if self.is_gguf:
+            return []
+        names: list[str] = []
+        for shard in self._shards():
+            with _as_checkpoint_error(self.path), safetensors.safe_open(shard, "np") as file:
+                names += file.keys()
+        return names
 
     def copied_files(self) -> list[Path]:
         """Return the tokenizer's and generation's files, to be kept byte for byte."""

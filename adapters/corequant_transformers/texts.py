@@ -159,16 +159,19 @@ def check_tokens(tokens: Any) -> Tokens:
 def _negative_log_likelihood(model: Any, window: Tokens) -> float:
     architecture = architecture_of(model.config)
     trunk = model.get_submodule(architecture.embedding.rpartition(".")[0])
-    head = model.get_submodule(architecture.head)
-    cap = architecture.logit_softcap and getattr(model.config, architecture.logit_softcap, None)
-    ids = torch.from_numpy(window).to(head.weight.device)
-    hidden = trunk(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
-    total = 0.0
-    # The vocabulary is wide: logits of a few hundred positions at a time bound the memory.
-    for start in range(0, len(hidden), 256):
-        logits = head(hidden[start : start + 256]).float()
-        if cap:
-            logits = cap * torch.tanh(logits / cap)
-        target = ids[1:][start : start + 256]
-        total += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
+    ids = torch.from_numpy(window).to(model.get_submodule(architecture.head).weight.device)
+    output = trunk(input_ids=ids[None], use_cache=False)
+    hidden, total = output.last_hidden_state[:, :-1], 0.0
+    # What stands between the last hidden states and the logits besides the head, such as a soft
+    # cap, is the model's own affair: it runs with a trunk that has its answer already.
+    trunk.forward = lambda *args, **kwargs: output
+    try:
+        # The vocabulary is wide: logits of a few hundred positions at a time bound the memory.
+        for start in range(0, hidden.shape[1], 256):
+            output.last_hidden_state = hidden[:, start : start + 256]
+            logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
+            target = ids[1:][start : start + 256]
+            total += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
+    finally:
+        del trunk.forward
     return total

@@ -112,8 +112,12 @@ def test_unknown_architecture_says_what_to_describe():
             "bloom", hidden_size=8, n_head=2, n_layer=1, vocab_size=16
         )
     )
-    with pytest.raises(cq.ArchitectureError, match=r"got 'bloom'; to describe another"):
+    with pytest.raises(cq.ArchitectureError, match=r"got 'bloom'; to describe another") as caught:
         run(model)
+    lacking, placing = str(caught.value).split("Of Llama's parts it lacks ")[1].split("; ")
+    assert lacking.startswith("embedding, final_norm, attention_norm, query, key, value")
+    assert "transformer.word_embeddings.weight" in placing
+    assert "transformer.h.{}.self_attention.query_key_value.bias" in placing
 
 
 def test_a_description_that_does_not_fit_is_refused(monkeypatch):
