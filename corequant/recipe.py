@@ -95,6 +95,9 @@ class Recipe:
         Strength of GPTAQ's correction in ``gptq``; 0.25 in its authors' code.
     refit : bool
         Choose the scales of a group of columns when its first column is reached.
+    fit_scales : bool
+        Choose scales for the least error of each layer's outputs, not of its weights; makes
+        ``nearest`` look at data too.
     magr : float
         Strength of MagR, which shrinks the range of weights beforehand; 0.01 was published.
     accumulator : str, optional
@@ -139,6 +142,7 @@ class Recipe:
     act_order: bool = True
     correction: float = 0.0
     refit: bool = False
+    fit_scales: bool = False
     magr: float = 0.0
     accumulator: str | None = None
     steps: int = 400
@@ -229,6 +233,7 @@ class Recipe:
                 self.act_order,
                 self.correction,
                 self.refit,
+                self.fit_scales,
                 self.magr,
                 self._accumulator(),
                 self.steps,

@@ -272,7 +272,7 @@ def quantize(
         lambda done, total: progress("choose", done, total),
     )
     verification = _transform(work, table, choices, calibration.tokens, progress)
-    if table.recipe.rounding == "nearest":
+    if not recipe.rounding_options().needs_moments:
         rows = _round_to_nearest(work, table, progress)
     else:
         rows = round_blocks(

@@ -61,6 +61,9 @@ Damping = Annotated[
 ActOrder = Annotated[bool, typer.Option(help="Round the columns of large inputs first.")]
 Correction = Annotated[float, typer.Option(help="Strength of GPTAQ's correction in gptq.")]
 Refit = Annotated[bool, typer.Option(help="Choose a group's scale when it is reached.")]
+FitScales = Annotated[
+    bool, typer.Option(help="Choose scales for the least error of each layer's outputs.")
+]
 Magr = Annotated[float, typer.Option(help="Strength of MagR before rounding.")]
 Accumulator = Annotated[
     str | None,
@@ -127,6 +130,7 @@ def quantize(
     act_order: ActOrder = _DEFAULT.act_order,
     correction: Correction = _DEFAULT.correction,
     refit: Refit = _DEFAULT.refit,
+    fit_scales: FitScales = _DEFAULT.fit_scales,
     magr: Magr = _DEFAULT.magr,
     accumulator: Accumulator = _DEFAULT.accumulator,
     steps: Steps = _DEFAULT.steps,
@@ -151,6 +155,7 @@ def quantize(
         act_order=act_order,
         correction=correction,
         refit=refit,
+        fit_scales=fit_scales,
         magr=magr,
         accumulator=accumulator,
         steps=steps,

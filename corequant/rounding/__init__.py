@@ -7,6 +7,7 @@ from corequant.rounding.accumulators import (
     certify,
     integer_codes,
 )
+from corequant.rounding.fitting import fit_scales
 from corequant.rounding.gpfq import gpfq
 from corequant.rounding.gptq import gptq
 from corequant.rounding.learned import learned_rounding
@@ -27,6 +28,7 @@ __all__ = [
     "RoundingReport",
     "accumulator_bits",
     "certify",
+    "fit_scales",
     "gpfq",
     "gptq",
     "integer_codes",

@@ -13,6 +13,7 @@ from corequant._validation import check_index
 from corequant.errors import SpecError
 from corequant.quantization import QuantizedTensor, as_spec, quantize
 from corequant.rounding.accumulators import AccumulatorSpec
+from corequant.rounding.fitting import fit_scales
 from corequant.rounding.report import RoundedTensor, RoundingReport, reconstruction_loss
 from corequant.specs import Granularity, QuantSpec
 
@@ -40,6 +41,8 @@ class RoundingOptions:
         Strength of GPTAQ's correction towards the float network's outputs; of ``gptq``.
     refit : bool
         Choose a group's scale when its first column is reached.
+    fit_scales : bool
+        Choose scales for the least error of the outputs, not of the weights; see ``fit_scales``.
     magr : float
         Strength of MagR, which shrinks the weights' range beforehand; 0 leaves them alone.
     accumulator : AccumulatorSpec, optional
@@ -58,6 +61,7 @@ class RoundingOptions:
     act_order: bool = True
     correction: float = 0.0
     refit: bool = False
+    fit_scales: bool = False
     magr: float = 0.0
     accumulator: AccumulatorSpec | None = None
     steps: int = 400
@@ -74,7 +78,7 @@ class RoundingOptions:
                 raise TypeError(f"{name} must be a number, got {value!r}")
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be finite and not negative, got {value}")
-        for name in ("act_order", "refit"):
+        for name in ("act_order", "refit", "fit_scales"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
         check_index("steps", self.steps, 0)
@@ -94,7 +98,7 @@ class RoundingOptions:
     @property
     def needs_moments(self) -> bool:
         """Whether the method takes H."""
-        return self.method != "nearest"
+        return self.method != "nearest" or self.fit_scales
 
     @property
     def needs_float(self) -> bool:
@@ -116,11 +120,11 @@ def round_together(
     weights : mapping of str to numpy.ndarray (out_features, in_features)
         By the layers' names.
     spec : QuantSpec or str
-        The quantizer; any.
+        The quantizer; any, but scales are fitted to outputs only by channel or group in float32.
     options : RoundingOptions
     H, G : numpy.ndarray (in_features, in_features), optional
-        Moments of the inputs, as ``InputMoments`` collects them: H for every method but
-        ``nearest``, G where ``options.needs_float``.
+        Moments of the inputs, as ``InputMoments`` collects them: H where
+        ``options.needs_moments``, G where ``options.needs_float``.
 
     Returns
     -------
@@ -157,11 +161,12 @@ def round_together(
     for names in batches:
         W = np.concatenate([weights[name] for name in names])
         nearest = quantize(W, spec)
-        rounded = _round(W, nearest, options, H, G, ", ".join(names))
-        start = 0
+        start = fit_scales(W, H, spec) if options.fit_scales else nearest
+        rounded = _round(W, start, options, H, G, ", ".join(names))
+        first = 0
         for name in names:
-            part = slice(start, start + len(weights[name]))
-            start = part.stop
+            part = slice(first, first + len(weights[name]))
+            first = part.stop
             report = replace(rounded.report, name=name)
             if H is not None:
                 report = replace(
@@ -174,7 +179,7 @@ def round_together(
 
 
 def _round(
-    W: Array, nearest: QuantizedTensor, options: RoundingOptions, H: Any, G: Any, name: str
+    W: Array, start: QuantizedTensor, options: RoundingOptions, H: Any, G: Any, name: str
 ) -> RoundedTensor:
     from corequant.rounding.gpfq import gpfq
     from corequant.rounding.gptq import gptq
@@ -182,16 +187,16 @@ def _round(
     from corequant.rounding.magr import magr
     from corequant.rounding.qronos import qronos
 
-    spec = nearest.spec
+    spec = start.spec
     if options.method == "nearest":
-        return RoundedTensor.of(nearest, RoundingReport("nearest", name))
+        return RoundedTensor.of(start, RoundingReport("nearest", name))
     shared: dict[str, Any] = {"name": name}
     if options.magr:
         W = magr(W, H, alpha=options.magr, group_size=spec.group_size, name=name)
     elif not options.refit:
         # The search for scales is done already.
-        shared["scales"], shared["zero_points"] = nearest.scales, nearest.zero_points
-        shared["global_scale"] = nearest.global_scale
+        shared["scales"], shared["zero_points"] = start.scales, start.zero_points
+        shared["global_scale"] = start.global_scale
     if options.method == "learned":
         return learned_rounding(W, H, spec, G=G, steps=options.steps, **shared)
     shared |= {

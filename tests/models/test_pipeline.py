@@ -82,6 +82,25 @@ def test_signs_are_those_whose_rounded_model_loses_least():
     assert not any(np.array_equal(residual[0], other) for other in residual[1:])
 
 
+def test_fitted_scales_bring_outputs_closer(tmp_path):
+    model, tokens = cqhf.tiny_model("llama"), np.arange(96).reshape(2, 48)
+    plain, fitted = (
+        cqhf.quantize(model, Recipe(block_size=16, fit_scales=flag), tokens)
+        for flag in (False, True)
+    )
+    rows = fitted.report["matrices"]
+    assert {r["method"] for r in rows} == {"nearest"}
+    assert all(r["loss"] <= r["loss_nearest"] for r in rows)
+    assert sum(r["loss"] for r in rows) < 0.8 * sum(r["loss_nearest"] for r in rows)
+    name = "model.layers.0.self_attn.q_proj"
+    before, after = (r.model.get_submodule(name).quantized for r in (plain, fitted))
+    assert (before.scales != after.scales).any()
+    again = cqhf.load(fitted.save(tmp_path / "out"))
+    ids = torch.from_numpy(tokens)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, fitted.model(ids).logits)
+
+
 def test_nan_in_a_weight_names_it():
     model = cqhf.tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data[4, 5] = torch.nan
