@@ -4,8 +4,8 @@ Usage: python bench/bench_perplexity.py --model M --calibration valid.txt --text
 
 Prints one row per variant, with the recovery (perplexity of the full-vector rotation divided by the
 variant's) and, for WikiText-2 on SmolLM2-135M-Instruct, what brevitas 0.13.4 measured with the same
-settings on the same tokens. The signs of the residual stream's rotation are those of several draws
-that lose least on calibration tokens; all rows have the same.
+settings on the same tokens. With ``--fit-scales`` the weights' scales are chosen for the layers'
+outputs instead of the weights themselves; brevitas has no such choice.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -47,7 +48,9 @@ def main() -> None:
     parser.add_argument("--text", required=True, type=Path)
     parser.add_argument("--windows", default=10, type=int)
     parser.add_argument("--samples", default=8, type=int)
-    parser.add_argument("--sign-trials", default=16, type=int)
+    parser.add_argument("--seed", default=0, type=int)
+    parser.add_argument("--sign-trials", default=1, type=int)
+    parser.add_argument("--fit-scales", action="store_true", help="to each layer's outputs")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
@@ -55,13 +58,18 @@ def main() -> None:
     tokenizer, model = source.tokenizer(), source.load()
     text = options.text.read_text(encoding="utf-8")
     tokens = cqhf.token_windows(text, tokenizer, 2048, options.windows)
-    recipe = Recipe(samples=options.samples, sign_trials=options.sign_trials)
+    recipe = Recipe(
+        samples=options.samples,
+        seed=options.seed,
+        sign_trials=options.sign_trials,
+        fit_scales=options.fit_scales,
+    )
     data = cqhf.calibrate(model, recipe, options.calibration.read_text(encoding="utf-8"), tokenizer)
     print("signs: draw", data.draw, "of", [round(x, 3) for x in data.draw_losses], flush=True)
     results = {("float", ""): (cqhf.evaluate(model, tokens).perplexity, 0.0)}
     for block_size, permutation in VARIANTS:
         started = time.monotonic()
-        variant = Recipe(block_size=block_size, permutation=permutation, samples=options.samples)
+        variant = replace(recipe, block_size=block_size, permutation=permutation)
         made = cqhf.quantize(model, variant, data)
         quantized = time.monotonic() - started
         perplexity = cqhf.evaluate(made.model, tokens).perplexity
