@@ -14,7 +14,7 @@ from corequant.errors import NonFiniteError
 from corequant.formats import FormatKind, NumberFormat
 from corequant.protocols import Moments
 from corequant.specs import Granularity, QuantSpec, qparams_shape
-from corequant_torch import plain_rotation
+from corequant_torch import launch, plain_rotation
 from corequant_torch.plain_grids import Grid, encode_powers, numpy_dtype, table_of
 from corequant_torch.plain_rotation import working
 from corequant_torch.plain_scales import choose, effective, global_scale_for, ranges
@@ -30,10 +30,24 @@ class DeviceKernels:
     """Kernels for tensors that are not on the CPU; right on the CPU too, only slower.
 
     Codes, scales and rotated numbers are those of NumPy bit for bit, except that the sums of
-    ``moments`` and ``gram`` may be rounded otherwise.
+    ``moments`` and ``gram``, and with Triton those of ``block_hadamard``, may be rounded otherwise.
+
+    Parameters
+    ----------
+    triton : bool, optional
+        Whether to try Triton's kernels; by default on CUDA where Triton is installed.
     """
 
     name = "torch"
+
+    def __init__(self, triton: bool | None = None) -> None:
+        self._wanted = triton
+
+    def _triton(self, x: Tensor) -> bool:
+        """Tell whether Triton's kernels may be tried: on CUDA, where it is installed."""
+        if self._wanted is not None:
+            return self._wanted
+        return x.is_cuda and launch.has_triton()
 
     def describe(self) -> dict[str, str]:
         """Return torch's version."""
@@ -60,7 +74,11 @@ class DeviceKernels:
         threads: int | None,
     ) -> Tensor:
         """Rotate blocks of one axis."""
-        table = None if signs is None else torch.from_numpy(signs).to(x.device)
+        table = _table(signs, x)
+        if axis == x.ndim - 1 and self._triton(x):
+            turned = launch.rotate(x.detach(), block_size, inverse, table, out)
+            if turned is not None:
+                return turned
         y = plain_rotation.rotate(x.detach(), block_size, axis, inverse, table)
         return y if out is None else out.copy_(y)
 
@@ -75,8 +93,17 @@ class DeviceKernels:
         out: Tensor | None,
         threads: int | None,
     ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Return None: the separate steps do it."""
-        return None
+        """Return codes, scales and zero points in one pass, or None where it can't."""
+        # A global scale depends on the whole rotated tensor: separate steps report it.
+        if spec.granularity is Granularity.TENSOR_GROUP or not self._triton(x):
+            return None
+        tables = _table(permutation, x), _table(signs, x)
+        found = launch.fused(x.detach(), block_size, spec, *tables, launch.CODES, out)
+        if found is None:
+            return None
+        shape = qparams_shape(tuple(x.shape), spec)
+        scales = found.scales.reshape(shape)
+        return found.out, scales, _stored(found.zeros, spec, shape)
 
     def rotate_fake_quantize(
         self,
@@ -89,8 +116,12 @@ class DeviceKernels:
         out: Tensor | None,
         threads: int | None,
     ) -> Tensor | None:
-        """Return None: the separate steps do it."""
-        return None
+        """Return the codes' values in one pass, or None where it can't."""
+        if not self._triton(x):
+            return None
+        tables = _table(permutation, x), _table(signs, x)
+        found = launch.fused(x.detach(), block_size, spec, *tables, launch.VALUES, out)
+        return None if found is None else found.out
 
     def token_normalize(self, x: Tensor) -> Tensor:
         """Return rows scaled to mean square 1; rows of zeros stay."""
@@ -191,6 +222,10 @@ class DeviceKernels:
     ) -> Tensor:
         """Return ``x`` rounded to the grid that it chooses for itself, in x's dtype."""
         source = x.detach()
+        if not propagate and global_scale is None and self._triton(x):
+            found = launch.fused(source, 1, spec, None, None, launch.VALUES, out)
+            if found is not None:
+                return found.out
         panel, flat, zeros, divisor = self._chosen(source, spec, global_scale, propagate)
         grid = Grid(spec.format, panel.dtype, panel.device)
         steps, zeros = effective(flat, divisor)[: len(panel), None], zeros[: len(panel), None]
@@ -227,6 +262,10 @@ class DeviceKernels:
         bad = self.first_nonfinite(x)
         if bad is not None:
             raise NonFiniteError("x", *bad)
+
+
+def _table(values: npt.NDArray[Any] | None, x: Tensor) -> Tensor | None:
+    return None if values is None else torch.from_numpy(values).to(x.device)
 
 
 def _size(x: Tensor, spec: QuantSpec) -> int:
