@@ -8,7 +8,7 @@ stream, so that norms can be folded and rotations merged. Register another with 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from corequant.errors import ArchitectureError
@@ -214,6 +214,11 @@ class Dimensions:
     expert_intermediate: int = 0
 
 
+def _is_sparse_qwen3_moe(config: Any, block: int) -> bool:
+    dense = block in (config.mlp_only_layers or ())
+    return not dense and (block + 1) % config.decoder_sparse_step == 0
+
+
 _GEMMA2 = Architecture(
     "gemma2",
     norm="rms_one_plus",
@@ -237,7 +242,7 @@ _DESCRIBED = (
     ),
     Architecture("gemma", norm="rms_one_plus"),
     _GEMMA2,
-    Architecture(**{**vars(_GEMMA2), "model_type": "gemma3_text"}),
+    replace(_GEMMA2, model_type="gemma3_text"),
     Architecture(
         "olmo2",
         attention_norm=None,
@@ -294,13 +299,7 @@ _DESCRIBED = (
     ),
     Architecture(
         "qwen3_moe",
-        experts=Experts(
-            is_sparse=lambda config, i: (
-                i not in (config.mlp_only_layers or ())
-                and config.num_experts > 0
-                and (i + 1) % config.decoder_sparse_step == 0
-            )
-        ),
+        experts=Experts(is_sparse=_is_sparse_qwen3_moe),
     ),
 )
 

@@ -71,6 +71,7 @@ class Inspection:
     activations : str
         The quantizer.
     layers : tuple of LayerInspection
+        Without experts that no token reached.
     """
 
     model_type: str
@@ -132,9 +133,11 @@ def inspect(
     sizes = tuple(b for b in (16, 32, 64, 128, 256) if all(w % b == 0 and b < w for w in widths))
     layers = []
     for done, matrix in enumerate(plan.mlp_outputs):
-        statistics = data.statistics[matrix.name]
-        x = data.held_out[matrix.name].tokens
-        layers.append(_layer(matrix.name, statistics, x, block_size, sizes, activations))
+        statistics, held_out = data.statistics[matrix.name], data.held_out[matrix.name]
+        if statistics.count:
+            # Experts that the last window's tokens pass by are judged by those that they saw.
+            x = (held_out if held_out.count else statistics).tokens
+            layers.append(_layer(matrix.name, statistics, x, block_size, sizes, activations))
         progress("inspect", done + 1, len(plan.mlp_outputs))
     kind = plan.architecture.model_type
     return Inspection(kind, block_size, sizes, activations, tuple(layers))

@@ -252,9 +252,10 @@ class _KeepFloat64(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func in _CASTS and args[0].dtype == torch.float64:
+        tensor = args[0] if args else kwargs.get("input")
+        if func in _CASTS and tensor.dtype == torch.float64:
             if func is torch.Tensor.float:
-                return args[0]
+                return tensor
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)
             if kwargs.get("dtype") is torch.float32:
                 kwargs["dtype"] = torch.float64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from pathlib import Path
 
@@ -232,6 +233,19 @@ def test_an_expert_that_no_token_reaches_keeps_its_channels_in_place(recipe, tok
     np.testing.assert_array_equal(p, np.arange(len(p)))
     routed = [r for r in result.report["regions"] if r["name"] != name]
     assert all(r["tokens"] > 0 and "unrouted" not in r for r in routed)
+
+
+def test_inspecting_leaves_out_an_expert_that_no_token_reaches(tokens):
+    model = cqhf.tiny_model("mixtral")
+    model.model.layers[0].mlp.gate.register_forward_hook(_without_expert_2)
+    names = [layer.name for layer in cqhf.inspect(model, tokens, 16).layers]
+    assert len(names) == 7
+    assert "model.layers.0.mlp.experts.2.down_proj" not in names
+
+
+def test_plans_can_be_sent_to_other_processes():
+    plan = cqhf.plan(cqhf.tiny_model("qwen3_moe"), Recipe(block_size=16))
+    assert pickle.loads(pickle.dumps(plan)) == plan
 
 
 def _without_expert_2(module, args, output):
