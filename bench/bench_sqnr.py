@@ -83,10 +83,10 @@ def measure(text: str, weights: list[np.ndarray]) -> Row:
     return text, bits / sum(w.size for w in weights), 10 * math.log10(energy / noise)
 
 
-_CAPTION = """Written by `bench_sqnr.py`: signal to quantization noise Σw² / Σ(w - ŵ)² over all linear
-layers of {layers} blocks of SmolLM2-135M-Instruct, in dB, and bits per weight with scales and zero
-points. Formats without a scale rule in their name take the largest magnitude; MX formats round its
-exponent down."""
+_CAPTION = """Written by `bench_sqnr.py`: signal to quantization noise Σw² / Σ(w - ŵ)² over all
+linear layers of {layers} blocks of SmolLM2-135M-Instruct, in dB, and bits per weight with scales
+and zero points. Formats without a scale rule in their name take the largest magnitude; MX formats
+round its exponent down."""
 
 
 def table(rows: list[Row]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._grids import rounder_for, rule_for, unsigned
+from corequant._grids import fits_nibbles, rounder_for, rule_for, unsigned
 from corequant._numba import fused
 from corequant.formats import FormatKind
 from corequant.specs import Granularity, QuantSpec, ScaleSearch
@@ -88,8 +88,11 @@ def worker(
         elif sink.codes is not None:
             bad = encode(panel, plan, *own, sink.codes.reshape(-1, d)[rows], nothing, False)
         elif sink.packed is not None:
-            line = np.empty((1, d), np.uint8)
-            bad = encode(panel, plan, *own, line, sink.packed[rows], True)
+            if fits_nibbles(spec.format, panel.dtype, plan.size, d):
+                bad = fused.encode_nibbles(panel, plan, *own, sink.packed[rows])
+            else:
+                line = np.empty((1, d), np.uint8)
+                bad = encode(panel, plan, *own, line, sink.packed[rows], True)
         else:
             bad = fused.scales_only(panel, plan, *own)
         if bad >= 0:

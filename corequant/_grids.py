@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from corequant._numba import codebook, fused, losses, minifloat, quantize
+from corequant._numba import codebook, fused, losses, minifloat, nibbles, quantize
 from corequant._numba.minifloat import Rounder
 from corequant._numba.scales import FLOAT, POWER, ROUNDED, Rule
 from corequant.formats import FormatKind, NumberFormat, Specials, formats
@@ -121,6 +121,17 @@ def rule_for(spec: QuantSpec, dtype: np.dtype[Any]) -> Rule:
         bias=1 - int(info.minexp),
         least_normal=f(info.smallest_normal),
         lift=f(2.0**fraction),
+    )
+
+
+def fits_nibbles(form: NumberFormat, dtype: np.dtype[Any], size: int, d: int) -> bool:
+    """Tell whether rows of ``d`` numbers in groups of ``size`` go 32 numbers at a time."""
+    return (
+        form.kind is FormatKind.FLOAT
+        and (form.bits, form.specials) == (4, Specials.NONE)
+        and dtype == np.float32
+        and (size == nibbles.LANES // 2 or size % nibbles.LANES == 0)
+        and d % nibbles.LANES == 0
     )
 
 

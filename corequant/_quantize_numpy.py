@@ -257,7 +257,7 @@ def _row_ranges(x: Array, spec: QuantSpec, skip: bool) -> tuple[Array, Array]:
             raise NotFiniteError
 
     if x.size:
-        _checked(x, x.shape[-1], dtype, work)
+        _checked(x, x.shape[-1], dtype, work, whole=not skip)
     return low, high
 
 

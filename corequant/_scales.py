@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant._grids import grid_for, levels_of, rounder_for, rule_for, unsigned
-from corequant._numba import exact_search, minifloat, quantize, search
+from corequant._numba import exact_search, minifloat, nibbles, quantize, search
 from corequant._numba import scales as rules
 from corequant.formats import formats
 from corequant.specs import POWERS_OF_TWO, QuantSpec, ScaleFormat, ScaleSearch
@@ -39,7 +39,9 @@ def ranges(panel: Array, symmetric: bool, skip: bool) -> tuple[Array, Array]:
     if skip:
         panel = np.where(np.isfinite(panel), panel, panel.dtype.type(0))
     mask = magnitude_mask(panel.dtype)
-    if symmetric:
+    if symmetric and panel.dtype == np.float32 and panel.shape[1] % 16 == 0:
+        nibbles.all_magnitudes(panel, high)
+    elif symmetric:
         quantize.magnitudes(panel, mask, high)
     else:
         quantize.ranges(panel, mask, low, high)

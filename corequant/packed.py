@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,13 @@ def quantize_packed(
         global_scale = choose_global_scale(x, spec)
     rows_out = out.reshape(math.prod(shape[:-1]), shape[-1])
     scales, zeros = quantize_array(x, spec, global_scale, rows_out)
-    return PackedTensor(out, store_scales(scales, spec), zeros, spec, d, global_scale)
+    if spec.scale_format is ScaleFormat.E4M3:
+        # Chosen as numbers of their format: nothing to verify.
+        form = find_format(_BYTES[spec.scale_format])
+        stored: Array = backend_for(scales=scales).encode(scales, form)
+    else:
+        stored = store_scales(scales, spec)
+    return PackedTensor(out, stored, zeros, spec, d, global_scale)
 
 
 def dequantize_packed(packed: PackedTensor, *, out: Any = None) -> Array:
@@ -149,7 +156,8 @@ def dequantize_packed(packed: PackedTensor, *, out: Any = None) -> Array:
     >>> float(cq.dequantize_packed(p)[0, 0])
     1.5
     """
-    from corequant._grids import grid_for
+    from corequant._grids import fits_nibbles, grid_for, rounder_for
+    from corequant._numba import fused
     from corequant._quantize_numpy import each_panel, flat_qparams
     from corequant._scales import effective
 
@@ -171,6 +179,20 @@ def dequantize_packed(packed: PackedTensor, *, out: Any = None) -> Array:
         return out  # type: ignore[no-any-return]
     size = spec.group_size or d
     target = out.reshape(-1, d)
+    width = packed.packed.shape[-1]
+    if spec.scale_format in _BYTES and fits_nibbles(spec.format, out.dtype, size, d):
+        # Scales are read where they are used: as numbers they would pass through memory twice.
+        table, rounder = _numbers(spec.scale_format), rounder_for(spec.format, out.dtype)
+        stored = np.ascontiguousarray(packed.scales).reshape(-1)
+        divisor = np.float32(1 if packed.global_scale is None else packed.global_scale[0])
+
+        def straight(panel: Array, rows: slice, groups: slice) -> None:
+            own = stored[groups]
+            fused.decode_nibbles(panel, size, own, table, divisor, rounder, target[rows])
+
+        whole = np.dtype(np.uint8)
+        each_panel(packed.packed, width, whole, straight, d // size, d, whole=True)
+        return out  # type: ignore[no-any-return]
     scales = load_scales(packed.scales, spec)
     flat, zeros = flat_qparams(scales, packed.zero_points, out.dtype, target.size // size)
     steps, grid = effective(flat, packed.global_scale), grid_for(spec.format, out.dtype)
@@ -178,7 +200,6 @@ def dequantize_packed(packed: PackedTensor, *, out: Any = None) -> Array:
     def work(panel: Array, rows: slice, groups: slice) -> None:
         grid.decode_packed(panel, size, steps[groups], zeros[groups], target[rows])
 
-    width = packed.packed.shape[-1]
     each_panel(packed.packed, width, np.dtype(np.uint8), work, d // size, d, whole=True)
     return out  # type: ignore[no-any-return]
 
@@ -243,10 +264,14 @@ def store_scales(scales: Array, spec: QuantSpec) -> Array:
     array([[127, 126]], dtype=uint8)
     """
     kind = spec.scale_format
-    if kind in _BYTES:
+    if kind is ScaleFormat.E8M0 and scales.dtype == np.float32:
+        # A power of two is its exponent field, except for the subnormal 2**-127.
+        stored: Array = (np.ascontiguousarray(scales).view(np.uint32) >> 23).astype(np.uint8)
+        exact = _numbers(kind)[stored] == scales
+    elif kind in _BYTES:
         form = find_format(_BYTES[kind])
         backend = backend_for(scales=scales)
-        stored: Array = backend.encode(scales, form)
+        stored = backend.encode(scales, form)
         exact = backend.decode(stored, form) == scales
     else:
         with np.errstate(over="ignore"):
@@ -270,11 +295,19 @@ def load_scales(stored: Array, spec: QuantSpec) -> Array:
     array([[1. , 0.5]], dtype=float32)
     """
     if spec.scale_format in _BYTES:
+        if isinstance(stored, np.ndarray):
+            return _numbers(spec.scale_format)[stored]
         decoded: Array = backend_for(stored=stored).decode(
             stored, find_format(_BYTES[spec.scale_format])
         )
         return decoded
     return stored.astype(np.float32)
+
+
+@cache
+def _numbers(kind: ScaleFormat) -> Array:
+    """Return what each of the 256 bytes of a scale stands for, float32."""
+    return find_format(_BYTES[kind]).values.astype(np.float32)
 
 
 def _row_bytes(d: int, spec: QuantSpec) -> int:

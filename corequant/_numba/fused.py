@@ -16,6 +16,7 @@ from corequant._numba import minifloat, quantize
 from corequant._numba.bits import like, to_bits, to_float
 from corequant._numba.jit import jit
 from corequant._numba.minifloat import nearest_code, nearest_value
+from corequant._numba.nibbles import decode_row, encode_row, magnitudes_of_row
 from corequant._numba.packing import pack_rows, unpack_rows
 from corequant._numba.quantize import magnitudes, ranges, row_magnitude, row_range
 from corequant._numba.scales import FLOAT, Rule, choose, scale_and_zero
@@ -24,9 +25,11 @@ __all__ = [
     "Plan",
     "decode_integers",
     "decode_minifloats",
+    "decode_nibbles",
     "decode_table",
     "encode_integers",
     "encode_minifloats",
+    "encode_nibbles",
     "fake_affine",
     "fake_minifloats",
     "fake_symmetric",
@@ -248,6 +251,22 @@ def encode_minifloats(x, plan, scales, zeros, codes, packed, packing):  # type: 
 
 
 @jit
+def encode_nibbles(x, plan, scales, zeros, packed):  # type: ignore[no-untyped-def]
+    """Packed codes on a minifloat grid of 4 bits, float32 in groups of 16 or multiples of 32."""
+    count = x.shape[1] // plan.size
+    low = np.zeros(count, x.dtype)
+    high = np.zeros(count, x.dtype)
+    steps = np.zeros(count, x.dtype)
+    for row in range(x.shape[0]):
+        own = slice(row * count, (row + 1) * count)
+        magnitudes_of_row(x[row], plan.size, high)
+        if not finish(low, high, plan, scales[own], zeros[own], steps):
+            return row
+        encode_row(x[row], plan.size, steps, plan.rounder, packed[row])
+    return -1
+
+
+@jit
 def decode_integers(packed, bits, size, steps, zeros, out):  # type: ignore[no-untyped-def]
     """Numbers of packed codes that count from zero, and so do their zero points."""
     count = out.shape[1] // size
@@ -269,6 +288,21 @@ def decode_minifloats(packed, bits, size, steps, rounder, out):  # type: ignore[
         unpack_rows(packed[row : row + 1], bits, line)
         target = out[row].reshape(count, size)
         minifloat.decode(line.reshape(count, size), steps[own], rounder, target)
+
+
+@jit
+def decode_nibbles(packed, size, stored, table, divisor, rounder, out):  # type: ignore[no-untyped-def]
+    """Numbers of packed minifloats of 4 bits, float32 in groups of 16 or multiples of 32.
+
+    ``table`` has the number of each byte of ``stored`` scales, which ``divisor`` divides.
+    """
+    count = out.shape[1] // size
+    steps = np.empty(count, out.dtype)
+    for row in range(out.shape[0]):
+        own = stored[row * count : (row + 1) * count]
+        for k in range(count):
+            steps[k] = table[own[k]] / divisor
+        decode_row(packed[row], size, steps, rounder, out[row])
 
 
 @jit

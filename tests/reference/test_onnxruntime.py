@@ -33,7 +33,7 @@ def run(x, attributes, initializers):
     return session.run(None, {"x": x})[0]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("rest", ["symmetric", "asymmetric", "symmetric:mse"])
 @pytest.mark.parametrize("size", [32, 64])
 def test_initializers_compute_the_product(bits, rest, size):
