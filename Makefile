@@ -36,7 +36,7 @@ test: lint
 
 bench: $(VENV)/.dev
 	$(BIN)/python -W ignore bench/bench_rotation.py --rounds 5 --write
-	$(BIN)/python -W ignore bench/bench_formats.py --peers
+	$(BIN)/python -W ignore bench/bench_formats.py --peers --write
 	$(BIN)/python bench/bench_massdiff.py
 
 clean:

@@ -1,7 +1,8 @@
 """Speed of the number formats against np.copyto, compressed-tensors and brevitas.
 
-Usage: python bench/bench_formats.py [--size 4096] [--rounds 9] [--threads 1] [--peers]
+Usage: python bench/bench_formats.py [--size 4096] [--rounds 9] [--threads 1] [--peers] [--write]
 
+``--write`` puts the tables, with the targets beside the figures, into bench/README.md.
 Prints medians over rounds in which all candidates take turns, as ratios to the baseline of the same
 rounds: copying the array, or writing the output. Results are compared before they are timed. With
 one thread the clock is the thread's CPU time, which leaves out what other programs stole; with more
@@ -11,11 +12,14 @@ it is the wall's.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
+import platform
 import time
 from collections.abc import Callable
 
 import numpy as np
+from markdown import write_section
 
 Candidates = dict[str, Callable[[], object]]
 
@@ -26,6 +30,7 @@ def main() -> None:
     parser.add_argument("--rounds", default=9, type=int)
     parser.add_argument("--threads", default=1, type=int)
     parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--write", action="store_true", help="write the tables to bench/README.md")
     options = parser.parse_args()
     os.environ["NUMBA_NUM_THREADS"] = str(options.threads)
     clock = time.thread_time if options.threads == 1 else time.perf_counter
@@ -39,9 +44,15 @@ def main() -> None:
     }
     if options.peers:
         groups["the same as peers"] = (peers(x, options.threads), None)
+    tables = []
     for title, (candidates, baseline) in groups.items():
         print(f"\n{title} ({options.size} x {options.size} float32, {options.threads} thread(s))")
-        report(candidates, baseline, options.rounds, clock)
+        rows = report(candidates, baseline, options.rounds, clock)
+        tables.append(markdown_table(title, rows))
+    if options.write:
+        size = f"float32 {options.size} × {options.size}, {options.threads} thread(s)"
+        head = f"## Formats\n\nWritten by `bench_formats.py`; {size}; {described()}"
+        write_section("formats", "\n\n".join([head, *tables]))
 
 
 def ours_rounding(x: np.ndarray) -> Candidates:
@@ -197,9 +208,28 @@ def brevitas_int4(t: object) -> Callable[[], object]:
     return run
 
 
+TARGETS = {
+    "fake_quantize int4:group128": 0.8,
+    "fake_quantize int4:group32": 0.8,
+    "quantize_packed mxfp4": 0.4,
+    "quantize_packed nvfp4": 0.4,
+    "dequantize_packed mxfp4": 0.8,
+    "dequantize_packed nvfp4": 0.8,
+    "dequantize_packed int4:group128": 0.8,
+    "exact": 1 / 20,
+}
+"""Least ratios of the baseline's time to ours."""
+
+TIMES_FASTER = 5.0
+"""Least ratio of a peer's time to ours."""
+
+Row = tuple[str, float, float | None, float | None]
+
+
 def report(
     candidates: Candidates, baseline: str | None, rounds: int, clock: Callable[[], float]
-) -> None:
+) -> list[Row]:
+    """Print and return name, milliseconds, ratio and target of each candidate."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for call in candidates.values():
         call()
@@ -209,13 +239,38 @@ def report(
             started = clock()
             candidates[name]()
             times[name].append(clock() - started)
+    rows: list[Row] = []
     for name in order:
-        median = float(np.median(times[name]))
-        ratio = ""
-        if baseline is not None:
-            pairs = zip(times[baseline], times[name], strict=True)
-            ratio = f"{np.median([a / b for a, b in pairs]):10.3f}"
-        print(f"  {name:44s} {median * 1e3:10.2f} ms {ratio}")
+        reference, own, target = baseline, name, TARGETS.get(name)
+        if baseline is None and not name.endswith(" ours"):
+            # A peer: how many times longer it takes than ours.
+            what = name.rpartition(" ")[0]
+            reference, own, target = name, f"{what} ours", TIMES_FASTER
+        ratio = None
+        if reference is not None:
+            pairs = zip(times[reference], times[own], strict=True)
+            ratio = float(np.median([a / b for a, b in pairs]))
+        rows.append((name, float(np.median(times[name])) * 1e3, ratio, target))
+        print(f"  {name:44s} {rows[-1][1]:10.2f} ms {_cell(ratio):>8s} (target {_cell(target)})")
+    return rows
+
+
+def markdown_table(title: str, rows: list[Row]) -> str:
+    lines = [f"### {title.capitalize()}", "", "| | ms | ratio | target |", "|---|---|---|---|"]
+    lines += [f"| {n} | {ms:.2f} | {_cell(r)} | {_cell(t)} |" for n, ms, r, t in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
+
+
+def described() -> str:
+    names = ("numpy", "numba", "torch", "compressed-tensors", "brevitas")
+    versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in names)
+    from corequant._numba.machine import processor
+
+    return f"{processor()[0]}, Python {platform.python_version()}, {versions}."
 
 
 if __name__ == "__main__":

@@ -105,3 +105,31 @@ def test_errors_name_what_is_wrong():
         cq.pack_quantized(wrong)
     with pytest.raises(cq.ShapeError, match="out must be uint8"):
         cq.quantize_packed(np.ones((1, 32), np.float32), "mxfp4", out=np.zeros((1, 32), np.uint8))
+
+
+@pytest.mark.parametrize("codes", [[2**40], [1, -(2**40)], [2**63 - 1]])
+def test_codes_never_wrap_around(codes):
+    for pack in (cq.pack, cq.pack_bytes):
+        with pytest.raises(ValueError, match=r"codes must lie in \[.*\] for 4 bits, got "):
+            pack(np.array(codes), 4)
+
+
+def test_what_is_not_codes_is_refused():
+    with pytest.raises(TypeError, match="codes must have an integer dtype, got bool"):
+        cq.pack(np.array([True]), 4)
+    with pytest.raises(cq.ShapeError, match="codes must have at least 1 axis, got a scalar"):
+        cq.pack(np.array(3), 4)
+    with pytest.raises(cq.BlockSizeError, match="group_size must divide d=250, got 128"):
+        cq.quantize_packed(np.ones((2, 250), np.float32), "int4:group128")
+
+
+@pytest.mark.parametrize("text", ["int4:group32", "int3:group32:asymmetric", "mxfp4", "nvfp4"])
+def test_shards_cut_between_groups_are_parts_of_the_whole(text):
+    x = np.random.default_rng(8).standard_normal((6, 192)).astype(np.float32)
+    whole = cq.quantize(x, text)
+    for start in (0, 96):
+        shard = np.ascontiguousarray(x[:, start : start + 96])
+        part = cq.quantize(shard, text, global_scale=whole.global_scale)
+        np.testing.assert_array_equal(part.codes, whole.codes[:, start : start + 96])
+    with pytest.raises(cq.BlockSizeError, match="group_size must divide d=72"):
+        cq.quantize(x[:, :72], text)
