@@ -21,6 +21,7 @@ __all__ = [
     "OutputError",
     "PermutationError",
     "RecipeError",
+    "RunError",
     "ShapeError",
     "SpecError",
     "VerificationError",
@@ -99,6 +100,10 @@ class CheckpointError(CorequantError, OSError):
 
 class OutputError(CorequantError, OSError):
     """An output location can't be written, or holds something already."""
+
+
+class RunError(CorequantError, RuntimeError):
+    """A run can't begin or go on: it is about something else, damaged, or another process's."""
 
 
 class VerificationError(CorequantError, RuntimeError):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,15 @@ from corequant.selection import (
 )
 from corequant_transformers.planning import ModelPlan
 from corequant_transformers.rows import Region
-from corequant_transformers.transforming import Choices
 
-__all__ = ["Calibration", "choose", "choose_block_sizes", "needs_second_order", "needs_tokens"]
+__all__ = [
+    "Calibration",
+    "RegionChoice",
+    "choose",
+    "choose_block_size",
+    "needs_second_order",
+    "needs_tokens",
+]
 
 Array = npt.NDArray[Any]
 SECOND_ORDER = ("energy", "energydiff", "rangediff", "auto")
@@ -66,23 +72,25 @@ def needs_tokens(recipe: Recipe) -> bool:
     return judged or recipe.factors != "none"
 
 
-def choose_block_sizes(plan: ModelPlan, calibration: Calibration) -> Recipe:
-    """Return the plan's recipe with a block size for each layer instead of an automatic one."""
-    recipe = plan.recipe
-    if recipe.block_size != "auto":
-        return recipe
-    blocks = {m.name: m.block for m in plan.mlp_outputs}
-    sizes = {m.block: 0 for m in plan.mlp_outputs}
-    for index, region in enumerate(plan.regions):
-        if region.name not in blocks:
-            continue
-        width, block = region.width, blocks[region.name]
+def choose_block_size(plan: ModelPlan, indices: Sequence[int], calibration: Calibration) -> int:
+    """Return the least block length whose error is within the recipe's tolerance.
+
+    Parameters
+    ----------
+    plan : ModelPlan
+    indices : sequence of int
+        Of the plan's regions that the MLP of one decoder block reads. Experts share one size: the
+        largest that any of them needs.
+    calibration : Calibration
+    """
+    recipe, spec, largest = plan.recipe, _activations(plan.recipe), 0
+    for index in indices:
+        region = plan.regions[index]
         judged = _judged(region, calibration)
         if not judged.count:
             # An expert that no token was routed to goes along with the others.
             continue
-        x = judged.tokens
-        spec = _activations(recipe)
+        x, width = judged.tokens, region.width
         limit = (1 + recipe.tolerance) * rotation_error(x, None, spec)
         chosen = width
         for b in valid_block_sizes(width):
@@ -92,65 +100,64 @@ def choose_block_sizes(plan: ModelPlan, calibration: Calibration) -> Recipe:
             if rotation_error(x, b, spec, permutation=p) <= limit:
                 chosen = b
                 break
-        # The experts of a block share one size: the largest that any of them needs.
-        sizes[block] = max(sizes[block], chosen)
-    return replace(recipe, block_size=tuple(sizes.values()))
+        largest = max(largest, chosen)
+    return largest
+
+
+@dataclass(frozen=True, eq=False)
+class RegionChoice:
+    """What was chosen for a region.
+
+    Attributes
+    ----------
+    permutation : numpy.ndarray (channels,), int64, optional
+    factors : numpy.ndarray (channels,), float64, optional
+    row : dict
+        Plain values for the report.
+    """
+
+    permutation: npt.NDArray[np.int64] | None
+    factors: npt.NDArray[np.float64] | None
+    row: dict[str, Any]
 
 
 def choose(
-    plan: ModelPlan,
-    calibration: Calibration,
-    weight: Callable[[str], Array],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Choices, list[dict[str, Any]]]:
-    """Choose permutations and factors for every region.
+    plan: ModelPlan, index: int, calibration: Calibration, weight: Callable[[str], Array]
+) -> RegionChoice:
+    """Choose permutation and factors for a region.
 
     Parameters
     ----------
     plan : ModelPlan
+    index : int
+        Of one of the plan's regions.
     calibration : Calibration
     weight : callable
         Returns the untransformed weight (out_features, in_features) of a region's matrix.
-    progress : callable
-
-    Returns
-    -------
-    choices : Choices
-        With the residual stream's signs.
-    rows : list of dict
-        Plain values for the report, one for each region.
     """
-    permutations: dict[str, npt.NDArray[np.int64]] = {}
-    factors = plan.draw_signs(calibration.draw)
-    rows = []
-    for index, region in enumerate(plan.regions):
-        count = calibration.statistics[region.name].count
-        row: dict[str, Any] = {"name": region.name, "tokens": count}
-        order = cq.identity_permutation(region.width)
-        if not count:
-            # An expert that no token was routed to tells nothing; what is neutral is exact too.
-            row["unrouted"] = True
-            if region.permuted:
-                permutations[region.name] = order
-                row["permutation"] = "identity"
-            if region.factored:
-                factors[region.name] = np.ones(region.width)
-                row["factors"] = "none"
-            rows.append(row)
-            progress(index + 1, len(plan.regions))
-            continue
+    region = plan.regions[index]
+    count = calibration.statistics[region.name].count
+    row: dict[str, Any] = {"name": region.name, "tokens": count}
+    order, permutation, factors = cq.identity_permutation(region.width), None, None
+    if not count:
+        # An expert that no token was routed to tells nothing; what is neutral is exact too.
+        row["unrouted"] = True
         if region.permuted:
-            b = region.side.rotation or 1
-            chosen = _permutation(plan.recipe, region, b, calibration, index)
-            order = permutations[region.name] = chosen.permutation
-            row |= {"permutation": chosen.method, "errors": chosen.errors}
+            permutation = order
+            row["permutation"] = "identity"
         if region.factored:
-            found, errors = _factors(plan.recipe, region, calibration, weight, order)
-            factors[region.name] = found
-            row |= {"factors": min(errors, key=lambda n: errors[n]), "output_errors": errors}
-        rows.append(row | _masses(region, calibration, order))
-        progress(index + 1, len(plan.regions))
-    return Choices(permutations, factors), rows
+            factors = np.ones(region.width)
+            row["factors"] = "none"
+        return RegionChoice(permutation, factors, row)
+    if region.permuted:
+        b = region.side.rotation or 1
+        chosen = _permutation(plan.recipe, region, b, calibration, index)
+        order = permutation = chosen.permutation
+        row |= {"permutation": chosen.method, "errors": chosen.errors}
+    if region.factored:
+        factors, errors = _factors(plan.recipe, region, calibration, weight, order)
+        row |= {"factors": min(errors, key=lambda n: errors[n]), "output_errors": errors}
+    return RegionChoice(permutation, factors, row | _masses(region, calibration, order))
 
 
 def _permutation(

@@ -64,11 +64,12 @@ class Source:
                 f"{self.path} is already quantized by corequant; quantize the float model, or load "
                 "this one with corequant_transformers.load"
             )
-        for shard in self._shards():
+        for shard in self.shards():
             if not shard.is_file():
                 raise CheckpointError(f"the model's file {shard} is missing")
 
-    def _shards(self) -> list[Path]:
+    def shards(self) -> list[Path]:
+        """Return a directory's files of weights."""
         index = self.path / "model.safetensors.index.json"
         if not index.is_file():
             return [self.path / "model.safetensors"]

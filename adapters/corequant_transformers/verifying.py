@@ -22,7 +22,21 @@ from corequant_transformers.rows import MatrixPlan
 from corequant_transformers.texts import check_tokens
 from corequant_transformers.transforming import Choices, OnlineRotation, restore
 
-__all__ = ["Trace", "Verification", "trace", "verify"]
+__all__ = [
+    "KeepFloat64",
+    "Trace",
+    "Verification",
+    "check_any_changed",
+    "check_block_error",
+    "check_changed",
+    "check_choices",
+    "check_logits_error",
+    "fingerprints",
+    "relative_error",
+    "stream_error",
+    "trace",
+    "verify",
+]
 
 TOLERANCE = 1e-9
 
@@ -90,7 +104,7 @@ def trace(model: Any, plan: ModelPlan, tokens: npt.NDArray[np.int64]) -> Trace:
     _check_dtype(model)
     windows = check_tokens(tokens)
     logits, blocks = _run(model, plan, windows)
-    return Trace(windows, logits, blocks, _fingerprints(model, plan))
+    return Trace(windows, logits, blocks, fingerprints(model, plan))
 
 
 @torch.no_grad()
@@ -139,25 +153,49 @@ def verify(
     acted = _check_acted(reference, model, plan, choices)
     logits, blocks = _run(model, plan, reference.tokens)
     errors = []
-    stream = plan.matrices[0].input
     for before, after in zip(reference.blocks, blocks, strict=True):
-        if stream.centered:
-            # Its readers never see the mean, and the writers no longer write it.
-            before = before - before.mean(-1, keepdim=True)
-        errors.append(_relative(before, restore(after, stream, choices)))
-    logits_error = _relative(reference.logits, logits)
-    bad = [i for i, e in enumerate(errors) if not e <= tolerance]
-    if bad:
+        errors.append(stream_error(before, after, plan, choices))
+    logits_error = relative_error(reference.logits, logits)
+    for index, error in enumerate(errors):
+        check_block_error(index, error, tolerance)
+    check_logits_error(logits_error, tolerance)
+    return Verification(logits_error, tuple(errors), *acted)
+
+
+def stream_error(
+    before: torch.Tensor, after: torch.Tensor, plan: ModelPlan, choices: Choices
+) -> float:
+    """Return the relative error of a transformed model's residual stream against the float one's.
+
+    Parameters
+    ----------
+    before, after : torch.Tensor (windows, length, hidden), float64
+    plan : ModelPlan
+    choices : Choices
+    """
+    stream = plan.matrices[0].input
+    if stream.centered:
+        # Its readers never see the mean, and the writers no longer write it.
+        before = before - before.mean(-1, keepdim=True)
+    return relative_error(before, restore(after, stream, choices))
+
+
+def check_block_error(index: int, error: float, tolerance: float = TOLERANCE) -> None:
+    """Raise VerificationError if a decoder block's output is not the float model's."""
+    if not error <= tolerance:
         raise VerificationError(
-            f"the transformed model differs from the float model from decoder block {bad[0]} on: "
-            f"relative error {errors[bad[0]]:.2e}, allowed {tolerance:.0e}"
+            f"the transformed model differs from the float model from decoder block {index} on: "
+            f"relative error {error:.2e}, allowed {tolerance:.0e}"
         )
-    if not logits_error <= tolerance:
+
+
+def check_logits_error(error: float, tolerance: float = TOLERANCE) -> None:
+    """Raise VerificationError if logits are not the float model's."""
+    if not error <= tolerance:
         raise VerificationError(
             "the transformed model's blocks agree with the float model's but its logits don't: "
-            f"relative error {logits_error:.2e}, allowed {tolerance:.0e}"
+            f"relative error {error:.2e}, allowed {tolerance:.0e}"
         )
-    return Verification(logits_error, tuple(errors), *acted)
 
 
 def _check_dtype(model: Any) -> None:
@@ -165,19 +203,26 @@ def _check_dtype(model: Any) -> None:
         raise TypeError(f"model must be in float64 to be verified, got {model.dtype}")
 
 
-def _check_acted(
-    reference: Trace,
-    model: Any,
-    plan: ModelPlan,
-    choices: Choices,
-) -> tuple[int, int, int]:
-    now = _fingerprints(model, plan)
+def check_changed(
+    before: dict[str, float], model: Any, plan: ModelPlan, choices: Choices
+) -> int:
+    """Return how many of a plan's matrices had to change; one that didn't is an error.
+
+    Parameters
+    ----------
+    before : dict of str to float
+        Fingerprints of the matrices before they were transformed.
+    model : transformers.PreTrainedModel
+    plan : ModelPlan
+    choices : Choices
+    """
+    now = fingerprints(model, plan)
     planned = [m.name for m in plan.matrices if _acts(m, plan, choices)]
-    same = [name for name in planned if now[name] == reference.fingerprints[name]]
-    if same or not planned:
+    same = [name for name in planned if now[name] == before[name]]
+    if same:
         raise VerificationError(
             f"{len(same)} of {len(planned)} matrices that should have been transformed did not "
-            f"change, the first is {same[0] if same else 'none planned'}"
+            f"change, the first is {same[0]}"
         )
     for matrix in plan.online:
         hooks = model.get_submodule(matrix.name)._forward_pre_hooks.values()
@@ -187,6 +232,11 @@ def _check_acted(
                 f"{matrix.name} must rotate its input by blocks of {matrix.input.rotation} once, "
                 f"got rotations {sizes}"
             )
+    return len(planned)
+
+
+def check_choices(plan: ModelPlan, choices: Choices) -> int:
+    """Return how many permutations move a channel; it is an error if they should and none does."""
     permuted = [r.name for r in plan.regions if r.permuted]
     missing = [name for name in permuted if name not in choices.permutations]
     if missing:
@@ -197,7 +247,24 @@ def _check_acted(
             f"all {len(permuted)} permutations are the identity, although the recipe asks for "
             f"{plan.recipe.permutation!r}"
         )
-    return len(planned), len(plan.online), moving
+    return moving
+
+
+def check_any_changed(changed: int) -> None:
+    """Raise VerificationError if no matrix had to change at all."""
+    if not changed:
+        raise VerificationError("no matrix had to be transformed: the recipe does nothing")
+
+
+def _check_acted(
+    reference: Trace,
+    model: Any,
+    plan: ModelPlan,
+    choices: Choices,
+) -> tuple[int, int, int]:
+    changed = check_changed(reference.fingerprints, model, plan, choices)
+    check_any_changed(changed)
+    return changed, len(plan.online), check_choices(plan, choices)
 
 
 def _acts(matrix: MatrixPlan, plan: ModelPlan, choices: Choices) -> bool:
@@ -214,7 +281,8 @@ def _acts(matrix: MatrixPlan, plan: ModelPlan, choices: Choices) -> bool:
     return False
 
 
-def _fingerprints(model: Any, plan: ModelPlan) -> dict[str, float]:
+def fingerprints(model: Any, plan: ModelPlan) -> dict[str, float]:
+    """Return a weighted sum of each matrix of a plan."""
     # Weights 1..1009 in row order, so that moving entries about shows, not only changing them.
     result = {}
     for matrix in plan.matrices:
@@ -237,7 +305,7 @@ def _run(
         blocks.append(output[0] if isinstance(output, tuple) else output)
 
     with ExitStack() as stack:
-        stack.enter_context(_KeepFloat64())
+        stack.enter_context(KeepFloat64())
         for i in range(plan.dimensions.blocks):
             block = model.get_submodule(plan.architecture.block.format(i))
             stack.callback(block.register_forward_hook(record).remove)
@@ -245,7 +313,7 @@ def _run(
     return logits, blocks
 
 
-class _KeepFloat64(TorchFunctionMode):
+class KeepFloat64(TorchFunctionMode):
     """While entered, tensors in float64 stay so when they are asked to become float32."""
 
     def __torch_function__(
@@ -271,5 +339,6 @@ _CASTS = {
 }
 
 
-def _relative(reference: torch.Tensor, other: torch.Tensor) -> float:
+def relative_error(reference: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the largest difference relative to the largest magnitude of the reference."""
     return float((reference - other).abs().max() / reference.abs().max())

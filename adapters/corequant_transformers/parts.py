@@ -1,0 +1,207 @@
+"""A model one part at a time: the embedding, each decoder block, the final norm with the head.
+
+The model itself is a skeleton: real Transformers classes whose parameters are on torch's meta
+device and take no memory. Opening a part gives its modules their weights for a while, from the
+model's files or from a model in memory, so that quantizing needs one part at a time either way.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+import transformers
+
+import corequant as cq
+from corequant_transformers.planning import ModelPlan, check_modules
+from corequant_transformers.sources import quiet_transformers
+
+__all__ = ["ENTRY", "EXIT", "ModelWeights", "Part", "Parts", "Weights", "part_plan", "skeleton"]
+
+Part = int | Literal["entry", "exit"]
+"""Index of a decoder block, or ``ENTRY`` (embedding), or ``EXIT`` (final norm and head)."""
+
+ENTRY: Literal["entry"] = "entry"
+EXIT: Literal["exit"] = "exit"
+
+
+class Weights(Protocol):
+    """Where a skeleton's parts get their weights from."""
+
+    def fill(self, model: Any, keys: Sequence[str]) -> None:
+        """Give the parameters of these names to the modules of ``model``, in float32."""
+        ...
+
+
+class ModelWeights:
+    """The weights of a float model in memory, which is only read."""
+
+    def __init__(self, model: Any) -> None:
+        self._state = model.state_dict()
+
+    def fill(self, model: Any, keys: Sequence[str]) -> None:
+        """Give the parameters of these names to the modules of ``model``, in float32."""
+        for key in keys:
+            # Nothing writes into a weight: whatever is transformed is a new tensor.
+            value = self._state[key].detach().to("cpu", torch.float32)
+            path, _, name = key.rpartition(".")
+            module = model.get_submodule(path)
+            if name in module._buffers:
+                module._buffers[name] = value
+            else:
+                module._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
+
+
+def skeleton(model: Any) -> Any:
+    """Return a model's structure with its parameters on the meta device.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or transformers.PreTrainedConfig
+        A model is left as it is.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        In evaluation mode, float32, with buffers that don't come from files in place.
+    """
+    if isinstance(model, torch.nn.Module):
+        tensors = [*model.named_parameters(remove_duplicate=False)]
+        # What deepcopy finds here it does not copy; a shared parameter stays shared.
+        memo: dict[int, Any] = {
+            id(p): torch.nn.Parameter(p.detach().to("meta", torch.float32), requires_grad=False)
+            for _, p in tensors
+        }
+        result: Any = copy.deepcopy(model, memo)
+        return result.eval()
+    with quiet_transformers(), torch.device("meta"):
+        result = transformers.AutoModelForCausalLM.from_config(model, dtype=torch.float32)
+    for module in result.modules():
+        own = {name: b for name, b in module._buffers.items() if b is not None}
+        for name, buffer in own.items():
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        if own:
+            # As when Transformers loads a model: it knows how to compute these.
+            result._init_weights(module)
+    return result.eval().requires_grad_(False)
+
+
+class Parts:
+    """A skeleton and where its weights come from.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A skeleton. Its head gets a matrix of its own where it shares the embedding's.
+    plan : ModelPlan
+        Says which modules belong to which part.
+    weights : Weights
+
+    Attributes
+    ----------
+    model : transformers.PreTrainedModel
+    keys : dict of Part to list of str
+        Names of the parameters of each part.
+
+    Raises
+    ------
+    ArchitectureError
+        If a matrix or norm of the plan is not in the model.
+    """
+
+    def __init__(self, model: Any, plan: ModelPlan, weights: Weights) -> None:
+        self.model = model
+        self.weights = weights
+        self.plan = plan
+        _untie(model, plan)
+        shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        check_modules(plan, shapes)
+        self.keys: dict[Part, list[str]] = {part: [] for part in self.order}
+        for name in shapes:
+            self.keys[_part_of(name, plan)].append(name)
+        self._open: Part | None = None
+
+    @property
+    def blocks(self) -> range:
+        """Indices of the decoder blocks."""
+        return range(self.plan.dimensions.blocks)
+
+    @property
+    def order(self) -> list[Part]:
+        """All parts in the order in which a token meets them."""
+        return [ENTRY, *self.blocks, EXIT]
+
+    def block(self, index: int) -> Any:
+        """Return a decoder block's module."""
+        return self.model.get_submodule(self.plan.architecture.block.format(index))
+
+    @contextmanager
+    def open(self, part: Part) -> Iterator[Any]:
+        """Give a part its weights in float32, and take them away with all changes at the end.
+
+        Raises
+        ------
+        CheckpointError
+            If they can't be read.
+        NonFiniteError
+            If one holds NaN or infinity.
+        """
+        self.model.float()
+        paths = self._modules(part)
+        closed = {path: self.model.get_submodule(path) for path in paths}
+        try:
+            for path, module in closed.items():
+                self.model.set_submodule(path, copy.deepcopy(module))
+            self.weights.fill(self.model, self.keys[part])
+            for path in paths:
+                _check_finite(path, self.model.get_submodule(path))
+            yield self.model
+        finally:
+            for path, module in closed.items():
+                self.model.set_submodule(path, module)
+
+    def _modules(self, part: Part) -> list[str]:
+        if isinstance(part, int):
+            return [self.plan.architecture.block.format(part)]
+        return sorted({key.rpartition(".")[0] for key in self.keys[part]})
+
+
+def part_plan(plan: ModelPlan, part: Part) -> ModelPlan:
+    """Return the rows and norms of a plan that belong to a part."""
+    matrices = tuple(m for m in plan.matrices if _part_of(f"{m.name}.", plan) == part)
+    norms = tuple(n for n in plan.norms if _part_of(f"{n}.", plan) == part)
+    return replace(plan, matrices=matrices, norms=norms)
+
+
+def _part_of(name: str, plan: ModelPlan) -> Part:
+    before, after = plan.architecture.block.split("{}")
+    if name.startswith(before):
+        index, _, _ = name.removeprefix(before).removesuffix(after).partition(".")
+        if index.isdigit():
+            return int(index)
+    for path in (plan.architecture.final_norm, plan.architecture.head):
+        if name.startswith(f"{path}."):
+            return EXIT
+    return ENTRY
+
+
+def _untie(model: Any, plan: ModelPlan) -> None:
+    embedding = model.get_submodule(plan.architecture.embedding)
+    head = model.get_submodule(plan.architecture.head)
+    if head.weight is embedding.weight:
+        head.weight = torch.nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
+    model.config.tie_word_embeddings = False
+
+
+def _check_finite(path: str, module: torch.nn.Module) -> None:
+    for name, tensor in module.named_parameters():
+        if not bool(torch.isfinite(tensor).all()):
+            good = torch.isfinite(tensor).numpy()
+            index = tuple(int(i) for i in np.unravel_index(int(good.argmin()), good.shape))
+            count = int(good.size - good.sum())
+            raise cq.NonFiniteError(f"{path}.{name}", count, index, float(tensor[index]))

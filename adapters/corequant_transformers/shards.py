@@ -1,0 +1,158 @@
+"""Weights of a Transformers directory, read from its safetensors files a few tensors at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from corequant.errors import CheckpointError
+from corequant_transformers.planning import ModelPlan
+from corequant_transformers.sources import Source, quiet_transformers
+
+__all__ = ["FileWeights"]
+
+
+class FileWeights:
+    """The weights in a directory's files.
+
+    Names and layouts that differ between files and modules, such as those of experts, are converted
+    as Transformers does when it loads a whole model.
+
+    Parameters
+    ----------
+    source : Source
+        A directory.
+    model : transformers.PreTrainedModel
+        A skeleton, before its head is untied from the embedding.
+    plan : ModelPlan
+
+    Raises
+    ------
+    CheckpointError
+        If a file is malformed, or lacks weights, or has them in another shape.
+    """
+
+    def __init__(self, source: Source, model: Any, plan: ModelPlan) -> None:
+        self.source = source
+        self._shared = None
+        if plan.dimensions.tied:
+            a = plan.architecture
+            self._shared = (f"{a.head}.weight", f"{a.embedding}.weight")
+        self._places: dict[str, tuple[Path, str]] = {}
+        """File and name of the tensors that each parameter is made of; several may make one."""
+        self._sources: dict[str, list[str]] = {}
+        self._read_headers(model)
+
+    def _read_headers(self, model: Any) -> None:
+        state = model.state_dict()
+        mapping = get_model_conversion_mapping(model)
+        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in mapping if isinstance(m, WeightConverter)]
+        covered = set()
+        for file in self.source.shards():
+            with _opened(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    if name in self._places:
+                        raise CheckpointError(
+                            f"the tensor {name} must be in one file, got {self._places[name][0]} "
+                            f"and {file}"
+                        )
+                    key, pattern = rename_source_key(
+                        name, renamings, converters, model.base_model_prefix, state
+                    )
+                    if key not in state:
+                        continue
+                    self._places[name] = (file, name)
+                    self._sources.setdefault(key, []).append(name)
+                    shape = tuple(tensors.get_slice(name).get_shape())
+                    if pattern is None and shape != tuple(state[key].shape):
+                        raise CheckpointError(
+                            f"{name} of {file} must have shape {tuple(state[key].shape)}, "
+                            f"got {shape}"
+                        )
+                    covered.add(key)
+                    if pattern is not None:
+                        covered |= set(_targets(pattern, converters, key))
+        if self._shared is not None and self._shared[0] not in covered:
+            covered.add(self._shared[0])
+        missing = sorted(set(state) - covered)
+        if missing:
+            raise CheckpointError(
+                f"{self.source.path} lacks {len(missing)} weights, the first is {missing[0]}"
+            )
+
+    def fill(self, model: Any, keys: Sequence[str]) -> None:
+        """Give the parameters of these names to the modules of ``model``, in float32."""
+        tensors = {}
+        for key in keys:
+            if key in self._sources:
+                for name in self._sources[key]:
+                    tensors[name] = self._read(name)
+            elif self._shared is not None and key == self._shared[0]:
+                tensors[key] = self._read(self._sources[self._shared[1]][0])
+        with quiet_transformers():
+            info, _ = convert_and_load_state_dict_in_model(
+                model,
+                tensors,
+                LoadStateDictConfig(
+                    dtype=torch.float32, weight_mapping=get_model_conversion_mapping(model)
+                ),
+            )
+        failed = sorted(set(keys) & set(info.missing_keys))
+        if failed or info.conversion_errors or info.mismatched_keys:
+            reasons = [*info.conversion_errors.values(), *info.mismatched_keys, *failed]
+            raise CheckpointError(f"{self.source.path} can't be loaded: {reasons[0]}")
+        for key in keys:
+            model.get_parameter_or_buffer(key).requires_grad_(False)
+
+    def _read(self, name: str) -> torch.Tensor:
+        file, stored = self._places[name]
+        with _opened(file) as tensors:
+            tensor: torch.Tensor = tensors.get_tensor(stored)
+        return tensor
+
+
+class _opened:
+    """A file of tensors, without a mapping: a file that shrinks meanwhile is an error, no signal."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __enter__(self) -> Any:
+        try:
+            self._tensors: Any = safetensors.safe_open(
+                self.file, framework="pt", device="cpu", backend="pread"
+            )
+            return self._tensors.__enter__()
+        except FileNotFoundError:
+            raise CheckpointError(f"the model's file {self.file} is missing") from None
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"{self.file} can't be loaded: {error}") from error
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        self._tensors.__exit__(kind, error, traceback)
+        if isinstance(error, OSError | ValueError | safetensors.SafetensorError) and not isinstance(
+            error, CheckpointError
+        ):
+            raise CheckpointError(f"{self.file} can't be read: {error}") from error
+
+
+def _targets(pattern: str, converters: list[Any], key: str) -> list[str]:
+    """Return the parameters that a conversion makes, of which ``key`` is the first."""
+    for converter in converters:
+        if pattern in converter.source_patterns:
+            first, *others = converter.target_patterns
+            return [key, *(key.replace(first, other) for other in others)]
+    return [key]
