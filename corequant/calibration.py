@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,10 @@ from corequant.protocols import Backend
 __all__ = ["ActivationStats"]
 
 Vector = npt.NDArray[np.float64]
+
+_PARTS = ("state", "inc")
+"""Numbers of 128 bits that PCG64 is made of."""
+_WORD = 2**64 - 1
 
 
 class ActivationStats:
@@ -177,6 +182,62 @@ class ActivationStats:
             np.concatenate([self._tokens, other._tokens]),
         )
         return merged
+
+    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Return all that was collected, and the state of the sample's generator, as arrays.
+
+        ``restore`` on an object made with the same parameters goes on from there, bit for bit.
+
+        Examples
+        --------
+        >>> import numpy as np, corequant as cq
+        >>> half, x = cq.ActivationStats(2, reservoir=1), np.array([[1.0, -3.0], [3.0, 1.0]])
+        >>> arrays = half.update(x[:1]).to_arrays()
+        >>> whole = cq.ActivationStats(2, reservoir=1).restore(arrays).update(x[1:])
+        >>> np.array_equal(whole.tokens, half.update(x[1:]).tokens)
+        True
+        """
+        state: Any = self._generator.bit_generator.state
+        words = [state["state"][part] >> shift & _WORD for part in _PARTS for shift in (0, 64)]
+        arrays = {
+            "count": np.array([self._count, self._energy_count]),
+            "generator": np.array([*words, state["has_uint32"], state["uinteger"]], np.uint64),
+            "sum_abs": self._sum_abs.copy(),
+            "sum_square": self._sum_square.copy(),
+            "absmax": self._absmax.copy(),
+            "keys": self._keys.copy(),
+            "tokens": self._tokens.copy(),
+        }
+        for name, gram in (("gram", self._gram), ("energy_gram", self._energy_gram)):
+            if gram is not None:
+                arrays[name] = gram.copy()
+        return arrays
+
+    def restore(self, arrays: Mapping[str, npt.NDArray[Any]]) -> ActivationStats:
+        """Take over what ``to_arrays`` gave, in place of all that was collected; return self.
+
+        Parameters
+        ----------
+        arrays : mapping of str to numpy.ndarray
+            Of an object with the same parameters.
+        """
+        *words, has, rest = (int(word) for word in arrays["generator"])
+        self._generator.bit_generator.state = {
+            "bit_generator": "PCG64",
+            "state": {part: words[2 * i] | words[2 * i + 1] << 64 for i, part in enumerate(_PARTS)},
+            "has_uint32": has,
+            "uinteger": rest,
+        }
+        self._count, self._energy_count = (int(n) for n in arrays["count"])
+        self._sum_abs = arrays["sum_abs"].copy()
+        self._sum_square = arrays["sum_square"].copy()
+        self._absmax = arrays["absmax"].copy()
+        self._keys, self._tokens = arrays["keys"].copy(), arrays["tokens"].copy()
+        if self._gram is not None:
+            self._gram = arrays["gram"].copy()
+        if self._energy_gram is not None:
+            self._energy_gram = arrays["energy_gram"].copy()
+        return self
 
     def _sample(self, x: Any, tokens: int) -> None:
         keys = self._generator.random(tokens)

@@ -1,22 +1,19 @@
-"""One float forward pass that collects the statistics a plan needs."""
+"""Collect the statistics that a plan needs while the float model runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 import corequant as cq
-from corequant_transformers.choosing import Calibration, needs_second_order, needs_tokens
+from corequant_transformers.choosing import needs_second_order, needs_tokens
 from corequant_transformers.planning import ModelPlan
 from corequant_transformers.rows import Region
-from corequant_transformers.texts import check_tokens
 
-__all__ = ["collect_statistics"]
+__all__ = ["Collector"]
 
 _RESERVOIR = 1024
 """Tokens kept of each layer: 6 MiB at 1536 channels."""
@@ -25,81 +22,97 @@ _ENERGY_TOKENS = 4096
 """Tokens after which the permutations made from energies gain nothing measurable."""
 
 
-@torch.no_grad()
-def collect_statistics(
-    model: Any,
-    plan: ModelPlan,
-    tokens: npt.NDArray[np.int64],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Calibration:
-    """Run the float model over token windows and gather what each MLP's ``down`` reads.
+class Collector:
+    """Statistics of a plan's regions, from the inputs of the layers that read them.
+
+    Where choices are judged by tokens, the last window is held out. Some thousand tokens are enough
+    for the second-order statistic.
 
     Parameters
     ----------
-    model : transformers.PreTrainedModel
-        The untransformed model.
     plan : ModelPlan
-    tokens : numpy.ndarray (windows, length), int64
-    progress : callable
-        Told how many windows of how many are done.
+    shape : tuple of int
+        How many windows there are, and how many tokens each has.
 
-    Returns
-    -------
-    Calibration
-        With statistics by the name of the region. Where choices are judged by tokens, the last
-        window is held out. Some thousand tokens are enough for the second-order statistic.
-
-    Raises
-    ------
-    NonFiniteError
-        If an activation holds NaN or infinity; names the layer and the window.
+    Attributes
+    ----------
+    statistics, held_out : dict of str to ActivationStats
+        By the name of the region.
+    position : int
+        The window that is run.
     """
-    recipe = plan.recipe
-    kept = _RESERVOIR if needs_tokens(recipe) else 0
-    statistics = {
-        r.name: cq.ActivationStats(
-            r.width,
+
+    def __init__(self, plan: ModelPlan, shape: tuple[int, int]) -> None:
+        windows, length = shape
+        self._recipe = plan.recipe
+        self._windows = windows
+        self._stride = _energy_stride(plan, windows * length)
+        self._kept = _RESERVOIR if needs_tokens(plan.recipe) else 0
+        # A single window has to serve for both.
+        self._judging = windows - 1 if self._kept and windows > 1 else windows
+        self.statistics: dict[str, cq.ActivationStats] = {}
+        self.held_out: dict[str, cq.ActivationStats] = {}
+        self.position = 0
+
+    def begin(self, region: Region) -> None:
+        """Make room for a region, unless there is."""
+        if region.name in self.statistics:
+            return
+        recipe = self._recipe
+        self.statistics[region.name] = cq.ActivationStats(
+            region.width,
             energy_gram=needs_second_order(recipe),
-            energy_stride=_energy_stride(plan, tokens),
-            reservoir=kept,
+            energy_stride=self._stride,
+            reservoir=self._kept,
             seed=recipe.seed,
         )
-        for r in plan.regions
-    }
-    held_out = {
-        r.name: cq.ActivationStats(r.width, reservoir=kept, seed=recipe.seed)
-        for r in plan.regions
-        if kept
-    }
-    windows = check_tokens(tokens)
-    # A single window has to serve for both.
-    judging = len(windows) - 1 if kept and len(windows) > 1 else len(windows)
-    position = 0
+        if self._kept:
+            self.held_out[region.name] = cq.ActivationStats(
+                region.width, reservoir=self._kept, seed=recipe.seed
+            )
 
-    def watch(region: Region, reader: str) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
+    def forget(self, region: str) -> None:
+        """Drop what is not needed any more."""
+        for _, held in self.kinds():
+            held.pop(region, None)
+
+    def kinds(self) -> list[tuple[str, dict[str, cq.ActivationStats]]]:
+        """Return both kinds of statistics with their names."""
+        return [("statistics", self.statistics), ("held_out", self.held_out)]
+
+    @contextmanager
+    def watching(self, model: Any, readers: Iterable[tuple[Region, str]]) -> Iterator[None]:
+        """Collect what the named layers read while the context lasts.
+
+        Raises
+        ------
+        NonFiniteError
+            From the model's run, if it holds NaN or infinity; names the layer and the window.
+        """
+        with ExitStack() as hooks:
+            for region, reader in readers:
+                self.begin(region)
+                module = model.get_submodule(reader)
+                handle = module.register_forward_pre_hook(self._hook(region, reader))
+                hooks.callback(handle.remove)
+            yield
+
+    def _hook(
+        self, region: Region, reader: str
+    ) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
         def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
             try:
-                if position < judging:
-                    statistics[region.name].update(_tokens(args[0], region))
-                if kept and (position >= judging or len(windows) == 1):
-                    held_out[region.name].update(_tokens(args[0], region))
+                if self.position < self._judging:
+                    seen = _tokens(x, region)
+                    self.statistics[region.name].update(seen)
+                if self._kept and (self.position >= self._judging or self._windows == 1):
+                    self.held_out[region.name].update(_tokens(x, region))
             except cq.NonFiniteError as error:
-                name = f"the input of {reader} in calibration window {position}"
+                name = f"the input of {reader} in calibration window {self.position}"
                 raise cq.NonFiniteError(name, error.count, error.index, error.value) from None
 
         return hook
-
-    trunk = model.get_submodule(plan.architecture.embedding.rpartition(".")[0])
-    with ExitStack() as hooks:
-        for region in plan.regions:
-            for reader in region.readers:
-                hook = watch(region, reader)
-                handle = model.get_submodule(reader).register_forward_pre_hook(hook)
-                hooks.callback(handle.remove)
-        for position, window in enumerate(windows):
-            trunk(input_ids=torch.from_numpy(window)[None], use_cache=False)
-            progress(position + 1, len(windows))
-    return Calibration(windows, statistics, held_out)
 
 
 def _tokens(x: torch.Tensor, region: Region) -> torch.Tensor:
@@ -111,9 +124,9 @@ def _tokens(x: torch.Tensor, region: Region) -> torch.Tensor:
     return heads.transpose(-3, -2).reshape(*x.shape[:-1], repeat, region.width)
 
 
-def _energy_stride(plan: ModelPlan, tokens: npt.NDArray[np.int64]) -> int:
+def _energy_stride(plan: ModelPlan, tokens: int) -> int:
     """Return which tokens enter the energy statistic: 4096 in all, and no fewer than an eighth."""
     if plan.dimensions.experts:
         # An expert sees few tokens anyway.
         return 1
-    return min(8, max(2, np.size(tokens) // _ENERGY_TOKENS))
+    return min(8, max(2, tokens // _ENERGY_TOKENS))

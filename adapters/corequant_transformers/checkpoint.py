@@ -10,7 +10,6 @@ and stops, where it would otherwise compute nonsense.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -28,20 +26,38 @@ import corequant as cq
 from corequant.errors import CheckpointError, OutputError, RecipeError
 from corequant.export import from_arrays, to_arrays
 from corequant.recipe import Recipe
+from corequant_transformers.durable import compare, sync, umask
 from corequant_transformers.layers import QuantizedLinear
 from corequant_transformers.layouts import standardize
+from corequant_transformers.parts import Part, part_of, part_plan
 from corequant_transformers.planning import ModelPlan, plan_model
 from corequant_transformers.sources import quiet_transformers, read_json
 from corequant_transformers.transforming import restructure
 
-__all__ = ["check_output", "is_quantized", "load", "load_tokenizer", "read_recipe", "save"]
+__all__ = [
+    "check_output",
+    "is_quantized",
+    "load",
+    "load_tokenizer",
+    "part_tensors",
+    "place_tensors",
+    "read_recipe",
+    "save",
+    "writing",
+]
 
 WEIGHTS = "corequant.safetensors"
 FORMAT_VERSION = 1
 
 
-def check_output(path: str | Path) -> Path:
+def check_output(path: str | Path, *, allow_full: bool = False) -> Path:
     """Return the path of a directory that can be written, before any work is done.
+
+    Parameters
+    ----------
+    path : str or Path
+    allow_full : bool
+        Whether it may hold something.
 
     Raises
     ------
@@ -49,7 +65,7 @@ def check_output(path: str | Path) -> Path:
         If it holds something already, or its parent is missing or can't be written.
     """
     target = Path(path).absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not allow_full)):
         raise OutputError(f"output must be a new or empty directory, got {target}")
     if not target.parent.is_dir():
         raise OutputError(f"output's parent folder must exist, got {target.parent}")
@@ -100,8 +116,49 @@ def save(
     OutputError
         If it can't be written, or what was written doesn't read back equal. Nothing is left then.
     """
-    target = check_output(output)
     tensors = _tensors(model, plan)
+    name = type(model).__name__
+    with writing(
+        output,
+        name,
+        plan,
+        report=report,
+        float_config=float_config,
+        tokenizer=tokenizer,
+        copied_files=copied_files,
+    ) as folder:
+        safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        compare(folder / WEIGHTS, tensors)
+    return Path(output).absolute()
+
+
+@contextmanager
+def writing(
+    output: str | Path,
+    name: str,
+    plan: ModelPlan,
+    *,
+    report: dict[str, Any],
+    float_config: str,
+    tokenizer: Any = None,
+    copied_files: list[Path] | None = None,
+) -> Iterator[Path]:
+    """Give a new directory with all files but the weights; it gets its name at the end.
+
+    Parameters
+    ----------
+    output : str or Path
+    name : str
+        Of the model's class.
+    plan, report, float_config, tokenizer, copied_files
+        As for ``save``.
+
+    Raises
+    ------
+    OutputError
+        If it can't be written. Nothing is left then.
+    """
+    target = check_output(output)
     with _new_directory(target) as folder:
         for file in copied_files or []:
             shutil.copyfile(file, folder / file.name)
@@ -109,15 +166,12 @@ def save(
             with quiet_transformers():
                 tokenizer.save_pretrained(folder)
         (folder / "float_config.json").write_text(float_config, encoding="utf-8")
-        (folder / "config.json").write_text(_config(model, plan, float_config), encoding="utf-8")
+        (folder / "config.json").write_text(_config(name, plan, float_config), encoding="utf-8")
         (folder / "recipe.toml").write_text(plan.recipe.to_toml(), encoding="utf-8")
         (folder / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
-        weights = folder / WEIGHTS
-        safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+        yield folder
         # The writer makes files that only their owner can read.
-        weights.chmod((folder / "config.json").stat().st_mode)
-        _compare(weights, tensors)
-    return target
+        (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)
 
 
 def load(path: str | Path) -> Any:
@@ -146,6 +200,29 @@ def load(path: str | Path) -> Any:
     standardize(model, plan)
     restructure(model, plan)
     tensors = _read_tensors(folder / WEIGHTS)
+    return place_tensors(model, plan, tensors, folder / WEIGHTS)
+
+
+def place_tensors(
+    model: Any, plan: ModelPlan, tensors: dict[str, torch.Tensor], where: Path | str
+) -> Any:
+    """Give a model the codes, scales and float matrices that were made for it, in place.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Standardized and restructured; its own parameters may be on the meta device.
+    plan : ModelPlan
+    tensors : dict of str to torch.Tensor
+        Of all parts; emptied on the way.
+    where : Path or str
+        Where they are from, for error messages.
+
+    Raises
+    ------
+    CheckpointError
+        If they are not what the plan leads to expect.
+    """
     for matrix in plan.quantized:
         own = {k: t.numpy() for k, t in tensors.items() if k.startswith(f"{matrix.name}.weight_")}
         quantized = from_arrays(matrix.name, own, plan.recipe.weights, matrix.shape)
@@ -159,13 +236,13 @@ def load(path: str | Path) -> Any:
         )
         had_bias = model.get_submodule(matrix.name).bias is not None
         if had_bias != (bias is not None):
-            raise CheckpointError(f"{folder / WEIGHTS} must hold {matrix.name}.bias: {had_bias}")
+            raise CheckpointError(f"{where} must hold {matrix.name}.bias: {had_bias}")
         model.set_submodule(matrix.name, layer)
         for key in own:
             del tensors[key]
     expected = {k: v for k, v in model.state_dict().items() if not _belongs(k, plan)}
-    _check_same(folder, expected, tensors)
-    model.load_state_dict(tensors, strict=False)
+    _check_same(where, expected, tensors)
+    model.load_state_dict(tensors, strict=False, assign=True)
     return model.eval().requires_grad_(False)
 
 
@@ -217,13 +294,13 @@ def _read_plan(folder: Path) -> tuple[ModelPlan, Any]:
     return plan_model(config, read_recipe(folder)), config
 
 
-def _config(model: Any, plan: ModelPlan, float_config: str) -> str:
+def _config(name: str, plan: ModelPlan, float_config: str) -> str:
     kind = plan.architecture.model_type
     values = json.loads(float_config)
     values.update(
         # Readers that don't know the type print it: it should say what to do.
         model_type=f"corequant_{kind} (load it with corequant_transformers.load)",
-        architectures=[f"Corequant{type(model).__name__}"],
+        architectures=[f"Corequant{name}"],
         tie_word_embeddings=False,
         quantization_config={
             "quant_method": "corequant",
@@ -244,6 +321,12 @@ def _version() -> str:
 
 def _belongs(key: str, plan: ModelPlan) -> bool:
     return any(key.startswith(f"{m.name}.") for m in plan.quantized)
+
+
+def part_tensors(model: Any, plan: ModelPlan, part: Part) -> dict[str, torch.Tensor]:
+    """Return what is stored of an open part of a quantized model."""
+    rows = part_plan(plan, part)
+    return {k: v for k, v in _tensors(model, rows).items() if part_of(k, plan) == part}
 
 
 def _tensors(model: Any, plan: ModelPlan) -> dict[str, torch.Tensor]:
@@ -268,32 +351,19 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _check_same(
-    folder: Path, expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]
+    where: Path | str, expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]
 ) -> None:
     for name in sorted(set(expected) ^ set(found)):
         what = "lacks the tensor" if name in expected else "has an unexpected tensor"
-        raise CheckpointError(f"{folder / WEIGHTS} {what} {name}")
+        raise CheckpointError(f"{where} {what} {name}")
     for name, tensor in expected.items():
         if found[name].shape != tensor.shape:
             raise CheckpointError(
-                f"{name} of {folder / WEIGHTS} must have shape {tuple(tensor.shape)}, "
+                f"{name} of {where} must have shape {tuple(tensor.shape)}, "
                 f"got {tuple(found[name].shape)}"
             )
         if found[name].is_floating_point() and not bool(found[name].isfinite().all()):
-            raise CheckpointError(f"{name} of {folder / WEIGHTS} holds NaN or infinity")
-
-
-def _compare(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    written = _read_tensors(file)
-    for name, tensor in tensors.items():
-        # Bits are compared, so that a changed sign of zero counts.
-        same = name in written and np.array_equal(_bytes(tensor), _bytes(written[name]))
-        if not same:
-            raise OutputError(f"{name} did not read back as it was written to {file}")
-
-
-def _bytes(tensor: torch.Tensor) -> Any:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+            raise CheckpointError(f"{name} of {where} holds NaN or infinity")
 
 
 @contextmanager
@@ -305,31 +375,17 @@ def _new_directory(target: Path) -> Iterator[Path]:
         raise OutputError(f"output can't be written: {error}") from error
     try:
         yield folder
-        folder.chmod(0o777 & ~_umask())
+        folder.chmod(0o777 & ~umask())
         for file in folder.iterdir():
-            _sync(file)
-        _sync(folder)
+            sync(file)
+        sync(folder)
         if target.is_dir():
             target.rmdir()
         folder.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except (OSError, safetensors.SafetensorError) as error:
         if isinstance(error, cq.CorequantError):
             raise
         raise OutputError(f"{target} could not be written: {error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,4 +1,4 @@
-"""What a run has done so far: each step's results, and the hidden states that the next one reads."""
+"""What a run has done so far: the results of its steps, and the hidden states that come next."""
 
 from __future__ import annotations
 

@@ -18,10 +18,21 @@ import torch
 import transformers
 
 import corequant as cq
-from corequant_transformers.planning import ModelPlan, check_modules
+from corequant_transformers.layouts import check_modules, standardize, standardized
+from corequant_transformers.planning import ModelPlan
 from corequant_transformers.sources import quiet_transformers
 
-__all__ = ["ENTRY", "EXIT", "ModelWeights", "Part", "Parts", "Weights", "part_plan", "skeleton"]
+__all__ = [
+    "ENTRY",
+    "EXIT",
+    "ModelWeights",
+    "Part",
+    "Parts",
+    "Weights",
+    "part_of",
+    "part_plan",
+    "skeleton",
+]
 
 Part = int | Literal["entry", "exit"]
 """Index of a decoder block, or ``ENTRY`` (embedding), or ``EXIT`` (final norm and head)."""
@@ -119,12 +130,11 @@ class Parts:
         self.weights = weights
         self.plan = plan
         _untie(model, plan)
-        shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-        check_modules(plan, shapes)
         self.keys: dict[Part, list[str]] = {part: [] for part in self.order}
-        for name in shapes:
-            self.keys[_part_of(name, plan)].append(name)
-        self._open: Part | None = None
+        for name in model.state_dict():
+            self.keys[part_of(name, plan)].append(name)
+        with standardized(model, plan):
+            check_modules(plan, {name: tuple(t.shape) for name, t in model.state_dict().items()})
 
     @property
     def blocks(self) -> range:
@@ -144,6 +154,8 @@ class Parts:
     def open(self, part: Part) -> Iterator[Any]:
         """Give a part its weights in float32, and take them away with all changes at the end.
 
+        Meanwhile its modules are in the layout of ``layouts.standardize``.
+
         Raises
         ------
         CheckpointError
@@ -152,12 +164,13 @@ class Parts:
             If one holds NaN or infinity.
         """
         self.model.float()
-        paths = self._modules(part)
+        paths = self.modules(part)
         closed = {path: self.model.get_submodule(path) for path in paths}
         try:
             for path, module in closed.items():
                 self.model.set_submodule(path, copy.deepcopy(module))
             self.weights.fill(self.model, self.keys[part])
+            standardize(self.model, part_plan(self.plan, part))
             for path in paths:
                 _check_finite(path, self.model.get_submodule(path))
             yield self.model
@@ -165,7 +178,8 @@ class Parts:
             for path, module in closed.items():
                 self.model.set_submodule(path, module)
 
-    def _modules(self, part: Part) -> list[str]:
+    def modules(self, part: Part) -> list[str]:
+        """Return the paths of the modules that a part is made of."""
         if isinstance(part, int):
             return [self.plan.architecture.block.format(part)]
         return sorted({key.rpartition(".")[0] for key in self.keys[part]})
@@ -173,12 +187,13 @@ class Parts:
 
 def part_plan(plan: ModelPlan, part: Part) -> ModelPlan:
     """Return the rows and norms of a plan that belong to a part."""
-    matrices = tuple(m for m in plan.matrices if _part_of(f"{m.name}.", plan) == part)
-    norms = tuple(n for n in plan.norms if _part_of(f"{n}.", plan) == part)
+    matrices = tuple(m for m in plan.matrices if part_of(f"{m.name}.", plan) == part)
+    norms = tuple(n for n in plan.norms if part_of(f"{n}.", plan) == part)
     return replace(plan, matrices=matrices, norms=norms)
 
 
-def _part_of(name: str, plan: ModelPlan) -> Part:
+def part_of(name: str, plan: ModelPlan) -> Part:
+    """Return the part that a parameter or, with a dot at its end, a module belongs to."""
     before, after = plan.architecture.block.split("{}")
     if name.startswith(before):
         index, _, _ = name.removeprefix(before).removesuffix(after).partition(".")

@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
-import torch
 
-import corequant as cq
 from corequant.recipe import Recipe
-from corequant.rounding import round_to_nearest
-from corequant_transformers.capturing import collect_statistics
-from corequant_transformers.checkpoint import check_output, save
-from corequant_transformers.choosing import Calibration, choose, choose_block_sizes
+from corequant_transformers.checkpoint import check_output, load, place_tensors, save
+from corequant_transformers.choosing import Calibration
 from corequant_transformers.descriptions import check_described
-from corequant_transformers.layers import QuantizedLinear
-from corequant_transformers.layouts import check_modules, standardize, standardized
+from corequant_transformers.layouts import standardize
+from corequant_transformers.ledgers import Ledger, MemoryLedger
+from corequant_transformers.pacing import Pace
+from corequant_transformers.parts import ModelWeights, Parts, skeleton
 from corequant_transformers.planning import ModelPlan, plan_model
-from corequant_transformers.sequential import round_blocks
-from corequant_transformers.signs import choose_signs
+from corequant_transformers.saving import begin_run, describe_run, save_run
+from corequant_transformers.shards import FileWeights
 from corequant_transformers.sources import Source
+from corequant_transformers.streaming import Job, gather, steps_of
 from corequant_transformers.texts import check_tokens, token_windows
-from corequant_transformers.transforming import Choices, transform_model, untie
-from corequant_transformers.verifying import Verification, trace, verify
+from corequant_transformers.transforming import Choices, restructure
+from corequant_transformers.verifying import Verification
 
 __all__ = ["Calibration", "Quantized", "calibrate", "plan", "quantize"]
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(phase, done, total)``."""
-
-_VERIFIED_TOKENS = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +42,6 @@ class Quantized:
 
     Attributes
     ----------
-    model : transformers.PreTrainedModel
-        With a ``QuantizedLinear`` for every quantized matrix.
     tokenizer : transformers tokenizer or None
     plan : ModelPlan
     choices : Choices
@@ -59,9 +53,12 @@ class Quantized:
         Text of the float model's ``config.json``.
     copied_files : list of Path
         Tokenizer files of the float model.
+    made : transformers.PreTrainedModel, optional
+        The model, where it was made in memory.
+    path : Path, optional
+        The directory that it was written to, where it was not.
     """
 
-    model: Any
     tokenizer: Any
     plan: ModelPlan
     choices: Choices
@@ -69,6 +66,16 @@ class Quantized:
     report: dict[str, Any]
     float_config: str
     copied_files: list[Path]
+    made: Any = None
+    path: Path | None = None
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The model, with a ``QuantizedLinear`` for every quantized matrix.
+
+        One that was written part by part is loaded when it is first asked for.
+        """
+        return load(self.path) if self.made is None and self.path is not None else self.made
 
     def save(self, output: str | Path) -> Path:
         """Write the model to a new or empty directory and return its path.
@@ -160,17 +167,7 @@ def calibrate(
     else:
         tokens = check_tokens(calibration)
     table = plan_model(model.config, recipe)
-    with standardized(model, table):
-        check_modules(table, _shapes(model))
-        gathered = collect_statistics(
-            model, table, tokens, lambda done, total: progress("calibrate", done, total)
-        )
-        if recipe.sign_trials == 1 or not table.draw_signs():
-            return gathered
-        draw, losses = choose_signs(
-            model, table, gathered.tokens, lambda done, total: progress("signs", done, total)
-        )
-    return replace(gathered, draw=draw, draw_losses=tuple(losses))
+    return gather(Parts(skeleton(model), table, ModelWeights(model)), table, tokens, progress)
 
 
 def quantize(
@@ -181,6 +178,8 @@ def quantize(
     *,
     tokenizer: Any = None,
     executor: Executor | None = None,
+    resume: bool = False,
+    events: Callable[[dict[str, Any]], None] = lambda event: None,
     progress: Progress = lambda phase, done, total: None,
 ) -> Quantized:
     """Permute, rotate and quantize a model; verify it on the way; save it if asked.
@@ -194,12 +193,20 @@ def quantize(
     calibration : str, numpy.ndarray (windows, length) or Calibration
         Text, token windows, or what ``calibrate`` returned for this very model.
     output : str or Path, optional
-        A new or empty directory. Nothing is left there if anything fails.
+        A new or empty directory. Nothing is left there if anything fails. What a model on disk
+        needs on the way is kept beside it, in a directory named ``output`` with ``.run`` at its
+        end, so that a run that was stopped can go on; a run that ends removes it.
     tokenizer : transformers tokenizer, optional
         Of a model that is given as an object; one on disk brings its own.
     executor : concurrent.futures.Executor, optional
         Rounds layers that read the same input at the same time, where the recipe's rounding looks
         at data.
+    resume : bool
+        Go on with a run that was stopped, or begin one. The result has the same bytes as that of a
+        run that was not stopped.
+    events : callable
+        Called with a dictionary after each step of a model on disk: the step, the seconds that it
+        took, and, from the second decoder block on, those that remain.
     progress : callable
         Called as ``progress(phase, done, total)``.
 
@@ -215,6 +222,9 @@ def quantize(
         If there is too little text.
     CheckpointError, OutputError
         If files can't be read or written.
+    RunError
+        If a run was begun there and ``resume`` is false, or it was about something else, or another
+        process is working on it.
     HessianError
         If a layer's inputs make no use of the recipe's rounding; names the layer.
     NonFiniteError
@@ -240,124 +250,120 @@ def quantize(
     """
     started = time.monotonic()
     if output is not None:
-        check_output(output)
+        check_output(output, allow_full=resume)
     source = Source(model) if isinstance(model, str | Path) else None
     table = plan(model, recipe)
     if source is not None:
         tokenizer = source.tokenizer()
     if isinstance(calibration, str):
-        # Too little text should be known before the model is loaded.
+        # Too little text should be known before the model is read.
         if tokenizer is None:
             raise TypeError("tokenizer must be given with text, got None")
         calibration = token_windows(calibration, tokenizer, recipe.sequence_length, recipe.samples)
-    if source is not None:
-        progress("load", 0, 1)
-        work = source.load()
-        progress("load", 1, 1)
-    else:
-        work = copy.deepcopy(cast(Any, model)).float().eval().requires_grad_(False)
-    float_config = _config_text(source, work)
-    standardize(work, table)
-    check_modules(table, _shapes(work))
-    _check_weights(work)
-    if not isinstance(calibration, Calibration):
-        calibration = calibrate(work, recipe, calibration, progress=progress)
+    found = calibration if isinstance(calibration, Calibration) else None
+    tokens = found.tokens if found is not None else check_tokens(calibration)
 
-    recipe = choose_block_sizes(table, calibration)
-    table = plan_model(work.config, recipe)
-    choices, regions = choose(
-        table,
-        calibration,
-        lambda name: np.asarray(work.get_submodule(name).weight.detach().numpy()),
-        lambda done, total: progress("choose", done, total),
-    )
-    verification = _transform(work, table, choices, calibration.tokens, progress)
-    if not recipe.rounding_options().needs_moments:
-        rows = _round_to_nearest(work, table, progress)
-    else:
-        rows = round_blocks(
-            work,
+    def make(ledger: Ledger, after: Callable[[str, float], None] = lambda step, s: None) -> _Made:
+        parts, float_config = _parts(model if source is None else source, table, progress)
+        job = Job(
+            parts,
             table,
-            calibration.tokens,
+            tokens,
+            ledger,
+            calibration=found,
             executor=executor,
-            progress=lambda done, total: progress("round", done, total),
+            progress=progress,
+            after=after,
         )
-    report = {
-        "recipe": recipe.to_dict(),
-        "verification": verification.to_dict(),
-        "notes": list(table.notes),
-        "calibration_tokens": int(calibration.tokens.size),
-        "signs": {"draw": calibration.draw, "losses": list(calibration.draw_losses)},
-        "regions": regions,
-        "matrices": rows,
+        job.run()
+        return _Made(job, float_config, _report(job, started))
+
+    def result(made: _Made, model: Any = None, path: Path | None = None) -> Quantized:
+        copied = source.copied_files() if source else []
+        job, verification = made.job, made.job.report()["verification"]
+        return Quantized(
+            tokenizer,
+            job.plan,
+            job.choices,
+            verification,
+            made.report,
+            made.float_config,
+            copied,
+            model,
+            path,
+        )
+
+    if output is None or source is None or found is not None:
+        made = make(MemoryLedger())
+        done = result(made, _assemble(made.job))
+        if output is not None:
+            progress("save", 0, 1)
+            done.save(output)
+            progress("save", 1, 1)
+        return done
+    manifest = describe_run(source, recipe, tokens)
+    with begin_run(output, manifest, resume=resume) as run:
+        pace = Pace(steps_of(table), run.log, events)
+        made = make(run, pace.step)
+        progress("save", 0, 1)
+        save_run(
+            run,
+            made.job,
+            output,
+            report=made.report,
+            float_config=made.float_config,
+            tokenizer=tokenizer,
+            copied_files=source.copied_files(),
+        )
+        progress("save", 1, 1)
+    return result(made, path=Path(output))
+
+
+@dataclass(frozen=True, eq=False)
+class _Made:
+    job: Job
+    float_config: str
+    report: dict[str, Any]
+
+
+def _parts(model: Source | Any, table: ModelPlan, progress: Progress) -> tuple[Parts, str]:
+    """Return a model's parts, and the text of its config."""
+    if isinstance(model, Source) and not model.is_gguf:
+        bare = skeleton(model.config())
+        weights = FileWeights(model, bare, table)
+        text = (model.path / "config.json").read_text(encoding="utf-8")
+        return Parts(bare, table, weights), text
+    if isinstance(model, Source):
+        progress("load", 0, 1)
+        model = model.load()
+        progress("load", 1, 1)
+    text = model.config.to_json_string(use_diff=False)
+    return Parts(skeleton(model), table, ModelWeights(model)), text
+
+
+def _assemble(job: Job) -> Any:
+    """Return the quantized model of a job that kept everything in memory."""
+    model = job.parts.model
+    standardize(model, job.plan)
+    restructure(model, job.plan)
+    tensors = {
+        name: tensor
+        for step in job.quantizing_steps
+        for name, tensor in job.ledger.tensors(step).items()
+    }
+    return place_tensors(model, job.plan, tensors, "the result")
+
+
+def _report(job: Job, started: float) -> dict[str, Any]:
+    found = job.report()
+    return {
+        "recipe": job.plan.recipe.to_dict(),
+        "verification": found["verification"].to_dict(),
+        "notes": list(job.plan.notes),
+        "calibration_tokens": int(job.tokens.size),
+        "signs": found["signs"],
+        "regions": found["regions"],
+        "matrices": found["matrices"],
         "seconds": round(time.monotonic() - started, 1),
         "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }
-    copied = source.copied_files() if source else []
-    result = Quantized(work, tokenizer, table, choices, verification, report, float_config, copied)
-    if output is not None:
-        progress("save", 0, 1)
-        result.save(output)
-        progress("save", 1, 1)
-    return result
-
-
-def _transform(
-    model: Any,
-    table: ModelPlan,
-    choices: Choices,
-    tokens: npt.NDArray[np.int64],
-    progress: Progress,
-) -> Verification:
-    untie(model, table)
-    model.double()
-    reference = trace(model, table, tokens[:1, :_VERIFIED_TOKENS])
-    transform_model(model, table, choices, lambda done, total: progress("transform", done, total))
-    progress("verify", 0, 1)
-    verification = verify(reference, model, table, choices)
-    progress("verify", 1, 1)
-    return verification
-
-
-def _round_to_nearest(model: Any, table: ModelPlan, progress: Progress) -> list[dict[str, Any]]:
-    recipe, rows = table.recipe, []
-    for done, matrix in enumerate(table.quantized):
-        module = model.get_submodule(matrix.name)
-        W = module.weight.detach().numpy().astype(np.float32)
-        quantized = round_to_nearest(W, recipe.weights)
-        bias = getattr(module, "bias", None)
-        layer = QuantizedLinear(
-            quantized,
-            None if bias is None else bias.detach().float(),
-            matrix.input.rotation if matrix.online else None,
-            recipe.activations,
-            matrix.name,
-        )
-        model.set_submodule(matrix.name, layer)
-        error = float(
-            np.square(W - cq.dequantize(quantized)).sum() / max(np.square(W).sum(), 1e-30)
-        )
-        rows.append({"name": matrix.name, "relative_squared_error": error})
-        progress("quantize", done + 1, len(table.quantized))
-    model.float()
-    return rows
-
-
-def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(t.shape) for name, t in model.state_dict().items()}
-
-
-def _check_weights(model: Any) -> None:
-    for name, tensor in model.named_parameters():
-        if not bool(torch.isfinite(tensor).all()):
-            good = torch.isfinite(tensor).numpy()
-            index = tuple(int(i) for i in np.unravel_index(int(good.argmin()), good.shape))
-            count = int(good.size - good.sum())
-            raise cq.NonFiniteError(name, count, index, float(tensor[index]))
-
-
-def _config_text(source: Source | None, model: Any) -> str:
-    if source is not None and not source.is_gguf:
-        return (source.path / "config.json").read_text(encoding="utf-8")
-    text: str = model.config.to_json_string(use_diff=False)
-    return text

@@ -71,11 +71,12 @@ class WindowFile:
         return torch.frombuffer(data, dtype=self.dtype).reshape(-1, *self.shape[1:])
 
     def __setitem__(self, index: int, value: torch.Tensor) -> None:
-        flat = value.detach().to(self.dtype).expand(self.shape[1:]).contiguous().reshape(-1)
+        flat = value.detach().to(self.dtype).contiguous().reshape(-1)
         try:
             with self.path.open("r+b") as file:
                 file.seek(index * self._bytes)
-                file.write(memoryview(flat.view(torch.uint8).numpy()))
+                data: Any = flat.view(torch.uint8).numpy()
+                file.write(data)
         except OSError as error:
             raise OutputError(f"{self.path} could not be written: {error}") from error
 
@@ -121,7 +122,9 @@ class RunDirectory:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     lock.close()
-                    raise RunError(f"another process is working on the run in {self.path}") from None
+                    raise RunError(
+                        f"another process is working on the run in {self.path}"
+                    ) from None
                 if self._is_current(lock):
                     return lock
                 lock.close()
@@ -138,8 +141,7 @@ class RunDirectory:
             return False
 
     def _begin(self, manifest: dict[str, Any], resume: bool) -> None:
-        for left in self.path.glob(".*.tmp"):
-            left.unlink()
+        self._clear()
         file = self.path / MANIFEST
         if not file.exists():
             if any(self.path.glob("*.json")):
@@ -186,6 +188,11 @@ class RunDirectory:
         self._records[step] = json.loads(json.dumps(record))
         self._order.append(step)
         self._forget(self._order[:-_KEPT_STATES])
+        self._clear()
+
+    def _clear(self) -> None:
+        for left in self.path.glob(".*.tmp"):
+            left.unlink()
 
     def _keep(self, step: str, name: str, windows: Windows, files: dict[str, str]) -> Any:
         """Give a file of hidden states the step's name, unless a step before gave it one."""

@@ -22,20 +22,18 @@ import numpy.typing as npt
 import torch
 
 import corequant as cq
-from corequant.errors import ArchitectureError, CalibrationError
+from corequant.errors import CalibrationError
 from corequant.rounding import InputMoments, RoundedTensor, RoundingOptions, round_together
 from corequant_transformers.layers import QuantizedLinear
+from corequant_transformers.ledgers import Windows
 from corequant_transformers.pausing import BlockPasses
-from corequant_transformers.planning import MatrixPlan, ModelPlan
-from corequant_transformers.texts import check_tokens
+from corequant_transformers.rows import MatrixPlan
 
 __all__ = [
     "HiddenStates",
     "RoundedBlock",
     "groups_of",
-    "read_hidden_states",
     "round_block",
-    "round_blocks",
 ]
 
 HELD_BYTES = 2**30
@@ -48,14 +46,14 @@ class HiddenStates:
 
     Attributes
     ----------
-    quantized : torch.Tensor (windows, length, hidden), float32
+    quantized : Windows (windows, length, hidden), float32
         In the network whose earlier blocks are quantized.
-    float_states : torch.Tensor (windows, length, hidden), float32, optional
+    float_states : Windows (windows, length, hidden), float32, optional
         In the float network, in the same rotated basis; None where the method needs none.
     """
 
-    quantized: torch.Tensor
-    float_states: torch.Tensor | None
+    quantized: Windows
+    float_states: Windows | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,57 +95,6 @@ def groups_of(rows: Sequence[MatrixPlan]) -> list[list[MatrixPlan]]:
         else:
             groups.append([row])
     return groups
-
-
-@torch.no_grad()
-def read_hidden_states(
-    model: Any, plan: ModelPlan, tokens: npt.NDArray[np.int64]
-) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    """Return what the first block reads, and the further arguments of every block.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        In float32. No block of it runs.
-    plan : ModelPlan
-    tokens : numpy.ndarray (windows, length), int64
-
-    Returns
-    -------
-    hidden : torch.Tensor (windows, length, hidden), float32
-    arguments : list of dict
-        Keyword arguments of each block, which are those of every window.
-    """
-    windows = check_tokens(tokens)
-    trunk = model.get_submodule(plan.architecture.embedding.rpartition(".")[0])
-    arguments: list[dict[str, Any]] = [{} for _ in range(plan.dimensions.blocks)]
-    entered: list[torch.Tensor] = []
-
-    def stand_in(index: int) -> Any:
-        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if args:
-                raise ArchitectureError(
-                    f"decoder block {index} must get its arguments by name, got {len(args)} without"
-                )
-            if index == 0:
-                entered.append(hidden_states)
-            arguments[index] = kwargs
-            return hidden_states
-
-        return forward
-
-    with ExitStack() as stack:
-        for i in range(plan.dimensions.blocks):
-            block = model.get_submodule(plan.architecture.block.format(i))
-            block.forward = stand_in(i)
-            # The instance's attribute hides the class's method.
-            stack.callback(block.__dict__.pop, "forward")
-        for window in windows:
-            trunk(input_ids=torch.from_numpy(window)[None], use_cache=False)
-    hidden = torch.empty(*windows.shape, plan.dimensions.hidden)
-    for k, one in enumerate(entered):
-        hidden[k] = one[0]
-    return hidden, arguments
 
 
 @torch.no_grad()
@@ -211,7 +158,7 @@ def round_block(
     streams = 1 if hidden.float_states is None else 2
     keep = streams * _held(hidden.quantized, rows) <= held_bytes
 
-    def passes(module: torch.nn.Module, states: torch.Tensor, prepare: Any) -> BlockPasses:
+    def passes(module: torch.nn.Module, states: Windows, prepare: Any) -> BlockPasses:
         def forward(window: int) -> torch.Tensor:
             output: Any = module(states[window : window + 1], **arguments)
             result: torch.Tensor = output[0] if isinstance(output, tuple) else output
@@ -253,79 +200,6 @@ def round_block(
     return RoundedBlock(layers, table, hidden)
 
 
-@torch.no_grad()
-def round_blocks(
-    model: Any,
-    plan: ModelPlan,
-    tokens: npt.NDArray[np.int64],
-    *,
-    executor: Executor | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[dict[str, Any]]:
-    """Round all decoder blocks of a transformed model, in place, by its recipe.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        Transformed, with the hooks of its run-time rotations. It becomes float32.
-    plan : ModelPlan
-    tokens : numpy.ndarray (windows, length), int64
-        What is calibrated on.
-    executor : concurrent.futures.Executor, optional
-        As for ``round_block``.
-    progress : callable
-        Told how many groups of how many are done.
-
-    Returns
-    -------
-    list of dict
-        Plain values, one for each matrix: losses to nearest and as rounded, damping, dead columns,
-        tokens, seconds, and the process's peak memory until then.
-
-    Raises
-    ------
-    ArchitectureError, CalibrationError, HessianError, NonFiniteError
-        As ``round_block``.
-    """
-    recipe = plan.recipe
-    options = recipe.rounding_options()
-    paths = [plan.architecture.block.format(i) for i in range(plan.dimensions.blocks)]
-    parts = [[m for m in plan.quantized if m.name.startswith(f"{p}.")] for p in paths]
-    outside = {m.name for m in plan.quantized} - {m.name for part in parts for m in part}
-    if outside:
-        raise ArchitectureError(
-            f"a matrix must lie in a decoder block to be rounded by {options.method}, got "
-            f"{min(outside)}"
-        )
-    model.float()
-    first, arguments = read_hidden_states(model, plan, tokens)
-    hidden = HiddenStates(first, first.clone() if options.needs_float else None)
-    total, done, rows = sum(len(groups_of(part)) for part in parts), 0, []
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        progress(done, total)
-
-    for path, part, given in zip(paths, parts, arguments, strict=True):
-        rounded = round_block(
-            model.get_submodule(path),
-            path,
-            part,
-            hidden,
-            given,
-            recipe.weights,
-            recipe.activations,
-            options,
-            executor=executor,
-            progress=step,
-        )
-        for name, layer in rounded.layers.items():
-            model.set_submodule(name, layer)
-        rows += rounded.rows
-    return rows
-
-
 class _Activations:
     """What a group reads, rounded as at run time; finite in any case."""
 
@@ -347,12 +221,13 @@ class _Activations:
         return x
 
 
-def _held(states: torch.Tensor, rows: Sequence[MatrixPlan]) -> int:
+def _held(states: Windows, rows: Sequence[MatrixPlan]) -> int:
     # A waiting pass holds the residual, a norm's output, and the widest input: as it came, rotated
     # and rounded.
     widest = max(row.shape[1] for row in rows)
     windows, length, hidden = states.shape
-    return windows * length * (2 * hidden + 3 * widest) * states.element_size()
+    held: int = windows * length * (2 * hidden + 3 * widest) * states.element_size()
+    return held
 
 
 def _collect(

@@ -63,7 +63,7 @@ class FileWeights:
         covered = set()
         for file in self.source.shards():
             with _opened(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118
+                for name in tensors.keys():
                     if name in self._places:
                         raise CheckpointError(
                             f"the tensor {name} must be in one file, got {self._places[name][0]} "
@@ -102,13 +102,12 @@ class FileWeights:
                     tensors[name] = self._read(name)
             elif self._shared is not None and key == self._shared[0]:
                 tensors[key] = self._read(self._sources[self._shared[1]][0])
+        mapping: Any = get_model_conversion_mapping(model)
         with quiet_transformers():
             info, _ = convert_and_load_state_dict_in_model(
                 model,
                 tensors,
-                LoadStateDictConfig(
-                    dtype=torch.float32, weight_mapping=get_model_conversion_mapping(model)
-                ),
+                LoadStateDictConfig(dtype=torch.float32, weight_mapping=mapping),
             )
         failed = sorted(set(keys) & set(info.missing_keys))
         if failed or info.conversion_errors or info.mismatched_keys:
@@ -125,17 +124,18 @@ class FileWeights:
 
 
 class _opened:
-    """A file of tensors, without a mapping: a file that shrinks meanwhile is an error, no signal."""
+    """A file of tensors, not mapped: one that shrinks meanwhile is an error, not a signal."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
 
     def __enter__(self) -> Any:
         try:
-            self._tensors: Any = safetensors.safe_open(
+            opened: Any = safetensors.safe_open(
                 self.file, framework="pt", device="cpu", backend="pread"
             )
-            return self._tensors.__enter__()
+            self._tensors = opened
+            return opened.__enter__()
         except FileNotFoundError:
             raise CheckpointError(f"the model's file {self.file} is missing") from None
         except (OSError, ValueError, safetensors.SafetensorError) as error:

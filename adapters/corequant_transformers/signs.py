@@ -9,80 +9,98 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from corequant.rounding import round_to_nearest
-from corequant_transformers.layers import QuantizedLinear
+from corequant_transformers.blocks import round_nearest
+from corequant_transformers.ledgers import Windows
+from corequant_transformers.parts import ENTRY, EXIT, Part, Parts, part_plan
 from corequant_transformers.planning import ModelPlan, plan_model
 from corequant_transformers.texts import evaluate
-from corequant_transformers.transforming import Choices, transform_model, untie
+from corequant_transformers.transforming import Choices, transform_model
+from corequant_transformers.walking import block_arguments, enter, leaving, run_block
 
-__all__ = ["choose_signs"]
+__all__ = ["SignTrials"]
 
 _JUDGED_TOKENS = 512
 
 
-def choose_signs(
-    model: Any,
-    plan: ModelPlan,
-    tokens: npt.NDArray[np.int64],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[int, list[float]]:
-    """Round a model under each draw of signs and return the draw with the least loss.
+class SignTrials:
+    """All draws of signs side by side: each open part is transformed and rounded for each of them.
+
+    Losses are those of a model with weights rounded to nearest and rotations over the full width.
 
     Parameters
     ----------
-    model : transformers.PreTrainedModel
-        The untransformed float model; it is copied.
+    parts : Parts
     plan : ModelPlan
         Its recipe says how many draws are tried.
     tokens : numpy.ndarray (windows, length), int64
         The first 512 tokens of the last window judge.
-    progress : callable
-        Told how many draws of how many are done.
-
-    Returns
-    -------
-    draw : int
-        Index of the draw, for ``ModelPlan.draw_signs``.
-    losses : list of float
-        Mean loss of each draw in nats per token, with weights rounded to nearest and rotations over
-        the full width.
-
-    Raises
-    ------
-    NonFiniteError
-        If weights or activations hold NaN or infinity.
     """
-    # What is chosen later, block by block, has no part in this choice.
-    recipe = replace(plan.recipe, block_size=None, permutation="identity", factors="none")
-    plain = plan_model(model.config, recipe)
-    window = tokens[-1:, :_JUDGED_TOKENS]
-    losses = []
-    for draw in range(recipe.sign_trials):
-        candidate = copy.deepcopy(model)
-        untie(candidate, plain)
-        transform_model(candidate, plain, Choices({}, plain.draw_signs(draw)))
-        _round(candidate, plain)
-        losses.append(math.log(evaluate(candidate, window).perplexity))
-        progress(draw + 1, recipe.sign_trials)
-    return int(np.argmin(losses)), losses
 
+    def __init__(self, parts: Parts, plan: ModelPlan, tokens: npt.NDArray[np.int64]) -> None:
+        # What is chosen later, block by block, has no part in this choice.
+        recipe = replace(plan.recipe, block_size=None, permutation="identity", factors="none")
+        self.parts = parts
+        self.plan = plan_model(parts.model.config, recipe)
+        self.window = tokens[-1, :_JUDGED_TOKENS]
+        self.arguments = block_arguments(parts, self.window, torch.float32)
 
-def _round(model: Any, plan: ModelPlan) -> None:
-    recipe = plan.recipe
-    for matrix in plan.quantized:
-        module = model.get_submodule(matrix.name)
-        layer = QuantizedLinear(
-            round_to_nearest(module.weight.numpy(), recipe.weights),
-            getattr(module, "bias", None),
-            matrix.input.rotation if matrix.online else None,
-            recipe.activations,
-            matrix.name,
-        )
-        model.set_submodule(matrix.name, layer)
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the hidden states: draws, length, hidden."""
+        return self.plan.recipe.sign_trials, len(self.window), self.plan.dimensions.hidden
+
+    def enter(self, states: Windows) -> None:
+        """Write what the first block reads under each draw; the entry must be open."""
+        for draw in range(len(states)):
+            with self._transformed(ENTRY, draw):
+                states[draw] = enter(self.parts, self.window)
+
+    def advance(self, index: int, states: Windows) -> None:
+        """Replace what a block reads by what it gives; the block must be open."""
+        for draw in range(len(states)):
+            with self._transformed(index, draw):
+                round_nearest(self.parts.model, part_plan(self.plan, index))
+                block = self.parts.block(index)
+                states[draw] = run_block(block, states[draw : draw + 1], self.arguments[index])
+
+    def losses(self, states: Windows) -> list[float]:
+        """Return each draw's mean loss in nats per token; the exit must be open.
+
+        Raises
+        ------
+        NonFiniteError
+            If activations hold NaN or infinity.
+        """
+        found = []
+        for draw in range(len(states)):
+            with (
+                self._transformed(EXIT, draw),
+                leaving(self.parts, states[draw : draw + 1]) as model,
+            ):
+                found.append(math.log(evaluate(model, self.window[None]).perplexity))
+        return found
+
+    @contextmanager
+    def _transformed(self, part: Part, draw: int) -> Iterator[None]:
+        """Put a transformed copy in an open part's place for a while."""
+        model: Any = self.parts.model
+        originals = {path: model.get_submodule(path) for path in self.parts.modules(part)}
+        try:
+            for path, module in originals.items():
+                model.set_submodule(path, copy.deepcopy(module))
+            transform_model(
+                model, part_plan(self.plan, part), Choices({}, self.plan.draw_signs(draw))
+            )
+            yield
+        finally:
+            for path, module in originals.items():
+                model.set_submodule(path, module)

@@ -145,10 +145,18 @@ class Source:
         if self.is_gguf:
             return []
         names: list[str] = []
-        for shard in self._shards():
+        for shard in self.shards():
             with _as_checkpoint_error(self.path), safetensors.safe_open(shard, "np") as file:
                 names += file.keys()
         return names
+
+    def files(self) -> list[Path]:
+        """Return all files that a result depends on."""
+        if self.is_gguf:
+            return [self.path]
+        index = self.path / "model.safetensors.index.json"
+        found = [self.path / "config.json", *self.shards(), *self.copied_files()]
+        return [*found, index] if index.is_file() else found
 
     def copied_files(self) -> list[Path]:
         """Return the tokenizer's and generation's files, to be kept byte for byte."""

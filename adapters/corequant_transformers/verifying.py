@@ -203,9 +203,7 @@ def _check_dtype(model: Any) -> None:
         raise TypeError(f"model must be in float64 to be verified, got {model.dtype}")
 
 
-def check_changed(
-    before: dict[str, float], model: Any, plan: ModelPlan, choices: Choices
-) -> int:
+def check_changed(before: dict[str, float], model: Any, plan: ModelPlan, choices: Choices) -> int:
     """Return how many of a plan's matrices had to change; one that didn't is an error.
 
     Parameters

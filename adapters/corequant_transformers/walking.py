@@ -7,6 +7,7 @@ weights are stood in for meanwhile.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -39,7 +40,7 @@ def block_arguments(parts: Parts, window: Window, dtype: torch.dtype) -> list[di
     Raises
     ------
     ArchitectureError
-        If the model gives its blocks arguments without names.
+        If the model gives its blocks more arguments than they name.
     """
     found: list[dict[str, Any]] = [{} for _ in parts.blocks]
     parts.model.to(dtype)
@@ -131,14 +132,17 @@ def _blocks_pass(
     """Let all blocks hand on what they get, or the first one give ``result``."""
 
     def stand_in(index: int) -> Callable[..., torch.Tensor]:
+        names = [*inspect.signature(type(parts.block(index)).forward).parameters][2:]
+
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if args:
+            if len(args) > len(names):
                 raise ArchitectureError(
-                    f"decoder block {index} must get its arguments by name, got {len(args)} without"
+                    f"decoder block {index} must name the arguments that it takes, {names}, got "
+                    f"{len(args)} besides hidden states"
                 )
             if index == 0 and entered is not None:
                 entered.append(hidden_states)
-            notice(index, kwargs)
+            notice(index, {**dict(zip(names, args, strict=False)), **kwargs})
             return result if result is not None else hidden_states
 
         return forward

@@ -14,9 +14,12 @@ import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from corequant.rounding import RoundingOptions, round_together
-from corequant_transformers import sequential
+from corequant_transformers import blocks, sequential
+from corequant_transformers.ledgers import MemoryLedger
+from corequant_transformers.parts import ModelWeights, Parts, skeleton
 from corequant_transformers.rows import MatrixPlan
 from corequant_transformers.sequential import HiddenStates, groups_of, round_block
+from corequant_transformers.streaming import Job
 
 INT4 = cq.QuantSpec.parse("int4:channel")
 
@@ -167,8 +170,8 @@ def test_passes_that_start_again_give_the_same_codes(tokens, monkeypatch):
     model = cqhf.tiny_model("llama")
     kept = codes(run(model, tokens))
     before = threading.active_count()
-    original = sequential.round_block
-    monkeypatch.setattr(sequential, "round_block", lambda *a, **k: original(*a, held_bytes=0, **k))
+    original = blocks.round_block
+    monkeypatch.setattr(blocks, "round_block", lambda *a, **k: original(*a, held_bytes=0, **k))
     again = codes(run(model, tokens))
     assert threading.active_count() == before
     for name, wanted in kept.items():
@@ -317,4 +320,4 @@ def test_matrices_outside_of_blocks_are_refused(tokens):
     head = dataclasses.replace(plan.matrices[-1], quantized=True)
     plan = dataclasses.replace(plan, matrices=(*plan.matrices[:-1], head))
     with pytest.raises(cq.ArchitectureError, match="lie in a decoder block.*lm_head"):
-        sequential.round_blocks(model, plan, tokens)
+        Job(Parts(skeleton(model), plan, ModelWeights(model)), plan, tokens, MemoryLedger())

@@ -1,0 +1,144 @@
+"""One part's life: transform it in float64, prove that it computes the same, round it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+import corequant as cq
+from corequant.rounding import RoundedTensor, round_to_nearest
+from corequant_transformers.layers import QuantizedLinear
+from corequant_transformers.parts import Part, Parts, part_plan
+from corequant_transformers.planning import MatrixPlan, ModelPlan
+from corequant_transformers.sequential import HiddenStates, groups_of, round_block
+from corequant_transformers.transforming import Choices, transform_model
+from corequant_transformers.verifying import check_changed, fingerprints
+
+__all__ = ["Rounding", "round_nearest", "transform_part"]
+
+
+def transform_part(parts: Parts, part: Part, plan: ModelPlan, choices: Choices) -> int:
+    """Transform an open part in float64 and return how many of its matrices changed.
+
+    Raises
+    ------
+    VerificationError
+        If a matrix that should change doesn't, or a run-time rotation is missing.
+    """
+    rows = part_plan(plan, part)
+    before = fingerprints(parts.model, rows)
+    transform_model(parts.model, rows, choices)
+    return check_changed(before, parts.model, rows, choices)
+
+
+def round_nearest(
+    model: Any, plan: ModelPlan, executor: Executor | None = None
+) -> list[dict[str, Any]]:
+    """Round a transformed part's matrices to nearest, in place, and return rows for the report.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        With the part open.
+    plan : ModelPlan
+        The part's.
+    executor : concurrent.futures.Executor, optional
+        Rounds its matrices at the same time.
+    """
+    weights = {m.name: _weight(model, m) for m in plan.quantized}
+    spec = plan.recipe.weights
+    if executor is None:
+        found = {name: round_to_nearest(W, spec) for name, W in weights.items()}
+    else:
+        waiting = {n: executor.submit(round_to_nearest, W, spec) for n, W in weights.items()}
+        found = {name: future.result() for name, future in waiting.items()}
+    return [_place(model, m, plan, weights[m.name], found[m.name]) for m in plan.quantized]
+
+
+def _weight(model: Any, matrix: MatrixPlan) -> Any:
+    return model.get_submodule(matrix.name).weight.detach().numpy().astype(np.float32)
+
+
+def _place(
+    model: Any, matrix: MatrixPlan, plan: ModelPlan, W: Any, rounded: RoundedTensor
+) -> dict[str, Any]:
+    bias = getattr(model.get_submodule(matrix.name), "bias", None)
+    layer = QuantizedLinear(
+        rounded,
+        None if bias is None else bias.detach().float(),
+        matrix.input.rotation if matrix.online else None,
+        plan.recipe.activations,
+        matrix.name,
+    )
+    model.set_submodule(matrix.name, layer)
+    error = np.square(W - cq.dequantize(rounded)).sum() / max(np.square(W).sum(), 1e-30)
+    return {"name": matrix.name, "relative_squared_error": float(error)}
+
+
+@dataclass
+class Rounding:
+    """How the decoder blocks of a model are rounded, one after the other.
+
+    Attributes
+    ----------
+    plan : ModelPlan
+    arguments : sequence of mapping
+        Of each block, besides its hidden states.
+    executor : concurrent.futures.Executor, optional
+    progress : callable
+        Told how many groups of how many are done, where blocks are rounded for what they read.
+    """
+
+    plan: ModelPlan
+    arguments: Sequence[Mapping[str, Any]]
+    executor: Executor | None = None
+    progress: Callable[[int, int], None] = lambda done, total: None
+
+    def round_outside(self, parts: Parts, part: Part) -> list[dict[str, Any]]:
+        """Round the matrices of a transformed part that is no block, to nearest."""
+        return round_nearest(parts.model, part_plan(self.plan, part), self.executor)
+
+    def round(self, parts: Parts, index: int, hidden: HiddenStates | None) -> list[dict[str, Any]]:
+        """Round a transformed block in place; hidden states go through it on the way.
+
+        Parameters
+        ----------
+        parts : Parts
+            With the block open.
+        index : int
+        hidden : HiddenStates, optional
+            What the block reads, where blocks are rounded for that.
+
+        Returns
+        -------
+        list of dict
+            Rows for the report.
+        """
+        rows = part_plan(self.plan, index)
+        if hidden is None:
+            return round_nearest(parts.model, rows, self.executor)
+        parts.model.float()
+        recipe = self.plan.recipe
+        groups = [len(groups_of(part_plan(self.plan, i).quantized)) for i in parts.blocks]
+        done = iter(range(sum(groups[:index]) + 1, sum(groups) + 1))
+        with torch.no_grad():
+            rounded = round_block(
+                parts.block(index),
+                self.plan.architecture.block.format(index),
+                rows.quantized,
+                hidden,
+                self.arguments[index],
+                recipe.weights,
+                recipe.activations,
+                recipe.rounding_options(),
+                executor=self.executor,
+                progress=lambda: self.progress(next(done), sum(groups)),
+            )
+        for name, layer in rounded.layers.items():
+            parts.model.set_submodule(name, layer)
+        return rounded.rows

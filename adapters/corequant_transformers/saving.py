@@ -1,0 +1,127 @@
+"""A run that is kept on the disk, from its beginning to the directory that it ends in."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant.recipe import Recipe
+from corequant_transformers.checkpoint import WEIGHTS, check_output, writing
+from corequant_transformers.durable import concatenate, file_sha256
+from corequant_transformers.runs import LOG, RunDirectory
+from corequant_transformers.sources import Source
+from corequant_transformers.streaming import Job
+
+__all__ = ["begin_run", "describe_run", "run_directory", "save_run"]
+
+_VERSIONS = ("corequant", "numpy", "numba", "torch", "transformers", "safetensors")
+_SAVED = "saved.json"
+
+
+def run_directory(output: str | Path) -> Path:
+    """Return where a run keeps what it needs on the way to ``output``."""
+    target = Path(output).absolute()
+    return target.with_name(f"{target.name}.run")
+
+
+def describe_run(source: Source, recipe: Recipe, tokens: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """Return all that a run's result depends on: recipe, versions, fingerprints of model and data.
+
+    Parameters
+    ----------
+    source : Source
+    recipe : Recipe
+        With its seed.
+    tokens : numpy.ndarray (windows, length), int64
+    """
+    files = {file.name: file_sha256(file) for file in source.files()}
+    data = hashlib.sha256(np.ascontiguousarray(tokens, "<i8").tobytes())
+    return {
+        "format": 1,
+        "recipe": recipe.to_dict(),
+        "data": {"shape": list(tokens.shape), "sha256": data.hexdigest()},
+        "model": files,
+        "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
+    }
+
+
+@contextmanager
+def begin_run(
+    output: str | Path, manifest: dict[str, Any], *, resume: bool
+) -> Iterator[RunDirectory]:
+    """Give a run's directory, which is removed at the end, or kept if the run is stopped.
+
+    A run that is stopped before its first step is done leaves nothing.
+
+    Raises
+    ------
+    OutputError, RunError
+        As ``RunDirectory``; also if something that this run didn't make is in ``output``.
+    """
+    run = RunDirectory(run_directory(output), manifest, resume=resume)
+    try:
+        saved = run.mark(_SAVED)
+        weights = Path(output) / WEIGHTS
+        if saved is None or not weights.exists() or file_sha256(weights) != saved["sha256"]:
+            check_output(output)
+        yield run
+    except BaseException:
+        if run.begun:
+            run.close()
+        else:
+            run.remove()
+        raise
+    run.remove()
+
+
+def save_run(
+    run: RunDirectory,
+    job: Job,
+    output: str | Path,
+    *,
+    report: dict[str, Any],
+    float_config: str,
+    tokenizer: Any,
+    copied_files: list[Path],
+) -> Path:
+    """Write the directory that a run ends in, a piece at a time, unless it is there already.
+
+    Parameters
+    ----------
+    run : RunDirectory
+    job : Job
+        All of its steps are done.
+    output : str or Path
+    report, float_config, tokenizer, copied_files
+        As for ``checkpoint.save``.
+
+    Raises
+    ------
+    OutputError
+        If it can't be written or doesn't read back equal; nothing is left there then.
+    """
+    target = Path(output).absolute()
+    if run.mark(_SAVED) is not None and (target / WEIGHTS).exists():
+        # begin_run found it whole: the run was stopped while it cleared up.
+        return target
+    with writing(
+        target,
+        type(job.parts.model).__name__,
+        job.plan,
+        report=report,
+        float_config=float_config,
+        tokenizer=tokenizer,
+        copied_files=copied_files,
+    ) as folder:
+        digest = concatenate(folder / WEIGHTS, run.tensor_files(job.quantizing_steps))
+        log = (run.path / LOG).read_bytes() if (run.path / LOG).exists() else b""
+        (folder / LOG).write_bytes(log)
+        run.mark(_SAVED, {"sha256": digest})
+    return target
