@@ -1,6 +1,7 @@
 """corequant for Hugging Face models: plan, quantize, verify, save, load, evaluate."""
 
 from corequant_transformers.architectures import Architecture, Experts, register
+from corequant_transformers.budgets import fates, limit_memory
 from corequant_transformers.checkpoint import load, load_tokenizer
 from corequant_transformers.choosing import Calibration
 from corequant_transformers.inspecting import Inspection, inspect
@@ -25,7 +26,9 @@ __all__ = [
     "Verification",
     "calibrate",
     "evaluate",
+    "fates",
     "inspect",
+    "limit_memory",
     "load",
     "load_tokenizer",
     "plan",

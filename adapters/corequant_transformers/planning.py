@@ -25,6 +25,7 @@ from corequant_transformers.architectures import (
     architecture_of,
     dimensions_of,
 )
+from corequant_transformers.budgets import peak_bytes
 from corequant_transformers.rows import RESIDUAL, MatrixPlan, Part, Region, Side, regions_of
 from corequant_transformers.streams import Stream, check_rotation, plan_stream
 
@@ -69,8 +70,8 @@ class ModelPlan:
     def cost(self) -> dict[str, Any]:
         """Return what the plan costs: run-time additions and bytes, sizes in MiB, block sizes.
 
-        ``peak_mib`` is the estimated peak memory of ``quantize``: the model in float64 while it is
-        verified, and what torch and a window's activations take.
+        ``peak_mib`` is the estimated peak memory of ``quantize`` for a model on disk, whatever its
+        depth.
         """
         rotations = [(self._share(m), m) for m in self.online]
         additions = sum(
@@ -86,7 +87,6 @@ class ModelPlan:
             m.shape[0] * (m.shape[1] * spec.format.bits / 8 + 4 * m.shape[1] / _scaled(spec, m))
             for m in self.quantized
         )
-        entries = sum(m.shape[0] * m.shape[1] for m in self.matrices)
         return {
             "online_rotations": len(rotations),
             "online_additions_per_token": round(additions),
@@ -94,7 +94,7 @@ class ModelPlan:
             "online_share": additions / used,
             "quantized_mib": stored / 2**20,
             "float_mib": 4 * products / 2**20,
-            "peak_mib": (8 * entries + 3 * 128 * 8 * self.dimensions.vocabulary) / 2**20 + 700,
+            "peak_mib": peak_bytes(self) / 2**20,
             "block_sizes": self._possible_block_sizes(),
         }
 

@@ -138,6 +138,16 @@ def quantize(
     sequence_length: Length = _DEFAULT.sequence_length,
     seed: Seed = _DEFAULT.seed,
     sign_trials: SignTrials = _DEFAULT.sign_trials,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a run to this output was stopped.")
+    ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Memory that the system lets the run have.", metavar="SIZE[MiB|GiB]"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what would become of every tensor.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Calibrate, permute, rotate, verify, quantize and save a model."""
@@ -164,9 +174,26 @@ def quantize(
         seed=seed,
         sign_trials=sign_trials,
     )
+    if dry_run:
+        fates = cqhf.fates(cqhf.plan(model, wanted))
+        if as_json:
+            _print_json({"tensors": fates})
+        else:
+            show.fates(fates)
+        return
     text = _read_text("calibration", calibration)
+    if memory is not None:
+        cqhf.limit_memory(memory, cqhf.plan(model, wanted))
     with show.progress() as progress:
-        result = cqhf.quantize(model, wanted, text, output, progress=progress)
+        result = cqhf.quantize(
+            model,
+            wanted,
+            text,
+            output,
+            resume=resume,
+            events=show.remaining,
+            progress=progress,
+        )
     if as_json:
         _print_json({"output": str(output), **result.report})
     else:
@@ -284,13 +311,20 @@ def run() -> int:
     except (typer.Abort, KeyboardInterrupt):
         status = _INTERRUPTED
     except Exception as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            print(f"corequant: out of memory: {error}".splitlines()[0], file=sys.stderr)
+            return 1
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             # A usage error of the command line library.
             print(f"corequant: {error.format_message()}; see --help", file=sys.stderr)
             return int(error.exit_code)
         raise
     if status == _INTERRUPTED:
-        print("corequant: interrupted; nothing was left half-written", file=sys.stderr)
+        print(
+            "corequant: interrupted; nothing was left half-written, and quantize goes on with "
+            "--resume",
+            file=sys.stderr,
+        )
     return status
 
 

@@ -22,12 +22,14 @@ __all__ = [
     "backends",
     "demo",
     "evaluation",
+    "fates",
     "inspection",
     "outliers",
     "plan_dict",
     "plan_table",
     "progress",
     "quantized",
+    "remaining",
 ]
 
 _console = Console()
@@ -53,6 +55,22 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[phase], completed=done, total=total)
 
         yield report
+
+
+def remaining(event: dict[str, Any]) -> None:
+    """Print the time that a run will still take, once in a while."""
+    seconds = event["remaining_seconds"]
+    if seconds and event["steps_left"] % 5 == 0:
+        minutes, rest = divmod(round(seconds), 60)
+        Console(stderr=True).print(f"about {minutes}:{rest:02d} remain after {event['step']}")
+
+
+def fates(rows: list[dict[str, Any]]) -> None:
+    """Print a line for each tensor of the model."""
+    table = Table("tensor", "shape", "fate")
+    for row in rows:
+        table.add_row(row["name"], "×".join(map(str, row["shape"])), row["fate"])
+    _console.print(table)
 
 
 def plan_dict(plan: Any) -> dict[str, Any]:

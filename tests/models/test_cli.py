@@ -165,7 +165,29 @@ def test_interrupt(folder, tmp_path):
         process.wait(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in log.read_text()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "long.txt"]
+    assert not (tmp_path / "out").exists()
+    assert {p.name for p in tmp_path.iterdir()} <= {"log", "long.txt", "out.run"}
+
+
+def test_dry_run_lists_every_tensor(folder, tmp_path):
+    arguments = ("quantize", "model", "-o", tmp_path / "out", "--calibration", "none.txt")
+    done = run(*arguments, *SMALL, "--dry-run", "--json", cwd=folder)
+    names = {row["name"] for row in json.loads(done.stdout)["tensors"]}
+    assert names == set(cqhf.tiny_model("llama").state_dict())
+    assert list(tmp_path.iterdir()) == []
+    table = run(*arguments, *SMALL, "--dry-run", cwd=folder).stdout
+    assert "norm folded" in table
+
+
+def test_memory_is_limited(folder, tmp_path):
+    arguments = ("quantize", "model", "-o", tmp_path / "out", "--calibration", "text.txt", *SMALL)
+    done = run(*arguments, "--memory", "100MiB", cwd=folder, check=False)
+    assert done.returncode == 1
+    assert "memory must be at least" in done.stderr
+    done = run(*arguments, "--memory", "lots", cwd=folder, check=False)
+    assert "memory must be a size such as" in done.stderr
+    run(*arguments, "--memory", "1GiB", "--resume", cwd=folder)
+    assert (tmp_path / "out" / "corequant.safetensors").is_file()
 
 
 def readme_commands():
