@@ -79,7 +79,8 @@ def test_shards_and_half_precision_are_read(config, tokens, tmp_path):
     model.save_pretrained(tmp_path / "float", max_shard_size="20KB")
     assert len(list((tmp_path / "float").glob("*.safetensors"))) > 2
     word_level(tmp_path / "float")
-    cqhf.quantize(model, RECIPE, tokens, tmp_path / "memory")
+    loaded = cqhf.Source(tmp_path / "float").load()
+    cqhf.quantize(loaded, RECIPE, tokens, tmp_path / "memory")
     cqhf.quantize(tmp_path / "float", RECIPE, tokens, tmp_path / "disk")
     found = [(tmp_path / k / "corequant.safetensors").read_bytes() for k in ("memory", "disk")]
     assert found[0] == found[1]
