@@ -52,7 +52,7 @@ def peak_bytes(plan: ModelPlan) -> int:
     moments = 8 * 3 * widest**2
     running = 4 * block + window + moments
     rounding = _BLOCK_BYTES * block
-    if recipe.rounding != "nearest":
+    if recipe.rounding_options().needs_moments:
         held = 4 * recipe.samples * recipe.sequence_length * (2 * sizes.hidden + 3 * widest)
         rounding += moments + window + min(2 * held, _HELD)
     return _BASE + max(running, rounding, _VOCABULARY_BYTES * edge + logits)

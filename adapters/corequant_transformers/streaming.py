@@ -119,7 +119,7 @@ class Job:
     def _check_rounding(self) -> None:
         recipe = self.plan.recipe
         outside = [m.name for m in self.plan.quantized if m.block is None]
-        if outside and recipe.rounding != "nearest":
+        if outside and recipe.rounding_options().needs_moments:
             raise ArchitectureError(
                 f"a matrix must lie in a decoder block to be rounded by {recipe.rounding}, got "
                 f"{min(outside)}"
@@ -310,9 +310,10 @@ class Job:
             with KeepFloat64():
                 state["transformed"][0] = enter(self.parts, self._verified)
             model.float()
-            if self.plan.recipe.rounding != "nearest":
+            options = self.plan.recipe.rounding_options()
+            if options.needs_moments:
                 names = ["quantized"]
-                if self.plan.recipe.rounding_options().needs_float:
+                if options.needs_float:
                     names.append("float")
                 for name in names:
                     state[name] = self.ledger.windows(name, self._states, torch.float32)
