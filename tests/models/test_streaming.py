@@ -168,8 +168,7 @@ class Server:
         return self.process.stdout.readline().strip()
 
     def close(self):
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()
 
 
 @pytest.fixture
