@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["fates", "limit_memory", "peak_bytes"]
 
-_BASE = 420 * 2**20
+_BASE = 600 * 2**20
 """What Python, torch, Transformers and compiled kernels take before any weight is read."""
 
 _BLOCK_BYTES = 26
