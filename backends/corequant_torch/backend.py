@@ -12,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from corequant.errors import BackendError
 from corequant.formats import NumberFormat
 from corequant.protocols import Moments
 from corequant.specs import QuantSpec
 from corequant_torch import operators, tracing
+from corequant_torch.bridge import to_numpy, to_torch
 from corequant_torch.cpu import CpuKernels
 from corequant_torch.engines import check_apart, check_devices, engine_for, is_plain_call
 
@@ -44,6 +46,16 @@ class TorchBackend:
         """Raise BackendError unless all the named tensors are on one device."""
         first, x = next((n, t) for n, t in tensors.items() if t is not None)
         check_devices(x, first, **tensors)
+
+    def from_numpy(self, array: npt.NDArray[Any], device: str = "cpu") -> Tensor:
+        """Return a tensor with an array's numbers on ``device``; BackendError if that is absent."""
+        if device == "cuda" and not torch.cuda.is_available():
+            raise BackendError("cuda was asked for and there is no usable GPU or driver")
+        return to_torch(np.array(array)).to(device)
+
+    def to_numpy(self, tensor: Tensor) -> npt.NDArray[Any]:
+        """Return an array with a tensor's numbers, copied from its device."""
+        return to_numpy(tensor.detach().cpu())
 
     def describe(self) -> dict[str, str]:
         """Return torch's version, the devices that it sees, and Triton's version."""
