@@ -252,7 +252,8 @@ def _nonfinite(target: Target) -> None:
     x[2, 5], x[3, 0] = np.nan, np.inf
     given = target.array(x)
     bad = target.backend.first_nonfinite(given)
-    _require(bad is not None, "first_nonfinite found none")
+    if bad is None:
+        raise AssertionError("first_nonfinite found none")
     _require(bad[:2] == (2, (2, 5)), f"first_nonfinite gave {bad[:2]}, not (2, (2, 5))")
     for text in GOLDEN_SPECS:
         try:
