@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,14 +132,21 @@ def reconstruction_loss(W: Any, quantized: QuantizedTensor | Any, H: Any, G: Any
 
 def loss_of(W: Array, Q: Array, H: Array, G: Array | None) -> float:
     """Return the loss of checked matrices; products in H's dtype, sums in float64."""
-    total = 0.0
+    return losses_of(W, [Q], H, G)[0]
+
+
+def losses_of(W: Array, candidates: Sequence[Array], H: Array, G: Array | None) -> list[float]:
+    """Return the loss of each of some candidates for a weight."""
+    totals = [0.0] * len(candidates)
     for start in range(0, len(W), _ROWS):
         rows = slice(start, start + _ROWS)
-        D = (W[rows].astype(np.float64) - Q[rows]).astype(H.dtype)
-        P = D @ H
+        gap: Array | float = 0.0
         if G is not None:
             # A product with G - H itself would copy it; the difference of two is as exact here.
             w = W[rows].astype(H.dtype)
-            P += 2 * (w @ G.astype(H.dtype, copy=False) - w @ H)
-        total += float(np.einsum("ij,ij->", D, P, dtype=np.float64))
-    return total
+            gap = 2 * (w @ G.astype(H.dtype, copy=False) - w @ H)
+        for k, Q in enumerate(candidates):
+            D = (W[rows].astype(np.float64) - Q[rows]).astype(H.dtype)
+            P = D @ H + gap
+            totals[k] += float(np.einsum("ij,ij->", D, P, dtype=np.float64))
+    return totals

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._validation import check_index
-from corequant.errors import SpecError
-from corequant.quantization import QuantizedTensor, as_spec, quantize
+from corequant._validation import check_index, check_matrix
+from corequant.errors import ShapeError, SpecError
+from corequant.quantization import QuantizedTensor, as_spec, dequantize, quantize
 from corequant.rounding.accumulators import AccumulatorSpec
 from corequant.rounding.fitting import fit_scales
-from corequant.rounding.report import RoundedTensor, RoundingReport, reconstruction_loss
+from corequant.rounding.hessian import check_cross_moment, check_hessian
+from corequant.rounding.report import RoundedTensor, RoundingReport, losses_of
 from corequant.specs import Granularity, QuantSpec
 
 __all__ = ["METHODS", "RoundingOptions", "round_together"]
@@ -151,11 +152,20 @@ def round_together(
     array([[1, 3]], dtype=int8)
     """
     spec = as_spec(spec)
+    for matrix in weights.values():
+        check_matrix("weights", matrix)
+    widths = {name: W.shape[1] for name, W in weights.items()}
+    if len(set(widths.values())) > 1:
+        raise ShapeError(f"weights must read the same input, got inputs of {widths}")
     if H is None and options.needs_moments:
         raise TypeError(f"H must be a numpy.ndarray for {options.method}, got None")
     if G is None and options.needs_float and options.method != "learned":
         raise TypeError(f"G must be a numpy.ndarray for {options.method}, got None")
     alone = spec.granularity not in (Granularity.CHANNEL, Granularity.GROUP)
+    width = next(iter(widths.values()), 0)
+    everyone = ", ".join(weights)
+    H = None if H is None else check_hessian(H, width, everyone)
+    G = None if G is None or H is None else check_cross_moment(G, H, everyone)
     batches = [[name] for name in weights] if alone else [list(weights)]
     result = {}
     for names in batches:
@@ -169,11 +179,9 @@ def round_together(
             first = part.stop
             report = replace(rounded.report, name=name)
             if H is not None:
-                report = replace(
-                    report,
-                    loss=reconstruction_loss(W[part], _rows(rounded, part), H, G),
-                    nearest_loss=reconstruction_loss(W[part], _rows(nearest, part), H, G),
-                )
+                pair = [dequantize(_rows(q, part)) for q in (rounded, nearest)]
+                loss, plain = losses_of(W[part], pair, H, G)
+                report = replace(report, loss=loss, nearest_loss=plain)
             result[name] = RoundedTensor.of(_rows(rounded, part), report)
     return result
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -169,11 +170,9 @@ def codes(result):
 def test_passes_that_start_again_give_the_same_codes(tokens, monkeypatch):
     model = cqhf.tiny_model("llama")
     kept = codes(run(model, tokens))
-    before = threading.active_count()
     original = blocks.round_block
     monkeypatch.setattr(blocks, "round_block", lambda *a, **k: original(*a, held_bytes=0, **k))
     again = codes(run(model, tokens))
-    assert threading.active_count() == before
     for name, wanted in kept.items():
         np.testing.assert_array_equal(again[name], wanted)
 
@@ -205,17 +204,30 @@ def test_float_model_is_untouched_and_the_result_saves(tokens, tmp_path):
     assert result.plan.recipe.rounding == "qronos"
 
 
-def test_hooks_and_threads_are_gone_after_an_error(tokens):
-    model = cqhf.tiny_model("llama")
-    before = threading.active_count()
+@pytest.mark.parametrize("held", [0, 2**30])
+def test_an_interrupted_block_is_as_it_was(held):
+    class Stop(Exception):
+        pass
 
-    def stop(phase, done, total):
-        if phase == "round" and done == 2:
-            raise KeyboardInterrupt
+    def stop():
+        raise Stop
 
-    with pytest.raises(KeyboardInterrupt):
-        cqhf.quantize(model, Recipe(block_size=16, rounding="qronos"), tokens, progress=stop)
-    assert threading.active_count() == before
+    block = Toy("parallel")
+    hidden = torch.randn(2, 4, 8, generator=torch.manual_seed(0))
+    rows = [MatrixPlan(f"b.{n}", (8, 8)) for n in ("first", "second")]
+    watched = weakref.ref(hidden)
+    with pytest.raises(Stop):
+        round_block(
+            block, "b", rows, HiddenStates(hidden, None), {}, INT4, None, RoundingOptions("gptq"),
+            held_bytes=held, progress=stop,
+        )  # fmt: skip
+    assert not block.first._forward_pre_hooks
+    before = block.first.weight.clone()
+    block(hidden)
+    assert torch.equal(block.first.weight, before)
+    del hidden
+    gc.collect()
+    assert watched() is None
 
 
 def test_progress_counts_groups(tokens):
@@ -312,6 +324,22 @@ def test_groups_keep_experts_apart():
     assert found == [
         ["a.q", "a.k"], ["a.o"], ["e.0.gate", "e.0.up"], ["e.0.down"], ["e.1.gate", "e.1.up"],
     ]  # fmt: skip
+
+
+def test_blocks_that_are_called_without_names(tokens):
+    rows = run(cqhf.tiny_model("gpt2"), tokens).report["matrices"]
+    assert sum(r["loss"] for r in rows) < sum(r["loss_nearest"] for r in rows)
+
+
+def test_experts_are_rounded_for_the_tokens_that_reach_them(tokens):
+    model = cqhf.tiny_model("mixtral")
+    rows = run(model, tokens, rounding="gptq").report["matrices"]
+    experts = [r for r in rows if "experts" in r["name"] and r["name"].endswith("down_proj")]
+    layers = {r["name"].split(".")[2] for r in experts}
+    chosen = model.config.num_experts_per_tok
+    assert sum(r["tokens"] for r in experts) == tokens.size * chosen * len(layers)
+    with pytest.raises(cq.CalibrationError, match=r"must reach .*experts.* to compare it"):
+        run(model, tokens)
 
 
 def test_matrices_outside_of_blocks_are_refused(tokens):
