@@ -162,6 +162,28 @@ def quantized(result: Any, output: Path) -> None:
     )
 
 
+def _roundings(rows: list[dict[str, Any]]) -> None:
+    """Print how each layer was rounded, where its inputs were looked at."""
+    seen = [row for row in rows if row.get("loss") is not None]
+    if not seen:
+        return
+    table = Table("layer", "method", "loss to nearest", "loss", "damping", "dead", "s", "peak MiB")
+    for row in seen:
+        damping = row["relative_damping"]
+        again = "" if (row["damping_tries"] or 1) == 1 else f" (try {row['damping_tries']})"
+        table.add_row(
+            row["name"],
+            row["method"],
+            f"{row['loss_nearest']:.4g}",
+            f"{row['loss']:.4g}",
+            "" if damping is None else f"{damping:.2g}{again}",
+            str(row["dead_columns"] or ""),
+            f"{row['seconds']:.1f}",
+            str(row["peak_rss_mib"]),
+        )
+    _console.print(table)
+
+
 def evaluation(model: Path, result: Any) -> None:
     """Print a perplexity."""
     _console.print(
@@ -194,6 +216,7 @@ def inspection(model: Path, recipe: Any, report: dict[str, Any], sizes: dict[str
                 f"{row['largest_block_mass_permuted'] / mean:.3f}",
             )
         _console.print(table)
+    _roundings(report.get("matrices", []))
     files = Table("file", "bytes")
     for name, size in sizes.items():
         files.add_row(name, f"{size:,}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -35,7 +36,17 @@ def processes():
     return ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"))
 
 
-@pytest.mark.parametrize("make", [threads, processes])
+@contextmanager
+def distributed():
+    from distributed import Client, LocalCluster
+
+    # Workers in this process: what is tested is the executor, not its transport.
+    options = {"n_workers": 2, "threads_per_worker": 1, "processes": False}
+    with LocalCluster(dashboard_address=None, **options) as cluster, Client(cluster) as client:
+        yield client.get_executor()
+
+
+@pytest.mark.parametrize("make", [threads, processes, distributed])
 def test_the_same_results_through_any_executor(make, expected):
     with make() as executor:
         futures = [executor.submit(call, *arguments) for call, arguments in problems()]
