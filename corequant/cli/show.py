@@ -167,7 +167,8 @@ def _roundings(rows: list[dict[str, Any]]) -> None:
     seen = [row for row in rows if row.get("loss") is not None]
     if not seen:
         return
-    table = Table("layer", "method", "loss to nearest", "loss", "damping", "dead", "s", "peak MiB")
+    method = Column("method", no_wrap=True)
+    table = Table("layer", method, "loss to nearest", "loss", "damping", "dead", "s", "peak MiB")
     for row in seen:
         damping = row["relative_damping"]
         again = "" if (row["damping_tries"] or 1) == 1 else f" (try {row['damping_tries']})"
