@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -167,13 +168,15 @@ def _roundings(rows: list[dict[str, Any]]) -> None:
     seen = [row for row in rows if row.get("loss") is not None]
     if not seen:
         return
-    method = Column("method", no_wrap=True)
-    table = Table("layer", method, "loss to nearest", "loss", "damping", "dead", "s", "peak MiB")
+    shared = len(commonprefix([row["name"].split(".") for row in seen]))
+    layer, method = (Column(name, overflow="fold") for name in ("layer", "method"))
+    heads = ("loss to nearest", "loss", "damping", "dead", "s", "peak MiB")
+    table = Table(layer, method, *heads)
     for row in seen:
         damping = row["relative_damping"]
         again = "" if (row["damping_tries"] or 1) == 1 else f" (try {row['damping_tries']})"
         table.add_row(
-            row["name"],
+            ".".join(row["name"].split(".")[shared:]),
             row["method"],
             f"{row['loss_nearest']:.4g}",
             f"{row['loss']:.4g}",
