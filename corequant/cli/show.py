@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -168,15 +167,17 @@ def _roundings(rows: list[dict[str, Any]]) -> None:
     seen = [row for row in rows if row.get("loss") is not None]
     if not seen:
         return
-    shared = len(commonprefix([row["name"].split(".") for row in seen]))
+    names = [row["name"].split(".") for row in seen]
+    columns = enumerate(zip(*names, strict=False))
+    shared = next((k for k, column in columns if len(set(column)) > 1), 0)
     layer, method = (Column(name, overflow="fold") for name in ("layer", "method"))
     heads = ("loss to nearest", "loss", "damping", "dead", "s", "peak MiB")
     table = Table(layer, method, *heads)
-    for row in seen:
+    for row, name in zip(seen, names, strict=True):
         damping = row["relative_damping"]
         again = "" if (row["damping_tries"] or 1) == 1 else f" (try {row['damping_tries']})"
         table.add_row(
-            ".".join(row["name"].split(".")[shared:]),
+            ".".join(name[shared:]),
             row["method"],
             f"{row['loss_nearest']:.4g}",
             f"{row['loss']:.4g}",
