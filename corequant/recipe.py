@@ -34,7 +34,7 @@ PERMUTATIONS = (
 FACTORS = ("none", "signs", "scales")
 """Names that ``Recipe.factors`` takes."""
 
-ROTATIONS = ("merged", "online")
+ROTATIONS = ("merged", "online", "offline")
 """Names that ``Recipe.rotation`` takes."""
 
 ROUNDINGS = ("nearest", "gptq", "gpfq", "qronos", "learned")
@@ -61,6 +61,8 @@ class Recipe:
         so that only ``down_proj``'s rotation stays online. ``online`` merges none: the input of
         every quantized layer is rotated by blocks at run time, and the residual stream is only
         permuted, once for the whole model.
+        ``offline`` merges what ``merged`` does and leaves ``down_proj``'s input alone, so that
+        nothing remains at run time and every reader of ordinary models can take the result.
     head_block_size : int, optional
         Block length of the merged rotation between value and output projections; None rotates whole
         heads. Where blocks are smaller than a head, its channels are permuted among themselves.
@@ -203,6 +205,9 @@ class Recipe:
     def _check_online(self) -> None:
         if self.rotation == "merged":
             return
+        if self.rotation == "offline":
+            self._check_offline()
+            return
         if not isinstance(self.block_size, int | None):
             raise RecipeError(
                 "block_size must be one number or None with rotation 'online', since all layers "
@@ -212,6 +217,13 @@ class Recipe:
             raise RecipeError(
                 "head_block_size must be None with rotation 'online', which rotates the output "
                 f"projection's input by block_size, got {self.head_block_size}"
+            )
+
+    def _check_offline(self) -> None:
+        if self.block_size is not None or self.factors != "none":
+            raise RecipeError(
+                "block_size and factors are about down_proj's rotation, which rotation 'offline' "
+                f"leaves out, got block_size={self.block_size!r} and factors={self.factors!r}"
             )
 
     def _sizes(self) -> tuple[Any, ...]:
@@ -310,7 +322,8 @@ def _explicit(spec: QuantSpec) -> str:
     # Recipe reads weights with another default search than QuantSpec does.
     text = str(spec)
     search = spec.scale_search.value
-    return text if text.endswith(search) else f"{text}:{search}"
+    given = any(part.startswith(search) for part in text.split(":"))
+    return text if given else f"{text}:{search}"
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

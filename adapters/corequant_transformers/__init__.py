@@ -4,7 +4,9 @@ from corequant_transformers.architectures import Architecture, Experts, register
 from corequant_transformers.budgets import fates, limit_memory
 from corequant_transformers.checkpoint import load, load_tokenizer
 from corequant_transformers.choosing import Calibration
+from corequant_transformers.exporting import export
 from corequant_transformers.inspecting import Inspection, inspect
+from corequant_transformers.online import install
 from corequant_transformers.pipeline import Quantized, calibrate, plan, quantize
 from corequant_transformers.reporting import write_report
 from corequant_transformers.sources import Source
@@ -26,8 +28,10 @@ __all__ = [
     "Verification",
     "calibrate",
     "evaluate",
+    "export",
     "fates",
     "inspect",
+    "install",
     "limit_memory",
     "load",
     "load_tokenizer",
@@ -40,3 +44,6 @@ __all__ = [
     "verify",
     "write_report",
 ]
+
+# Directories with run-time rotations load in Transformers from here on.
+install()

@@ -39,8 +39,10 @@ __all__ = [
     "is_quantized",
     "load",
     "load_tokenizer",
+    "new_directory",
     "part_tensors",
     "place_tensors",
+    "read_plan",
     "read_recipe",
     "save",
     "writing",
@@ -159,7 +161,7 @@ def writing(
         If it can't be written. Nothing is left then.
     """
     target = check_output(output)
-    with _new_directory(target) as folder:
+    with new_directory(target) as folder:
         for file in copied_files or []:
             shutil.copyfile(file, folder / file.name)
         if tokenizer is not None and not copied_files:
@@ -193,7 +195,7 @@ def load(path: str | Path) -> Any:
         If a file is missing, truncated, malformed or not what the recipe leads to expect.
     """
     folder = Path(path)
-    plan, config = _read_plan(folder)
+    plan, config = read_plan(folder)
     config.tie_word_embeddings = False
     with quiet_transformers():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -249,7 +251,7 @@ def place_tensors(
 def load_tokenizer(path: str | Path) -> Any:
     """Load the tokenizer of a directory that ``quantize`` wrote."""
     folder = Path(path)
-    _, config = _read_plan(folder)
+    _, config = read_plan(folder)
     try:
         with quiet_transformers():
             return transformers.AutoTokenizer.from_pretrained(
@@ -274,7 +276,8 @@ def read_recipe(path: str | Path) -> Recipe:
         raise CheckpointError(f"{file} can't be read: {error}") from error
 
 
-def _read_plan(folder: Path) -> tuple[ModelPlan, Any]:
+def read_plan(folder: Path) -> tuple[ModelPlan, Any]:
+    """Read a directory's recipe and float config, and return the plan and the config."""
     if not folder.is_dir():
         raise CheckpointError(f"MODEL must be a directory that corequant wrote, got {folder}")
     settings = read_json(folder / "config.json").get("quantization_config")
@@ -367,7 +370,7 @@ def _check_same(
 
 
 @contextmanager
-def _new_directory(target: Path) -> Iterator[Path]:
+def new_directory(target: Path) -> Iterator[Path]:
     """Give a temporary sibling of ``target``; rename it on success, remove it on any failure."""
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

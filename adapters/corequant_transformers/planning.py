@@ -110,7 +110,7 @@ class ModelPlan:
     @property
     def folds(self) -> bool:
         """Whether the norms' gains are folded into the weights."""
-        return self.recipe.rotation == "merged" and not self.architecture.post_norms
+        return self.recipe.rotation != "online" and not self.architecture.post_norms
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -301,7 +301,9 @@ def _mlp(
     gate, up, down = layers
     name = f"{path}.{down}"
     # A single block leaves nothing to permute.
-    region = name if recipe.permutation != "identity" and block_size < width else None
+    online = recipe.rotation != "offline"
+    permuted = recipe.permutation != "identity" and block_size < width
+    region = name if permuted and online else None
     inner = Side(permutation=region)
     # The gate passes through an activation function, so factors go through up alone.
     linear = replace(inner, factors=None if recipe.factors == "none" else name)
@@ -313,9 +315,9 @@ def _mlp(
     yield MatrixPlan(
         name,
         (sizes.hidden, width),
-        input=replace(linear, rotation=block_size),
+        input=replace(linear, rotation=block_size if online else None),
         output=stream.written,
-        online=True,
+        online=online,
         reads=name,
         block=block,
         expert=expert,
@@ -351,6 +353,8 @@ def _scaled(spec: QuantSpec, matrix: MatrixPlan) -> int:
 def _block_sizes(recipe: Recipe, widths: list[int]) -> list[int]:
     """Return each layer's block size; an automatic one counts as the full vector until chosen."""
     given = recipe.block_size
+    if recipe.rotation == "offline":
+        return widths
     wanted: tuple[int | None, ...]
     if isinstance(given, tuple):
         wanted = given

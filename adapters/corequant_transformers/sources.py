@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import json
 from collections.abc import Iterator
@@ -65,8 +66,7 @@ class Source:
                 "this one with corequant_transformers.load"
             )
         for shard in self.shards():
-            if not shard.is_file():
-                raise CheckpointError(f"the model's file {shard} is missing")
+            check_inside(self.path, shard)
 
     def shards(self) -> list[Path]:
         """Return a directory's files of weights."""
@@ -162,8 +162,29 @@ class Source:
         """Return the tokenizer's and generation's files, to be kept byte for byte."""
         if self.is_gguf:
             return []
-        found = {f for pattern in _TOKENIZER_PATTERNS for f in self.path.glob(pattern)}
-        return sorted(f for f in found if f.is_file())
+        return sorted(f for f in self.path.iterdir() if f.is_file() and is_copied(f.name))
+
+
+def check_inside(folder: Path, file: Path) -> None:
+    """Raise CheckpointError unless a file really lies in a folder, or in its store of blobs.
+
+    A link may lead to ``../../blobs`` beside the snapshots of a Hugging Face cache, nowhere else.
+    """
+    try:
+        found = file.is_file()
+        inside, real = folder.resolve(), file.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"the model's file {file} can't be read: {error}") from None
+    if not found:
+        raise CheckpointError(f"the model's file {file} is missing")
+    blobs = inside.parent.parent / "blobs"
+    if real.parent != inside and not (inside.parent.name == "snapshots" and real.parent == blobs):
+        raise CheckpointError(f"{file} must be a file of its own folder, it leads to {real}")
+
+
+def is_copied(name: str) -> bool:
+    """Tell whether a file belongs to the tokenizer or to generation and is kept byte for byte."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _TOKENIZER_PATTERNS)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -57,19 +57,20 @@ def plan_stream(a: Architecture, recipe: Recipe, sizes: Dimensions) -> Stream:
         If a rotation doesn't fit the stream's width.
     """
     signs = RESIDUAL if recipe.random_signs else None
-    if recipe.rotation == "merged":
+    if recipe.rotation != "online":
         width = check_rotation("residual rotation", None, "hidden_size", sizes.hidden)
         side = Side(factors=signs, rotation=width)
         if not a.post_norms:
             return Stream(replace(side, centered=a.norm == "layer"), side, side, online=False)
         # RMSNorm without its gain g commutes with a rotation R, since |x R| = |x|; but (x R) ∘ g is
         # (x ∘ g) R for equal gains only. Signs and permutations are no obstacle.
+        plain = Side(factors=signs)
+        if recipe.rotation == "offline":
+            return Stream(plain, plain, plain, online=False, notes=(_unmerged(a),))
         note = (
-            f"the residual rotation can't be merged: the gains of {' and '.join(a.post_norms)} "
-            "stand between the writers and the residual stream and don't commute with a rotation; "
+            f"{_unmerged(a)}; "
             "the inputs of the layers that read the stream are rotated at run time instead"
         )
-        plain = Side(factors=signs)
         return Stream(plain, plain, side, online=True, notes=(note,))
     block = recipe.block_size if isinstance(recipe.block_size, int) else None
     width = check_rotation("block_size", block, "hidden_size", sizes.hidden)
@@ -83,3 +84,10 @@ def plan_stream(a: Architecture, recipe: Recipe, sizes: Dimensions) -> Stream:
         )
     side = Side(permutation=RESIDUAL if permuted else None, factors=signs)
     return Stream(side, side, replace(side, rotation=width), online=True, notes=notes)
+
+
+def _unmerged(a: Architecture) -> str:
+    return (
+        f"the residual rotation can't be merged: the gains of {' and '.join(a.post_norms)} stand "
+        "between the writers and the residual stream and don't commute with a rotation"
+    )

@@ -16,6 +16,7 @@ from corequant.errors import BackendError, CalibrationError, CorequantError
 from corequant.recipe import FACTORS, PERMUTATIONS, ROTATIONS, ROUNDINGS, Recipe
 from corequant_transformers import demo as demonstration
 from corequant_transformers.checkpoint import is_quantized, read_recipe
+from corequant_transformers.exporting import TARGETS
 from corequant_transformers.sources import read_json
 
 __all__ = ["app", "run"]
@@ -222,6 +223,22 @@ def evaluate(
         _print_json({"model": str(model), **result.to_dict()})
     else:
         show.evaluation(model, result)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A directory that quantize wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new or empty directory.")],
+    to: Annotated[str, typer.Option(help=f"One of {', '.join(TARGETS)}.")] = TARGETS[0],
+    as_json: Json = False,
+) -> None:
+    """Write a quantized model in a layout that other programs read."""
+    written = cqhf.export(model, output, to)
+    if as_json:
+        sizes = {f.name: f.stat().st_size for f in sorted(written.iterdir())}
+        _print_json({"output": str(written), "to": to, "files": sizes})
+    else:
+        print(f"{model} was written to {written} as {to}")
 
 
 @app.command()

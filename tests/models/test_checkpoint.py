@@ -371,3 +371,24 @@ def test_the_real_model_is_saved_and_loaded_bit_for_bit(
     exact = cqhf.evaluate(smollm2[0], help_tokens[4:6]).perplexity
     assert exact < quantized < 10 * exact
     assert np.isfinite(quantized)
+
+
+# ---- shards that lead elsewhere
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "..", "a\0b", "x" * 300])
+def test_an_index_may_not_name_files_elsewhere(name, tmp_path):
+    cqhf.tiny_model("llama").save_pretrained(tmp_path)
+    index = {"weight_map": {"lm_head.weight": name}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(cq.CheckpointError):
+        cqhf.Source(tmp_path)
+
+
+def test_a_link_may_not_lead_out_of_the_directory(tmp_path):
+    cqhf.tiny_model("llama").save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(cq.CheckpointError, match="own folder"):
+        cqhf.Source(tmp_path / "model")

@@ -1,0 +1,65 @@
+"""From a directory that ``quantize`` wrote to one that other programs read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from corequant.errors import OutputError
+from corequant_transformers.compressed import SHARD_BYTES, write_compressed
+from corequant_transformers.stored import Stored
+
+__all__ = ["TARGETS", "export"]
+
+TARGETS = ("compressed-tensors",)
+"""What ``export`` writes."""
+
+
+def export(
+    path: str | Path,
+    output: str | Path,
+    to: str = "compressed-tensors",
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write a quantized model in a layout that other programs read.
+
+    Parameters
+    ----------
+    path : str or Path
+        A directory that ``quantize`` wrote.
+    output : str or Path
+        A new or empty directory.
+    to : str
+        One of ``TARGETS``: ``compressed-tensors``, for Transformers and vLLM.
+    shard_bytes : int
+        Largest size of one file of weights.
+
+    Returns
+    -------
+    Path
+        What was written.
+
+    Raises
+    ------
+    ArchitectureError, SpecError
+        If the target can't hold the model or its quantizers.
+    CheckpointError
+        If the directory can't be read.
+    OutputError
+        If the output can't be written or doesn't read back equal; nothing is left then.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np, corequant_transformers as cqhf
+    >>> from pathlib import Path
+    >>> from corequant.recipe import Recipe
+    >>> recipe = Recipe(rotation="offline", weights="int4:group16", activations="none")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     tokens = np.arange(64).reshape(2, 32)
+    ...     _ = cqhf.quantize(cqhf.tiny_model("llama"), recipe, tokens, f"{folder}/own")
+    ...     sorted(f.name for f in cqhf.export(f"{folder}/own", f"{folder}/other").iterdir())
+    ['config.json', 'model.safetensors']
+    """
+    if to not in TARGETS:
+        raise OutputError(f"to must be one of {', '.join(TARGETS)}, got {to!r}")
+    return write_compressed(Stored(path), output, shard_bytes=shard_bytes)

@@ -1,0 +1,65 @@
+"""A quantized directory read tensor by tensor, without building the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import corequant as cq
+from corequant.errors import CheckpointError
+from corequant.export import from_arrays
+from corequant.tensorfile import RawTensor, TensorFile
+from corequant_transformers.checkpoint import WEIGHTS, read_plan
+from corequant_transformers.rows import MatrixPlan
+from corequant_transformers.sources import is_copied, read_json
+
+__all__ = ["Stored"]
+
+
+class Stored:
+    """A directory that ``quantize`` wrote.
+
+    Parameters
+    ----------
+    path : str or Path
+
+    Attributes
+    ----------
+    plan : ModelPlan
+    config : transformers.PreTrainedConfig
+        The float model's.
+    float_config : dict
+        The float model's ``config.json``.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is missing, truncated or malformed.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder = Path(path)
+        self.plan, self.config = read_plan(self.folder)
+        self.float_config = read_json(self.folder / "float_config.json")
+        self._file = TensorFile(self.folder / WEIGHTS)
+
+    def quantized(self, matrix: MatrixPlan) -> cq.QuantizedTensor:
+        """Return the codes and scales of a quantized matrix."""
+        prefix = f"{matrix.name}.weight_"
+        own = {n: self._file.read(n).array() for n in self._file.names if n.startswith(prefix)}
+        return from_arrays(matrix.name, own, self.plan.recipe.weights, matrix.shape)
+
+    def rest(self) -> list[str]:
+        """Return the names of what isn't quantized: embeddings, norms, biases, the head."""
+        codes = tuple(f"{m.name}.weight_" for m in self.plan.quantized)
+        return [n for n in self._file.names if not n.startswith(codes)]
+
+    def read(self, name: str) -> RawTensor:
+        """Return a tensor that isn't quantized; it must be float32."""
+        tensor = self._file.read(name)
+        if tensor.dtype != "F32":
+            raise CheckpointError(f"{name} of {self._file.path} must be F32, got {tensor.dtype}")
+        return tensor
+
+    def copied_files(self) -> list[Path]:
+        """Return the tokenizer's and generation's files."""
+        return sorted(f for f in self.folder.iterdir() if f.is_file() and is_copied(f.name))

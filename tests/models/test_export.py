@@ -1,0 +1,195 @@
+"""Exported directories, loaded by Transformers with compressed-tensors."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import corequant as cq
+import corequant_transformers as cqhf
+from corequant.recipe import Recipe
+from corequant_transformers import compressed, vllm_plugin
+from corequant_transformers.sources import quiet_transformers
+from corequant_transformers.stored import Stored
+
+OFFLINE = {
+    "w4a16": ("int4:group16", "none"),
+    "w8a8": ("int8:channel", "int8:token:symmetric"),
+    "w4a8": ("int4:group16", "int8:token:symmetric"),
+    "w4a4": ("int4:channel", "int4:token:asymmetric"),
+    "w4a16bf16": ("int4:channel:bfloat16", "none"),
+    "mxfp4a16": ("mxfp4", "none"),
+    "mxfp4": ("mxfp4", "mxfp4:even"),
+}
+
+
+def quantized(folder, tokens, kind="llama", **recipe):
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    cqhf.quantize(cqhf.tiny_model(kind, **sizes), Recipe(**recipe), tokens, folder / "own")
+    cqhf.export(folder / "own", folder / "out")
+    return folder / "own", folder / "out"
+
+
+def load(folder, **options):
+    with quiet_transformers():
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, **options
+        )
+    assert not any(info.values()), info
+    return model
+
+
+@torch.no_grad()
+def logits(model, tokens):
+    return model(input_ids=torch.from_numpy(tokens), use_cache=False).logits.float()
+
+
+def check_equal(own, other, tokens):
+    """Weights to the bit, logits as near as the file's dtype lets them be."""
+    ours, theirs = cqhf.load(own), load(other)
+    expected, found = logits(ours, tokens), logits(theirs, tokens)
+    for matrix in Stored(own).plan.quantized:
+        weight = theirs.get_submodule(matrix.name).weight
+        assert torch.equal(weight, ours.get_submodule(matrix.name).weight.to(weight.dtype))
+    if theirs.dtype is torch.float32:
+        assert (expected - found).abs().max() <= 1e-4 * expected.abs().max()
+    else:
+        # Everything between the weights is computed in bfloat16 there, in float32 by us.
+        ours, theirs_ = (cqhf.evaluate(m, tokens).perplexity for m in (ours, theirs))
+        assert abs(theirs_ / ours - 1) < 0.05
+    return theirs
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_transformers_loads_merged_directories(name, tokens, tmp_path):
+    weights, activations = OFFLINE[name]
+    recipe = {"rotation": "offline", "weights": weights, "activations": activations}
+    own, out = quantized(tmp_path, tokens, **recipe)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["config_groups"]["group_0"]["format"] == config["format"]
+    assert config["quantization_status"] == "compressed"
+    check_equal(own, out, tokens)
+
+
+@pytest.mark.parametrize("block", [16, 12])
+def test_transformers_rotates_at_run_time_after_the_import(block, tokens, tmp_path):
+    own, out = tmp_path / "own", tmp_path / "out"
+    recipe = Recipe(block_size=block, weights="int4:group16", activations="none")
+    cqhf.quantize(cqhf.tiny_model("qwen2"), recipe, tokens, own)
+    cqhf.export(own, out)
+    model = load(out)
+    with quiet_transformers():
+        model.save_pretrained(tmp_path / "again")
+    check_equal(own, out, tokens)
+    check_equal(own, tmp_path / "again", tokens)
+
+
+def test_plain_transformers_refuses_run_time_rotations(tokens, tmp_path):
+    recipe = {"block_size": 16, "weights": "int4:group16", "activations": "none"}
+    _, out = quantized(tmp_path, tokens, **recipe)
+    code = (
+        "import transformers\n"
+        "try:\n"
+        f"    transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "import corequant_transformers first" in done.stdout
+
+
+def test_a_missing_rotation_is_an_error(tokens, tmp_path):
+    from corequant.tensorfile import TensorFile, write_tensors
+
+    recipe = {"block_size": 16, "weights": "int4:group16", "activations": "none"}
+    _, out = quantized(tmp_path, tokens, **recipe)
+    file = TensorFile(out / "model.safetensors")
+    kept = {n: file.read(n) for n in file.names if "layers.1.mlp.down_proj.R16" not in n}
+    write_tensors(tmp_path / "fewer", kept)
+    (tmp_path / "fewer").rename(out / "model.safetensors")
+    with pytest.raises(cq.CheckpointError, match=r"layers\.1\.mlp\.down_proj.*not orthogonal"):
+        load(out)
+
+
+def test_shards_have_an_index_and_load(tokens, tmp_path):
+    recipe = Recipe(rotation="offline", weights="int4:group16", activations="none")
+    cqhf.quantize(cqhf.tiny_model("llama"), recipe, tokens, tmp_path / "own")
+    cqhf.export(tmp_path / "own", tmp_path / "out", shard_bytes=30_000)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    check_equal(tmp_path / "own", tmp_path / "out", tokens)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"weights": "int4:channel:asymmetric"}, "weights must be symmetric"),
+        ({"weights": "e3m2:channel"}, "compressed-tensors holds weights of"),
+        ({"weights": "mxfp4", "activations": "int8:token"}, "activations must be none or mxfp4"),
+        ({"weights": "mxfp4", "activations": "mxfp4"}, "write mxfp4:even"),
+        ({"weights": "nvfp4"}, "must share a global scale"),
+        ({"weights": "nvfp4", "activations": "nvfp4"}, "need a scale per layer"),
+    ],
+)
+def test_what_readers_lack_is_refused_and_nothing_is_left(recipe, words, tokens, tmp_path):
+    with pytest.raises(cq.SpecError, match=words):
+        quantized(tmp_path, tokens, **{"rotation": "offline", "activations": "none", **recipe})
+    assert [f.name for f in tmp_path.iterdir()] == ["own"]
+
+
+def test_a_lost_bit_is_noticed(tokens, tmp_path, monkeypatch):
+    def damaging(path, tensors):
+        first = next(iter(tensors))
+        changed = tensors[first].data.copy()
+        changed[0] ^= 1
+        write(
+            path,
+            {
+                **tensors,
+                first: type(tensors[first])(tensors[first].dtype, tensors[first].shape, changed),
+            },
+        )
+
+    write = compressed.write_tensors
+    monkeypatch.setattr(compressed, "write_tensors", damaging)
+    with pytest.raises(cq.OutputError, match="did not read back"):
+        quantized(tmp_path, tokens, rotation="offline", weights="int4:group16")
+    assert [f.name for f in tmp_path.iterdir()] == ["own"]
+
+
+def test_layers_that_are_not_linear_are_refused(tokens, tmp_path):
+    recipe = Recipe(rotation="offline", weights="int4:group16", activations="none")
+    cqhf.quantize(cqhf.tiny_model("gpt2"), recipe, tokens, tmp_path / "own")
+    with pytest.raises(cq.ArchitectureError, match="not a linear layer"):
+        cqhf.export(tmp_path / "own", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("kind", "size"), [("hadamard", 16), ("random-hadamard", 12)])
+def test_the_vllm_plugin_rotates_on_a_cpu(kind, size, rng, monkeypatch):
+    """Against a stand-in with the attributes of vLLM's class; vLLM itself is not installed."""
+
+    class HadamardTransform:
+        def forward(self, value, part_id=0):
+            raise NotImplementedError("needs CUDA")
+
+    module = types.SimpleNamespace(HadamardTransform=HadamardTransform)
+    monkeypatch.setitem(sys.modules, vllm_plugin._MODULE, module)
+    vllm_plugin.register()
+    vllm_plugin.register()
+    scheme = types.SimpleNamespace(type=kind, head_dim=size)
+    transform = HadamardTransform()
+    transform.transforms = {
+        0: types.SimpleNamespace(scheme=scheme, args=types.SimpleNamespace(inverse=False))
+    }
+    matrix = torch.from_numpy(cq.hadamard_matrix(size).astype(np.float32) / math.sqrt(size))
+    transform.weight = types.SimpleNamespace(partitions={0: matrix})
+    x = torch.from_numpy(rng.normal(size=(3, 48)).astype(np.float32))
+    torch.testing.assert_close(transform.forward(x), cq.block_hadamard(x, size))
+    assert transform.forward(x, 1) is x
