@@ -169,7 +169,7 @@ def real_layers(smollm2, help_tokens):
     layers = []
     for n in names:
         x = np.ascontiguousarray(np.concatenate(seen[n]), np.float32)
-        W = modules[n].weight.detach().numpy()[:96].astype(np.float32)
+        W = modules[n].weight.detach().numpy()[:576].astype(np.float32)
         layers.append((n, W, x, cq.fake_quantize(x, "int4:token:asymmetric")))
     return layers
 
