@@ -4,7 +4,7 @@ Usage: python bench/bench_rounding.py --model M --calibration valid.txt --text t
 
 Each finished cell is appended to FILE, and cells that are there already are not run again, so that
 the script can be stopped and started. With --minutes it starts no cell after that time. Cells come
-in the order of their importance. --write puts the tables of FILE into bench/README.md.
+in the order of their importance.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def cells():
 
 
 def accumulators():
-    """Accumulator widths, beside narrower codes that need no more bits."""
+    """Accumulator widths of every method that respects them."""
     base = {"block_size": 32, "permutation": "massdiff"}
     for activations, widths in (
         ("int8:token:asymmetric", ("128x16", "128x20")),

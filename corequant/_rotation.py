@@ -67,7 +67,8 @@ def rotate(
     source = x if is_plain(x) else np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
     target = result if result is source or is_plain(result) else np.empty_like(source)
     core, power = _factors(block_size)
-    if compiled_away():
+    # The kernels of other axes combine rows: a block of one has none to combine.
+    if compiled_away() or (block_size == 1 and axis < x.ndim - 1):
         _rotate_plainly(source, target, block_size, axis, inverse, signs)
     elif axis < x.ndim - 1:
         _rotate_columns(source, target, block_size, axis, inverse, signs, threads)

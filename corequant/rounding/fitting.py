@@ -52,9 +52,9 @@ def fit_scales(W: Any, H: Any, spec: QuantSpec | str, *, rank: int = 8) -> Quant
     Notes
     -----
     The error of an output is ``e H eᵀ`` for the row's error e. Inputs have a mean, and rotated ones
-    carry in it what was an outlier channel, so a row's error adds up along it: on SmolLM2-135M the
-    mean holds 42 % of the inputs' energy, and W4A4 rounding to nearest comes from a perplexity of
-    60 to 39 by this choice of scales alone. H is taken as its ``rank`` leading eigenvectors and a
+    carry in it what was an outlier channel, so a row's error adds up along it: on SmolLM2-135M W4A4
+    rounding to nearest comes from a perplexity of 60 to 34 by this choice of scales alone
+    (``bench/bench_perplexity.py``). H is taken as its ``rank`` leading eigenvectors and a
     diagonal, ``H ≈ U Λ Uᵀ + D`` with the diagonal of H kept, so that trying a scale takes one
     product with (in_features, rank) instead of with H. Each group's scale is multiplied by factors
     from 0.75 to 1.25; groups of a row are visited in turn, twice. Codes stay the nearest ones, so

@@ -149,3 +149,15 @@ def test_overlapping_and_read_only_out_are_refused(rng):
 def test_the_message_lists_block_sizes_that_work():
     with pytest.raises(cq.HadamardOrderError, match=r"2, 4, 8, 16, 32, 64, 128"):
         cq.block_hadamard(np.ones(13696))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_blocks_of_one_only_take_signs(rng, dtype, axis):
+    x = rng.normal(size=(4, 6, 5)).astype(dtype)
+    signs = cq.random_signs(x.shape[axis], 0)
+    shape = [1, 1, 1]
+    shape[axis] = -1
+    np.testing.assert_array_equal(cq.block_hadamard(x, 1, axis=axis), x)
+    expected = x * signs.reshape(shape).astype(dtype)
+    np.testing.assert_array_equal(cq.block_hadamard(x, 1, axis=axis, signs=signs), expected)
