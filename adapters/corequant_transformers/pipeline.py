@@ -17,6 +17,7 @@ from corequant.recipe import Recipe
 from corequant_transformers.checkpoint import check_output, load, place_tensors, save
 from corequant_transformers.choosing import Calibration
 from corequant_transformers.descriptions import check_described
+from corequant_transformers.gathering import gather
 from corequant_transformers.layouts import standardize
 from corequant_transformers.ledgers import Ledger, MemoryLedger
 from corequant_transformers.pacing import Pace
@@ -25,7 +26,7 @@ from corequant_transformers.planning import ModelPlan, plan_model
 from corequant_transformers.saving import begin_run, describe_run, save_run
 from corequant_transformers.shards import FileWeights
 from corequant_transformers.sources import Source
-from corequant_transformers.streaming import Job, gather, steps_of
+from corequant_transformers.streaming import Job, steps_of
 from corequant_transformers.texts import check_tokens, token_windows
 from corequant_transformers.transforming import Choices, restructure
 from corequant_transformers.verifying import Verification

@@ -23,6 +23,7 @@ from corequant_transformers.blocks import Rounding, transform_part
 from corequant_transformers.capturing import Collector
 from corequant_transformers.checkpoint import part_tensors
 from corequant_transformers.choosing import Calibration, choose, choose_block_size
+from corequant_transformers.gathering import collect_block
 from corequant_transformers.ledgers import Crossing, Ledger, Windows
 from corequant_transformers.parts import ENTRY, EXIT, Parts, part_of
 from corequant_transformers.planning import ModelPlan, plan_model
@@ -42,7 +43,7 @@ from corequant_transformers.verifying import (
 )
 from corequant_transformers.walking import block_arguments, enter, leaving, run_block
 
-__all__ = ["Job", "gather", "steps_of"]
+__all__ = ["Job", "steps_of"]
 
 Tokens = npt.NDArray[np.int64]
 
@@ -208,7 +209,7 @@ class Job:
     def _measure(self, index: int, state: Mapping[str, Windows]) -> dict[str, Windows]:
         after = self.ledger.windows("hidden-next", self._states, torch.float32)
         states, arguments = Crossing(state["hidden"], after), self._arguments[torch.float32]
-        _collect(
+        collect_block(
             self.parts, self.plan, index, self._collector, states, arguments[index], self.progress
         )
         following: dict[str, Windows] = {"hidden": after}
@@ -426,91 +427,6 @@ class Job:
             "regions": [{k: v for k, v in row.items() if k != "index"} for row in regions],
             "matrices": [row for r in reports.values() for row in r.get("matrices", [])],
         }
-
-
-@torch.no_grad()
-def gather(
-    parts: Parts,
-    plan: ModelPlan,
-    tokens: Tokens,
-    progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
-) -> Calibration:
-    """Run the float model over the calibration windows and keep the statistics of all regions.
-
-    Parameters
-    ----------
-    parts : Parts
-    plan : ModelPlan
-    tokens : numpy.ndarray (windows, length), int64
-    progress : callable
-        Called as ``progress(phase, done, total)``.
-
-    Raises
-    ------
-    NonFiniteError
-        If weights or activations hold NaN or infinity.
-    """
-    collector = Collector(plan, (tokens.shape[0], tokens.shape[1]))
-    trials = None
-    if plan.recipe.sign_trials > 1 and plan.draw_signs():
-        trials = SignTrials(parts, plan, tokens)
-    arguments = block_arguments(parts, tokens[0], torch.float32)
-    hidden = torch.empty(*tokens.shape, plan.dimensions.hidden)
-    draws = torch.empty(trials.shape if trials is not None else 0)
-    with parts.open(ENTRY):
-        for k, window in enumerate(tokens):
-            hidden[k] = enter(parts, window)
-        if trials is not None:
-            trials.enter(draws)
-    for i in parts.blocks:
-        with parts.open(i):
-            _collect(parts, plan, i, collector, hidden, arguments[i], progress)
-            if trials is not None:
-                trials.advance(i, draws)
-    found = Calibration(tokens, collector.statistics, collector.held_out)
-    if trials is None:
-        return found
-    with parts.open(EXIT):
-        losses = trials.losses(draws)
-    return replace(found, draw=int(np.argmin(losses)), draw_losses=tuple(losses))
-
-
-@torch.no_grad()
-def _collect(
-    parts: Parts,
-    plan: ModelPlan,
-    index: int,
-    collector: Collector,
-    hidden: Windows,
-    arguments: dict[str, Any],
-    progress: Callable[[str, int, int], None],
-) -> None:
-    """Run an open float block over all windows and collect what its layers read.
-
-    Parameters
-    ----------
-    parts : Parts
-    plan : ModelPlan
-    index : int
-    collector : Collector
-    hidden : Windows
-        What the block reads; overwritten by what it gives.
-    arguments : dict
-        Of the block, besides its hidden states.
-    progress : callable
-        Called as ``progress("calibrate", done, total)``, counting windows through all blocks.
-    """
-    readers = [
-        (region, reader)
-        for region in plan.regions
-        for reader in region.readers
-        if part_of(f"{reader}.", plan) == index
-    ]
-    with collector.watching(parts.model, readers):
-        for k in range(len(hidden)):
-            collector.position = k
-            hidden[k] = run_block(parts.block(index), hidden[k : k + 1], arguments)
-            progress("calibrate", index * len(hidden) + k + 1, len(parts.blocks) * len(hidden))
 
 
 def _block_of(region: Region, plan: ModelPlan) -> int | None:

@@ -316,17 +316,25 @@ print(cqhf.plan(sys.argv[1], recipe).cost()["peak_mib"])
 """
 
 
+def peak_of(folder, output):
+    """Quantize in a process of its own; return its peak memory in MiB, having checked the plan's."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, folder, output], capture_output=True, text=True, check=True
+    )
+    peak, planned = done.stdout.split()
+    assert int(peak) / 1024 < 1.2 * float(planned)
+    return int(peak) / 1024
+
+
 def test_peak_memory_does_not_depend_on_depth(tmp_path):
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 128}
-    found = {}
-    for layers in (4, 16):
-        folder = write(tmp_path / str(layers), num_hidden_layers=layers, **sizes)
-        done = subprocess.run(
-            [sys.executable, "-c", MEASURE, folder, tmp_path / f"out{layers}"],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        peak, planned = done.stdout.split()
-        found[layers] = int(peak) / 1024
-        assert found[layers] < 1.2 * float(planned)
-    # All blocks of the deeper model together would take 200 MiB more in float32 alone.
-    assert found[16] < 1.1 * found[4]
+    shallow, deep = (
+        write(tmp_path / str(layers), num_hidden_layers=layers, **sizes) for layers in (4, 16)
+    )
+    allowed = 1.1 * peak_of(shallow, tmp_path / "shallow")
+    # All blocks of the deeper model together would take 200 MiB more in float32 alone. What a block
+    # takes for a moment differs by 50 MiB from run to run; what grew with depth would always show.
+    peaks = []
+    while not peaks or (peaks[-1] >= allowed and len(peaks) < 3):
+        peaks.append(peak_of(deep, tmp_path / f"deep{len(peaks)}"))
+    assert min(peaks) < allowed, peaks
