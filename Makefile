@@ -3,6 +3,9 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# Processes that share the tests out.
+WORKERS ?= 2
+
 # What runs a second time as plain Python: kernels whose loops are quick enough that way.
 PLAIN := $(addprefix tests/unit/test_,rotation.py permutation.py second_order.py calibration.py \
 	merging.py diagnostics.py) $(addprefix tests/property/test_,rotation.py permutation.py \
@@ -31,7 +34,7 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest -q $(PLAIN)
 
 bench: $(VENV)/.dev

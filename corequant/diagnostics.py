@@ -132,7 +132,7 @@ def outlier_bounds(
     """
     blocks = _blocks(x, block_size)
     root = np.sqrt(blocks.shape[-1])
-    lower = np.linalg.norm(blocks, axis=-1).max(-1) / root
+    lower = _norms(blocks).max(-1) / root
     upper = np.abs(blocks).sum(-1).max(-1) / root
     return lower, upper
 
@@ -179,8 +179,8 @@ def probable_outlier_bounds(
     blocks = _blocks(x, block_size)
     count, size = blocks.shape[-2:]
     factor = np.sqrt(2 * np.log(2 * count * size / epsilon) / size)
-    norms = np.linalg.norm(blocks, axis=-1)
-    return factor * np.linalg.norm(norms, axis=-1), factor * norms.max(-1)
+    norms = _norms(blocks)
+    return factor * _norms(norms), factor * norms.max(-1)
 
 
 def load_balance(mass: Array, block_size: int) -> float:
@@ -215,6 +215,14 @@ def load_balance(mass: Array, block_size: int) -> float:
     ordered = np.sort(values)
     bound = max(float(loads.mean()), float(ordered[-1] + ordered[: block_size - 1].sum()))
     return float(loads.max()) / bound if bound > 0 else 1.0
+
+
+def _norms(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Compute ℓ2 norms over the last axis whose squares neither overflow nor vanish."""
+    exponent = np.frexp(np.abs(x).max(-1))[1]
+    scaled = np.ldexp(x, -exponent[..., None])
+    norms: npt.NDArray[np.float64] = np.ldexp(np.linalg.norm(scaled, axis=-1), exponent)
+    return norms
 
 
 def _blocks(x: Any, block_size: int | None) -> npt.NDArray[np.float64]:

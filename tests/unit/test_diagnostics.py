@@ -90,3 +90,15 @@ def test_load_balance():
     assert cq.load_balance(np.array([9.0, 0, 1, 1]), 2) == 1.0
     with pytest.raises(ValueError, match="negative"):
         cq.load_balance(-np.ones(4), 2)
+
+
+@pytest.mark.parametrize("scale", [5e-324, 1e-300, 1e-161, 1e161, 1e300])
+def test_norms_of_tiny_and_huge_vectors_are_those_of_the_vector_scaled(scale):
+    x = np.array([[3.0, 4, 0, 0, 1, 0, 0, 0]])
+    lower, upper = cq.outlier_bounds(x * scale, 4)
+    np.testing.assert_allclose(
+        [lower, upper], [[2.5 * scale], [3.5 * scale]], rtol=1e-15, atol=5e-324
+    )
+    published, sharper = cq.probable_outlier_bounds(x * scale, 4)
+    expected = [bound * scale for bound in cq.probable_outlier_bounds(x, 4)]
+    np.testing.assert_allclose([published, sharper], expected, rtol=1e-15, atol=5e-324)
