@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         cross_layer_scales,
         smoothquant_scales,
     )
+    from corequant.exact import accumulator_bits
     from corequant.fusion import rotate_fake_quantize, rotate_quantize
     from corequant.hadamard import hadamard_factors, hadamard_matrix, valid_block_sizes
     from corequant.merging import (
@@ -89,7 +90,6 @@ if TYPE_CHECKING:
         Certificate,
         RoundedTensor,
         RoundingReport,
-        accumulator_bits,
         certify,
         fit_scales,
         learned_rounding,
@@ -130,6 +130,7 @@ _PARTS = {
         "cross_layer_scales",
         "smoothquant_scales",
     ),
+    "corequant.exact": ("accumulator_bits",),
     "corequant.fusion": (
         "rotate_fake_quantize",
         "rotate_quantize",
@@ -191,7 +192,6 @@ _PARTS = {
         "Certificate",
         "RoundedTensor",
         "RoundingReport",
-        "accumulator_bits",
         "certify",
         "fit_scales",
         "learned_rounding",

@@ -19,7 +19,14 @@ from corequant._validation import check_index
 from corequant.errors import ShapeError, SpecError
 from corequant.formats import FormatKind, NumberFormat, find_format
 
-__all__ = ["accumulator_bits", "exact_matmul", "integer_unit", "integer_values", "magnitude_bits"]
+__all__ = [
+    "accumulator_bits",
+    "exact_matmul",
+    "integer_range",
+    "integer_unit",
+    "integer_values",
+    "magnitude_bits",
+]
 
 Array = npt.NDArray[Any]
 
@@ -99,24 +106,39 @@ def magnitude_bits(form: NumberFormat | str) -> int:
     >>> [magnitude_bits(f) for f in ("e2m1", "e3m0", "e2m3", "e3m2", "e4m3")]
     [4, 7, 6, 9, 18]
     """
-    return _largest(form).bit_length()
+    low, high = integer_range(form)
+    return max(-low, high).bit_length()
 
 
-def accumulator_bits(a: NumberFormat | str, b: NumberFormat | str, terms: int) -> int:
-    """Return the width of the narrowest two's complement accumulator that is always exact.
+def integer_range(form: NumberFormat | str) -> tuple[int, int]:
+    """Return a format's least and greatest number in units of ``integer_unit``.
+
+    Examples
+    --------
+    >>> from corequant.exact import integer_range
+    >>> integer_range("e2m1"), integer_range("int4")
+    ((-12, 12), (-8, 7))
+    """
+    known = find_format(form) if isinstance(form, str) else form
+    unit = integer_unit(known)
+    return round(known.minimum / unit), round(known.maximum / unit)
+
+
+def accumulator_bits(terms: int, weight: NumberFormat | str, activation: NumberFormat | str) -> int:
+    """Return the accumulator width with which no weights whatever can overflow.
 
     Parameters
     ----------
-    a, b : NumberFormat or str
-        Formats of the factors.
     terms : int
-        Length K of the dot product.
+        Products in a sum.
+    weight, activation : NumberFormat or str
+        Formats of the two factors, integers or minifloats.
 
     Returns
     -------
     int
-        Enough for every sum of at most K products, in whatever order; at most
-        ``magnitude_bits(a) + magnitude_bits(b) + ceil(log2(K)) + 1``.
+        Width P, sign included, of an accumulator that holds ±(2**(P-1) - 1): enough for every sum
+        of at most so many products, in whatever order.
 
     Raises
     ------
@@ -125,14 +147,15 @@ def accumulator_bits(a: NumberFormat | str, b: NumberFormat | str, terms: int) -
 
     Examples
     --------
-    >>> from corequant.exact import accumulator_bits
-    >>> accumulator_bits("e2m1", "e2m1", 1024), accumulator_bits("int4", "int4", 1024)
-    (19, 18)
+    >>> import corequant as cq
+    >>> cq.accumulator_bits(128, "int4", "uint8"), cq.accumulator_bits(128, "int4", "int8")
+    (19, 19)
     """
-    check_index("terms", terms)
-    extremes = [int(x) * int(y) * terms for x in _ends(a) for y in _ends(b)]
-    # [-2**(n-1), 2**(n-1) - 1] holds both ends.
-    return 1 + max((-e - 1 if e < 0 else e).bit_length() for e in extremes)
+    largest = check_index("terms", terms)
+    for form in (weight, activation):
+        low, high = integer_range(form)
+        largest *= max(-low, high)
+    return largest.bit_length() + 1
 
 
 def exact_matmul(
@@ -171,7 +194,7 @@ def exact_matmul(
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ShapeError(f"a and b must be (m, K) and (n, K), got {a.shape} and {b.shape}")
     left, right = integer_values(a, a_format), integer_values(b, b_format)
-    width = accumulator_bits(a_format, b_format, max(1, a.shape[1]))
+    width = accumulator_bits(max(1, a.shape[1]), a_format, b_format)
     unit = integer_unit(a_format) * integer_unit(b_format)
     if width <= 53:
         # Every partial sum is a whole number that float64 holds, so the fast product is exact.
@@ -179,14 +202,3 @@ def exact_matmul(
     if width <= 64:
         return left @ right.T, unit
     return left.astype(object) @ right.T.astype(object), unit
-
-
-def _ends(form: NumberFormat | str) -> tuple[int, int]:
-    known = find_format(form) if isinstance(form, str) else form
-    unit = integer_unit(known)
-    return int(known.minimum / unit), int(known.maximum / unit)
-
-
-def _largest(form: NumberFormat | str) -> int:
-    least, most = _ends(form)
-    return max(-least, most)

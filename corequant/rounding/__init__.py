@@ -3,7 +3,6 @@
 from corequant.rounding.accumulators import (
     AccumulatorSpec,
     Certificate,
-    accumulator_bits,
     certify,
     integer_codes,
 )
@@ -26,7 +25,6 @@ __all__ = [
     "RoundedTensor",
     "RoundingOptions",
     "RoundingReport",
-    "accumulator_bits",
     "certify",
     "fit_scales",
     "gpfq",

@@ -10,7 +10,6 @@ Source: AXE, arXiv 2409.17092; A2Q+, arXiv 2401.10432 for the ℓ1 radius of cen
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,19 +17,18 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant._validation import check_index
-from corequant.errors import AccumulatorError, ShapeError, SpecError
-from corequant.formats import FormatKind, NumberFormat, find_format, formats
+from corequant.errors import AccumulatorError, ShapeError
+from corequant.exact import integer_range, integer_unit, integer_values
+from corequant.formats import FormatKind, NumberFormat, formats
 from corequant.quantization import QuantizedTensor
 from corequant.specs import QuantSpec
 
 __all__ = [
     "AccumulatorSpec",
     "Certificate",
-    "accumulator_bits",
     "certify",
     "check_tile",
     "integer_codes",
-    "integer_unit",
 ]
 
 Array = npt.NDArray[Any]
@@ -104,52 +102,6 @@ class AccumulatorSpec:
         return int(2 ** (self.bits - 1) - 1)
 
 
-def integer_unit(form: NumberFormat) -> float:
-    """Return the number that all numbers of a format are integer multiples of.
-
-    A minifloat eXmY with bias β is an integer times ``2**(1 - β - Y)``.
-    """
-    if form.kind is FormatKind.CODEBOOK:
-        raise SpecError(f"the numbers of {form.name} are no multiples of one unit")
-    if form.kind is FormatKind.INTEGER:
-        return math.ldexp(1.0, -form.fraction_bits)
-    return math.ldexp(1.0, 1 - form.bias - form.mantissa_bits)
-
-
-def integer_range(form: NumberFormat) -> tuple[int, int]:
-    """Return a format's numbers' range as integers."""
-    unit = integer_unit(form)
-    return round(form.minimum / unit), round(form.maximum / unit)
-
-
-def accumulator_bits(terms: int, weight: NumberFormat | str, activation: NumberFormat | str) -> int:
-    """Return the accumulator width with which no weights whatever can overflow.
-
-    Parameters
-    ----------
-    terms : int
-        Products in a sum.
-    weight, activation : NumberFormat or str
-        Formats of the two factors.
-
-    Returns
-    -------
-    int
-
-    Examples
-    --------
-    >>> import corequant as cq
-    >>> cq.accumulator_bits(128, "int4", "uint8"), cq.accumulator_bits(128, "int4", "int8")
-    (19, 19)
-    """
-    terms = check_index("terms", terms)
-    largest = terms
-    for form in (weight, activation):
-        low, high = integer_range(find_format(form) if isinstance(form, str) else form)
-        largest *= max(-low, high)
-    return largest.bit_length() + 1
-
-
 def check_tile(accumulator: AccumulatorSpec, tile: int, spec: QuantSpec) -> None:
     """Raise AccumulatorError unless tiles have one scale and room for a weight."""
     group = spec.group_size
@@ -206,17 +158,15 @@ def integer_codes(quantized: QuantizedTensor) -> npt.NDArray[np.int64]:
     >>> integer_codes(cq.quantize(np.array([[0.5, -6.0]]), "e2m1:channel"))
     array([[  1, -12]])
     """
-    form, codes = quantized.spec.format, np.asarray(quantized.codes)
-    if form.kind is FormatKind.INTEGER:
-        whole = codes.astype(np.int64)
-        if quantized.zero_points is None:
-            return whole
-        zeros = np.asarray(quantized.zero_points, np.int64)
-        length = codes.shape[-1] // zeros.shape[-1] if zeros.shape[-1] else 1
-        return whole - np.repeat(zeros, length, axis=-1)
-    numbers = form.values / integer_unit(form)
-    integers: npt.NDArray[np.int64] = np.rint(np.nan_to_num(numbers)).astype(np.int64)[codes]
-    return integers
+    codes = np.asarray(quantized.codes)
+    if quantized.spec.format.kind is not FormatKind.INTEGER:
+        return integer_values(codes, quantized.spec.format)
+    whole = codes.astype(np.int64)
+    if quantized.zero_points is None:
+        return whole
+    zeros = np.asarray(quantized.zero_points, np.int64)
+    length = codes.shape[-1] // zeros.shape[-1] if zeros.shape[-1] else 1
+    return whole - np.repeat(zeros, length, axis=-1)
 
 
 def certify(quantized: QuantizedTensor | Any, accumulator: AccumulatorSpec) -> Certificate:

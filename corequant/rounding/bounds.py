@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from corequant._numba.solvers import Limits, shrink_thresholds
 from corequant._threads import for_rows
+from corequant.exact import integer_unit
 from corequant.formats import FormatKind
-from corequant.rounding.accumulators import AccumulatorSpec, check_tile, integer_unit
+from corequant.rounding.accumulators import AccumulatorSpec, check_tile
 from corequant.rounding.columns import Scales
 
 __all__ = ["Budget"]

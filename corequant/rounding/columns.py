@@ -14,9 +14,9 @@ import numpy.typing as npt
 from corequant._grids import grid_for
 from corequant._numba.solvers import ColumnGrid
 from corequant._scales import effective
+from corequant.exact import integer_unit
 from corequant.formats import FormatKind, NumberFormat
 from corequant.quantization import QuantizedTensor, choose_global_scale, choose_qparams, quantize
-from corequant.rounding.accumulators import integer_unit
 from corequant.specs import Granularity, QuantSpec
 
 __all__ = ["Scales", "column_grid"]
