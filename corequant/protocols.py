@@ -10,7 +10,7 @@ import numpy.typing as npt
 from corequant.formats import NumberFormat
 from corequant.specs import QuantSpec
 
-__all__ = ["Array", "Backend", "Moments"]
+__all__ = ["Array", "Backend", "ColumnSolver", "Moments"]
 
 Array = Any
 """An array of the backend's own type: numpy.ndarray, torch.Tensor, ..."""
@@ -141,4 +141,17 @@ class Backend(Protocol):
         """Return ``x`` rounded to the grid that it chooses for itself, in x's dtype.
 
         With ``propagate``, entries that aren't finite stay as they are and choose no scale.
+        """
+
+
+@runtime_checkable
+class ColumnSolver(Protocol):
+    """What a backend may have besides: adaptive rounding where its arrays live."""
+
+    def round_columns(self, method: str, **arguments: Any) -> Any:
+        """Return what a public function gives for the backend's arrays.
+
+        ``method`` is ``gptq``, ``gpfq``, ``qronos``, ``round_to_nearest`` or
+        ``reconstruction_loss``, and ``arguments`` are all of that function's, by name and not yet
+        checked. Reconstruction losses are NumPy's up to rounding; codes need not be.
         """

@@ -21,6 +21,8 @@ from corequant.specs import Granularity, QuantSpec, qparams_shape
 
 __all__ = [
     "QuantizedTensor",
+    "check_global",
+    "check_qparams",
     "choose_global_scale",
     "choose_qparams",
     "dequantize",
@@ -141,7 +143,7 @@ def choose_qparams(x: Any, spec: QuantSpec | str, *, global_scale: Any = None) -
     (array([[0.2]]), array([[-3]], dtype=int8))
     """
     backend, spec = _prepare(x, spec, global_scale)
-    _check_global(spec, global_scale)
+    check_global(spec, global_scale)
     scales, zero_points = backend.choose_qparams(x, spec, global_scale)
     return scales, zero_points
 
@@ -189,13 +191,13 @@ def quantize(
     if scales is None:
         if zero_points is not None:
             raise ValueError("zero_points must come with scales, got zero_points alone")
-        _check_global(spec, global_scale)
+        check_global(spec, global_scale)
         if spec.granularity is Granularity.TENSOR_GROUP and global_scale is None:
             global_scale = backend.choose_global_scale(x, spec)
     else:
         backend_for(x=x, scales=scales, zero_points=zero_points, global_scale=global_scale)
-        _check_qparams(tuple(x.shape), spec, scales, zero_points)
-        _check_global(spec, global_scale)
+        check_qparams(tuple(x.shape), spec, scales, zero_points)
+        check_global(spec, global_scale)
         if spec.granularity is Granularity.TENSOR_GROUP and global_scale is None:
             raise ValueError("global_scale must come with scales, got scales alone")
     codes, scales, zero_points = backend.quantize(x, spec, scales, zero_points, global_scale)
@@ -279,7 +281,7 @@ def fake_quantize(
     array([[-8.,  0.,  2.]], dtype=float32)
     """
     backend, spec = _prepare(x, spec, global_scale)
-    _check_global(spec, global_scale)
+    check_global(spec, global_scale)
     if nonfinite not in _POLICIES:
         raise ValueError(f"nonfinite must be one of {', '.join(_POLICIES)}, got {nonfinite!r}")
     if out is not None:
@@ -320,7 +322,8 @@ def _check_out(x: Any, out: Any) -> None:
             raise ValueError("out must be x itself or share no memory with it, got an overlap")
 
 
-def _check_qparams(shape: tuple[int, ...], spec: QuantSpec, scales: Any, zeros: Any) -> None:
+def check_qparams(shape: tuple[int, ...], spec: QuantSpec, scales: Any, zeros: Any) -> None:
+    """Raise unless scales and zero points fit a spec and the shape of what they are for."""
     wanted = qparams_shape(shape, spec)
     for name, value in (("scales", scales), ("zero_points", zeros)):
         if value is not None and tuple(value.shape) != wanted:
@@ -333,7 +336,8 @@ def _check_qparams(shape: tuple[int, ...], spec: QuantSpec, scales: Any, zeros: 
         raise ValueError(f"scales must be positive and finite, got {float(scales.min())}")
 
 
-def _check_global(spec: QuantSpec, global_scale: Any) -> None:
+def check_global(spec: QuantSpec, global_scale: Any) -> None:
+    """Raise unless a global scale, where there is one, is a number that the spec has use for."""
     if global_scale is None:
         return
     if spec.granularity is not Granularity.TENSOR_GROUP:

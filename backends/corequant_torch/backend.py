@@ -15,6 +15,7 @@ import torch
 from corequant.errors import BackendError
 from corequant.formats import NumberFormat
 from corequant.protocols import Moments
+from corequant.quantization import QuantizedTensor
 from corequant.specs import QuantSpec
 from corequant_torch import operators, tracing
 from corequant_torch.bridge import to_numpy, to_torch
@@ -233,6 +234,21 @@ class TorchBackend:
             return rounded
         y = operators.fake_quantize(x, str(spec), global_scale, propagate)
         return y if out is None else out.copy_(y)
+
+    def round_columns(self, method: str, **arguments: Any) -> Any:
+        """Round a weight where it is; see ``corequant.protocols.ColumnSolver``.
+
+        CPU tensors are rounded by NumPy's solvers on their memory; elsewhere everything stays on
+        the device, blocks of columns in Triton where it runs.
+        """
+        W = arguments["W"]
+        engine: Any = engine_for(W)
+        others = {n: t for n, t in arguments.items() if isinstance(t, Tensor) and n != "W"}
+        q = arguments.get("quantized")
+        if isinstance(q, QuantizedTensor):
+            others |= {"codes": q.codes, "scales": q.scales}
+        check_devices(W, "W", **others)
+        return engine.round_columns(method, **arguments)
 
 
 def check_out(x: Tensor, out: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from corequant._dispatch import get_backend
 from corequant.formats import NumberFormat
 from corequant.protocols import Moments
+from corequant.quantization import QuantizedTensor
 from corequant.specs import QuantSpec
 from corequant_torch.bridge import VIEWS, to_numpy, to_numpy_or_none, to_torch, to_torch_or_none
 
@@ -206,3 +207,31 @@ class CpuKernels:
             array, spec, to_numpy_or_none(global_scale), out=target, propagate=propagate
         )
         return to_torch(rounded) if out is None else out
+
+    def round_columns(self, method: str, **arguments: Any) -> Any:
+        """Return what NumPy's solver of that name gives."""
+        from corequant import rounding
+
+        given = {name: _as_numpy(value) for name, value in arguments.items()}
+        result = getattr(rounding, method)(**given)
+        if not isinstance(result, rounding.RoundedTensor):
+            return result
+        codes, scales, zeros, divisor = (to_torch_or_none(a) for a in _arrays(result))
+        q = QuantizedTensor(codes, scales, zeros, result.spec, divisor)
+        return rounding.RoundedTensor.of(q, result.report)
+
+
+def _arrays(q: QuantizedTensor) -> tuple[Any, ...]:
+    return q.codes, q.scales, q.zero_points, q.global_scale
+
+
+def _as_numpy(value: Any) -> Any:
+    """Return the same argument of NumPy's function."""
+    if isinstance(value, torch.Tensor):
+        return to_numpy(value)
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, QuantizedTensor):
+        codes, scales, zeros, divisor = (to_numpy_or_none(t) for t in _arrays(value))
+        return QuantizedTensor(codes, scales, zeros, value.spec, divisor)
+    return value

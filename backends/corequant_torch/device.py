@@ -241,6 +241,14 @@ class DeviceKernels:
         y = rounded.reshape(x.shape).to(x.dtype)
         return y if out is None else out.copy_(y)
 
+    def round_columns(self, method: str, **arguments: Any) -> Any:
+        """Round a weight where it is; see ``corequant.protocols.ColumnSolver``."""
+        from corequant_torch import solving
+
+        if method in ("round_to_nearest", "reconstruction_loss"):
+            return getattr(solving, method)(self, **arguments)
+        return solving.round_columns(self, self._triton(arguments["W"]), method, **arguments)
+
     def _chosen(
         self, x: Tensor, spec: QuantSpec, global_scale: Tensor | None, propagate: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

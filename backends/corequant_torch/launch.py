@@ -16,7 +16,7 @@ from corequant.formats import FormatKind
 from corequant.hadamard import hadamard_factors, hadamard_matrix
 from corequant.specs import Granularity, QuantSpec, ScaleFormat, ScaleSearch
 
-__all__ = ["Fused", "fused", "has_triton", "interpreted", "rotate"]
+__all__ = ["Fused", "fused", "has_triton", "interpreted", "on_device", "power_of_two", "rotate"]
 
 Tensor = torch.Tensor
 
@@ -47,7 +47,8 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """Return the smallest power of two from ``n`` on."""
     return 1 << max(0, n - 1).bit_length()
 
 
@@ -61,7 +62,7 @@ def _shape(block_size: int) -> tuple[int, int, int, int] | None:
     if power > 128:
         a = 1 << ((power.bit_length() - 1) // 2)
         b = power // a
-    lead = max(16, _power_of_two(core)) if core > 1 else max(1, _TILE // power)
+    lead = max(16, power_of_two(core)) if core > 1 else max(1, _TILE // power)
     if a == 1:
         lead = max(lead, 16)
     return (core, lead, a, b) if lead * power <= _LARGEST_TILE else None
@@ -102,7 +103,7 @@ def rotate(
     blocks = x.numel() // block_size
     programs = blocks if core > 1 else -(-blocks // lead)
     table = source if core == 1 else _core_table(core, inverse, x.device)
-    with _on(x):
+    with on_device(x):
         _rotation_kernel()[(programs,)](
             source,
             target,
@@ -123,7 +124,7 @@ def rotate(
     return target if out is None or direct else out.copy_(target)
 
 
-def _on(x: Tensor) -> Any:
+def on_device(x: Tensor) -> Any:
     """Return a context in which kernels are launched on the device of ``x``, its own stream."""
     import contextlib
 
@@ -182,7 +183,7 @@ def fused(
 ) -> Fused | None:
     """Permute, sign, rotate and quantize; None without a kernel or a finite rotated ``x``."""
     scheme, d = _scheme(spec), int(x.shape[-1])
-    group = spec.group_size or _power_of_two(d)
+    group = spec.group_size or power_of_two(d)
     width = max(block_size, group)
     packs = spec.format.bits == 4 and d % 8 == 0
     if (
@@ -190,7 +191,7 @@ def fused(
         or x.dtype not in _KINDS
         or not x.numel()
         or hadamard_factors(block_size)[0] > 1
-        or _power_of_two(group) != group
+        or power_of_two(group) != group
         or width > _LARGEST_TILE
         or (spec.group_size is not None and d % width)
         or (kind == PACKED and not packs)
@@ -262,5 +263,5 @@ def _launch(programs: int, *tensors: Any, **constants: Any) -> None:
     from corequant_torch.triton_fused import rotate_quantize_tiles
 
     options = {} if interpreted() else {"num_warps": 8, "enable_fp_fusion": False}
-    with _on(tensors[0]):
+    with on_device(tensors[0]):
         rotate_quantize_tiles[(programs,)](*tensors, **constants, **options)

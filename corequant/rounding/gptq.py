@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant.rounding.accumulators import AccumulatorSpec
+from corequant.rounding.elsewhere import is_elsewhere, solve_elsewhere
 from corequant.rounding.report import RoundedTensor
 from corequant.specs import QuantSpec
 
@@ -42,13 +43,13 @@ def gptq(
 
     Parameters
     ----------
-    W : numpy.ndarray (out_features, in_features)
-        Finite, of a floating dtype.
-    H : numpy.ndarray (in_features, in_features)
+    W : array (out_features, in_features)
+        NumPy array or torch tensor, finite, of a floating dtype; all other arrays are of its kind.
+    H : array (in_features, in_features)
         ``X̃ᵀX̃ / n`` of the inputs that the layer will see.
     spec : QuantSpec or str
         The quantizer; any.
-    G : numpy.ndarray (in_features, in_features), optional
+    G : array (in_features, in_features), optional
         ``XᵀX̃ / n`` with the float network's inputs X: adds GPTAQ's correction towards ``W X``.
     correction : float
         Strength of that correction; 0.25 in its authors' code.
@@ -73,10 +74,12 @@ def gptq(
     Returns
     -------
     RoundedTensor
-        A QuantizedTensor with a ``report``.
+        A QuantizedTensor with a ``report``, its arrays where W is.
 
     Raises
     ------
+    BackendError
+        If arrays are on several devices.
     HessianError
         If H is asymmetric or not positive semidefinite.
     AccumulatorError, BlockSizeError, NonFiniteError, ShapeError, SpecError, TypeError, ValueError
@@ -98,7 +101,10 @@ def gptq(
     array([[ 2, -3],
            [ 1,  3]], dtype=int8)
     """
-    from corequant.rounding.hessian import damped_factor
+    if is_elsewhere(W):
+        rounded: RoundedTensor = solve_elsewhere("gptq", locals())
+        return rounded
+    from corequant.rounding.hessian import damped_factor, mean_diagonal
     from corequant.rounding.problem import Problem, check_damping
 
     problem = Problem.of(
@@ -116,8 +122,8 @@ def gptq(
         losses=losses,
         name=name,
     )
-    loop, diagonal = problem.loop, np.diagonal(problem.H).astype(np.float64)
-    mean = float(diagonal[~problem.dead].mean()) if not problem.dead.all() else 1.0
+    loop = problem.loop
+    mean = mean_diagonal(np.diagonal(problem.H).astype(np.float64), problem.dead)
     value = check_damping(damping) * mean
     factor, used = damped_factor(problem.H, loop.order, problem.dead, value, loop.dtype, name)
     echo = (

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,18 +17,26 @@ from corequant.errors import HessianError, ShapeError
 from corequant.rounding.report import Damping
 
 __all__ = [
+    "SLACK",
     "Factor",
+    "asymmetric",
     "check_cross_moment",
     "check_hessian",
     "column_order",
+    "damped",
     "damped_factor",
+    "foreign",
+    "indefinite",
     "largest_eigenvalue",
+    "mean_diagonal",
+    "misshapen",
 ]
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 
 _PANEL = 128
-_SLACK = 1e-3
+SLACK = 1e-3
 """Largest asymmetry allowed, relative to the geometric mean of two diagonal entries; sums of
 float32 products taken in another order differ by less than 1e-4 of it."""
 
@@ -38,27 +47,53 @@ def check_hessian(H: Any, d: int, name: str) -> Array:
     diagonal = np.diagonal(H).astype(np.float64)
     if d and diagonal.min() < 0:
         j = int(np.argmin(diagonal))
-        raise HessianError(
-            f"H of {name} must be positive semidefinite, got {diagonal[j]:.6g} at ({j}, {j})"
-        )
+        raise indefinite(name, diagonal[j], j, j)
     root, found = np.sqrt(diagonal), np.empty((d, 2), np.int64)
     native = H.astype(H.dtype.newbyteorder("="), copy=False)
     working: Array = (
         native if native.dtype.kind == "f" and native.itemsize > 2 else H.astype(np.float32)
     )
-    for_rows(d, d, lambda first, last: first_fault(first, last, working, root, _SLACK, found))
+    for_rows(d, d, lambda first, last: first_fault(first, last, working, root, SLACK, found))
     rows = [(k, int(i)) for k in (0, 1) for i in np.flatnonzero(found[:, k] < d)[:1]]
     if not rows:
         return working
     kind, i = rows[0]
     j = int(found[i, kind])
     if kind == 0:
-        raise HessianError(
-            f"H of {name} must be symmetric, got {H[i, j]} at ({i}, {j}) and {H[j, i]} transposed"
-        )
-    raise HessianError(
-        f"H of {name} must be positive semidefinite, got {H[i, j]} at ({i}, {j}) with "
-        f"{diagonal[i]:.6g} and {diagonal[j]:.6g} on the diagonal"
+        raise asymmetric(name, H[i, j], H[j, i], i, j)
+    raise indefinite(name, H[i, j], i, j, diagonal)
+
+
+def asymmetric(name: str, entry: Any, other: Any, i: int, j: int) -> HessianError:
+    """Return the error of an H whose entries (i, j) and (j, i) differ."""
+    return HessianError(
+        f"H of {name} must be symmetric, got {float(entry):.7g} at ({i}, {j}) and "
+        f"{float(other):.7g} transposed"
+    )
+
+
+def indefinite(name: str, entry: Any, i: int, j: int, diagonal: Any = None) -> HessianError:
+    """Return the error of an H with an entry that no matrix of second moments has."""
+    beside = ""
+    if diagonal is not None:
+        a, b = float(diagonal[i]), float(diagonal[j])
+        beside = f" with {a:.6g} and {b:.6g} on the diagonal"
+    return HessianError(
+        f"H of {name} must be positive semidefinite, got {float(entry):.6g} at ({i}, {j}){beside}"
+    )
+
+
+def foreign(name: str, column: int) -> HessianError:
+    """Return the error of a G that isn't zero where H is."""
+    return HessianError(
+        f"G of {name} must belong to H's inputs, got column {column} of G nonzero where H has zeros"
+    )
+
+
+def misshapen(argument: str, name: str, shape: Any, d: int) -> ShapeError:
+    """Return the error of a matrix that isn't (d, d)."""
+    return ShapeError(
+        f"{argument} of {name} must be (d, d) with d={d} as W has columns, got {tuple(shape)}"
     )
 
 
@@ -68,10 +103,7 @@ def check_cross_moment(G: Any, H: Array, name: str) -> Array:
     G = checked
     dead = np.diagonal(H) == 0
     if dead.any() and (lost := np.argwhere(np.abs(G[:, dead]).max(0) > 0)).size:
-        j = int(np.flatnonzero(dead)[lost[0, 0]])
-        raise HessianError(
-            f"G of {name} must belong to H's inputs, got column {j} of G nonzero where H has zeros"
-        )
+        raise foreign(name, int(np.flatnonzero(dead)[lost[0, 0]]))
     return checked
 
 
@@ -80,26 +112,26 @@ def _check_square(argument: str, matrix: Any, d: int, name: str) -> Array:
         raise TypeError(f"{argument} must be a numpy.ndarray, got {type(matrix).__name__}")
     check_floating(argument, matrix)
     if matrix.shape != (d, d):
-        raise ShapeError(
-            f"{argument} of {name} must be (d, d) with d={d} as W has columns, got {matrix.shape}"
-        )
+        raise misshapen(argument, name, matrix.shape, d)
     check_finite(f"{argument} of {name}", matrix)
     checked: Array = matrix
     return checked
 
 
-def column_order(H: Array, dead: npt.NDArray[np.bool_], act_order: bool, group: int) -> Array:
-    """Return the columns in reverse order of their rounding, int64 (d,).
+def column_order(
+    diagonal: Array, dead: npt.NDArray[np.bool_], act_order: bool, group: int
+) -> Array:
+    """Return the columns in reverse order of their rounding, int64 (d,), by H's diagonal.
 
     With ``act_order`` the column of the largest H_jj is rounded first; otherwise the first. Where
     ``group`` is not zero, groups stay together and are ordered by their means. Dead columns are
     rounded last.
     """
-    d = len(H)
+    d = len(diagonal)
     natural = np.arange(d)[::-1]
     if not act_order:
         return natural
-    score = np.where(dead, -1.0, np.diagonal(H).astype(np.float64))
+    score = np.where(dead, -1.0, diagonal.astype(np.float64))
     if not group:
         return natural[np.argsort(score[::-1], kind="stable")]
     means = score.reshape(-1, group).mean(1)
@@ -179,6 +211,11 @@ def _panels(d: int) -> list[tuple[int, int]]:
     return [(a, min(a + _PANEL, d)) for a in range(0, d, _PANEL)]
 
 
+def mean_diagonal(diagonal: Array, dead: npt.NDArray[np.bool_]) -> float:
+    """Return the mean of the living columns' H_jj; 1 where there is none."""
+    return 1.0 if dead.all() else float(diagonal[~dead].mean(dtype=np.float64))
+
+
 def damped_factor(
     H: Array,
     order: Array,
@@ -189,24 +226,37 @@ def damped_factor(
 ) -> tuple[Factor, Damping]:
     """Return the factor of ``H[order][:, order] + damping`` and the damping that it took.
 
-    Dead columns get the mean of the diagonal. A factorization that fails is repeated with ten
-    times the damping, up to the mean of the diagonal.
+    Dead columns get the mean of the diagonal.
     """
     diagonal = np.diagonal(H).astype(np.float64)
-    mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
-    floor = mean * float(np.finfo(dtype).eps)
-    tries = 0
-    while tries == 0 or value <= mean:
-        tries += 1
+    mean = mean_diagonal(diagonal, dead)
+
+    def attempt(value: float) -> Factor | None:
         A = np.empty(H.shape, dtype)
         for a, b in _panels(len(H)):
             A[a:b] = H[np.ix_(order[a:b], order)]
         position = np.arange(len(H))
         A[position, position] = np.where(dead, mean, diagonal)[order] + value
-        factor = Factor.of(A)
+        return Factor.of(A)
+
+    return damped(attempt, value, mean, float(np.finfo(dtype).eps), name)
+
+
+def damped(
+    attempt: Callable[[float], T | None], value: float, mean: float, eps: float, name: str
+) -> tuple[T, Damping]:
+    """Return what ``attempt`` makes of a damping, and the damping.
+
+    An attempt that gives None is repeated with ten times the damping, up to ``mean``, the mean of
+    the diagonal; ``eps`` is the working precision.
+    """
+    tries = 0
+    while tries == 0 or value <= mean:
+        tries += 1
+        factor = attempt(value)
         if factor is not None:
             return factor, Damping(value, value / mean, tries)
-        value = max(value * 10, floor)
+        value = max(value * 10, mean * eps)
     raise HessianError(
         f"H of {name} must be positive semidefinite: Cholesky failed {tries} times, at last "
         f"with {value / 10:.3g} added to the diagonal, whose mean is {mean:.3g}; collect it from "

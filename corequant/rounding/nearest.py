@@ -8,6 +8,7 @@ import numpy as np
 
 from corequant._validation import check_matrix
 from corequant.quantization import as_spec, quantize
+from corequant.rounding.elsewhere import is_elsewhere, solve_elsewhere
 from corequant.rounding.report import RoundedTensor, RoundingReport, reconstruction_loss
 from corequant.specs import QuantSpec
 
@@ -21,8 +22,8 @@ def round_to_nearest(
 
     Parameters
     ----------
-    W : numpy.ndarray (out_features, in_features)
-        Finite, of a floating dtype.
+    W : array (out_features, in_features)
+        NumPy array or torch tensor, finite, of a floating dtype.
     spec : QuantSpec or str
         The quantizer, such as ``"int4:channel:symmetric:mse"``.
     H, G : numpy.ndarray (in_features, in_features), optional
@@ -48,6 +49,9 @@ def round_to_nearest(
     array([[ 4, -8],
            [ 2,  7]], dtype=int8)
     """
+    if is_elsewhere(W):
+        result: RoundedTensor = solve_elsewhere("round_to_nearest", locals())
+        return result
     quantized = quantize(check_matrix("W", W), as_spec(spec))
     report = RoundingReport("nearest", name)
     if H is not None:

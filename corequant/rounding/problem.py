@@ -17,7 +17,7 @@ from corequant.rounding.loop import ColumnLoop, Pull
 from corequant.rounding.report import Damping, RoundedTensor, RoundingReport, loss_of
 from corequant.specs import QuantSpec
 
-__all__ = ["Problem"]
+__all__ = ["Problem", "check_damping", "check_options"]
 
 Array = npt.NDArray[Any]
 
@@ -57,19 +57,10 @@ class Problem:
         H = check_hessian(H, W.shape[1], name)
         if G is not None:
             G = check_cross_moment(G, H, name)
-        if accumulator is not None and not isinstance(accumulator, AccumulatorSpec):
-            raise TypeError(
-                f"accumulator must be an AccumulatorSpec, got {type(accumulator).__name__}"
-            )
-        if refit and scales is not None:
-            raise ValueError("refit chooses scales of its own, got scales too")
-        if refit and spec.group_size is None:
-            raise ValueError(f"refit is for scales of groups, got {spec}")
-        if refit and accumulator is not None:
-            raise ValueError("an accumulator's bounds need fixed scales, got refit too")
+        check_options(spec, scales, refit, accumulator)
         chosen = Scales.choose(W, spec, scales, zero_points, global_scale)
         dead = np.diagonal(H) == 0
-        order = column_order(H, dead, act_order, chosen.group if refit else 0)
+        order = column_order(np.diagonal(H), dead, act_order, chosen.group if refit else 0)
         loop = ColumnLoop(order, chosen, refit, accumulator, working, name)
         return cls(W, H, G, dead, bool(losses), loop)
 
@@ -111,6 +102,20 @@ class Problem:
             return sums, block, np.ascontiguousarray(echo[start:stop, start:stop])
 
         return pull
+
+
+def check_options(
+    spec: QuantSpec, scales: Any, refit: bool, accumulator: AccumulatorSpec | None
+) -> None:
+    """Raise unless an accumulator is one, and refit has something to choose."""
+    if accumulator is not None and not isinstance(accumulator, AccumulatorSpec):
+        raise TypeError(f"accumulator must be an AccumulatorSpec, got {type(accumulator).__name__}")
+    if refit and scales is not None:
+        raise ValueError("refit chooses scales of its own, got scales too")
+    if refit and spec.group_size is None:
+        raise ValueError(f"refit is for scales of groups, got {spec}")
+    if refit and accumulator is not None:
+        raise ValueError("an accumulator's bounds need fixed scales, got refit too")
 
 
 def working_dtype(W: Array, dtype: npt.DTypeLike | None) -> np.dtype[Any]:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant.rounding.accumulators import AccumulatorSpec
+from corequant.rounding.elsewhere import is_elsewhere, solve_elsewhere
 from corequant.rounding.report import RoundedTensor
 from corequant.specs import QuantSpec
 
@@ -35,11 +36,11 @@ def qronos(
 
     Parameters
     ----------
-    W : numpy.ndarray (out_features, in_features)
-        Finite, of a floating dtype.
-    H : numpy.ndarray (in_features, in_features)
+    W : array (out_features, in_features)
+        NumPy array or torch tensor, finite, of a floating dtype; all other arrays are of its kind.
+    H : array (in_features, in_features)
         ``X̃ᵀX̃ / n`` of the inputs that the layer will see.
-    G : numpy.ndarray (in_features, in_features)
+    G : array (in_features, in_features)
         ``XᵀX̃ / n`` of the same tokens, X being the float network's inputs.
     spec : QuantSpec or str
         The quantizer; any.
@@ -52,10 +53,12 @@ def qronos(
     Returns
     -------
     RoundedTensor
-        A QuantizedTensor with a ``report``.
+        A QuantizedTensor with a ``report``, its arrays where W is.
 
     Raises
     ------
+    BackendError
+        If arrays are on several devices.
     HessianError
         If H is asymmetric or not positive semidefinite.
     AccumulatorError, BlockSizeError, NonFiniteError, ShapeError, SpecError, TypeError, ValueError
@@ -79,6 +82,9 @@ def qronos(
     array([[ 2, -3],
            [-1,  3]], dtype=int8)
     """
+    if is_elsewhere(W):
+        rounded: RoundedTensor = solve_elsewhere("qronos", locals())
+        return rounded
     from corequant.rounding.hessian import damped_factor, largest_eigenvalue
     from corequant.rounding.problem import Problem, check_damping, moment_gap
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from corequant._validation import check_matrix
 from corequant.quantization import QuantizedTensor, dequantize
+from corequant.rounding.elsewhere import is_elsewhere, solve_elsewhere
 
 __all__ = ["Damping", "RoundedTensor", "RoundingReport", "reconstruction_loss"]
 
@@ -93,13 +94,13 @@ def reconstruction_loss(W: Any, quantized: QuantizedTensor | Any, H: Any, G: Any
 
     Parameters
     ----------
-    W : numpy.ndarray (out_features, in_features)
-        The float weight.
-    quantized : QuantizedTensor or numpy.ndarray (out_features, in_features)
+    W : array (out_features, in_features)
+        The float weight, NumPy array or torch tensor; all other arrays are of its kind.
+    quantized : QuantizedTensor or array (out_features, in_features)
         What stands for it.
-    H : numpy.ndarray (in_features, in_features)
+    H : array (in_features, in_features)
         ``X̃ᵀX̃ / n`` of the inputs that the layer will see.
-    G : numpy.ndarray (in_features, in_features), optional
+    G : array (in_features, in_features), optional
         ``XᵀX̃ / n`` with the float network's inputs X; by default they are X̃ themselves.
 
     Returns
@@ -120,6 +121,8 @@ def reconstruction_loss(W: Any, quantized: QuantizedTensor | Any, H: Any, G: Any
     >>> round(cq.reconstruction_loss(W, np.round(W), np.eye(2)), 3)
     0.36
     """
+    if is_elsewhere(W):
+        return float(solve_elsewhere("reconstruction_loss", locals()))
     from corequant.rounding.hessian import check_cross_moment, check_hessian
 
     W = check_matrix("W", W)

@@ -255,10 +255,10 @@ def test_half_precision_weights(problem, dtype):
 
 
 def test_the_order_of_columns():
-    H, dead = np.diag([1.0, 4, 4, 0, 9, 2]), np.array([0, 0, 0, 1, 0, 0], bool)
-    np.testing.assert_array_equal(column_order(H, dead, True, 0)[::-1], [4, 1, 2, 5, 0, 3])
-    np.testing.assert_array_equal(column_order(H, dead, False, 0)[::-1], range(6))
-    np.testing.assert_array_equal(column_order(H, dead, True, 2)[::-1], [4, 5, 1, 0, 2, 3])
+    diagonal, dead = np.array([1.0, 4, 4, 0, 9, 2]), np.array([0, 0, 0, 1, 0, 0], bool)
+    np.testing.assert_array_equal(column_order(diagonal, dead, True, 0)[::-1], [4, 1, 2, 5, 0, 3])
+    np.testing.assert_array_equal(column_order(diagonal, dead, False, 0)[::-1], range(6))
+    np.testing.assert_array_equal(column_order(diagonal, dead, True, 2)[::-1], [4, 5, 1, 0, 2, 3])
 
 
 @pytest.mark.parametrize("d", [1, 5, 128, 129, 300])

@@ -1,0 +1,162 @@
+"""The matrices that describe a layer's inputs, on any device: checks and the damped factor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from corequant._validation import check_array
+from corequant.errors import NonFiniteError, ShapeError
+from corequant.protocols import Backend
+from corequant.rounding import hessian
+from corequant.rounding.report import Damping
+from corequant_torch.plain_rotation import working
+
+__all__ = [
+    "Moments",
+    "check_cross_moment",
+    "check_hessian",
+    "check_matrix",
+    "damped_factor",
+    "largest_eigenvalue",
+]
+
+Tensor = torch.Tensor
+
+_ROWS = 512
+
+
+def check_matrix(kernels: Backend, name: str, w: Any) -> Tensor:
+    """Return ``w`` if it is a finite floating tensor with two axes."""
+    if not isinstance(w, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(w).__name__}")
+    check_array(name, w)
+    if w.ndim != 2:
+        raise ShapeError(f"{name} must be (out_features, in_features), got {tuple(w.shape)}")
+    bad = kernels.first_nonfinite(w)
+    if bad is not None:
+        raise NonFiniteError(name, *bad)
+    checked: Tensor = w.detach()
+    return checked
+
+
+def _check_square(kernels: Backend, argument: str, matrix: Any, d: int, name: str) -> Tensor:
+    if not isinstance(matrix, Tensor):
+        raise TypeError(f"{argument} must be a torch.Tensor, got {type(matrix).__name__}")
+    if not matrix.is_floating_point():
+        raise TypeError(f"{argument} must have a real floating dtype, got {matrix.dtype}")
+    if tuple(matrix.shape) != (d, d):
+        raise hessian.misshapen(argument, name, matrix.shape, d)
+    bad = kernels.first_nonfinite(matrix)
+    if bad is not None:
+        raise NonFiniteError(f"{argument} of {name}", *bad)
+    return working(matrix.detach())
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """H and G on a device, with what the host must know of them.
+
+    Attributes
+    ----------
+    H : torch.Tensor (d, d)
+    G : torch.Tensor (d, d) or None
+    diagonal : numpy.ndarray (d,), float64
+        Of H.
+    dead : numpy.ndarray (d,), bool
+        Columns that no input reached.
+    """
+
+    H: Tensor
+    G: Tensor | None
+    diagonal: Any
+    dead: Any
+
+    @classmethod
+    def of(cls, kernels: Backend, H: Any, G: Any, d: int, name: str) -> Moments:
+        """Check both; the errors are those of ``corequant.rounding``."""
+        matrix = check_hessian(kernels, H, d, name)
+        diagonal = matrix.diagonal().double().cpu().numpy()
+        dead = diagonal == 0
+        cross = None
+        if G is not None:
+            cross = check_cross_moment(kernels, G, dead, d, name)
+        return cls(matrix, cross, diagonal, dead)
+
+
+def check_hessian(kernels: Backend, H: Any, d: int, name: str) -> Tensor:
+    """Return H if it can be a matrix of second moments (d, d)."""
+    matrix = _check_square(kernels, "H", H, d, name)
+    if not d:
+        return matrix
+    diagonal = matrix.diagonal().double()
+    if bool((diagonal < 0).any()):
+        j = int(diagonal.argmin())
+        raise hessian.indefinite(name, diagonal[j], j, j)
+    root = diagonal.sqrt()
+    found: list[tuple[int, int] | None] = [None, None]
+    for start in range(0, d, _ROWS):
+        rows = matrix[start : start + _ROWS].double()
+        bound = root[start : start + _ROWS, None] * root
+        gap = (rows - matrix[:, start : start + _ROWS].T.double()).abs() > hessian.SLACK * bound
+        wide = rows.abs() > (1 + hessian.SLACK) * bound
+        for kind, fault in enumerate((gap, wide)):
+            if found[kind] is None and bool(fault.any()):
+                at = int(fault.flatten().int().argmax())
+                found[kind] = (start + at // d, at % d)
+    asymmetric, wide_at = found
+    if asymmetric is not None:
+        i, j = asymmetric
+        raise hessian.asymmetric(name, matrix[i, j], matrix[j, i], i, j)
+    if wide_at is not None:
+        i, j = wide_at
+        raise hessian.indefinite(name, matrix[i, j], i, j, diagonal)
+    return matrix
+
+
+def check_cross_moment(kernels: Backend, G: Any, dead: Any, d: int, name: str) -> Tensor:
+    """Return G if it is a finite (d, d) matrix that fits H."""
+    matrix = _check_square(kernels, "G", G, d, name)
+    if dead.any():
+        columns = np.flatnonzero(dead)
+        lost = (matrix[:, torch.from_numpy(columns).to(matrix.device)] != 0).any(0).cpu().numpy()
+        if lost.any():
+            raise hessian.foreign(name, int(columns[int(lost.argmax())]))
+    return matrix
+
+
+def damped_factor(
+    moments: Moments, order: Tensor, value: float, dtype: torch.dtype, name: str
+) -> tuple[Tensor, Damping]:
+    """Return L of ``L Lᵀ = H[order][:, order] + damping`` and the damping that it took."""
+    mean = hessian.mean_diagonal(moments.diagonal, moments.dead)
+    living = torch.from_numpy(np.where(moments.dead, mean, moments.diagonal)).to(order.device)
+
+    def attempt(value: float) -> Tensor | None:
+        A = moments.H[order][:, order].to(dtype)
+        A.diagonal().copy_(living[order] + value)
+        L, info = torch.linalg.cholesky_ex(A)
+        good = (info == 0) & L.isfinite().all()
+        return L if bool(good) else None
+
+    return hessian.damped(attempt, value, mean, torch.finfo(dtype).eps, name)
+
+
+def largest_eigenvalue(H: Tensor, tolerance: float = 1e-4, steps: int = 30) -> float:
+    """Return the largest eigenvalue of H by power iteration from the row sums of |H|."""
+    if not len(H):
+        return 0.0
+    vector = H.abs().sum(1, dtype=torch.float64)
+    value = 0.0
+    for _ in range(steps):
+        norm = vector.norm()
+        if not bool(norm):
+            return 0.0
+        vector = (H @ (vector / norm).to(H.dtype)).double()
+        before, value = value, float(vector.norm())
+        if abs(value - before) <= tolerance * value:
+            break
+    return value

@@ -1,0 +1,261 @@
+"""Column solvers on tensors: reconstruction errors against NumPy's, options, and what is refused.
+
+Codes are not compared: in another order of sums a rounding here and there falls the other way, and
+the columns after it make up for that.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+
+import corequant as cq
+from corequant.rounding import AccumulatorSpec
+from corequant_torch.bridge import to_numpy
+from corequant_torch.device import DeviceKernels
+from corequant_torch.tiles import soft_thresholds
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning:triton")
+
+METHODS = ("gptq", "gptaq", "gpfq", "qronos")
+SPECS = ("int4:channel", "int3:group16:asymmetric", "nvfp4", "mxfp4", "nf4:group32", "e3m2:channel")
+BITS = {"int4:channel": 14, "int3:group32:asymmetric": 12, "mxfp4": 14, "e3m2:channel": 14}
+
+
+def problem(rows=12, d=160, dtype=np.float64, dead=3):
+    """Correlated inputs with heavy-tailed channels, a dead one, and the noise of quantization."""
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(2 * d, d)) * np.exp(rng.normal(0, 0.5, d))
+    x[:, 1:] += 0.5 * x[:, :-1]
+    x[:, dead] = 0
+    q = x + 0.1 * rng.normal(size=x.shape) * x.std(0)
+    W = rng.normal(size=(rows, d)) / np.sqrt(d)
+    return W.astype(dtype), (q.T @ q / len(q)).astype(dtype), (x.T @ q / len(q)).astype(dtype)
+
+
+def call(method, W, H, G, spec, options):
+    """Return a public function and its arguments."""
+    function = cq.gptq if method == "gptaq" else getattr(cq, method)
+    cross = {} if method == "gptq" else {"G": G}
+    return function, {"W": W, "H": H, "spec": spec, **cross, **options}
+
+
+def rounded(kernels, function, arguments):
+    """Round on a device's kernels, which take every argument of the function."""
+    bound = inspect.signature(function).bind(**arguments)
+    bound.apply_defaults()
+    given = {
+        n: torch.from_numpy(a) if isinstance(a, np.ndarray) else a
+        for n, a in bound.arguments.items()
+    }
+    return kernels.round_columns(function.__name__, **given)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("spec", SPECS)
+def test_losses_in_float64_are_numpys(method, spec):
+    # Each spec with the order of its columns, each grouped one with scales chosen on the way.
+    grouped = cq.QuantSpec.parse(spec).group_size is not None
+    options = {"refit": True} if grouped and method != "gpfq" else {"act_order": method == "gpfq"}
+    function, arguments = call(method, *problem(), spec, options)
+    expected, found = function(**arguments), rounded(DeviceKernels(), function, arguments)
+    assert found.report.loss == pytest.approx(expected.report.loss, rel=1e-9)
+    assert found.report.nearest_loss == pytest.approx(expected.report.nearest_loss, rel=1e-12)
+    assert found.report.dead_columns == expected.report.dead_columns == (3,)
+    assert found.report.method == expected.report.method
+    if method != "gpfq":
+        assert found.report.damping.value == pytest.approx(expected.report.damping.value, rel=1e-9)
+    loss = cq.reconstruction_loss(
+        arguments["W"], to_numpy(cq.dequantize(found)), *moments(arguments)
+    )
+    assert loss == pytest.approx(expected.report.loss, rel=1e-9)
+
+
+def moments(arguments):
+    return arguments["H"], arguments.get("G")
+
+
+@pytest.mark.parametrize("method", ["gptq", "gpfq", "qronos"])
+@pytest.mark.parametrize("spec", BITS)
+def test_accumulators_are_never_overflowed(method, spec):
+    bound = AccumulatorSpec(BITS[spec], 32, "int8", diffuse=method != "qronos")
+    function, arguments = call(method, *problem(), spec, {"accumulator": bound})
+    expected, found = function(**arguments), rounded(DeviceKernels(), function, arguments)
+    assert found.report.loss == pytest.approx(expected.report.loss, rel=1e-9)
+    assert found.report.bounded_share == pytest.approx(expected.report.bounded_share, abs=1e-3)
+    assert found.report.bounded_share > 0
+    host = cq.QuantizedTensor(
+        *(
+            None if t is None else to_numpy(t)
+            for t in (found.codes, found.scales, found.zero_points)
+        ),
+        found.spec,
+    )
+    assert cq.certify(host, bound).safe
+
+
+def test_soft_thresholds_leave_the_radius():
+    weights = torch.randn(50, 33, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights[0] *= 1e-3
+    theta = soft_thresholds(weights, 4.0)
+    centred = (weights - weights.mean(1, keepdim=True)).abs()
+    left = (centred - theta[:, None]).clamp(min=0).sum(1)
+    assert theta[0] == 0
+    assert float(left[0]) < 4
+    torch.testing.assert_close(left[1:], torch.full_like(left[1:], 4.0))
+
+
+@pytest.mark.parametrize(
+    ("method", "spec"), [*((m, "int4:channel") for m in METHODS), ("gptq", "nf4:group16")]
+)
+def test_tritons_loop_is_as_good(method, spec):
+    function, arguments = call(method, *problem(9, 32, np.float32), spec, {})
+    expected = function(**arguments)
+    plain, found = (rounded(DeviceKernels(t), function, arguments) for t in (False, True))
+    for result in (plain, found):
+        assert result.report.loss == pytest.approx(expected.report.loss, rel=0.01)
+        assert to_numpy(result.codes).dtype == expected.codes.dtype
+    # The same products before, and the same sums in the same order: here codes are equal.
+    assert torch.equal(found.codes, plain.codes)
+    assert torch.equal(found.scales, plain.scales)
+
+
+def test_tritons_loop_refits_groups():
+    function, arguments = call("gptq", *problem(5, 48, np.float32), "int4:group24", {"refit": True})
+    plain, found = (rounded(DeviceKernels(t), function, arguments) for t in (False, True))
+    assert torch.equal(found.codes, plain.codes)
+    assert torch.equal(found.scales, plain.scales)
+
+
+def test_float32_is_as_good_on_a_larger_layer():
+    for method in ("gptaq", "gpfq"):
+        function, arguments = call(method, *problem(48, 192, np.float32), "int4:group32", {})
+        expected, found = function(**arguments), rounded(DeviceKernels(), function, arguments)
+        assert found.report.loss == pytest.approx(expected.report.loss, rel=2e-3)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_precision_weights(kind):
+    W, H, _ = (torch.from_numpy(a) for a in problem(8, 64, np.float32))
+    W = W.to(kind)
+    on_cpu = cq.gptq(W, H, "int4:channel")
+    elsewhere = rounded(DeviceKernels(), cq.gptq, {"W": W, "H": H, "spec": "int4:channel"})
+    for q in (on_cpu, elsewhere):
+        assert isinstance(q, cq.RoundedTensor)
+        assert q.codes.dtype == torch.int8
+        assert q.scales.dtype == torch.float32
+    assert elsewhere.report.loss == pytest.approx(on_cpu.report.loss, rel=0.01)
+
+
+def test_tensors_on_the_cpu_get_numpys_result():
+    W, H, G = problem(8, 64, np.float32)
+    tensors = [torch.from_numpy(a) for a in (W, H, G)]
+    signature = {"spec": "int4:group16:asymmetric", "damping": 0.02}
+    expected, found = cq.qronos(W, H, G, **signature), cq.qronos(*tensors, **signature)
+    for name in ("codes", "scales", "zero_points"):
+        np.testing.assert_array_equal(getattr(found, name).numpy(), getattr(expected, name))
+    assert found.report == expected.report
+    given = {"scales": found.scales, "zero_points": found.zero_points}
+    again = cq.gptq(tensors[0].requires_grad_(), tensors[1], signature["spec"], **given)
+    assert torch.equal(again.scales, found.scales)
+    assert not again.codes.requires_grad
+    nearest = cq.round_to_nearest(tensors[0], "int4:channel", H=tensors[1])
+    assert nearest.report == cq.round_to_nearest(W, "int4:channel", H=H).report
+    loss = cq.reconstruction_loss(tensors[0], nearest, tensors[1])
+    assert loss == cq.reconstruction_loss(W, nearest.codes.numpy() * nearest.scales.numpy(), H)
+
+
+def test_nearest_and_losses_on_a_device():
+    W, H, G = problem(8, 64)
+    kernels = DeviceKernels()
+    arguments = {"W": W, "spec": "nvfp4", "H": H, "G": G}
+    expected, found = (
+        cq.round_to_nearest(**arguments),
+        rounded(kernels, cq.round_to_nearest, arguments),
+    )
+    np.testing.assert_array_equal(found.codes.numpy(), expected.codes)
+    assert found.report.loss == pytest.approx(expected.report.loss, rel=1e-12)
+    loss = rounded(kernels, cq.reconstruction_loss, {"W": W, "quantized": found, "H": H, "G": G})
+    assert loss == pytest.approx(expected.report.loss, rel=1e-12)
+
+
+def test_scales_that_are_given_are_kept():
+    W, H, _ = problem(8, 64)
+    chosen = cq.quantize(W, "nvfp4")
+    arguments = {"W": W, "H": H, "spec": "nvfp4", "scales": chosen.scales}
+    arguments["global_scale"] = chosen.global_scale
+    found = rounded(DeviceKernels(), cq.gptq, arguments)
+    np.testing.assert_array_equal(found.scales.numpy(), chosen.scales)
+    assert found.report.loss == pytest.approx(cq.gptq(**arguments).report.loss, rel=1e-9)
+
+
+def broken(change):
+    W, H, G = problem(4, 32)
+    arguments = {"W": W, "H": H, "G": G, "spec": "int4:channel", "name": "fc"}
+    change(arguments)
+    return arguments
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: a.update(H=a["H"][:16]),
+        lambda a: a["H"].__setitem__((3, 7), 100),
+        lambda a: a["H"].__setitem__((4, 4), -1),
+        lambda a: a["H"].__setitem__(([1, 2], [2, 1]), 1e3),
+        lambda a: a["G"].__setitem__((0, 3), 1),
+        lambda a: a["G"].__setitem__((0, 5), np.nan),
+        lambda a: a["W"].__setitem__((1, 2), np.inf),
+        lambda a: a.update(W=a["W"][0]),
+        lambda a: a.update(scales=-np.ones((4, 1))),
+        lambda a: a.update(scales=np.ones((4, 2))),
+        lambda a: a.update(zero_points=np.zeros((4, 1), np.int8)),
+        lambda a: a.update(spec="int4:group24"),
+        lambda a: a.update(refit=True),
+        lambda a: a.update(accumulator=14),
+        lambda a: a.update(accumulator=AccumulatorSpec(7, 16, "int8")),
+        lambda a: a.update(dtype="float16"),
+        lambda a: a.update(damping=-1),
+    ],
+)
+def test_bad_arguments_are_refused_as_numpys_are(change):
+    arguments = broken(change)
+    for function in (cq.gptq, cq.qronos):
+        with pytest.raises((ValueError, TypeError, cq.CorequantError)) as expected:
+            function(**arguments)
+        with pytest.raises(type(expected.value)) as found:
+            rounded(DeviceKernels(), function, arguments)
+        ours, theirs = (str(e.value).replace("numpy.ndarray", "") for e in (found, expected))
+        assert ours.split(" got ")[0] == theirs.split(" got ")[0]
+
+
+def test_what_belongs_elsewhere_is_refused():
+    W, H, _ = (torch.from_numpy(a) for a in problem(4, 32))
+    with pytest.raises(TypeError, match="W belongs to torch, H belongs to numpy"):
+        cq.gptq(W, H.numpy(), "int4:channel")
+    with pytest.raises(TypeError, match=r"H must be a numpy\.ndarray, got Tensor"):
+        cq.gptq(W.numpy(), H, "int4:channel")
+    with pytest.raises(cq.BackendError, match="W on cpu and H on meta"):
+        cq.gptq(W, torch.empty(32, 32, device="meta"), "int4:channel")
+    with pytest.raises(TypeError, match="G must be"):
+        rounded(DeviceKernels(), cq.gpfq, {"W": W, "H": H, "G": None, "spec": "int4:channel"})
+    with pytest.raises(TypeError, match=r"W must be a numpy\.ndarray, got list"):
+        cq.gptq([[1.0]], H, "int4:channel")
+
+
+def test_an_indefinite_factor_raises_the_damping():
+    W, H, _ = problem(4, 32)
+    flat = np.ones_like(H)
+    arguments = {"W": W, "H": flat, "spec": "int4:channel", "damping": 0.0}
+    expected, found = cq.gptq(**arguments), rounded(DeviceKernels(), cq.gptq, arguments)
+    assert found.report.damping.tries == expected.report.damping.tries > 1
+
+
+def test_no_rows_and_no_columns():
+    for shape in ((0, 16), (3, 0)):
+        W, H = np.empty(shape), np.eye(shape[1])
+        found = rounded(DeviceKernels(), cq.gptq, {"W": W, "H": H, "spec": "int4:channel"})
+        assert tuple(found.codes.shape) == cq.gptq(W, H, "int4:channel").codes.shape == shape
