@@ -195,7 +195,11 @@ class _Integers:
     ) -> None:
         # Packed codes count from zero.
         shifted = zeros - self._limits[0]
-        fused.decode_integers(packed, self._bits, size, self._step(scales), shifted, out)
+        steps = self._step(scales)
+        if self._bits == 4 and out.dtype == np.float32 and size % nibbles.LANES == 0:
+            fused.decode_four_bits(packed, size, steps, shifted, out)
+        else:
+            fused.decode_integers(packed, self._bits, size, steps, shifted, out)
 
 
 class _Minifloat:

@@ -182,13 +182,13 @@ def dequantize_packed(packed: PackedTensor, *, out: Any = None) -> Array:
     width = packed.packed.shape[-1]
     if spec.scale_format in _BYTES and fits_nibbles(spec.format, out.dtype, size, d):
         # Scales are read where they are used: as numbers they would pass through memory twice.
-        table, rounder = _numbers(spec.scale_format), rounder_for(spec.format, out.dtype)
+        rounder = rounder_for(spec.format, out.dtype)
+        table = effective(_numbers(spec.scale_format), packed.global_scale)
         stored = np.ascontiguousarray(packed.scales).reshape(-1)
-        divisor = np.float32(1 if packed.global_scale is None else packed.global_scale[0])
 
         def straight(panel: Array, rows: slice, groups: slice) -> None:
             own = stored[groups]
-            fused.decode_nibbles(panel, size, own, table, divisor, rounder, target[rows])
+            fused.decode_nibbles(panel, size, own, table, rounder, target[rows])
 
         whole = np.dtype(np.uint8)
         each_panel(packed.packed, width, whole, straight, d // size, d, whole=True)

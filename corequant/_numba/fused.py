@@ -16,13 +16,14 @@ from corequant._numba import minifloat, quantize
 from corequant._numba.bits import like, to_bits, to_float
 from corequant._numba.jit import jit
 from corequant._numba.minifloat import nearest_code, nearest_value
-from corequant._numba.nibbles import decode_row, encode_row, magnitudes_of_row
+from corequant._numba.nibbles import decode_row, encode_row, integers_row, magnitudes_of_row
 from corequant._numba.packing import pack_rows, unpack_rows
 from corequant._numba.quantize import magnitudes, ranges, row_magnitude, row_range
 from corequant._numba.scales import FLOAT, Rule, choose, scale_and_zero
 
 __all__ = [
     "Plan",
+    "decode_four_bits",
     "decode_integers",
     "decode_minifloats",
     "decode_nibbles",
@@ -279,6 +280,15 @@ def decode_integers(packed, bits, size, steps, zeros, out):  # type: ignore[no-u
 
 
 @jit
+def decode_four_bits(packed, size, steps, zeros, out):  # type: ignore[no-untyped-def]
+    """Numbers of packed codes of 4 bits, float32 in groups of multiples of 32."""
+    count = out.shape[1] // size
+    for row in range(out.shape[0]):
+        own = slice(row * count, (row + 1) * count)
+        integers_row(packed[row], size, steps[own], zeros[own], out[row])
+
+
+@jit
 def decode_minifloats(packed, bits, size, steps, rounder, out):  # type: ignore[no-untyped-def]
     """Numbers of packed codes of a format whose codes are all finite."""
     count = out.shape[1] // size
@@ -291,17 +301,17 @@ def decode_minifloats(packed, bits, size, steps, rounder, out):  # type: ignore[
 
 
 @jit
-def decode_nibbles(packed, size, stored, table, divisor, rounder, out):  # type: ignore[no-untyped-def]
+def decode_nibbles(packed, size, stored, table, rounder, out):  # type: ignore[no-untyped-def]
     """Numbers of packed minifloats of 4 bits, float32 in groups of 16 or multiples of 32.
 
-    ``table`` has the number of each byte of ``stored`` scales, which ``divisor`` divides.
+    ``table`` has the step of each byte of ``stored`` scales.
     """
     count = out.shape[1] // size
     steps = np.empty(count, out.dtype)
     for row in range(out.shape[0]):
         own = stored[row * count : (row + 1) * count]
         for k in range(count):
-            steps[k] = table[own[k]] / divisor
+            steps[k] = table[own[k]]
         decode_row(packed[row], size, steps, rounder, out[row])
 
 

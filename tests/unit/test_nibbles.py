@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -45,6 +49,33 @@ def test_rows_that_do_not_come_in_thirty_twos(d):
     packed = cq.quantize_packed(x, "nvfp4")
     np.testing.assert_array_equal(packed.packed, cq.pack_bytes(whole.codes, 4))
     np.testing.assert_array_equal(cq.dequantize_packed(packed), cq.dequantize(whole))
+
+
+@pytest.mark.parametrize("text", ["int4:group32", "int4:channel", "int4:group64:asymmetric"])
+def test_packed_integers_stand_for_the_numbers_of_their_codes(text):
+    x = awkward(192)
+    x[:2] = np.random.default_rng(3).standard_normal((2, 192))
+    whole = cq.quantize(x, text)
+    numbers = cq.dequantize_packed(cq.pack_quantized(whole))
+    np.testing.assert_array_equal(numbers, cq.dequantize(whole))
+
+
+OLDER = """
+import numpy as np, corequant as cq
+x = np.random.default_rng(0).standard_normal((8, 192)).astype(np.float32)
+for text in ("mxfp4", "nvfp4", "int4:group64"):
+    packed = cq.quantize_packed(x, text)
+    np.testing.assert_array_equal(cq.dequantize_packed(packed), cq.dequantize(cq.quantize(x, text)))
+"""
+
+
+def test_processors_without_long_permutations():
+    processor = "haswell" if os.uname().machine == "x86_64" else "generic"
+    environment = {**os.environ, "NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", OLDER], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @jit
