@@ -66,7 +66,8 @@ def to_arrays(name: str, quantized: QuantizedTensor) -> Arrays:
     if quantized.zero_points is not None:
         arrays[f"{name}.weight_zero_point"] = _pack_zeros(quantized.zero_points, spec)
     if quantized.global_scale is not None:
-        arrays[f"{name}.weight_global_scale"] = np.ascontiguousarray(quantized.global_scale)
+        # A copy, since layers that share it would share memory, which files can't.
+        arrays[f"{name}.weight_global_scale"] = np.array(quantized.global_scale)
     return dict(sorted(arrays.items()))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from corequant_transformers.layers import QuantizedLinear
 from corequant_transformers.parts import Part, Parts, part_plan
 from corequant_transformers.planning import MatrixPlan, ModelPlan
 from corequant_transformers.sequential import HiddenStates, groups_of, round_block
+from corequant_transformers.sharing import shared_global_scales
 from corequant_transformers.transforming import Choices, transform_model
 from corequant_transformers.verifying import check_changed, fingerprints
 
@@ -52,10 +54,15 @@ def round_nearest(
     """
     weights = {m.name: _weight(model, m) for m in plan.quantized}
     spec = plan.recipe.weights
+    shared = shared_global_scales(plan.quantized, weights, spec)
+    tasks = {
+        name: partial(round_to_nearest, W, spec, global_scale=shared.get(name))
+        for name, W in weights.items()
+    }
     if executor is None:
-        found = {name: round_to_nearest(W, spec) for name, W in weights.items()}
+        found = {name: task() for name, task in tasks.items()}
     else:
-        waiting = {n: executor.submit(round_to_nearest, W, spec) for n, W in weights.items()}
+        waiting = {name: executor.submit(task) for name, task in tasks.items()}
         found = {name: future.result() for name, future in waiting.items()}
     return [_place(model, m, plan, weights[m.name], found[m.name]) for m in plan.quantized]
 

@@ -28,6 +28,7 @@ from corequant_transformers.layers import QuantizedLinear
 from corequant_transformers.ledgers import Windows
 from corequant_transformers.pausing import BlockPasses
 from corequant_transformers.rows import MatrixPlan
+from corequant_transformers.sharing import shared_global_scales
 
 __all__ = [
     "HiddenStates",
@@ -166,6 +167,7 @@ def round_block(
 
         return BlockPasses(module, local, forward, count, prepare, keep)
 
+    shared = shared_global_scales(rows, _weights(block, path, rows), weights)
     layers: dict[str, QuantizedLinear] = {}
     table: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -180,7 +182,9 @@ def round_block(
             moments = _collect(
                 group, index, count, rounded_network, float_network, hidden.quantized.shape[1]
             )
-            found = _round(block, path, group, moments, weights, options, executor)
+            given = _weights(block, path, group)
+            divisor = shared.get(group[0].name)
+            found = _round(given, moments, weights, divisor, options, executor)
             seconds = time.monotonic() - started
             for row in group:
                 name = row.name.removeprefix(f"{path}.")
@@ -274,24 +278,29 @@ def _check_same_tokens(
         )
 
 
+def _weights(
+    block: torch.nn.Module, path: str, rows: Sequence[MatrixPlan]
+) -> dict[str, npt.NDArray[Any]]:
+    weights: dict[str, npt.NDArray[Any]] = {}
+    for row in rows:
+        module: Any = block.get_submodule(row.name.removeprefix(f"{path}."))
+        weights[row.name] = module.weight.detach().numpy()
+    return weights
+
+
 def _round(
-    block: torch.nn.Module,
-    path: str,
-    group: Sequence[MatrixPlan],
+    weights: Mapping[str, npt.NDArray[Any]],
     moments: InputMoments,
     spec: cq.QuantSpec,
+    divisor: npt.NDArray[np.float32] | None,
     options: RoundingOptions,
     executor: Executor | None,
 ) -> dict[str, RoundedTensor]:
-    weights: dict[str, npt.NDArray[Any]] = {}
-    for row in group:
-        module: Any = block.get_submodule(row.name.removeprefix(f"{path}."))
-        weights[row.name] = module.weight.detach().numpy()
     H, G = moments.H, moments.G
     if executor is None:
-        return round_together(weights, spec, options, H, G)
+        return round_together(weights, spec, options, H, G, global_scale=divisor)
     waiting = [
-        executor.submit(round_together, {name: W}, spec, options, H, G)
+        executor.submit(round_together, {name: W}, spec, options, H, G, global_scale=divisor)
         for name, W in weights.items()
     ]
     return {name: one for future in waiting for name, one in future.result().items()}

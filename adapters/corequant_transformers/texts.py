@@ -160,8 +160,23 @@ def _negative_log_likelihood(model: Any, window: Tokens) -> float:
     architecture = architecture_of(model.config)
     trunk = model.get_submodule(architecture.embedding.rpartition(".")[0])
     ids = torch.from_numpy(window).to(model.get_submodule(architecture.head).weight.device)
-    output = trunk(input_ids=ids[None], use_cache=False)
-    hidden, total = output.last_hidden_state[:, :-1], 0.0
+    found: list[Any] = []
+    forward = trunk.forward
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        found.append((output, output.last_hidden_state))
+        output.last_hidden_state = output.last_hidden_state[:, :1]
+        return output
+
+    # Through the whole model: files of other libraries may decode their weights when it is called.
+    trunk.forward = once
+    try:
+        model(input_ids=ids[None], use_cache=False)
+    finally:
+        del trunk.forward
+    output, hidden = found[0]
+    hidden, total = hidden[:, :-1], 0.0
     # What stands between the last hidden states and the logits besides the head, such as a soft
     # cap, is the model's own affair: it runs with a trunk that has its answer already.
     trunk.forward = lambda *args, **kwargs: output

@@ -62,6 +62,7 @@ class TensorScales:
         if scales is None:
             if zeros is not None:
                 raise ValueError("zero_points must come with scales, got zero_points alone")
+            check_global(spec, divisor)
             if whole and divisor is None:
                 divisor = kernels.choose_global_scale(W, spec)
             scales, zeros = kernels.choose_qparams(W, spec, divisor)

@@ -197,11 +197,18 @@ def _gpfq(problem: _Problem) -> RoundedTensor:
 
 @torch.no_grad()
 def round_to_nearest(
-    kernels: Backend, *, W: Any, spec: QuantSpec | str, H: Any, G: Any, name: str
+    kernels: Backend,
+    *,
+    W: Any,
+    spec: QuantSpec | str,
+    H: Any,
+    G: Any,
+    global_scale: Any,
+    name: str,
 ) -> RoundedTensor:
     """Round each entry by itself; see ``corequant.round_to_nearest``."""
     W, spec = check_matrix(kernels, "W", W), as_spec(spec)
-    quantized = _nearest(kernels, W, spec)
+    quantized = TensorScales.choose(kernels, W, spec, None, None, global_scale).encode(W)
     report = RoundingReport("nearest", name)
     if H is not None:
         moments = Moments.of(kernels, H, G, W.shape[1], name)

@@ -16,7 +16,13 @@ __all__ = ["round_to_nearest"]
 
 
 def round_to_nearest(
-    W: Any, spec: QuantSpec | str, *, H: Any = None, G: Any = None, name: str = "W"
+    W: Any,
+    spec: QuantSpec | str,
+    *,
+    H: Any = None,
+    G: Any = None,
+    global_scale: Any = None,
+    name: str = "W",
 ) -> RoundedTensor:
     """Quantize a weight by rounding each entry to the nearest number of the grid.
 
@@ -28,6 +34,8 @@ def round_to_nearest(
         The quantizer, such as ``"int4:channel:symmetric:mse"``.
     H, G : numpy.ndarray (in_features, in_features), optional
         Moments of the inputs, for the losses of the report alone.
+    global_scale : numpy.ndarray (1,), optional
+        Of granularity ``tensor_group``, as for ``quantize``.
     name : str
         The layer's name, for the report.
 
@@ -52,7 +60,7 @@ def round_to_nearest(
     if is_elsewhere(W):
         result: RoundedTensor = solve_elsewhere("round_to_nearest", locals())
         return result
-    quantized = quantize(check_matrix("W", W), as_spec(spec))
+    quantized = quantize(check_matrix("W", W), as_spec(spec), global_scale=global_scale)
     report = RoundingReport("nearest", name)
     if H is not None:
         loss = reconstruction_loss(W, quantized, H, G)

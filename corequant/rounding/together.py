@@ -113,6 +113,8 @@ def round_together(
     options: RoundingOptions,
     H: Any = None,
     G: Any = None,
+    *,
+    global_scale: Any = None,
 ) -> dict[str, RoundedTensor]:
     """Quantize the weights of layers that read the same input.
 
@@ -126,6 +128,8 @@ def round_together(
     H, G : numpy.ndarray (in_features, in_features), optional
         Moments of the inputs, as ``InputMoments`` collects them: H where
         ``options.needs_moments``, G where ``options.needs_float``.
+    global_scale : numpy.ndarray (1,), optional
+        Of granularity ``tensor_group``: what all the weights share. By default each has its own.
 
     Returns
     -------
@@ -170,7 +174,7 @@ def round_together(
     result = {}
     for names in batches:
         W = np.concatenate([weights[name] for name in names])
-        nearest = quantize(W, spec)
+        nearest = quantize(W, spec, global_scale=global_scale)
         start = fit_scales(W, H, spec) if options.fit_scales else nearest
         rounded = _round(W, start, options, H, G, ", ".join(names))
         first = 0
@@ -198,13 +202,12 @@ def _round(
     spec = start.spec
     if options.method == "nearest":
         return RoundedTensor.of(start, RoundingReport("nearest", name))
-    shared: dict[str, Any] = {"name": name}
+    shared: dict[str, Any] = {"name": name, "global_scale": start.global_scale}
     if options.magr:
         W = magr(W, H, alpha=options.magr, group_size=spec.group_size, name=name)
     elif not options.refit:
         # The search for scales is done already.
         shared["scales"], shared["zero_points"] = start.scales, start.zero_points
-        shared["global_scale"] = start.global_scale
     if options.method == "learned":
         return learned_rounding(W, H, spec, G=G, steps=options.steps, **shared)
     shared |= {

@@ -90,6 +90,24 @@ def test_together_equals_each_alone(method, spec):
         np.testing.assert_array_equal(W, copies[name])
 
 
+@pytest.mark.parametrize(
+    ("method", "refit"), [("nearest", False), ("gptq", False), ("gptq", True), ("learned", False)]
+)
+def test_a_global_scale_that_is_given_is_shared(method, refit):
+    x, q = streams()
+    moments = InputMoments(32, dtype=np.float64).update(q, x)
+    given = weights(3, 5)
+    divisor = np.array([100.0], np.float32)
+    options = RoundingOptions(method, steps=20, refit=refit)
+    shared = {"spec": "nvfp4", "options": options, "H": moments.H, "G": moments.G}
+    found = round_together(given, **shared, global_scale=divisor)
+    for name, W in given.items():
+        assert found[name].global_scale == divisor
+        alone = round_together({name: W}, **shared, global_scale=divisor)[name]
+        np.testing.assert_array_equal(found[name].codes, alone.codes)
+        np.testing.assert_array_equal(found[name].scales, alone.scales)
+
+
 def test_options_are_those_of_the_methods():
     x, q = streams()
     m = InputMoments(32, dtype=np.float64).update(q, x)

@@ -172,6 +172,7 @@ def test_nearest_and_losses_on_a_device():
     W, H, G = problem(8, 64)
     kernels = DeviceKernels()
     arguments = {"W": W, "spec": "nvfp4", "H": H, "G": G}
+    arguments["global_scale"] = np.array([400.0], np.float32)
     expected, found = (
         cq.round_to_nearest(**arguments),
         rounded(kernels, cq.round_to_nearest, arguments),
