@@ -6,6 +6,10 @@ byte E8M0. ``to_blocks`` stores what was quantized elsewhere, whatever chose its
 float32, halves away from zero, with a scale of the sign that maps the largest magnitude to -8
 (Q4_0).
 
+The numbers of a block are its scale times its codes; Q4_1 adds an offset of float16, which stands
+for the scale times the zero point and is that product rounded: the only thing that changes when a
+quantized tensor is stored.
+
 Source: ggml-quants.c of llama.cpp.
 """
 
@@ -22,7 +26,14 @@ from corequant.formats import formats
 from corequant.quantization import QuantizedTensor, quantize
 from corequant.specs import QuantSpec, presets
 
-__all__ = ["BLOCK_TYPES", "from_blocks", "quantize_blocks", "to_blocks"]
+__all__ = [
+    "BLOCK_TYPES",
+    "block_type_of",
+    "decode_blocks",
+    "from_blocks",
+    "quantize_blocks",
+    "to_blocks",
+]
 
 Array = npt.NDArray[Any]
 
@@ -32,6 +43,7 @@ BLOCK_TYPES = ("Q4_0", "Q4_1", "Q8_0", "MXFP4")
 
 _SPECS = {
     "Q4_0": QuantSpec.parse("int4:group32:symmetric:float16"),
+    "Q4_1": QuantSpec.parse("int4:group32:asymmetric:float16"),
     "Q8_0": QuantSpec.parse("int8:group32:symmetric:float16"),
     "MXFP4": presets["mxfp4"],
 }
@@ -42,6 +54,33 @@ def _key(spec: QuantSpec) -> tuple[Any, ...]:
 
 
 _BY_KEY = {_key(spec): name for name, spec in _SPECS.items()}
+_HEADERS = {"Q4_0": 2, "Q4_1": 4, "Q8_0": 2, "MXFP4": 1}
+"""Bytes before a block's codes."""
+
+_WIDTHS = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34, "MXFP4": 17}
+"""Bytes of a block."""
+
+
+def block_type_of(spec: QuantSpec) -> str:
+    """Return the type of the blocks that hold what a spec quantizes.
+
+    Raises
+    ------
+    SpecError
+        If GGUF has none; the message names the specs for which it has one.
+
+    Examples
+    --------
+    >>> from corequant.gguf import block_type_of
+    >>> from corequant.specs import QuantSpec
+    >>> block_type_of(QuantSpec.parse("int4:group32:asymmetric:float16:mse"))
+    'Q4_1'
+    """
+    name = _BY_KEY.get(_key(spec))
+    if name is None:
+        wanted = ", ".join(f"{kind} {known}" for kind, known in _SPECS.items())
+        raise SpecError(f"GGUF has no block type for {spec}; it has {wanted}")
+    return name
 
 
 def to_blocks(quantized: QuantizedTensor) -> tuple[str, Array]:
@@ -50,12 +89,12 @@ def to_blocks(quantized: QuantizedTensor) -> tuple[str, Array]:
     Parameters
     ----------
     quantized : QuantizedTensor
-        NumPy arrays, symmetric int4 or int8 in groups of 32 with float16 scales, or MXFP4.
+        NumPy arrays: int4, or symmetric int8, in groups of 32 with float16 scales, or MXFP4.
 
     Returns
     -------
     block_type : str
-        Q4_0, Q8_0 or MXFP4.
+        One of ``BLOCK_TYPES``.
     blocks : numpy.ndarray (..., bytes), uint8
         What ``GGUFWriter.add_tensor`` takes as raw data of that type.
 
@@ -63,6 +102,8 @@ def to_blocks(quantized: QuantizedTensor) -> tuple[str, Array]:
     ------
     SpecError
         If GGUF has no block type for the spec; the message names those that it has.
+    ValueError
+        If a scale or an offset is no finite number of its format.
 
     Examples
     --------
@@ -72,18 +113,23 @@ def to_blocks(quantized: QuantizedTensor) -> tuple[str, Array]:
     >>> kind, blocks[0, :3].tobytes().hex(" ")
     ('MXFP4', '7d 66 66')
     """
-    spec = quantized.spec
-    name = _BY_KEY.get(_key(spec))
-    if name is None:
-        wanted = ", ".join(f"{kind} {known}" for kind, known in _SPECS.items())
-        raise SpecError(f"GGUF has no block type for {spec}; it has {wanted}")
-    codes = quantized.codes.reshape(-1, _SIZE)
-    if name == "MXFP4":
-        from corequant.packed import store_scales
+    from corequant.packed import store_scales
 
-        head = store_scales(quantized.scales, spec).reshape(-1, 1)
-    else:
-        head = _halves(quantized.scales.reshape(-1, 1))
+    spec = quantized.spec
+    name = block_type_of(spec)
+    codes = quantized.codes.reshape(-1, _SIZE)
+    head = store_scales(quantized.scales, spec).reshape(-1, 1)
+    if name != "MXFP4":
+        head = _halves(head)
+    if quantized.zero_points is not None:
+        zeros = quantized.zero_points.reshape(-1, 1).astype(np.float32)
+        scales = quantized.scales.reshape(-1, 1).astype(np.float32)
+        offsets = (np.float32(spec.format.least_code) - zeros) * scales
+        least = _halves(offsets)
+        if not np.isfinite(least.view("<f2")).all():
+            worst = float(offsets.flat[np.abs(offsets).argmax()])
+            raise ValueError(f"offsets must be numbers of float16, got {worst}")
+        head = np.concatenate([head, least], axis=1)
     body = codes.view(np.uint8) if name == "Q8_0" else _nibbles(codes, spec.format.least_code)
     blocks = np.concatenate([head, body], axis=1)
     return name, blocks.reshape(*quantized.codes.shape[:-1], -1)
@@ -96,7 +142,8 @@ def from_blocks(blocks: Array, block_type: str) -> QuantizedTensor:
     ----------
     blocks : numpy.ndarray (..., bytes), uint8
     block_type : str
-        Q8_0 or MXFP4, or Q4_0 if its scales are positive, as those of ``to_blocks`` are.
+        Q8_0 or MXFP4, or Q4_0 if its scales are positive, as those of ``to_blocks`` are. Not Q4_1,
+        whose offsets are no multiples of the scales.
 
     Returns
     -------
@@ -115,33 +162,76 @@ def from_blocks(blocks: Array, block_type: str) -> QuantizedTensor:
     >>> float(cq.dequantize(from_blocks(blocks, kind))[0, 0])
     1.0
     """
-    if block_type not in _SPECS:
-        raise SpecError(f"block_type must be one of {', '.join(_SPECS)}, got {block_type!r}")
+    known = [name for name in _SPECS if name != "Q4_1"]
+    if block_type not in known:
+        raise SpecError(f"block_type must be one of {', '.join(known)}, got {block_type!r}")
     spec = _SPECS[block_type]
-    header = 1 if block_type == "MXFP4" else 2
-    width = header + (_SIZE if block_type == "Q8_0" else _SIZE // 2)
+    scales, _, codes = _parts(blocks, block_type)
+    if not (scales > 0).all():
+        raise ValueError("blocks must have positive scales, got one that is not")
+    lead, count = blocks.shape[:-1], blocks.shape[-1] // _WIDTHS[block_type]
+    return QuantizedTensor(
+        codes.reshape(*lead, count * _SIZE), scales.reshape(*lead, count), None, spec
+    )
+
+
+def decode_blocks(blocks: Array, block_type: str) -> npt.NDArray[np.float32]:
+    """Return the numbers that GGUF blocks stand for, whoever wrote them.
+
+    Parameters
+    ----------
+    blocks : numpy.ndarray (..., bytes), uint8
+    block_type : str
+        One of ``BLOCK_TYPES``.
+
+    Returns
+    -------
+    numpy.ndarray (..., d), float32
+
+    Raises
+    ------
+    ShapeError, SpecError
+        If the bytes are no whole blocks, or the type is another.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from corequant.gguf import decode_blocks, quantize_blocks
+    >>> x = np.linspace(-1, 2, 32, dtype=np.float32)[None]
+    >>> decode_blocks(quantize_blocks(x, "Q4_1"), "Q4_1")[0, ::8]
+    array([-1.        , -0.20007324,  0.5998535 ,  1.3997803 ], dtype=float32)
+    """
+    if block_type not in BLOCK_TYPES:
+        raise SpecError(f"block_type must be one of {', '.join(BLOCK_TYPES)}, got {block_type!r}")
+    scales, offsets, codes = _parts(blocks, block_type)
+    if block_type == "MXFP4":
+        numbers = formats["float4_e2m1fn"].values.astype(np.float32)[codes]
+    else:
+        numbers = codes.astype(np.float32)
+    numbers = numbers * scales if offsets is None else numbers * scales + offsets
+    count = blocks.shape[-1] // _WIDTHS[block_type]
+    return numbers.reshape(*blocks.shape[:-1], count * _SIZE)
+
+
+def _parts(blocks: Array, block_type: str) -> tuple[Array, Array | None, Array]:
+    """Return scales, offsets (both of one column) and codes of blocks, one a row."""
+    header, width = _HEADERS[block_type], _WIDTHS[block_type]
     if blocks.dtype != np.uint8 or blocks.ndim < 1 or blocks.shape[-1] % width:
         raise ShapeError(
             f"blocks must be uint8 with a multiple of {width} bytes a row, "
             f"got {blocks.dtype} {blocks.shape}"
         )
     each = np.ascontiguousarray(blocks).reshape(-1, width)
-    body = each[:, header:]
-    if block_type == "MXFP4":
-        scales = np.ldexp(np.float32(1), each[:, 0].astype(np.int32) - 127)
-    else:
-        scales = np.ascontiguousarray(each[:, :2]).view("<f2").astype(np.float32)
-        if not (scales > 0).all():
-            raise ValueError("blocks must have positive scales, got one that is not")
+    head, body = np.ascontiguousarray(each[:, :header]), each[:, header:]
     if block_type == "Q8_0":
-        codes = body.view(np.int8)
-    else:
-        codes = np.concatenate([body & 15, body >> 4], axis=1)
-        codes = (codes.astype(np.int8) + spec.format.least_code).astype(spec.format.code_dtype)
-    lead, groups = blocks.shape[:-1], blocks.shape[-1] // width
-    return QuantizedTensor(
-        codes.reshape(*lead, groups * _SIZE), scales.reshape(*lead, groups), None, spec
-    )
+        return head.view("<f2").astype(np.float32), None, body.view(np.int8)
+    codes = np.concatenate([body & 15, body >> 4], axis=1)
+    if block_type == "MXFP4":
+        return np.ldexp(np.float32(1), head.astype(np.int32) - 127), None, codes
+    numbers = head.view("<f2").astype(np.float32)
+    if block_type == "Q4_1":
+        return numbers[:, :1], numbers[:, 1:], codes
+    return numbers, None, codes.astype(np.int8) + np.int8(_SPECS[block_type].format.least_code)
 
 
 def quantize_blocks(x: Any, block_type: str) -> Array:

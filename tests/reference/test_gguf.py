@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import corequant as cq
-from corequant.gguf import BLOCK_TYPES, from_blocks, quantize_blocks, to_blocks
+from corequant.gguf import BLOCK_TYPES, decode_blocks, from_blocks, quantize_blocks, to_blocks
 
 
 def weights(seed=0):
@@ -51,6 +51,37 @@ def test_what_was_quantized_here_is_read_there(name, text):
     again = from_blocks(blocks, name)
     np.testing.assert_array_equal(again.codes, quantized.codes)
     np.testing.assert_array_equal(again.scales, quantized.scales)
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_blocks_stand_for_the_same_numbers(name):
+    """Scales of either sign, and offsets, by its own rules."""
+    blocks = gguf.quantize(weights(), peer(name))
+    theirs, ours = gguf.dequantize(blocks, peer(name)), decode_blocks(blocks, name)
+    np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32))
+    assert decode_blocks(blocks[:0], name).shape == (0, 256)
+    with pytest.raises(cq.ShapeError, match="whole|multiple"):
+        decode_blocks(blocks[:, :-1], name)
+
+
+@pytest.mark.parametrize("search", ["", ":mse"])
+def test_offsets_of_q4_1_are_rounded_and_nothing_else(search):
+    quantized = cq.quantize(weights(), f"int4:group32:asymmetric:float16{search}")
+    kind, blocks = to_blocks(quantized)
+    assert kind == "Q4_1"
+    theirs, meant = gguf.dequantize(blocks, peer(kind)), cq.dequantize(quantized)
+    offsets = np.abs((quantized.zero_points + 8.0) * quantized.scales)
+    bound = np.maximum(offsets * 2.0**-11, 2.0**-25)
+    difference = np.abs(theirs - meant).reshape(*offsets.shape, 32)
+    # Two roundings to float32 on the way.
+    assert (difference <= bound[..., None] + 2.0**-22 * offsets[..., None]).all()
+    assert difference.max() > 0
+
+
+def test_offsets_beyond_float16_are_refused():
+    x = np.tile(np.array([7e4, 6e4], np.float32), (1, 16))
+    with pytest.raises(ValueError, match="offsets must be numbers of float16"):
+        to_blocks(cq.quantize(-x, "int4:group32:asymmetric:float16"))
 
 
 def test_mxfp4_by_the_ocp_rule_differs_in_ties_only():
