@@ -27,6 +27,7 @@ from corequant.quantization import QuantizedTensor, quantize
 from corequant.specs import QuantSpec, presets
 
 __all__ = [
+    "BLOCK_BYTES",
     "BLOCK_TYPES",
     "block_type_of",
     "decode_blocks",
@@ -57,8 +58,8 @@ _BY_KEY = {_key(spec): name for name, spec in _SPECS.items()}
 _HEADERS = {"Q4_0": 2, "Q4_1": 4, "Q8_0": 2, "MXFP4": 1}
 """Bytes before a block's codes."""
 
-_WIDTHS = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34, "MXFP4": 17}
-"""Bytes of a block."""
+BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34, "MXFP4": 17}
+"""Bytes of a block of each type."""
 
 
 def block_type_of(spec: QuantSpec) -> str:
@@ -169,7 +170,7 @@ def from_blocks(blocks: Array, block_type: str) -> QuantizedTensor:
     scales, _, codes = _parts(blocks, block_type)
     if not (scales > 0).all():
         raise ValueError("blocks must have positive scales, got one that is not")
-    lead, count = blocks.shape[:-1], blocks.shape[-1] // _WIDTHS[block_type]
+    lead, count = blocks.shape[:-1], blocks.shape[-1] // BLOCK_BYTES[block_type]
     return QuantizedTensor(
         codes.reshape(*lead, count * _SIZE), scales.reshape(*lead, count), None, spec
     )
@@ -199,7 +200,7 @@ def decode_blocks(blocks: Array, block_type: str) -> npt.NDArray[np.float32]:
     >>> from corequant.gguf import decode_blocks, quantize_blocks
     >>> x = np.linspace(-1, 2, 32, dtype=np.float32)[None]
     >>> decode_blocks(quantize_blocks(x, "Q4_1"), "Q4_1")[0, ::8]
-    array([-1.        , -0.20007324,  0.5998535 ,  1.3997803 ], dtype=float32)
+    array([-1.        , -0.20019531,  0.5996094 ,  1.3994141 ], dtype=float32)
     """
     if block_type not in BLOCK_TYPES:
         raise SpecError(f"block_type must be one of {', '.join(BLOCK_TYPES)}, got {block_type!r}")
@@ -209,13 +210,13 @@ def decode_blocks(blocks: Array, block_type: str) -> npt.NDArray[np.float32]:
     else:
         numbers = codes.astype(np.float32)
     numbers = numbers * scales if offsets is None else numbers * scales + offsets
-    count = blocks.shape[-1] // _WIDTHS[block_type]
+    count = blocks.shape[-1] // BLOCK_BYTES[block_type]
     return numbers.reshape(*blocks.shape[:-1], count * _SIZE)
 
 
 def _parts(blocks: Array, block_type: str) -> tuple[Array, Array | None, Array]:
     """Return scales, offsets (both of one column) and codes of blocks, one a row."""
-    header, width = _HEADERS[block_type], _WIDTHS[block_type]
+    header, width = _HEADERS[block_type], BLOCK_BYTES[block_type]
     if blocks.dtype != np.uint8 or blocks.ndim < 1 or blocks.shape[-1] % width:
         raise ShapeError(
             f"blocks must be uint8 with a multiple of {width} bytes a row, "

@@ -24,7 +24,7 @@ from corequant_transformers.rows import MatrixPlan
 from corequant_transformers.sources import quiet_transformers
 from corequant_transformers.stored import Stored
 
-__all__ = ["write_compressed"]
+__all__ = ["check_layers", "write_compressed"]
 
 SHARD_BYTES = 5 * 10**9
 """Largest file, unless a single tensor is larger."""
@@ -58,7 +58,7 @@ def write_compressed(stored: Stored, output: str | Path, *, shard_bytes: int = S
     target = check_output(output)
     plan = stored.plan
     scheme = Scheme(plan.recipe.weights, plan.recipe.activations)
-    _check_layers(stored)
+    check_layers(stored)
     _check_activations(stored)
     _check_shared_scales(stored)
     with new_directory(target) as folder:
@@ -203,7 +203,7 @@ def _class_name(config: Any) -> str:
     return str(mapping[type(config)].__name__)
 
 
-def _check_layers(stored: Stored) -> None:
+def check_layers(stored: Stored) -> None:
     """Refuse a model whose tensors are not those of Transformers' own class."""
     model = _skeleton(stored)
     kind = stored.plan.architecture.model_type

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from corequant.errors import OutputError
 from corequant_transformers.compressed import SHARD_BYTES, write_compressed
+from corequant_transformers.gguf_files import write_gguf
+from corequant_transformers.sources import Source
 from corequant_transformers.stored import Stored
 
 __all__ = ["TARGETS", "export"]
 
-TARGETS = ("compressed-tensors",)
+TARGETS = ("compressed-tensors", "gguf")
 """What ``export`` writes."""
 
 
@@ -19,6 +21,7 @@ def export(
     output: str | Path,
     to: str = "compressed-tensors",
     *,
+    source: str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write a quantized model in a layout that other programs read.
@@ -28,11 +31,16 @@ def export(
     path : str or Path
         A directory that ``quantize`` wrote.
     output : str or Path
-        A new or empty directory.
+        A new or empty directory; of ``gguf``, a new file that ends so.
     to : str
-        One of ``TARGETS``: ``compressed-tensors``, for Transformers and vLLM.
+        One of ``TARGETS``: ``compressed-tensors``, for Transformers and vLLM, or ``gguf``, for
+        llama.cpp.
+    source : str or Path, optional
+        The model that was quantized, for ``gguf`` alone: a GGUF file's metadata and tokenizer are
+        carried over, a directory's tokenizer is translated. By default the tokenizer in ``path``
+        is, which takes byte-level BPE.
     shard_bytes : int
-        Largest size of one file of weights.
+        Largest size of one file of weights, of ``compressed-tensors``.
 
     Returns
     -------
@@ -41,10 +49,10 @@ def export(
 
     Raises
     ------
-    ArchitectureError, SpecError
-        If the target can't hold the model or its quantizers.
+    ArchitectureError, RecipeError, SpecError
+        If the target can't hold the model, its rotations or its quantizers.
     CheckpointError
-        If the directory can't be read.
+        If the directory or the source can't be read.
     OutputError
         If the output can't be written or doesn't read back equal; nothing is left then.
 
@@ -62,4 +70,8 @@ def export(
     """
     if to not in TARGETS:
         raise OutputError(f"to must be one of {', '.join(TARGETS)}, got {to!r}")
+    if to == "gguf":
+        return write_gguf(Stored(path), output, None if source is None else Source(source))
+    if source is not None:
+        raise OutputError(f"source must be left out for {to}, got {str(source)!r}")
     return write_compressed(Stored(path), output, shard_bytes=shard_bytes)

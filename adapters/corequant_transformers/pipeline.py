@@ -277,7 +277,8 @@ def quantize(
             after=after,
         )
         job.run()
-        return _Made(job, float_config, _report(job, started))
+        name = None if source is None else source.path.name
+        return _Made(job, float_config, {"source": name, **_report(job, started)})
 
     def result(made: _Made, model: Any = None, path: Path | None = None) -> Quantized:
         copied = source.copied_files() if source else []

@@ -29,6 +29,8 @@ class Stored:
         The float model's.
     float_config : dict
         The float model's ``config.json``.
+    source_name : str
+        Of the file or directory that was quantized; empty if that was a model in memory.
 
     Raises
     ------
@@ -40,6 +42,8 @@ class Stored:
         self.folder = Path(path)
         self.plan, self.config = read_plan(self.folder)
         self.float_config = read_json(self.folder / "float_config.json")
+        name = read_json(self.folder / "report.json").get("source")
+        self.source_name = name if isinstance(name, str) else ""
         self._file = TensorFile(self.folder / WEIGHTS)
 
     def quantized(self, matrix: MatrixPlan) -> cq.QuantizedTensor:

@@ -228,14 +228,21 @@ def evaluate(
 @app.command()
 def export(
     model: Annotated[Path, typer.Argument(help="A directory that quantize wrote.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A new or empty directory.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A new or empty directory, or a new .gguf file.")
+    ],
     to: Annotated[str, typer.Option(help=f"One of {', '.join(TARGETS)}.")] = TARGETS[0],
+    source: Annotated[
+        Path | None,
+        typer.Option(help="The model that was quantized: where a GGUF's tokenizer comes from."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a quantized model in a layout that other programs read."""
-    written = cqhf.export(model, output, to)
+    written = cqhf.export(model, output, to, source=source)
     if as_json:
-        sizes = {f.name: f.stat().st_size for f in sorted(written.iterdir())}
+        files = sorted(written.iterdir()) if written.is_dir() else [written]
+        sizes = {f.name: f.stat().st_size for f in files}
         _print_json({"output": str(written), "to": to, "files": sizes})
     else:
         print(f"{model} was written to {written} as {to}")

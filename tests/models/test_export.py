@@ -106,7 +106,9 @@ def test_global_scales_that_differ_are_refused(tokens, tmp_path):
     tensors[key] = RawTensor.of(tensors[key].array() * 2)
     write_tensors(tmp_path / "changed", tensors)
     (tmp_path / "changed").rename(own / "corequant.safetensors")
-    with pytest.raises(cq.SpecError, match="q_proj and .*k_proj read the same input and must share"):
+    with pytest.raises(
+        cq.SpecError, match="q_proj and .*k_proj read the same input and must share"
+    ):
         cqhf.export(own, tmp_path / "again")
 
 
