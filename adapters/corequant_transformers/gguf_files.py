@@ -92,8 +92,8 @@ def write_gguf(stored: Stored, output: str | Path, source: Source | None = None)
     plan = stored.plan
     kind = block_type_of(plan.recipe.weights)
     _check_recipe(plan)
-    check_layers(stored)
     arch = architecture_name(stored.config)
+    check_layers(stored)
     values = [*hyperparameters(stored.config, plan), *vocabulary(stored, source)]
     tensors = list(_tensors(stored, kind, arch))
     with replacing(target) as part:

@@ -157,7 +157,12 @@ def vocabulary(stored: Stored, source: Source | None) -> list[KeyValue]:
         )
     folder = stored.folder if source is None else source.path
     tokenizer = load_tokenizer(stored.folder) if source is None else source.tokenizer()
-    return list(_translated(folder, tokenizer, stored.plan.dimensions.vocabulary))
+    name = folder.resolve().name if source is not None else stored.source_name
+    return [
+        ("general.type", "model", _T.STRING, None),
+        ("general.name", name or stored.folder.resolve().name, _T.STRING, None),
+        *_translated(folder, tokenizer, stored.plan.dimensions.vocabulary),
+    ]
 
 
 def _carried(path: Path) -> Iterator[KeyValue]:
@@ -181,8 +186,6 @@ def _translated(folder: Path, tokenizer: Any, size: int) -> Iterator[KeyValue]:
             f"{file} must be byte-level BPE to be translated; a GGUF file of the same model, given "
             "as source, is carried over whatever it is"
         )
-    yield "general.type", "model", _T.STRING, None
-    yield "general.name", folder.resolve().name, _T.STRING, None
     yield "tokenizer.ggml.model", "gpt2", _T.STRING, None
     yield "tokenizer.ggml.pre", _splitting(file, values.get("pre_tokenizer")), _T.STRING, None
     added = {t["id"]: t for t in values.get("added_tokens", [])}

@@ -1,0 +1,289 @@
+"""GGUF files of tiny models, run by llama.cpp; the real one is in test_readers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+import corequant as cq
+import corequant_transformers as cqhf
+from corequant.gguf import decode_blocks
+from corequant.recipe import Recipe
+from corequant_transformers import gguf_files
+from corequant_transformers.gguf_metadata import _WORDS
+from corequant_transformers.sources import quiet_transformers
+from tests.models.llamacpp import serving
+
+VOCABULARY = 320
+TEXT = "Hello, World! It's 1234 o'clock.\n\n  She'LL   say: naïve café 北京 12\t34 -- "
+SPLITS = {
+    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    ),
+    **{
+        name: pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_WORDS % digits), "isolated"),
+                pre_tokenizers.ByteLevel(False, use_regex=False),
+            ]
+        )
+        for name, digits in (("llama-bpe", r"\p{N}{1,3}"), ("qwen2", r"\p{N}"))
+    },
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def tokenizer_of(name):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = SPLITS[name]
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - 8,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<s>", "</s>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT * 3, "1234 12 123 say it's", "  \n\n"], trainer)
+    if name == "llama-bpe":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template="{{ messages }}",
+    )
+
+
+def write_model(folder, kind="llama", split="gpt-2", **config):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": VOCABULARY}
+    with quiet_transformers():
+        cqhf.tiny_model(kind, **{**sizes, **config}).save_pretrained(folder)
+        tokenizer_of(split).save_pretrained(folder)
+    return folder
+
+
+def quantized(folder, source, **recipe):
+    tokens = np.random.default_rng(0).integers(2, 300, (2, 24))
+    values = {"rotation": "offline", "weights": "int8:group32:symmetric:float16"}
+    cqhf.quantize(
+        source,
+        Recipe(**{**values, "activations": "int8:group32:symmetric:float16", **recipe}),
+        tokens,
+        folder,
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gguf")
+    return quantized(folder / "own", write_model(folder / "source"))
+
+
+@torch.no_grad()
+def log_probabilities(model, ids):
+    logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+    return torch.log_softmax(logits.float(), -1).numpy()
+
+
+def spoken(model, tokenizer):
+    """A text after which a token comes that isn't special: special ones have no probabilities."""
+    for end in range(len(TEXT), 20, -1):
+        ids = tokenizer(TEXT[:end]).input_ids
+        (first, second) = np.argsort(-(p := log_probabilities(model, ids)))[:2]
+        if 2 <= first < VOCABULARY - 8 and p[first] > p[second] + 0.3:
+            return TEXT[:end], ids
+    raise AssertionError("the model prefers special tokens everywhere")
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "split"),
+    [
+        ("llama", {}, "smollm"),
+        ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}, "llama-bpe"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}},
+            "gpt-2",
+        ),
+        ("llama", {"attention_bias": True}, "gpt-2"),
+        ("mistral", {"sliding_window": None}, "llama-bpe"),
+        ("qwen2", {}, "qwen2"),
+        ("qwen3", {"head_dim": 32}, "qwen2"),
+    ],
+)
+def test_llama_cpp_computes_the_same_from_ids_and_text(kind, config, split, tmp_path):
+    source = write_model(tmp_path / "source", kind, split, **config)
+    own = quantized(tmp_path / "own", source)
+    file = cqhf.export(own, tmp_path / "model.gguf", "gguf")
+    model, tokenizer = cqhf.load(own), cqhf.load_tokenizer(own)
+    text, ids = spoken(model, tokenizer)
+    assert (ids[0] == 0) == (split == "llama-bpe")
+    expected = log_probabilities(model, ids)
+    if "rope_parameters" in config:
+        # Other frequencies would be noticed.
+        model.model.rotary_emb.inv_freq = 100.0 ** -(torch.arange(0, 16, 2) / 16)
+        other = log_probabilities(model, ids)
+        assert np.abs(other - expected).mean() >= 0.2
+    with serving(file, VOCABULARY) as next_token:
+        found = next_token(ids)
+        assert np.abs(found - expected).max() <= 0.2
+        assert np.abs(found - expected).mean() <= 0.05
+        # Its own tokenizer arrives at the same tokens.
+        np.testing.assert_array_equal(next_token(text), found)
+
+
+def fields(file):
+    return {k: f.contents() for k, f in gguf.GGUFReader(file).fields.items()}
+
+
+def test_a_gguf_source_is_carried_over(own, tmp_path):
+    first = cqhf.export(own, tmp_path / "first.gguf", "gguf")
+    again = quantized(tmp_path / "again", first)
+    with pytest.raises(cq.CheckpointError, match="source must be given.*first.gguf"):
+        cqhf.export(again, tmp_path / "second.gguf", "gguf")
+    second = cqhf.export(again, tmp_path / "second.gguf", "gguf", source=first)
+    old, new = fields(first), fields(second)
+    for key in old:
+        if key.startswith(("general.", "tokenizer.", "llama.")):
+            assert new[key] == old[key], key
+    assert new["tokenizer.chat_template"] == "{{ messages }}"
+    assert new["general.name"] == "source"
+    other = write_model(tmp_path / "other", vocab_size=VOCABULARY + 1)
+    own = quantized(tmp_path / "larger", other)
+    with pytest.raises(cq.CheckpointError, match="must have 321 tokens .*, got 320"):
+        cqhf.export(own, tmp_path / "third.gguf", "gguf", source=first)
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(first.read_bytes()[:1000])
+    with pytest.raises(cq.CheckpointError, match=r"broken.gguf can't be read"):
+        cqhf.export(again, tmp_path / "third.gguf", "gguf", source=broken)
+    assert sorted(tmp_path.glob("*.gguf*")) == [broken, first, second]
+
+
+@pytest.mark.parametrize(
+    ("weights", "kind"),
+    [
+        ("int4:group32:symmetric:float16:mse", "Q4_0"),
+        ("int4:group32:asymmetric:float16", "Q4_1"),
+        ("int8:group32:symmetric:float16", "Q8_0"),
+        ("mxfp4", "MXFP4"),
+    ],
+)
+def test_blocks_hold_the_codes_of_the_directory(weights, kind, tmp_path):
+    from corequant_transformers.stored import Stored
+
+    own = quantized(tmp_path / "own", write_model(tmp_path / "source"), weights=weights)
+    file = cqhf.export(own, tmp_path / "model.gguf", "gguf")
+    stored, found = Stored(own), {t.name: t for t in gguf.GGUFReader(file).tensors}
+    down, query = found["blk.1.ffn_down.weight"], found["blk.0.attn_q.weight"]
+    assert {down.tensor_type.name, query.tensor_type.name} == {kind}
+    rows = {m.name: cq.dequantize(stored.quantized(m)) for m in stored.plan.quantized}
+    tolerance = 2e-4 if kind == "Q4_1" else 0
+    meant = rows["model.layers.1.mlp.down_proj"]
+    np.testing.assert_allclose(decode_blocks(down.data, kind), meant, rtol=0, atol=tolerance)
+    # Channels 0 and 8 of the first head turn against each other; there they are neighbours.
+    meant = rows["model.layers.0.self_attn.q_proj"][[0, 8, 1, 9]]
+    np.testing.assert_allclose(decode_blocks(query.data, kind)[:4], meant, rtol=0, atol=tolerance)
+    assert found["output.weight"].tensor_type.name == "F16"
+    assert found["output_norm.weight"].data.tolist() == [1.0] * 64
+
+
+@pytest.mark.parametrize(
+    ("recipe", "error", "words"),
+    [
+        ({"rotation": "merged", "block_size": 16}, cq.RecipeError, "rotation 'offline'"),
+        ({"weights": "int4:group16"}, cq.SpecError, "GGUF has no block type"),
+        ({"activations": "int4:token"}, cq.SpecError, "must be none or int8:group32"),
+    ],
+)
+def test_what_llama_cpp_lacks_is_refused_and_nothing_is_left(recipe, error, words, own, tmp_path):
+    shutil.copytree(own, tmp_path / "own")
+    values = {"rotation": "offline", "weights": "mxfp4", "activations": "none", **recipe}
+    (tmp_path / "own/recipe.toml").write_text(Recipe(**values).to_toml())
+    with pytest.raises(error, match=words):
+        cqhf.export(tmp_path / "own", tmp_path / "model.gguf", "gguf")
+    assert [f.name for f in tmp_path.iterdir()] == ["own"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "words"),
+    [
+        ("olmo2", {}, "GGUF files are written for llama, mistral, qwen2, qwen3, got 'olmo2'"),
+        ("mistral", {"sliding_window": 16}, "sliding_window must be null, got 16"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type must be default, linear or llama3",
+        ),
+    ],
+)
+def test_other_architectures_are_refused(kind, config, words, own, tmp_path):
+    shutil.copytree(own, tmp_path / "own")
+    file = tmp_path / "own/float_config.json"
+    values = {**json.loads(file.read_text()), "model_type": kind, **config}
+    file.write_text(json.dumps(values))
+    with pytest.raises(cq.ArchitectureError, match=words):
+        cqhf.export(tmp_path / "own", tmp_path / "model.gguf", "gguf")
+
+
+def test_other_tokenizers_are_refused(own, tmp_path):
+    def refused(words, **changes):
+        shutil.copytree(own, tmp_path / "changed")
+        file = tmp_path / "changed/tokenizer.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        with pytest.raises(cq.CheckpointError, match=words):
+            cqhf.export(tmp_path / "changed", tmp_path / "model.gguf", "gguf")
+        shutil.rmtree(tmp_path / "changed")
+
+    words = "one that llama.cpp has a name for"
+    spaced = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
+    refused(words, pre_tokenizer=spaced)
+    refused(words, pre_tokenizer={"type": "Whitespace"})
+    refused(words, pre_tokenizer=None)
+    refused("tokenizer that loads|byte-level BPE", model={"type": "WordLevel", "vocab": {}})
+    shutil.copytree(own, tmp_path / "changed", ignore=lambda *_: ["tokenizer.json"])
+    with pytest.raises(cq.CheckpointError, match="tokenizer"):
+        cqhf.export(tmp_path / "changed", tmp_path / "model.gguf", "gguf")
+
+
+def test_outputs_that_can_not_be_are_refused(own, tmp_path):
+    (tmp_path / "there.gguf").touch()
+    for name in ("there.gguf", "model.bin", "missing/model.gguf"):
+        with pytest.raises(cq.OutputError, match="output"):
+            cqhf.export(own, tmp_path / name, "gguf")
+    with pytest.raises(cq.OutputError, match="to must be one of compressed-tensors, gguf"):
+        cqhf.export(own, tmp_path / "out", "onnx")
+    with pytest.raises(cq.OutputError, match="source must be left out for compressed-tensors"):
+        cqhf.export(own, tmp_path / "out", source=tmp_path / "source")
+
+
+def test_a_lost_bit_is_noticed(own, tmp_path, monkeypatch):
+    write = gguf.GGUFWriter.write_tensor_data
+
+    def damaging(writer, tensor):
+        changed = tensor.copy()
+        changed.view(np.uint8).reshape(-1)[5] ^= 1
+        write(writer, changed)
+
+    monkeypatch.setattr(gguf_files.gguf.GGUFWriter, "write_tensor_data", damaging)
+    with pytest.raises(cq.OutputError, match="did not read back as it was written"):
+        cqhf.export(own, tmp_path / "model.gguf", "gguf")
+    assert not list(tmp_path.glob("*.gguf*"))
