@@ -105,17 +105,22 @@ class NumpyBackend:
 
         return moments(x)
 
-    def gram(self, x: Array) -> Array:
-        """Return XᵀX (d, d) of the rows of ``x``."""
-        rows = _rows(x)
-        product: Array = np.matmul(rows.T, rows)
-        return product
-
-    def energy_gram(self, x: Array) -> Array:
-        """Return EᵀE (d, d) of the energies ``d·x²/‖x‖²`` of the rows of ``x``."""
-        energy = np.square(self.token_normalize(x))
-        product: Array = np.matmul(energy.T, energy)
-        return product
+    def add_gram(
+        self, total: Array | None, x: Array, other: Array | None = None, *, double: bool = False
+    ) -> Array:
+        """Return ``total`` + XᵀY (d, d) of the rows of ``x`` and ``other``, or of ``x`` alone."""
+        left, right = (_rows(a) for a in (x, x if other is None else other))
+        if double:
+            left, right = left.astype(np.float64), right.astype(np.float64)
+        if other is None:
+            # Of one matrix with itself BLAS does half the work.
+            right = left
+        with np.errstate(over="ignore", invalid="ignore"):
+            product: Array = np.matmul(left.T, right)
+        if total is None:
+            return product
+        total += product
+        return total
 
     def encode(self, x: Array, form: NumberFormat) -> Array:
         """Return the codes nearest to ``x``, which is finite, without any scale."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,15 @@ __all__ = [
 ]
 
 
+_FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
+"""What every framework calls them, after the framework's own name."""
+
+
+@lru_cache(maxsize=64)
+def _is_named_floating(dtype: Any) -> bool:
+    return str(dtype).rpartition(".")[2] in _FLOATS
+
+
 def check_index(name: str, value: Any, minimum: int = 1) -> int:
     """Return ``value`` as int, or raise TypeError or ValueError below ``minimum``."""
     if isinstance(value, bool | np.bool_):
@@ -44,7 +54,7 @@ def check_array(name: str, x: Any) -> None:
         raise ShapeError(f"{name} must have at least 1 axis, got a scalar")
     if isinstance(x, np.ndarray):
         check_floating(name, x)
-    elif not getattr(x.dtype, "is_floating_point", False):
+    elif not _is_named_floating(x.dtype):
         raise TypeError(f"{name} must have a real floating dtype, got {x.dtype}")
 
 

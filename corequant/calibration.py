@@ -89,8 +89,9 @@ class ActivationStats:
         self._sum_abs = np.zeros(d)
         self._sum_square = np.zeros(d)
         self._absmax = np.zeros(d)
-        self._gram = np.zeros((d, d), self._dtype) if gram else None
-        self._energy_gram = np.zeros((d, d), self._dtype) if energy_gram else None
+        # What tensors on a device sum up stays there until it is read.
+        self._gram: Any = np.zeros((d, d), self._dtype) if gram else None
+        self._energy_gram: Any = np.zeros((d, d), self._dtype) if energy_gram else None
         self._energy_stride = check_index("energy_stride", energy_stride)
         self._energy_count = 0
         # The tokens with the smallest random keys are a uniform sample, also of merged streams.
@@ -132,13 +133,15 @@ class ActivationStats:
         self._sum_square += sum_square
         np.maximum(self._absmax, absmax, out=self._absmax)
         if self._gram is not None:
-            self._gram += backend.gram(x)
+            self._gram = backend.add_gram(self._near(self._gram, backend), x)
         if self._energy_gram is not None:
             # Counting from the middle leaves out a text's first token, which is like no other.
             first = (self._energy_stride // 2 - self._count) % self._energy_stride
             rows = x.reshape(tokens, self.d)[first :: self._energy_stride]
             if len(rows):
-                self._energy_gram += backend.energy_gram(rows)
+                energy = backend.token_normalize(rows)
+                total = self._near(self._energy_gram, backend)
+                self._energy_gram = backend.add_gram(total, energy * energy)
             self._energy_count += len(rows)
         if self._room:
             self._sample(x, tokens)
@@ -173,9 +176,9 @@ class ActivationStats:
         merged._sum_square = self._sum_square + other._sum_square
         merged._absmax = np.maximum(self._absmax, other._absmax)
         if self._gram is not None and other._gram is not None:
-            merged._gram = self._gram + other._gram
+            merged._gram = _home(self._gram) + _home(other._gram)
         if self._energy_gram is not None and other._energy_gram is not None:
-            merged._energy_gram = self._energy_gram + other._energy_gram
+            merged._energy_gram = _home(self._energy_gram) + _home(other._energy_gram)
             merged._energy_count = self._energy_count + other._energy_count
         merged._keep(
             np.concatenate([self._keys, other._keys]),
@@ -210,7 +213,7 @@ class ActivationStats:
         }
         for name, gram in (("gram", self._gram), ("energy_gram", self._energy_gram)):
             if gram is not None:
-                arrays[name] = gram.copy()
+                arrays[name] = _home(gram).copy()
         return arrays
 
     def restore(self, arrays: Mapping[str, npt.NDArray[Any]]) -> ActivationStats:
@@ -245,12 +248,18 @@ class ActivationStats:
         # Only tokens that get in are copied out of the backend's array.
         chosen = np.flatnonzero(keys < limit)
         chosen = chosen[np.argsort(keys[chosen], kind="stable")[: self._room]]
-        rows = x.reshape(tokens, self.d)[chosen]
-        rows = np.asarray(rows if isinstance(rows, np.ndarray) else rows.float().cpu().numpy())
+        rows = _home(x.reshape(tokens, self.d)[chosen])
         self._keep(
             np.concatenate([self._keys, keys[chosen]]),
             np.concatenate([self._tokens, rows.astype(np.float32)]),
         )
+
+    @staticmethod
+    def _near(total: Any, backend: Backend) -> Any:
+        """Return a sum that the backend of the next tokens can go on with."""
+        if isinstance(total, np.ndarray) or backend_for(total=total) is backend:
+            return total
+        return _home(total)
 
     def _keep(self, keys: Vector, tokens: npt.NDArray[np.float32]) -> None:
         first = np.argsort(keys, kind="stable")[: self._room]
@@ -293,7 +302,8 @@ class ActivationStats:
         """``H = XᵀX / n`` (d, d), in the dtype chosen."""
         if self._gram is None:
             raise ValueError("gram was not collected; make ActivationStats with gram=True")
-        return np.divide(self._gram, self._dtype.type(self._seen()))
+        mean: npt.NDArray[Any] = _home(self._gram) / self._dtype.type(self._seen())
+        return mean
 
     @property
     def energy_gram(self) -> npt.NDArray[Any]:
@@ -308,7 +318,8 @@ class ActivationStats:
                 f"energy_gram needs more than {self._count} tokens with energy_stride="
                 f"{self._energy_stride}"
             )
-        return np.divide(self._energy_gram, self._dtype.type(self._energy_count))
+        mean: npt.NDArray[Any] = _home(self._energy_gram) / self._dtype.type(self._energy_count)
+        return mean
 
     @property
     def mean_energy(self) -> Vector:
@@ -329,6 +340,15 @@ class ActivationStats:
     def __repr__(self) -> str:
         """Show d and the number of tokens."""
         return f"ActivationStats(d={self.d}, count={self._count})"
+
+
+def _home(array: Any) -> npt.NDArray[Any]:
+    """Return an array of any backend as NumPy's."""
+    if isinstance(array, np.ndarray):
+        return array
+    owner: Any = backend_for(array=array)
+    copied: npt.NDArray[Any] = owner.to_numpy(array)
+    return copied
 
 
 def _check_finite(backend: Backend, x: Any) -> None:

@@ -85,11 +85,15 @@ class Backend(Protocol):
     def moments(self, x: Array) -> Moments:
         """Return channel sums over all leading axes of ``x`` (..., d)."""
 
-    def gram(self, x: Array) -> npt.NDArray[Any]:
-        """Return XᵀX of the rows of ``x`` (..., d), in float32, or float64 for float64 input."""
+    def add_gram(
+        self, total: Any, x: Array, other: Array | None = None, *, double: bool = False
+    ) -> Any:
+        """Return ``total`` + XᵀY of the rows of ``x`` and ``other`` (..., d), or of ``x`` alone.
 
-    def energy_gram(self, x: Array) -> npt.NDArray[Any]:
-        """Return EᵀE of the energies ``d·x²/‖x‖²`` of the rows of ``x``, like ``gram``."""
+        Products are in float32, or float64 for float64 input and where ``double``; the sum has the
+        dtype of ``total``, which may be overwritten: a NumPy array, None for nothing yet, or what
+        an earlier call returned. That may be NumPy's or stay where ``x`` is.
+        """
 
     def encode(self, x: Array, form: NumberFormat) -> Array:
         """Return the codes nearest to ``x``, which is finite, without any scale."""

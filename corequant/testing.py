@@ -1,8 +1,9 @@
 """The conformance suite: what a backend must give, to be run by whoever writes one.
 
 ``python -m corequant.testing --backend NAME`` runs it on an installed backend. Codes, scales and
-zero points must equal the golden vectors and NumPy's at every entry; rotations may err twice as
-much as NumPy's own in the same dtype against a float64 one.
+zero points must equal the golden vectors and NumPy's at every entry; rotations and products may err
+twice as much as the naive method in the same dtype against a float64 one; of solvers only the
+reconstruction error counts.
 
 A backend brings arrays in and out itself, with two methods besides those of
 ``corequant.protocols.Backend``: ``from_numpy(array)`` and ``to_numpy(array)``.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import io
 import json
 import sys
@@ -33,10 +35,20 @@ import numpy.typing as npt
 from corequant._dispatch import get_backend
 from corequant.errors import BackendError, NonFiniteError
 from corequant.formats import formats
-from corequant.protocols import Backend
+from corequant.protocols import Backend, ColumnSolver
+from corequant.rounding import gpfq, gptq, qronos
 from corequant.specs import QuantSpec
 
-__all__ = ["GOLDEN_SPECS", "Check", "Target", "checks", "find_target", "golden_vectors", "main"]
+__all__ = [
+    "GOLDEN_SPECS",
+    "Check",
+    "Target",
+    "check_error",
+    "checks",
+    "find_target",
+    "golden_vectors",
+    "main",
+]
 
 Array = npt.NDArray[Any]
 
@@ -55,6 +67,7 @@ GOLDEN_SPECS = (
 """Quantizers that the golden vectors hold."""
 
 _BLOCKS = (2, 16, 64, 12, 48, 192)
+_SOLVERS = (gptq, gpfq, qronos)
 
 
 @dataclass(frozen=True)
@@ -144,6 +157,7 @@ def checks() -> list[Check]:
     found = [Check(f"golden {t}", partial(_golden, text=t)) for t in GOLDEN_SPECS]
     found += [Check(f"decode and encode {n}", partial(_codes, name=n)) for n in formats]
     found += [Check(f"rotation by {b}", partial(_rotation, block_size=b)) for b in _BLOCKS]
+    found += [Check(f"solver {f.__name__}", partial(_solver, function=f)) for f in _SOLVERS]
     found += [
         Check("statistics", _statistics),
         Check("inputs are left alone", _untouched),
@@ -156,6 +170,33 @@ def _require(condition: Any, message: str) -> None:
     # Not an assert statement: python -O would leave those out.
     if not condition:
         raise AssertionError(message)
+
+
+def check_error(name: str, found: Array, naive: Array, exact: Array) -> None:
+    """Raise AssertionError unless ``found`` errs at most twice as much as ``naive``.
+
+    Parameters
+    ----------
+    name : str
+        What is judged, for the message.
+    found, naive : numpy.ndarray
+        Of one dtype.
+    exact : numpy.ndarray, float64
+        The oracle. Where it is no better than the dtype, 16 units of its last place are allowed.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from corequant.testing import check_error
+    >>> third = np.ones(1) / 3
+    >>> half = third.astype(np.float16)
+    >>> check_error("a third", half, half, third)
+    """
+    exact = exact.astype(np.float64)
+    error, allowed = (float(np.linalg.norm(a.astype(np.float64) - exact)) for a in (found, naive))
+    floor = float(np.finfo(np.float64).eps * 16 * np.linalg.norm(exact))
+    allowed = max(2 * allowed, floor)
+    _require(error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}")
 
 
 def _equal(name: str, found: Array, expected: Array) -> None:
@@ -208,7 +249,7 @@ def _rotation(target: Target, block_size: int) -> None:
     signs = generator.choice(np.array([-1, 1], np.int8), 192)
     wide = generator.normal(size=(4, 192))
     numpy = get_backend("numpy")
-    for dtype in (np.float32, np.float64):
+    for dtype in (np.float16, np.float32, np.float64):
         x = wide.astype(dtype)
         for inverse in (False, True):
             how: dict[str, Any] = {"axis": 1, "inverse": inverse, "signs": signs, "threads": None}
@@ -217,11 +258,7 @@ def _rotation(target: Target, block_size: int) -> None:
             y = target.backend.block_hadamard(target.array(x), block_size, out=None, **how)
             found = target.numpy(y)
             _require(found.dtype == dtype, f"dtype {found.dtype}, not {np.dtype(dtype)}")
-            error, allowed = (np.linalg.norm(a - exact) for a in (found, naive))
-            floor = np.finfo(np.float64).eps * 16 * np.linalg.norm(exact)
-            _require(
-                error <= max(2 * allowed, floor), f"error {error:.3g}, allowed {2 * allowed:.3g}"
-            )
+            check_error(f"rotated {np.dtype(dtype)}", found, naive, exact)
             undone = target.backend.block_hadamard(
                 y, block_size, out=None, **{**how, "inverse": not inverse}
             )
@@ -230,11 +267,54 @@ def _rotation(target: Target, block_size: int) -> None:
 
 
 def _statistics(target: Target) -> None:
-    x = np.random.default_rng(0).normal(size=(40, 32)).astype(np.float32)
-    given, numpy = target.array(x), get_backend("numpy")
+    x, y = np.random.default_rng(0).normal(size=(2, 64, 32)).astype(np.float32)
+    given, other, numpy = target.array(x), target.array(y), get_backend("numpy")
     for ours, theirs in zip(target.backend.moments(given), numpy.moments(x), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12)
-    np.testing.assert_allclose(target.backend.gram(given), numpy.gram(x), rtol=1e-4, atol=1e-4)
+    total = target.backend.add_gram(np.zeros((32, 32), np.float32), given)
+    found = target.backend.add_gram(total, given, other)
+    naive, exact = np.zeros((32, 32), np.float32), np.zeros((32, 32))
+    for a, b in ((x, x), (x, y)):
+        exact += a.astype(np.float64).T @ b
+        for i in range(len(a)):
+            naive += np.outer(a[i], b[i])
+    check_error("sums of products", _as_array(target, found), naive, exact)
+    wide = _as_array(target, target.backend.add_gram(None, given, double=True))
+    _require(wide.dtype == np.float64, f"a double sum has dtype {wide.dtype}")
+    np.testing.assert_allclose(wide, x.astype(np.float64).T @ x, rtol=1e-12, atol=1e-12)
+    rows = target.numpy(target.backend.token_normalize(given))
+    np.testing.assert_allclose(np.square(rows).mean(1), 1, rtol=1e-5)
+
+
+def _as_array(target: Target, x: Any) -> Array:
+    return x if isinstance(x, np.ndarray) else target.numpy(x)
+
+
+def _solver(target: Target, function: Callable[..., Any]) -> None:
+    generator = np.random.default_rng(1)
+    x = generator.normal(size=(300, 48)) * np.exp(generator.normal(0, 0.5, 48))
+    x[:, 1:] += 0.5 * x[:, :-1]
+    q = x + 0.1 * generator.normal(size=x.shape)
+    W = generator.normal(size=(6, 48))
+    arrays = {"W": W, "H": q.T @ q / len(q), "G": x.T @ q / len(q)}
+    bound = inspect.signature(function).bind(**arrays, spec="int4:group16")
+    bound.apply_defaults()
+    expected = function(**bound.arguments)
+    _require(expected.report.loss < expected.report.nearest_loss, "no better than to nearest")
+    if target.backend.name == "numpy":
+        return
+    given = {n: target.array(a) for n, a in arrays.items()}
+    if not isinstance(target.backend, ColumnSolver):
+        # It may have none, but must say so.
+        try:
+            function(**{**bound.arguments, **given})
+        except (BackendError, TypeError):
+            return
+        raise AssertionError(f"{function.__name__} took arrays without a solver of their own")
+    method: str = function.__name__
+    found = target.backend.round_columns(method, **{**bound.arguments, **given})
+    gap = abs(found.report.loss / expected.report.loss - 1)
+    _require(gap <= 1e-6, f"reconstruction error {found.report.loss}, not {expected.report.loss}")
 
 
 def _untouched(target: Target) -> None:
@@ -272,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     --------
     >>> from corequant.testing import main
     >>> main(["--backend", "numpy", "--quiet"])
-    numpy: 73 of 73 checks passed
+    numpy: 76 of 76 checks passed
     0
     """
     parser = argparse.ArgumentParser(prog="corequant.testing", description=__doc__)

@@ -155,13 +155,13 @@ class TorchBackend:
         """Return float64 sums of |x| and x² and the largest |x| of each channel (d,)."""
         return engine_for(x).moments(x.detach())
 
-    def gram(self, x: Tensor) -> npt.NDArray[Any]:
-        """Return XᵀX (d, d) of the rows of ``x``."""
-        return engine_for(x).gram(x.detach())
-
-    def energy_gram(self, x: Tensor) -> npt.NDArray[Any]:
-        """Return EᵀE (d, d) of the energies ``d·x²/‖x‖²`` of the rows of ``x``."""
-        return engine_for(x).energy_gram(x.detach())
+    def add_gram(
+        self, total: Any, x: Tensor, other: Tensor | None = None, *, double: bool = False
+    ) -> Any:
+        """Return ``total`` + XᵀY (d, d) of rows; on a device the sum stays there."""
+        check_devices(x, "x", other=other)
+        second = None if other is None else other.detach()
+        return engine_for(x).add_gram(total, x.detach(), second, double=double)
 
     def encode(self, x: Tensor, form: NumberFormat) -> Tensor:
         """Return the codes nearest to ``x``, which is finite, without any scale."""

@@ -136,13 +136,21 @@ class CpuKernels:
         """Return float64 sums of |x| and x² and the largest |x| of each channel (d,)."""
         return self._numpy.moments(to_numpy(x))
 
-    def gram(self, x: torch.Tensor) -> npt.NDArray[Any]:
-        """Return XᵀX (d, d) of the rows of ``x``."""
-        return self._numpy.gram(to_numpy(x))
-
-    def energy_gram(self, x: torch.Tensor) -> npt.NDArray[Any]:
-        """Return EᵀE (d, d) of the energies ``d·x²/‖x‖²`` of the rows of ``x``."""
-        return self._numpy.energy_gram(to_numpy(x))
+    def add_gram(
+        self,
+        total: Any,
+        x: torch.Tensor,
+        other: torch.Tensor | None = None,
+        *,
+        double: bool = False,
+    ) -> npt.NDArray[Any]:
+        """Return ``total`` + XᵀY (d, d) of the rows of ``x`` and ``other``, or of ``x`` alone."""
+        if isinstance(total, torch.Tensor):
+            total = to_numpy(total.cpu())
+        summed: npt.NDArray[Any] = self._numpy.add_gram(
+            total, to_numpy(x), to_numpy_or_none(other), double=double
+        )
+        return summed
 
     def encode(self, x: torch.Tensor, form: NumberFormat) -> torch.Tensor:
         """Return the codes nearest to ``x``, which is finite, without any scale."""

@@ -14,7 +14,7 @@ from corequant.errors import NonFiniteError
 from corequant.formats import FormatKind, NumberFormat
 from corequant.protocols import Moments
 from corequant.specs import Granularity, QuantSpec, qparams_shape
-from corequant_torch import launch, plain_rotation
+from corequant_torch import launch, launch_streams, plain_rotation
 from corequant_torch.plain_grids import Grid, encode_powers, numpy_dtype, table_of
 from corequant_torch.plain_rotation import working
 from corequant_torch.plain_scales import choose, effective, global_scale_for, ranges
@@ -129,18 +129,26 @@ class DeviceKernels:
 
     def moments(self, x: Tensor) -> Moments:
         """Return float64 sums of |x| and x² and the largest |x| of each channel (d,)."""
-        a, b, c = (s.cpu().numpy() for s in plain_rotation.moments(x.detach()))
+        x = x.detach()
+        found = launch_streams.moments(x) if self._triton(x) else None
+        if found is None:
+            found = plain_rotation.moments(x)
+        a, b, c = torch.stack(found).cpu().numpy()
         return a, b, c
 
-    def gram(self, x: Tensor) -> npt.NDArray[Any]:
-        """Return XᵀX (d, d) of the rows of ``x``."""
-        rows = working(x.detach()).reshape(-1, x.shape[-1])
-        product: npt.NDArray[Any] = (rows.T @ rows).cpu().numpy()
-        return product
-
-    def energy_gram(self, x: Tensor) -> npt.NDArray[Any]:
-        """Return EᵀE (d, d) of the energies ``d·x²/‖x‖²`` of the rows of ``x``."""
-        return self.gram(self.token_normalize(x).square())
+    def add_gram(
+        self, total: Any, x: Tensor, other: Tensor | None = None, *, double: bool = False
+    ) -> Any:
+        """Return ``total`` + XᵀY (d, d) of the rows of ``x`` and ``other``, or of ``x`` alone."""
+        left, right = (_rows(a, double) for a in (x, x if other is None else other))
+        product = left.T @ right
+        if total is None:
+            return product
+        if isinstance(total, np.ndarray):
+            total = torch.from_numpy(total)
+        summed = total.to(x.device)
+        summed += product
+        return summed
 
     def encode(self, x: Tensor, form: NumberFormat) -> Tensor:
         """Return the codes nearest to ``x``, which is finite, without any scale."""
@@ -202,6 +210,10 @@ class DeviceKernels:
         global_scale: Tensor | None = None,
     ) -> Tensor:
         """Return what codes stand for, in the dtype of the scales."""
+        if self._triton(codes):
+            found = launch_streams.dequantize(codes, spec, scales, zero_points, global_scale)
+            if found is not None:
+                return found
         panel = codes.reshape(-1, _size(codes, spec)) if codes.numel() else codes.reshape(0, 1)
         flat = scales.reshape(-1)
         zeros = torch.zeros_like(flat)
@@ -274,6 +286,11 @@ class DeviceKernels:
 
 def _table(values: npt.NDArray[Any] | None, x: Tensor) -> Tensor | None:
     return None if values is None else torch.from_numpy(values).to(x.device)
+
+
+def _rows(x: Tensor, double: bool) -> Tensor:
+    rows = working(x.detach()).reshape(-1, x.shape[-1])
+    return rows.double() if double else rows
 
 
 def _size(x: Tensor, spec: QuantSpec) -> int:

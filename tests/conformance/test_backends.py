@@ -1,4 +1,8 @@
-"""Every backend against NumPy's: equal codes, permutations and statistics, on its own arrays."""
+"""Every backend against NumPy's on its own arrays, as closely as the contract says.
+
+Codes are equal for equal parameters. Rotations and sums are equal where the kernels are NumPy's
+own, on CPU tensors; elsewhere they may err twice as much as the naive method.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,11 @@ import numpy as np
 import pytest
 
 import corequant as cq
+from corequant.testing import check_error
 from tests.conftest import heavy_tailed
+
+OWN = ("numpy", "torch")
+"""Backends whose kernels on the CPU are NumPy's."""
 
 SPECS = [
     "int2:channel:symmetric",
@@ -47,17 +55,20 @@ def x(request, rng):
 
 @pytest.mark.parametrize("block_size", [None, 16, 12])
 @pytest.mark.parametrize("inverse", [False, True])
-def test_rotation(x, convert, block_size, inverse):
+def test_rotation(x, convert, backend, block_size, inverse):
     signs = cq.random_signs(96, 0)
     expected = cq.block_hadamard(x, block_size, inverse=inverse, signs=signs)
     given = convert(x)
     found = cq.block_hadamard(given, block_size, inverse=inverse, signs=signs)
     assert type(found) is type(given)
     assert found.dtype == given.dtype
-    np.testing.assert_array_equal(back(found), expected)
+    exact = cq.block_hadamard(x.astype(np.float64), block_size, inverse=inverse, signs=signs)
+    check_error("rotated", back(found), expected, exact)
+    if backend in OWN:
+        np.testing.assert_array_equal(back(found), expected)
     out = convert(np.zeros_like(x))
     assert cq.block_hadamard(given, block_size, inverse=inverse, signs=signs, out=out) is out
-    np.testing.assert_array_equal(back(out), expected)
+    np.testing.assert_array_equal(back(out), back(found))
 
 
 @pytest.mark.parametrize("text", SPECS)
@@ -77,16 +88,18 @@ def test_codes(x, convert, text):
 
 
 @pytest.mark.parametrize("token_normalize", [False, True])
-def test_statistics(x, convert, token_normalize):
+def test_statistics(x, convert, backend, token_normalize):
     expected = cq.ActivationStats(96, gram=True, token_normalize=token_normalize).update(x)
     found = cq.ActivationStats(96, gram=True, token_normalize=token_normalize).update(convert(x))
     assert found.count == expected.count
-    np.testing.assert_array_equal(found.mean_abs, expected.mean_abs)
-    np.testing.assert_array_equal(found.absmax, expected.absmax)
-    np.testing.assert_allclose(found.gram, expected.gram, rtol=1e-6)
-    np.testing.assert_array_equal(
-        cq.massdiff(found.mean_abs, 16), cq.massdiff(expected.mean_abs, 16)
-    )
+    np.testing.assert_allclose(found.mean_abs, expected.mean_abs, rtol=1e-6)
+    np.testing.assert_allclose(found.mean_square, expected.mean_square, rtol=1e-6)
+    np.testing.assert_allclose(found.absmax, expected.absmax, rtol=1e-6)
+    size = np.abs(expected.gram).max()
+    np.testing.assert_allclose(found.gram, expected.gram, rtol=1e-5, atol=1e-6 * size)
+    if backend in OWN:
+        np.testing.assert_array_equal(found.mean_abs, expected.mean_abs)
+        np.testing.assert_array_equal(found.gram, expected.gram)
 
 
 def test_non_finite_input_is_refused_alike(x, convert):

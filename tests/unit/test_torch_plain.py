@@ -145,9 +145,6 @@ def test_statistics(kernels):
     given, numpy = torch.from_numpy(x), get_backend("numpy")
     for ours, theirs in zip(kernels.moments(given), numpy.moments(x), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-13)
-    for name in ("gram", "energy_gram"):
-        ours, theirs = getattr(kernels, name)(given), getattr(numpy, name)(x)
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(
         kernels.token_normalize(given).numpy(), numpy.token_normalize(x), rtol=1e-6
     )
