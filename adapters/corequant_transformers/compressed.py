@@ -16,6 +16,7 @@ import transformers
 import corequant as cq
 from corequant.errors import ArchitectureError, OutputError, SpecError
 from corequant.schemes import Scheme
+from corequant.shardindex import read_index
 from corequant.specs import Granularity
 from corequant.tensorfile import RawTensor, TensorFile, write_tensors
 from corequant_transformers.checkpoint import check_output, new_directory
@@ -179,6 +180,9 @@ def _write_shards(
 
 def _compare(folder: Path, places: dict[str, str], stored: Stored, scheme: Scheme) -> None:
     """Read everything back, dequantize it, and compare every bit with what was meant."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists() and read_index(index) != {n: folder / p for n, p in places.items()}:
+        raise OutputError(f"{index.name} did not read back as it was written")
     files = {name: TensorFile(folder / name) for name in set(places.values())}
     written = {name: files[place].read(name) for name, place in places.items()}
     for name, tensor in _tensors(stored, scheme):

@@ -16,6 +16,7 @@ import transformers
 from transformers import modeling_gguf_pytorch_utils
 
 from corequant.errors import CheckpointError
+from corequant.shardindex import read_index
 
 __all__ = ["Source", "quiet_transformers"]
 
@@ -50,6 +51,7 @@ class Source:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.is_gguf = self.path.suffix == ".gguf" and self.path.is_file()
+        self._shards = [self.path / "model.safetensors"]
         if not self.is_gguf:
             self._check_directory()
 
@@ -65,22 +67,16 @@ class Source:
                 f"{self.path} is already quantized by corequant; quantize the float model, or load "
                 "this one with corequant_transformers.load"
             )
-        for shard in self.shards():
+        index = self.path / "model.safetensors.index.json"
+        if index.is_file():
+            check_inside(self.path, index)
+            self._shards = sorted(set(read_index(index).values()))
+        for shard in self._shards:
             check_inside(self.path, shard)
 
     def shards(self) -> list[Path]:
         """Return a directory's files of weights."""
-        index = self.path / "model.safetensors.index.json"
-        if not index.is_file():
-            return [self.path / "model.safetensors"]
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index} must map tensor names to files, got no weight_map")
-        names = sorted({str(name) for name in weight_map.values()})
-        for name in names:
-            if Path(name).name != name:
-                raise CheckpointError(f"{index} must name files of its own folder, got {name!r}")
-        return [self.path / name for name in names]
+        return list(self._shards)
 
     def _location(self) -> tuple[str, dict[str, str]]:
         if self.is_gguf:
