@@ -240,8 +240,18 @@ def _codes(target: Target, name: str) -> None:
     _require(np.array_equal(values, expected, equal_nan=True), "decoded codes differ")
     halves = np.arange(65536, dtype=np.uint16).view(np.float16)
     x = halves[np.isfinite(halves)]
+    if not _takes_halves(target):
+        x = x.astype(np.float32)
     encoded = target.numpy(target.backend.encode(target.array(x), form))
     _equal("codes of all float16", encoded, get_backend("numpy").encode(x, form))
+
+
+def _takes_halves(target: Target) -> bool:
+    try:
+        target.array(np.ones(1, np.float16))
+    except TypeError:
+        return False
+    return True
 
 
 def _rotation(target: Target, block_size: int) -> None:
@@ -251,6 +261,8 @@ def _rotation(target: Target, block_size: int) -> None:
     numpy = get_backend("numpy")
     for dtype in (np.float16, np.float32, np.float64):
         x = wide.astype(dtype)
+        if dtype == np.float16 and not _takes_halves(target):
+            continue
         for inverse in (False, True):
             how: dict[str, Any] = {"axis": 1, "inverse": inverse, "signs": signs, "threads": None}
             exact = numpy.block_hadamard(x.astype(np.float64), block_size, out=None, **how)
