@@ -13,7 +13,7 @@ from corequant._numpy import NumpyBackend
 from corequant.errors import BackendError
 from corequant.protocols import Backend
 
-__all__ = ["available_backends", "backend_for", "get_backend"]
+__all__ = ["available_backends", "backend_for", "get_backend", "owner_of"]
 
 _GROUP = "corequant.backends"
 _EXTRAS = {"torch": "torch"}
@@ -68,7 +68,8 @@ def _registered() -> Any:
 
 
 @cache
-def _owner(kind: Any) -> Backend:
+def owner_of(kind: Any) -> Backend:
+    """Return the backend that owns arrays of a type; TypeError where none does."""
     names = [base.__module__.partition(".")[0] for base in kind.__mro__]
     known = available_backends()
     for name in names:
@@ -82,7 +83,9 @@ def _owner(kind: Any) -> Backend:
 def backend_for(**arrays: Any) -> Backend:
     """Return the one backend that owns all the named arrays; None among them is passed over.
 
-    A backend with devices may have a method ``check_together(**arrays)`` that refuses mixtures.
+    A backend with devices may have a method ``check_together(**arrays)`` that refuses mixtures, and
+    any ``repeat_rotation``, which takes the arguments of ``block_hadamard`` without signs, not yet
+    checked, and returns the result where it has seen the like, otherwise None.
     """
     # Plain loops: this stands before every call, however small its arrays are.
     found: Backend | None = None
@@ -90,13 +93,13 @@ def backend_for(**arrays: Any) -> Backend:
     for array in arrays.values():
         if array is None:
             continue
-        owner = _owner(cast(Any, type(array)))
+        owner = owner_of(cast(Any, type(array)))
         if found is None:
             found = owner
             continue
         several = True
         if owner is not found:
-            owners = {n: _owner(cast(Any, type(a))) for n, a in arrays.items() if a is not None}
+            owners = {n: owner_of(cast(Any, type(a))) for n, a in arrays.items() if a is not None}
             told = ", ".join(f"{name} belongs to {b.name}" for name, b in owners.items())
             raise TypeError(f"arrays must all belong to one backend, but {told}")
     if found is None:

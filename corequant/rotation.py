@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._dispatch import backend_for
+from corequant._dispatch import backend_for, owner_of
 from corequant._repeated import repeat
 from corequant._validation import (
     check_array,
@@ -92,8 +92,9 @@ def block_hadamard(
     True
     """
     # Checking must not outweigh a rotation in the cache.
-    if signs is None and type(x) is np.ndarray:
-        rotated = repeat(x, block_size, axis, inverse, out, threads)
+    if signs is None:
+        again = repeat if type(x) is np.ndarray else _repeat_of(type(x))
+        rotated = None if again is None else again(x, block_size, axis, inverse, out, threads)
         if rotated is not None:
             return rotated
     backend = backend_for(x=x, out=out)
@@ -116,6 +117,10 @@ def block_hadamard(
     return backend.block_hadamard(
         x, size, axis=place, inverse=bool(inverse), signs=sign, out=out, threads=count
     )
+
+
+def _repeat_of(kind: type) -> Any:
+    return getattr(owner_of(kind), "repeat_rotation", None)
 
 
 def check_axis(name: str, axis: Any, ndim: int) -> int:

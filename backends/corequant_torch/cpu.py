@@ -13,7 +13,14 @@ from corequant.formats import NumberFormat
 from corequant.protocols import Moments
 from corequant.quantization import QuantizedTensor
 from corequant.specs import QuantSpec
-from corequant_torch.bridge import VIEWS, to_numpy, to_numpy_or_none, to_torch, to_torch_or_none
+from corequant_torch.bridge import (
+    quick_array,
+    quick_tensor,
+    to_numpy,
+    to_numpy_or_none,
+    to_torch,
+    to_torch_or_none,
+)
 
 __all__ = ["CpuKernels"]
 
@@ -50,10 +57,8 @@ class CpuKernels:
         threads: int | None,
     ) -> torch.Tensor:
         """Rotate blocks of one axis."""
-        view = VIEWS.get(x.dtype)
-        try:
-            array = x.numpy() if view is None else x.view(view.bits).numpy().view(view.array)
-        except (RuntimeError, TypeError):
+        array = quick_array(x)
+        if array is None:
             # Detaches, or says what is wrong.
             array = to_numpy(x)
         target = array if out is x else to_numpy_or_none(out)
@@ -66,12 +71,7 @@ class CpuKernels:
             out=target,
             threads=threads,
         )
-        if out is not None:
-            return out
-        # Spelled out here: looking a NumPy dtype up takes as long as a small rotation.
-        if view is None:
-            return torch.from_numpy(rotated)
-        return torch.from_numpy(rotated.view(view.plain)).view(x.dtype)
+        return quick_tensor(rotated, x.dtype) if out is None else out
 
     def rotate_quantize(
         self,

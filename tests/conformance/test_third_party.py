@@ -36,7 +36,7 @@ def site(tmp_path_factory):
 @pytest.fixture
 def registered(site, monkeypatch):
     monkeypatch.syspath_prepend(str(site))
-    caches = (_dispatch.get_backend, _dispatch._owner)
+    caches = (_dispatch.get_backend, _dispatch.owner_of)
     for found in caches:
         found.cache_clear()
     yield
