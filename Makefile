@@ -41,6 +41,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -W ignore bench/bench_rotation.py --rounds 5 --write
 	$(BIN)/python -W ignore bench/bench_formats.py --peers --write
 	$(BIN)/python bench/bench_massdiff.py
+	$(BIN)/python -W ignore bench/bench_torch.py --write
 
 clean:
 	rm -rf $(VENV) build dist demo-output
