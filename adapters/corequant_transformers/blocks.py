@@ -13,6 +13,7 @@ import torch
 
 import corequant as cq
 from corequant.rounding import RoundedTensor, round_to_nearest
+from corequant_transformers.budgets import HELD_BYTES
 from corequant_transformers.layers import QuantizedLinear
 from corequant_transformers.parts import Part, Parts, part_plan
 from corequant_transformers.planning import MatrixPlan, ModelPlan
@@ -97,6 +98,8 @@ class Rounding:
     arguments : sequence of mapping
         Of each block, besides its hidden states.
     executor : concurrent.futures.Executor, optional
+    held_bytes : int
+        What forward passes may hold while they wait.
     progress : callable
         Told how many groups of how many are done, where blocks are rounded for what they read.
     """
@@ -104,6 +107,7 @@ class Rounding:
     plan: ModelPlan
     arguments: Sequence[Mapping[str, Any]]
     executor: Executor | None = None
+    held_bytes: int = HELD_BYTES
     progress: Callable[[int, int], None] = lambda done, total: None
 
     def round_outside(self, parts: Parts, part: Part) -> list[dict[str, Any]]:
@@ -144,6 +148,7 @@ class Rounding:
                 recipe.activations,
                 recipe.rounding_options(),
                 executor=self.executor,
+                held_bytes=self.held_bytes,
                 progress=lambda: self.progress(next(done), sum(groups)),
             )
         for name, layer in rounded.layers.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
+import sys
 from typing import TYPE_CHECKING, Any
 
 from corequant.errors import RecipeError
@@ -11,7 +12,10 @@ from corequant.errors import RecipeError
 if TYPE_CHECKING:
     from corequant_transformers.planning import ModelPlan
 
-__all__ = ["fates", "limit_memory", "peak_bytes"]
+__all__ = ["HELD_BYTES", "fates", "held_bytes", "limit_memory", "peak_bytes", "peak_rss_mib"]
+
+HELD_BYTES = 2**30
+"""What forward passes may hold while they wait, unless a limit leaves less."""
 
 _BASE = 600 * 2**20
 """What Python, torch, Transformers and compiled kernels take before any weight is read."""
@@ -24,17 +28,69 @@ _VOCABULARY_BYTES = 34
 """For each weight of the embedding or the head: in float64, folded, rotated, and in float32."""
 
 _VERIFIED_TOKENS = 128
-_HELD = 2**30
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
-def peak_bytes(plan: ModelPlan) -> int:
+def peak_rss_mib() -> float:
+    """Return the most memory that this program has had in use so far, in MiB.
+
+    Examples
+    --------
+    >>> from corequant_transformers.budgets import peak_rss_mib
+    >>> 10 < peak_rss_mib() < 10**6
+    True
+    """
+    try:
+        # What getrusage says begins with the peak of the process that started this one.
+        with open("/proc/self/status", encoding="ascii") as status:
+            found = re.search(r"^VmHWM:\s+(\d+) kB", status.read(), re.M)
+        if found is not None:
+            return int(found[1]) / 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def peak_bytes(plan: ModelPlan, memory: int | None = None) -> int:
     """Return the estimated peak memory of quantizing a model on disk; depth has no part in it.
 
     Parameters
     ----------
     plan : ModelPlan
+    memory : int, optional
+        A limit in bytes. Forward passes that wait hold no more than it leaves.
     """
+    least = _peak(plan, 0)
+    most = _peak(plan, min(HELD_BYTES, _wanted(plan)))
+    return most if memory is None else max(least, min(most, memory))
+
+
+def held_bytes(plan: ModelPlan, memory: int | None) -> int:
+    """Return what forward passes may hold while they wait, for a limit in bytes.
+
+    Parameters
+    ----------
+    plan : ModelPlan
+    memory : int, optional
+        Without a limit they may hold 1 GiB.
+    """
+    if memory is None:
+        return HELD_BYTES
+    return max(0, min(HELD_BYTES, memory - _peak(plan, 0)))
+
+
+def _wanted(plan: ModelPlan) -> int:
+    """Return what waiting passes hold where they may."""
+    recipe, options = plan.recipe, plan.recipe.rounding_options()
+    if not options.needs_moments:
+        return 0
+    widest = max(m.shape[1] for m in plan.quantized)
+    numbers = recipe.samples * recipe.sequence_length * (2 * plan.dimensions.hidden + 3 * widest)
+    return 4 * (2 if options.needs_float else 1) * numbers
+
+
+def _peak(plan: ModelPlan, held: int) -> int:
     recipe, sizes = plan.recipe, plan.dimensions
     blocks: dict[int, int] = {}
     edge = 0
@@ -53,8 +109,7 @@ def peak_bytes(plan: ModelPlan) -> int:
     running = 4 * block + window + moments
     rounding = _BLOCK_BYTES * block
     if recipe.rounding_options().needs_moments:
-        held = 4 * recipe.samples * recipe.sequence_length * (2 * sizes.hidden + 3 * widest)
-        rounding += moments + window + min(2 * held, _HELD)
+        rounding += moments + window + held
     return _BASE + max(running, rounding, _VOCABULARY_BYTES * edge + logits)
 
 
@@ -80,7 +135,7 @@ def limit_memory(size: str, plan: ModelPlan) -> int:
     if found is None:
         raise RecipeError(f"memory must be a size such as 900MiB or 2GiB, got {size!r}")
     limit = int(float(found[1]) * _UNITS[found[2]])
-    needed = peak_bytes(plan)
+    needed = peak_bytes(plan, limit)
     if needed > limit:
         raise RecipeError(
             f"memory must be at least {needed / 2**20:.0f}MiB for this model and recipe, got {size}"

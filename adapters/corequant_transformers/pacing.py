@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import resource
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
+
+from corequant_transformers.budgets import peak_rss_mib
 
 __all__ = ["Pace"]
 
@@ -36,7 +37,7 @@ class Pace:
             "seconds": round(seconds, 3),
             "steps_left": len(self._left),
             "remaining_seconds": self.remaining(),
-            "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            "peak_rss_mib": round(peak_rss_mib()),
         }
         for listener in self._listeners:
             listener(event)

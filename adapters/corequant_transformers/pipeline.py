@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -14,6 +13,7 @@ from typing import Any, cast
 import numpy.typing as npt
 
 from corequant.recipe import Recipe
+from corequant_transformers.budgets import held_bytes, peak_rss_mib
 from corequant_transformers.checkpoint import check_output, load, place_tensors, save
 from corequant_transformers.choosing import Calibration
 from corequant_transformers.descriptions import check_described
@@ -180,6 +180,7 @@ def quantize(
     tokenizer: Any = None,
     executor: Executor | None = None,
     resume: bool = False,
+    memory: int | None = None,
     events: Callable[[dict[str, Any]], None] = lambda event: None,
     progress: Progress = lambda phase, done, total: None,
 ) -> Quantized:
@@ -200,11 +201,14 @@ def quantize(
     tokenizer : transformers tokenizer, optional
         Of a model that is given as an object; one on disk brings its own.
     executor : concurrent.futures.Executor, optional
-        Rounds layers that read the same input at the same time, where the recipe's rounding looks
-        at data.
+        Rounds layers that read the same input at the same time, in threads, processes or on other
+        machines. The result has the same bytes as without one.
     resume : bool
         Go on with a run that was stopped, or begin one. The result has the same bytes as that of a
         run that was not stopped.
+    memory : int, optional
+        Bytes that the run may take, which ``limit_memory`` has the system enforce. Where that is
+        little, forward passes hold less and are repeated instead; the result is the same.
     events : callable
         Called with a dictionary after each step of a model on disk: the step, the seconds that it
         took, and, from the second decoder block on, those that remain.
@@ -273,6 +277,7 @@ def quantize(
             ledger,
             calibration=found,
             executor=executor,
+            held_bytes=held_bytes(table, memory),
             progress=progress,
             after=after,
         )
@@ -367,5 +372,5 @@ def _report(job: Job, started: float) -> dict[str, Any]:
         "regions": found["regions"],
         "matrices": found["matrices"],
         "seconds": round(time.monotonic() - started, 1),
-        "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_rss_mib": round(peak_rss_mib()),
     }

@@ -9,7 +9,6 @@ rounded as at run time. Only one block's weights are needed at a time, besides t
 from __future__ import annotations
 
 import copy
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -24,6 +23,7 @@ import torch
 import corequant as cq
 from corequant.errors import CalibrationError
 from corequant.rounding import InputMoments, RoundedTensor, RoundingOptions, round_together
+from corequant_transformers.budgets import HELD_BYTES, peak_rss_mib
 from corequant_transformers.layers import QuantizedLinear
 from corequant_transformers.ledgers import Windows
 from corequant_transformers.pausing import BlockPasses
@@ -36,9 +36,6 @@ __all__ = [
     "groups_of",
     "round_block",
 ]
-
-HELD_BYTES = 2**30
-"""What passes may hold while they wait; where it is less than they would, they start again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +128,7 @@ def round_block(
         Activations may be None.
     options : RoundingOptions
     executor : concurrent.futures.Executor, optional
-        Rounds the layers of a group at the same time; without one they are rounded together, which
-        takes less work.
+        Rounds the layers of a group at the same time, to the same codes.
     held_bytes : int
         What forward passes may hold while a group is rounded, before they are started again for
         each group instead.
@@ -297,13 +293,21 @@ def _round(
     executor: Executor | None,
 ) -> dict[str, RoundedTensor]:
     H, G = moments.H, moments.G
+    # One by one in any case: products of all rows together would be summed in another order, and
+    # the codes would depend on the executor. What they could share is little beside the work on
+    # the widest layer of a block, which shares with none.
     if executor is None:
-        return round_together(weights, spec, options, H, G, global_scale=divisor)
-    waiting = [
-        executor.submit(round_together, {name: W}, spec, options, H, G, global_scale=divisor)
-        for name, W in weights.items()
-    ]
-    return {name: one for future in waiting for name, one in future.result().items()}
+        found = [
+            round_together({name: W}, spec, options, H, G, global_scale=divisor)
+            for name, W in weights.items()
+        ]
+    else:
+        waiting = [
+            executor.submit(round_together, {name: W}, spec, options, H, G, global_scale=divisor)
+            for name, W in weights.items()
+        ]
+        found = [future.result() for future in waiting]
+    return {name: one for each in found for name, one in each.items()}
 
 
 def _layer(
@@ -318,7 +322,6 @@ def _layer(
 def _report(row: MatrixPlan, rounded: RoundedTensor, tokens: int, seconds: float) -> dict[str, Any]:
     report = rounded.report
     damping = report.damping
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         "name": row.name,
         "method": report.method,
@@ -331,5 +334,5 @@ def _report(row: MatrixPlan, rounded: RoundedTensor, tokens: int, seconds: float
         "bounded_share": report.bounded_share,
         "tokens": tokens,
         "seconds": round(seconds, 3),
-        "peak_rss_mib": round(peak),
+        "peak_rss_mib": round(peak_rss_mib()),
     }

@@ -20,9 +20,11 @@ import torch
 
 from corequant.errors import ArchitectureError
 from corequant_transformers.blocks import Rounding, transform_part
+from corequant_transformers.budgets import HELD_BYTES
 from corequant_transformers.capturing import Collector
 from corequant_transformers.checkpoint import part_tensors
 from corequant_transformers.choosing import Calibration, choose, choose_block_size
+from corequant_transformers.edges import transform_entry, transform_exit
 from corequant_transformers.gathering import collect_block
 from corequant_transformers.ledgers import Crossing, Ledger, Windows
 from corequant_transformers.parts import ENTRY, EXIT, Parts, part_of
@@ -38,10 +40,9 @@ from corequant_transformers.verifying import (
     check_block_error,
     check_choices,
     check_logits_error,
-    relative_error,
     stream_error,
 )
-from corequant_transformers.walking import block_arguments, enter, leaving, run_block
+from corequant_transformers.walking import block_arguments, enter, run_block
 
 __all__ = ["Job", "steps_of"]
 
@@ -75,6 +76,8 @@ class Job:
         What the first steps would find.
     executor : concurrent.futures.Executor, optional
         Rounds layers at the same time.
+    held_bytes : int
+        What forward passes may hold while they wait.
     progress : callable
         Called as ``progress(phase, done, total)``.
     after : callable
@@ -96,11 +99,12 @@ class Job:
         *,
         calibration: Calibration | None = None,
         executor: Executor | None = None,
+        held_bytes: int = HELD_BYTES,
         progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
         after: Callable[[str, float], None] = lambda step, seconds: None,
     ) -> None:
         self.parts, self.plan, self.tokens, self.ledger = parts, plan, tokens, ledger
-        self.calibration, self.executor = calibration, executor
+        self.calibration, self.executor, self.held_bytes = calibration, executor, held_bytes
         self.progress, self.after = progress, after
         self.steps = steps_of(plan)
         self.choices = Choices({}, {})
@@ -304,13 +308,10 @@ class Job:
         }
         moving = check_choices(self.plan, self.choices)
         with self.parts.open(ENTRY) as model:
-            model.double()
-            with KeepFloat64():
-                state["reference"][0] = enter(self.parts, self._verified)
-            changed = transform_part(self.parts, ENTRY, self.plan, self.choices)
-            with KeepFloat64():
-                state["transformed"][0] = enter(self.parts, self._verified)
-            model.float()
+            before, after, changed = transform_entry(
+                self.parts, self.plan, self.choices, self._verified
+            )
+            state["reference"][0], state["transformed"][0] = before, after
             options = self.plan.recipe.rounding_options()
             if options.needs_moments:
                 names = ["quantized"]
@@ -350,6 +351,7 @@ class Job:
                 self.plan,
                 self._arguments[torch.float32],
                 self.executor,
+                self.held_bytes,
                 lambda done, total: self.progress("round", done, total),
             )
             rows = rounding.round(self.parts, index, hidden)
@@ -376,20 +378,12 @@ class Job:
         state = self.ledger.state()
         ids = torch.from_numpy(self._verified)[None]
 
-        def logits(name: str) -> torch.Tensor:
-            with KeepFloat64(), leaving(self.parts, state[name][0:1]) as model:
-                found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-            return found
-
         with self.parts.open(EXIT) as model:
-            model.double()
-            reference = logits("reference")
-            changed = transform_part(self.parts, EXIT, self.plan, self.choices)
-            error = relative_error(reference, logits("transformed"))
+            states = (state["reference"][0:1], state["transformed"][0:1])
+            error, changed = transform_exit(self.parts, self.plan, self.choices, states, ids)
             check_logits_error(error)
             rounding = Rounding(self.plan, [], self.executor)
             rows = rounding.round_outside(self.parts, EXIT)
-            model.float()
             tensors = part_tensors(model, self.plan, EXIT)
         changes = [self.ledger.report(s)["changed"] for s in self.quantizing_steps[:-1]]
         check_any_changed(changed + sum(changes))

@@ -19,6 +19,7 @@ __all__ = [
     "OnlineRotation",
     "restore",
     "restructure",
+    "settle_norms",
     "transform_matrix",
     "transform_model",
     "untie",
@@ -150,6 +151,11 @@ def transform_model(
         if matrix.online and matrix.input.rotation is not None:
             module.register_forward_pre_hook(OnlineRotation(matrix.input.rotation))
         progress(done + 1, len(plan.matrices))
+    settle_norms(model, plan, choices)
+
+
+def settle_norms(model: Any, plan: ModelPlan, choices: Choices) -> None:
+    """Make norms neutral whose gains are folded, or let them follow the stream, in place."""
     restructure(model, plan)
     for name in plan.norms:
         norm = model.get_submodule(name)

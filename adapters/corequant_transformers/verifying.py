@@ -286,8 +286,8 @@ def fingerprints(model: Any, plan: ModelPlan) -> dict[str, float]:
     for matrix in plan.matrices:
         flat = model.get_submodule(matrix.name).weight.detach().reshape(-1)
         total = 0.0
-        for start in range(0, flat.numel(), 1009 * 4096):
-            part = flat[start : start + 1009 * 4096]
+        for start in range(0, flat.numel(), 1009 * 1024):
+            part = flat[start : start + 1009 * 1024].double()
             weights = torch.arange(part.numel(), dtype=part.dtype) % 1009 + 1
             total += float(part @ weights)
         result[matrix.name] = total

@@ -183,8 +183,7 @@ def quantize(
             show.fates(fates)
         return
     text = _read_text("calibration", calibration)
-    if memory is not None:
-        cqhf.limit_memory(memory, cqhf.plan(model, wanted))
+    limit = None if memory is None else cqhf.limit_memory(memory, cqhf.plan(model, wanted))
     with show.progress() as progress:
         result = cqhf.quantize(
             model,
@@ -192,6 +191,7 @@ def quantize(
             text,
             output,
             resume=resume,
+            memory=limit,
             events=show.remaining,
             progress=progress,
         )
