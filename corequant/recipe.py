@@ -294,6 +294,8 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """Build a recipe from plain values; an unknown key is a RecipeError."""
+        if not isinstance(values, Mapping):
+            raise RecipeError(f"a recipe must map keys to values, got {type(values).__name__}")
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -313,7 +315,8 @@ class Recipe:
         """Read what ``to_toml`` writes; malformed TOML is a RecipeError."""
         try:
             values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            # Numbers of thousands of digits and deep nesting raise errors of their own.
             raise RecipeError(f"the recipe is not TOML: {error}") from error
         return cls.from_dict(values)
 

@@ -14,6 +14,7 @@ from typing import Any
 from corequant.errors import ArchitectureError
 
 __all__ = [
+    "MOST_BLOCKS",
     "NORMS",
     "Architecture",
     "Dimensions",
@@ -22,6 +23,13 @@ __all__ = [
     "dimensions_of",
     "register",
 ]
+
+MOST_BLOCKS = 4096
+"""Decoder blocks of a config that is believed; published models have some hundred at most."""
+
+_MOST_WIDE = 2**24
+_MOST_EXPERTS = 2**16
+"""In all blocks together."""
 
 NORMS = ("rms", "rms_one_plus", "layer")
 """Kinds of norm: RMSNorm with gain w, RMSNorm with gain 1 + w, LayerNorm with gain and bias."""
@@ -215,8 +223,10 @@ class Dimensions:
 
 
 def _is_sparse_qwen3_moe(config: Any, block: int) -> bool:
-    dense = block in (config.mlp_only_layers or ())
-    return not dense and (block + 1) % config.decoder_sparse_step == 0
+    dense = config.mlp_only_layers or ()
+    if not isinstance(dense, list | tuple):
+        raise ArchitectureError(f"the config's mlp_only_layers must be a list, got {dense!r}")
+    return block not in dense and (block + 1) % _positive(config, "decoder_sparse_step") == 0
 
 
 _GEMMA2 = Architecture(
@@ -361,10 +371,11 @@ def dimensions_of(config: Any) -> Dimensions:
         raise ArchitectureError(
             f"num_key_value_heads must divide num_attention_heads={heads}, got {kv_heads}"
         )
+    blocks = _positive(config, "num_hidden_layers", most=MOST_BLOCKS)
     expansion, experts = architecture.usual_expansion, architecture.experts
     usual = expansion * hidden if expansion is not None else None
     return Dimensions(
-        blocks=_positive(config, "num_hidden_layers"),
+        blocks=blocks,
         hidden=hidden,
         intermediate=_positive(config, architecture.intermediate_size, usual),
         heads=heads,
@@ -377,15 +388,20 @@ def dimensions_of(config: Any) -> Dimensions:
             if architecture.positions is not None
             else 0
         ),
-        experts=_positive(config, experts.count) if experts else 0,
+        experts=(_positive(config, experts.count, most=_MOST_EXPERTS // blocks) if experts else 0),
         experts_chosen=_positive(config, experts.chosen) if experts else 0,
         expert_intermediate=_positive(config, experts.intermediate_size) if experts else 0,
     )
 
 
-def _positive(config: Any, name: str, default: int | None = None) -> int:
+def _positive(config: Any, name: str, default: int | None = None, most: int = _MOST_WIDE) -> int:
     value = getattr(config, name, None)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArchitectureError(f"the config's {name} must be a positive integer, got {value!r}")
+        got = repr(value)[:80]
+        raise ArchitectureError(f"the config's {name} must be a positive integer, got {got}")
+    if value > most:
+        raise ArchitectureError(
+            f"the config's {name} must be at most {most}, got {str(value)[:40]}"
+        )
     return value

@@ -31,7 +31,7 @@ from corequant_transformers.layers import QuantizedLinear
 from corequant_transformers.layouts import standardize
 from corequant_transformers.parts import Part, part_of, part_plan
 from corequant_transformers.planning import ModelPlan, plan_model
-from corequant_transformers.sources import quiet_transformers, read_json
+from corequant_transformers.sources import check_config, quiet_transformers, read_json
 from corequant_transformers.transforming import restructure
 
 __all__ = [
@@ -289,6 +289,7 @@ def read_plan(folder: Path) -> tuple[ModelPlan, Any]:
             f"format_version of {folder} must be {FORMAT_VERSION} for this corequant, got {version}"
         )
     values = read_json(folder / "float_config.json")
+    check_config(values, folder / "float_config.json")
     try:
         config = transformers.AutoConfig.for_model(**values)
     except Exception as error:

@@ -17,10 +17,12 @@ from transformers import modeling_gguf_pytorch_utils
 
 from corequant.errors import CheckpointError
 from corequant.shardindex import read_index
+from corequant_transformers.architectures import MOST_BLOCKS
 
-__all__ = ["Source", "quiet_transformers"]
+__all__ = ["Source", "check_config", "quiet_transformers", "read_json"]
 
 _OWN_TYPE = "corequant_"
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _TOKENIZER_PATTERNS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -61,6 +63,7 @@ class Source:
                 f"MODEL must be a directory with config.json or a .gguf file, got {self.path}"
             )
         config = read_json(self.path / "config.json")
+        check_config(config, self.path / "config.json")
         kind = config.get("model_type")
         if isinstance(kind, str) and kind.startswith(_OWN_TYPE):
             raise CheckpointError(
@@ -181,6 +184,27 @@ def check_inside(folder: Path, file: Path) -> None:
 def is_copied(name: str) -> bool:
     """Tell whether a file belongs to the tokenizer or to generation and is kept byte for byte."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in _TOKENIZER_PATTERNS)
+
+
+def check_config(values: Any, path: Path) -> None:
+    """Raise CheckpointError for counts of layers that would have Transformers make endless lists.
+
+    Parameters
+    ----------
+    values : dict
+        A model's config as plain values, of which parts may be configs themselves.
+    path : Path
+        Where it is from.
+    """
+    waiting = [values]
+    while waiting:
+        for name, value in waiting.pop().items():
+            if isinstance(value, dict):
+                waiting.append(value)
+            elif name in _LAYERS and isinstance(value, int | float) and not value <= MOST_BLOCKS:
+                raise CheckpointError(
+                    f"{name} of {path} must be at most {MOST_BLOCKS}, got {str(value)[:40]}"
+                )
 
 
 def read_json(path: Path) -> dict[str, Any]:

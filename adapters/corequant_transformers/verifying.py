@@ -282,14 +282,14 @@ def _acts(matrix: MatrixPlan, plan: ModelPlan, choices: Choices) -> bool:
 def fingerprints(model: Any, plan: ModelPlan) -> dict[str, float]:
     """Return a weighted sum of each matrix of a plan."""
     # Weights 1..1009 in row order, so that moving entries about shows, not only changing them.
+    weights = torch.arange(1.0, 1010.0, dtype=torch.float64).repeat(1024)
     result = {}
     for matrix in plan.matrices:
         flat = model.get_submodule(matrix.name).weight.detach().reshape(-1)
         total = 0.0
-        for start in range(0, flat.numel(), 1009 * 1024):
-            part = flat[start : start + 1009 * 1024].double()
-            weights = torch.arange(part.numel(), dtype=part.dtype) % 1009 + 1
-            total += float(part @ weights)
+        for start in range(0, flat.numel(), len(weights)):
+            part = flat[start : start + len(weights)].double()
+            total += float(part @ weights[: len(part)])
         result[matrix.name] = total
     return result
 
