@@ -223,10 +223,8 @@ class Dimensions:
 
 
 def _is_sparse_qwen3_moe(config: Any, block: int) -> bool:
-    dense = config.mlp_only_layers or ()
-    if not isinstance(dense, list | tuple):
-        raise ArchitectureError(f"the config's mlp_only_layers must be a list, got {dense!r}")
-    return block not in dense and (block + 1) % _positive(config, "decoder_sparse_step") == 0
+    dense = block in (config.mlp_only_layers or ())
+    return not dense and (block + 1) % _positive(config, "decoder_sparse_step") == 0
 
 
 _GEMMA2 = Architecture(
