@@ -129,9 +129,7 @@ class ActivationStats:
         # What is not finite shows in the sums: no pass of its own looks for it.
         if not (np.isfinite(sum_abs).all() and np.isfinite(sum_square).all()):
             _check_finite(backend, x)
-        self._sum_abs += sum_abs
-        self._sum_square += sum_square
-        np.maximum(self._absmax, absmax, out=self._absmax)
+        # The sums come last: what runs out of memory before has added nothing.
         if self._gram is not None:
             self._gram = backend.add_gram(self._near(self._gram, backend), x)
         if self._energy_gram is not None:
@@ -145,6 +143,9 @@ class ActivationStats:
             self._energy_count += len(rows)
         if self._room:
             self._sample(x, tokens)
+        self._sum_abs += sum_abs
+        self._sum_square += sum_square
+        np.maximum(self._absmax, absmax, out=self._absmax)
         self._count += tokens
         return self
 

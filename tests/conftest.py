@@ -20,6 +20,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what only a GPU can show, unless it was asked for; then its absence is an error."""
+    if "cuda" in config.getoption("--backends").split(","):
+        return
+    gpu = [item for item in items if item.get_closest_marker("cuda")]
+    if gpu:
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if item not in gpu]
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20260122)

@@ -18,6 +18,7 @@ from corequant_torch import launch, launch_streams, plain_rotation
 from corequant_torch.plain_grids import Grid, encode_powers, numpy_dtype, table_of
 from corequant_torch.plain_rotation import working
 from corequant_torch.plain_scales import choose, effective, global_scale_for, ranges
+from corequant_torch.runtime import all_good, device_table, has_triton
 
 __all__ = ["DeviceKernels", "triton_version"]
 
@@ -47,7 +48,7 @@ class DeviceKernels:
         """Tell whether Triton's kernels may be tried: on CUDA, where it is installed."""
         if self._wanted is not None:
             return self._wanted
-        return x.is_cuda and launch.has_triton()
+        return x.is_cuda and has_triton()
 
     def describe(self) -> dict[str, str]:
         """Return torch's version."""
@@ -56,7 +57,7 @@ class DeviceKernels:
     def first_nonfinite(self, x: Tensor) -> tuple[int, tuple[int, ...], float] | None:
         """Return count, first index and value of NaN and Inf in ``x``, or None without any."""
         good = x.isfinite()
-        if bool(good.all()):
+        if all_good(good.all()):
             return None
         flat = torch.nonzero(~good.flatten())[:, 0]
         index = tuple(int(i) for i in np.unravel_index(int(flat[0]), tuple(x.shape)))
@@ -74,7 +75,7 @@ class DeviceKernels:
         threads: int | None,
     ) -> Tensor:
         """Rotate blocks of one axis."""
-        table = _table(signs, x)
+        table = device_table(signs, x)
         if axis == x.ndim - 1 and self._triton(x):
             turned = launch.rotate(x.detach(), block_size, inverse, table, out)
             if turned is not None:
@@ -97,7 +98,7 @@ class DeviceKernels:
         # A global scale depends on the whole rotated tensor: separate steps report it.
         if spec.granularity is Granularity.TENSOR_GROUP or not self._triton(x):
             return None
-        tables = _table(permutation, x), _table(signs, x)
+        tables = device_table(permutation, x), device_table(signs, x)
         found = launch.fused(x.detach(), block_size, spec, *tables, launch.CODES, out)
         if found is None:
             return None
@@ -119,7 +120,7 @@ class DeviceKernels:
         """Return the codes' values in one pass, or None where it can't."""
         if not self._triton(x):
             return None
-        tables = _table(permutation, x), _table(signs, x)
+        tables = device_table(permutation, x), device_table(signs, x)
         found = launch.fused(x.detach(), block_size, spec, *tables, launch.VALUES, out)
         return None if found is None else found.out
 
@@ -282,10 +283,6 @@ class DeviceKernels:
         bad = self.first_nonfinite(x)
         if bad is not None:
             raise NonFiniteError("x", *bad)
-
-
-def _table(values: npt.NDArray[Any] | None, x: Tensor) -> Tensor | None:
-    return None if values is None else torch.from_numpy(values).to(x.device)
 
 
 def _rows(x: Tensor, double: bool) -> Tensor:

@@ -15,8 +15,9 @@ from corequant._numba.scales import POWER, ROUNDED
 from corequant.formats import FormatKind
 from corequant.hadamard import hadamard_factors, hadamard_matrix
 from corequant.specs import Granularity, QuantSpec, ScaleFormat, ScaleSearch
+from corequant_torch.runtime import all_good, interpreted, on_device
 
-__all__ = ["Fused", "fused", "has_triton", "interpreted", "on_device", "power_of_two", "rotate"]
+__all__ = ["Fused", "fused", "power_of_two", "rotate"]
 
 Tensor = torch.Tensor
 
@@ -29,22 +30,6 @@ _LARGEST_TILE = 32768
 
 NOTHING, CODES, PACKED, VALUES = 0, 1, 2, 3
 """What the fused kernel writes."""
-
-
-@cache
-def has_triton() -> bool:
-    """Tell whether Triton can be imported."""
-    import importlib.util
-
-    return importlib.util.find_spec("triton") is not None
-
-
-@cache
-def interpreted() -> bool:
-    """Tell whether Triton's kernels run in its interpreter, on CPU tensors."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
 
 
 def power_of_two(n: int) -> int:
@@ -122,13 +107,6 @@ def rotate(
             INTERPRETED=interpreted(),
         )
     return target if out is None or direct else out.copy_(target)
-
-
-def on_device(x: Tensor) -> Any:
-    """Return a context in which kernels are launched on the device of ``x``, its own stream."""
-    import contextlib
-
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 @lru_cache(maxsize=256)
@@ -211,14 +189,15 @@ def fused(
     target = (
         out if out is not None and out.is_contiguous() else source.new_empty(shape, dtype=dtype)
     )
-    if target.data_ptr() == source.data_ptr() and permutation is not None:
-        source = source.clone()
+    if target.data_ptr() == source.data_ptr():
+        # What turns out not to be finite must still be there to be named.
+        target = torch.empty_like(source)
     count = tiles * (width // group)
     scales = source.new_empty(count, dtype=torch.float32)
     zeros = torch.zeros_like(scales) if not spec.symmetric else scales
     tops = torch.empty(programs, dtype=torch.int32, device=x.device)
 
-    def run(what: int, divisor: Tensor) -> int:
+    def run(what: int, divisor: Tensor) -> bool:
         _launch(
             programs,
             source,
@@ -243,16 +222,16 @@ def fused(
             OUT=what,
             INTERPRETED=interpreted(),
         )
-        return int(tops.amax())
+        return all_good(tops.amax() < _INFINITY)
 
     divisor = None
     if spec.granularity is Granularity.TENSOR_GROUP:
         from corequant_torch.plain_scales import global_scale_for
 
-        if run(NOTHING, scales) >= _INFINITY:
+        if not run(NOTHING, scales):
             return None
         divisor = global_scale_for(tops.amax().reshape(1).view(torch.float32), spec)
-    if run(kind, scales if divisor is None else divisor) >= _INFINITY:
+    if not run(kind, scales if divisor is None else divisor):
         return None
     if out is not None and target is not out:
         target = out.copy_(target)

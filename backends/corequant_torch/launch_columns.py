@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from corequant_torch.launch import interpreted, on_device, power_of_two
+from corequant_torch.launch import power_of_two
+from corequant_torch.runtime import interpreted, on_device
 
 if TYPE_CHECKING:
     from corequant_torch.columns import Levels

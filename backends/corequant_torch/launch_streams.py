@@ -7,9 +7,9 @@ import torch
 from corequant.exact import integer_unit
 from corequant.formats import FormatKind
 from corequant.specs import Granularity, QuantSpec
-from corequant_torch.launch import interpreted, on_device
 from corequant_torch.plain_grids import table_of
 from corequant_torch.plain_scales import effective
+from corequant_torch.runtime import interpreted, on_device
 
 __all__ = ["dequantize", "moments"]
 

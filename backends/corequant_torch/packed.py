@@ -17,6 +17,7 @@ from corequant.rotation import check_block_size, check_signs
 from corequant.specs import QuantSpec, ScaleFormat, qparams_shape
 from corequant_torch import launch
 from corequant_torch.engines import engine_for
+from corequant_torch.runtime import device_table, has_triton
 
 __all__ = ["rotate_quantize_packed"]
 
@@ -73,8 +74,9 @@ def rotate_quantize_packed(
     size = check_block_size("block_size", block_size, d)
     order = None if permutation is None else check_permutation("permutation", permutation, d)
     table = check_signs("signs", signs, d)
-    if x.is_cuda and launch.has_triton():
-        found = launch.fused(x.detach(), size, spec, _on(order, x), _on(table, x), launch.PACKED)
+    if x.is_cuda and has_triton():
+        tables = device_table(order, x), device_table(table, x)
+        found = launch.fused(x.detach(), size, spec, *tables, launch.PACKED)
         if found is not None:
             shape = qparams_shape(tuple(x.shape), spec)
             scales: Any = _stored(found.scales.reshape(shape), spec)
@@ -87,10 +89,6 @@ def rotate_quantize_packed(
     packed: Any = nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
     kept: Any = _stored(q.scales, spec)
     return PackedTensor(packed, kept, q.zero_points, spec, d, q.global_scale)
-
-
-def _on(values: npt.NDArray[Any] | None, x: torch.Tensor) -> torch.Tensor | None:
-    return None if values is None else torch.from_numpy(values).to(x.device)
 
 
 def _stored(scales: torch.Tensor, spec: QuantSpec) -> torch.Tensor:

@@ -161,3 +161,18 @@ def test_products_are_exact_in_float64(elsewhere):
     wide = x.double().reshape(-1, 48)
     torch.testing.assert_close(found, wide.T @ wide, rtol=1e-14, atol=1e-14)
     assert elsewhere.add_gram(np.ones((48, 48)), x).dtype == torch.float64
+
+
+def test_memory_that_runs_out_leaves_the_statistics_as_they_were(elsewhere, monkeypatch):
+    x = torch.from_numpy(tokens())
+    found = cq.ActivationStats(48, gram=True).update(x)
+    before = found.to_arrays()
+
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(elsewhere, "add_gram", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        found.update(x)
+    for name, array in found.to_arrays().items():
+        np.testing.assert_array_equal(array, before[name])

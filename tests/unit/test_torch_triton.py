@@ -8,7 +8,7 @@ import torch
 
 import corequant as cq
 from corequant.specs import QuantSpec
-from corequant_torch import launch, rotate_quantize_packed
+from corequant_torch import launch, rotate_quantize_packed, runtime
 from corequant_torch.device import DeviceKernels
 from tests.conftest import heavy_tailed
 
@@ -31,7 +31,7 @@ FUSED = [
 @pytest.fixture(scope="module")
 def kernels():
     if not torch.cuda.is_available():
-        assert launch.interpreted()
+        assert runtime.interpreted()
     return DeviceKernels(triton=True)
 
 
@@ -148,3 +148,96 @@ def test_results_may_go_into_the_input(kernels):
     how = {"permutation": p, "signs": None, "threads": None}
     assert kernels.rotate_fake_quantize(x, 16, spec, out=x, **how) is x
     assert torch.equal(x, expected)
+
+
+def test_the_input_is_named_where_results_should_replace_it(kernels):
+    x = sample(torch.float32)
+    x[2, 7] = float("nan")
+    before = x.clone()
+    spec = QuantSpec.parse("int4:group32")
+    how = {"permutation": None, "signs": None, "threads": None}
+    assert kernels.rotate_fake_quantize(x, 16, spec, out=x, **how) is None
+    assert torch.equal(x.nan_to_num(1e9), before.nan_to_num(1e9))
+    with pytest.raises(cq.NonFiniteError, match=r"index \(2, 7\)"):
+        kernels.fake_quantize(x, spec, out=x)
+
+
+def test_captured_launches_assert_instead_of_asking(kernels, monkeypatch):
+    """No CUDA graph without a GPU: here the assertion is what tells."""
+    x = sample(torch.float32)
+    expected = {text: cq.fake_quantize(x, text) for text in ("int4:group32", "nvfp4", "e3m2:token")}
+    asked = []
+    real = torch._assert_async
+    monkeypatch.setattr(torch, "_assert_async", lambda good, why: asked.append(real(good, why)))
+    monkeypatch.setattr(runtime, "capturing", lambda x: True)
+    for text, values in expected.items():
+        asked.clear()
+        assert torch.equal(kernels.fake_quantize(x, QuantSpec.parse(text)), values)
+        assert len(asked) >= 1
+    x[2, 7] = float("nan")
+    with pytest.raises(RuntimeError, match="NaN or infinity in a captured call"):
+        kernels.fake_quantize(x, QuantSpec.parse("int4:group32"))
+
+
+def test_tables_are_kept_on_a_device():
+    signs = cq.random_signs(96, 0)
+    there = torch.empty(1, device="meta")
+    found = runtime.device_table(signs, there)
+    assert found.device.type == "meta"
+    assert runtime.device_table(signs.copy(), there) is found
+    assert runtime.device_table(-signs, there) is not found
+    assert runtime.device_table(None, there) is None
+    assert runtime.device_table(signs, torch.ones(1)).data_ptr() == signs.ctypes.data
+
+
+def test_triton_that_cant_run_says_what_to_do(kernels, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("Failed to find C compiler")
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return broken
+
+    monkeypatch.setattr(launch, "_rotation_kernel", Kernel)
+    with pytest.raises(cq.BackendError, match=r"Failed to find C compiler.*uninstall triton"):
+        launch.rotate(sample(torch.float32), 16, False, None, None)
+
+
+def test_memory_that_runs_out_stays_torchs_error():
+    with pytest.raises(torch.OutOfMemoryError), runtime.on_device(torch.ones(1)):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_without_triton_torch_operations_do_it(monkeypatch):
+    class Gpu(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr("corequant_torch.device.has_triton", lambda: False)
+    assert not DeviceKernels()._triton(torch.ones(1).as_subclass(Gpu))
+    monkeypatch.setattr("corequant_torch.device.has_triton", lambda: True)
+    assert DeviceKernels()._triton(torch.ones(1).as_subclass(Gpu))
+    assert not DeviceKernels()._triton(torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    "strided",
+    [
+        lambda x: x.T.contiguous().T,
+        lambda x: x.repeat_interleave(2, 0)[::2],
+        lambda x: torch.cat([x, x], 1)[:, :96],
+        lambda x: x[None].expand(2, 3, 96),
+    ],
+)
+def test_strided_tensors(kernels, strided):
+    plain = sample(torch.float32)
+    x, spec = strided(plain), QuantSpec.parse("int4:group32:asymmetric")
+    wide = x.contiguous()
+    assert torch.equal(kernels.fake_quantize(x, spec), kernels.fake_quantize(wide, spec))
+    how = {"axis": x.ndim - 1, "inverse": False, "signs": None, "out": None, "threads": None}
+    found = kernels.block_hadamard(x, 16, **how)
+    assert torch.equal(found, kernels.block_hadamard(wide, 16, **how))
+    codes, scales, zeros = kernels.quantize(x, spec)
+    back = kernels.dequantize(strided(codes[..., :96].reshape(-1, 96)[:3]), spec, scales, zeros)
+    assert back.shape == x.shape
+    for ours, theirs in zip(kernels.moments(x), kernels.moments(wide), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
