@@ -49,7 +49,8 @@ def rotate(x: Tensor, block_size: int, axis: int, inverse: bool, signs: Tensor |
     if core > 1:
         blocks = y.reshape(-1, core, power)
         y = _mix(blocks, _core(core, inverse, y.dtype, y.device)).reshape(-1, block_size)
-    scale = torch.tensor(1 / math.sqrt(block_size), dtype=y.dtype, device=y.device)
+    # Filled there: a copy from the host would wait for the device.
+    scale = torch.full((), 1 / math.sqrt(block_size), dtype=y.dtype, device=y.device)
     y = y.reshape(shape)
     y = y * (signs * scale if signs is not None and inverse else scale)
     return y.to(x.dtype).movedim(-1, axis).contiguous()

@@ -19,6 +19,7 @@ from corequant_torch.plain_grids import (
     numpy_dtype,
     table_of,
 )
+from corequant_torch.runtime import device_table
 
 __all__ = ["choose", "effective", "global_scale_for", "ranges"]
 
@@ -70,7 +71,8 @@ def _exponent_for(largest: Tensor, rule: Rule) -> Tensor:
 
 
 def _number(value: object, like: Tensor) -> Tensor:
-    return torch.tensor(float(value), dtype=like.dtype, device=like.device)  # type: ignore[arg-type]
+    # Filled there: a copy from the host would wait for the device.
+    return torch.full((), float(value), dtype=like.dtype, device=like.device)  # type: ignore[arg-type]
 
 
 def choose_by_rule(low: Tensor, high: Tensor, rule: Rule, factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,8 +150,8 @@ def _trials(
     if spec.scale_format in POWERS_OF_TWO:
         rule = rule_for(spec.replace(scale_rounding="floor"), dtype)
         exponents = _exponent_for(torch.maximum(-low, high), rule)
-        exponents = torch.where((low == 0) & (high == 0), rule.lowest, exponents)[:, None]
-        exponents = exponents + torch.tensor([0, -1, 1], device=device)
+        exponents = torch.where((low == 0) & (high == 0), rule.lowest, exponents)
+        exponents = torch.stack([exponents, exponents - 1, exponents + 1], 1)
         trials = _power_of_two(exponents.clamp(rule.lowest, rule.highest), rule, scales)
         return trials, torch.zeros_like(trials)
     rule = rule_for(spec, dtype)
@@ -160,10 +162,10 @@ def _trials(
     if spec.scale_format is ScaleFormat.E4M3:
         form = formats["float8_e4m3fn"]
         codes = nearest_code(scales, rounder_for(form, dtype)).long()
-        near = codes[:, None] + torch.from_numpy(SWEEP).to(device)
+        near = codes[:, None] + device_table(SWEEP, scales)
         trials = table_of(form, scales.dtype, device)[near.clamp(1, form.magnitudes - 1)]
         return trials, torch.zeros_like(trials)
-    shrinks = torch.from_numpy(SHRINKS.astype(dtype)).to(device)
+    shrinks = device_table(SHRINKS.astype(dtype), scales)
     return choose_by_rule(low[:, None] * shrinks, high[:, None] * shrinks, rule, factor)
 
 

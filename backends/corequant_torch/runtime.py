@@ -50,8 +50,8 @@ def all_good(good: Tensor) -> bool:
     return bool(good)
 
 
-def device_table(values: npt.NDArray[Any] | None, x: Tensor) -> Tensor | None:
-    """Return signs or a permutation on the device of ``x``; None for None.
+def device_table(values: npt.NDArray[Any] | None, x: Tensor) -> Any:
+    """Return signs, a permutation or another table on the device of ``x``; None for None.
 
     Recent ones are kept there, known by their bytes: a copy from the host would wait for the
     device, and can't be captured.
