@@ -7,10 +7,6 @@ import os
 import numpy as np
 import pytest
 
-# Triton reads this where kernels are decorated. With a GPU they are compiled instead.
-if not os.path.exists("/dev/nvidiactl"):
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -20,14 +16,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def asks_for_cuda(config: pytest.Config) -> bool:
+    return "cuda" in config.getoption("--backends").split(",")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose how Triton's kernels run, once for the process: compiled if a GPU was asked for."""
+    if not asks_for_cuda(config):
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what only a GPU can show, unless it was asked for; then its absence is an error."""
-    if "cuda" in config.getoption("--backends").split(","):
-        return
-    gpu = [item for item in items if item.get_closest_marker("cuda")]
-    if gpu:
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if item not in gpu]
+    """Leave out what only a GPU can show, or only the interpreter.
+
+    A GPU that was asked for and isn't there is an error.
+    """
+    unfit = "interpreter" if asks_for_cuda(config) else "cuda"
+    left_out = [item for item in items if item.get_closest_marker(unfit)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker(unfit)]
 
 
 @pytest.fixture

@@ -108,6 +108,7 @@ def test_soft_thresholds_leave_the_radius():
     torch.testing.assert_close(left[1:], torch.full_like(left[1:], 4.0))
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("method", "spec"), [*((m, "int4:channel") for m in METHODS), ("gptq", "nf4:group16")]
 )
@@ -123,6 +124,7 @@ def test_tritons_loop_is_as_good(method, spec):
     assert torch.equal(found.scales, plain.scales)
 
 
+@pytest.mark.interpreter
 def test_tritons_loop_refits_groups():
     function, arguments = call("gptq", *problem(5, 48, np.float32), "int4:group24", {"refit": True})
     plain, found = (rounded(DeviceKernels(t), function, arguments) for t in (False, True))

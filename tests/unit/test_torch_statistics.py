@@ -46,6 +46,7 @@ def tokens(dtype=np.float32):
     return x.astype(dtype)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(1, 5), (37, 130), (3, 20, 48)])
 def test_tritons_moments(kind, shape):
@@ -60,6 +61,7 @@ def cq_moments(x):
     return get_backend("torch").moments(x)
 
 
+@pytest.mark.interpreter
 def test_tritons_moments_show_what_is_not_finite():
     x = torch.ones(40, 3)
     x[35, 1], x[0, 2] = float("nan"), float("inf")
@@ -69,6 +71,7 @@ def test_tritons_moments_show_what_is_not_finite():
     assert launch_streams.moments(torch.empty(0, 3)) is None
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("text", SPECS)
 def test_tritons_decoding_does_not_differ(text):
     spec = QuantSpec.parse(text)

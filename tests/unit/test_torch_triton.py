@@ -1,4 +1,4 @@
-"""Triton's kernels in its interpreter (``TRITON_INTERPRET=1``, set by tests/conftest.py)."""
+"""Triton's kernels in its interpreter, which tests/conftest.py chooses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from corequant_torch import launch, rotate_quantize_packed, runtime
 from corequant_torch.device import DeviceKernels
 from tests.conftest import heavy_tailed
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning:triton")
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.filterwarnings("ignore:.*:RuntimeWarning:triton"),
+]
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 FUSED = [
@@ -30,8 +33,7 @@ FUSED = [
 
 @pytest.fixture(scope="module")
 def kernels():
-    if not torch.cuda.is_available():
-        assert runtime.interpreted()
+    assert runtime.interpreted()
     return DeviceKernels(triton=True)
 
 
