@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from corequant.rounding.accumulators import AccumulatorSpec
     from corequant.rounding.together import RoundingOptions
 
-__all__ = ["FACTORS", "PERMUTATIONS", "ROTATIONS", "ROUNDINGS", "Recipe"]
+__all__ = ["FACTORS", "PERMUTATIONS", "REFERENCES", "ROTATIONS", "ROUNDINGS", "Recipe"]
 
 PERMUTATIONS = (
     "identity",
@@ -36,6 +36,9 @@ FACTORS = ("none", "signs", "scales")
 
 ROTATIONS = ("merged", "online", "offline")
 """Names that ``Recipe.rotation`` takes."""
+
+REFERENCES = ("block", "model")
+"""Names that ``Recipe.reference`` takes."""
 
 ROUNDINGS = ("nearest", "gptq", "gpfq", "qronos", "learned")
 """Names that ``Recipe.rounding`` takes."""
@@ -91,6 +94,11 @@ class Recipe:
     damping : float, optional
         Of ``gptq`` (relative to H's mean diagonal; by default 0.01) and ``qronos`` (relative to
         its largest eigenvalue; by default 1e-3, and 1e-6 where activations stay in float).
+    reference : str
+        What ``gpfq``, ``qronos``, ``learned`` and ``correction`` make a layer's outputs near to:
+        ``block`` takes the inputs that it has in the float block behind quantized ones, ``model``
+        those in the float model, which also corrects what all earlier blocks lost but keeps a
+        second stream of hidden states.
     act_order : bool
         Round the columns of large inputs first.
     correction : float
@@ -141,6 +149,7 @@ class Recipe:
     sign_trials: int = 1
     rounding: str = "nearest"
     damping: float | None = None
+    reference: str = "block"
     act_order: bool = True
     correction: float = 0.0
     refit: bool = False
@@ -168,6 +177,7 @@ class Recipe:
         _check_choice("factors", self.factors, FACTORS)
         _check_choice("rotation", self.rotation, ROTATIONS)
         _check_choice("rounding", self.rounding, ROUNDINGS)
+        _check_choice("reference", self.reference, REFERENCES)
         if isinstance(self.block_size, list):
             object.__setattr__(self, "block_size", tuple(self.block_size))
         whole = [(name, getattr(self, name), least) for name, least in _LEAST.items()]

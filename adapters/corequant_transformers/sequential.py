@@ -1,9 +1,10 @@
 """Rounding that sees the data: one decoder block after the other, two networks side by side.
 
-Hidden states of all windows go through the float network and through the quantized one, block by
-block. Within a block, the layers that read the same input are a group, and groups are rounded in
-the order in which they run, each for what the network quantized so far really gives it, activations
-rounded as at run time. Only one block's weights are needed at a time, besides the hidden states.
+Hidden states of all windows go through the quantized network, block by block, and through the float
+one: in one stream of its own, or anew from what each block reads in the quantized network. Within a
+block, the layers that read the same input are a group, and groups are rounded in the order in which
+they run, each for what the network quantized so far really gives it, activations rounded as at run
+time. Only one block's weights are needed at a time, besides the hidden states.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class HiddenStates:
     quantized : Windows (windows, length, hidden), float32
         In the network whose earlier blocks are quantized.
     float_states : Windows (windows, length, hidden), float32, optional
-        In the float network, in the same rotated basis; None where the method needs none.
+        In the float network, in the same rotated basis. None where the method compares nothing, or
+        with what the float block makes of ``quantized``.
     """
 
     quantized: Windows
@@ -152,7 +154,7 @@ def round_block(
     local = [[row.name.removeprefix(f"{path}.") for row in group] for group in groups]
     quantized = copy.deepcopy(block)
     count = len(hidden.quantized)
-    streams = 1 if hidden.float_states is None else 2
+    streams = 2 if options.needs_float else 1
     keep = streams * _held(hidden.quantized, rows) <= held_bytes
 
     def passes(module: torch.nn.Module, states: Windows, prepare: Any) -> BlockPasses:
@@ -170,9 +172,10 @@ def round_block(
         prepare = _Activations(path, activations)
         rounded_network = stack.enter_context(passes(quantized, hidden.quantized, prepare))
         float_network = None
-        if hidden.float_states is not None:
+        if options.needs_float:
             same = _Activations(path, None)
-            float_network = stack.enter_context(passes(block, hidden.float_states, same))
+            states = hidden.quantized if hidden.float_states is None else hidden.float_states
+            float_network = stack.enter_context(passes(block, states, same))
         for index, group in enumerate(groups):
             started = time.monotonic()
             moments = _collect(

@@ -315,7 +315,7 @@ class Job:
             options = self.plan.recipe.rounding_options()
             if options.needs_moments:
                 names = ["quantized"]
-                if options.needs_float:
+                if options.needs_float and self.plan.recipe.reference == "model":
                     names.append("float")
                 for name in names:
                     state[name] = self.ledger.windows(name, self._states, torch.float32)

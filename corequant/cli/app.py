@@ -13,7 +13,7 @@ import corequant_transformers as cqhf
 from corequant._dispatch import available_backends, get_backend
 from corequant.cli import show
 from corequant.errors import BackendError, CalibrationError, CorequantError
-from corequant.recipe import FACTORS, PERMUTATIONS, ROTATIONS, ROUNDINGS, Recipe
+from corequant.recipe import FACTORS, PERMUTATIONS, REFERENCES, ROTATIONS, ROUNDINGS, Recipe
 from corequant_transformers import demo as demonstration
 from corequant_transformers.checkpoint import is_quantized, read_recipe
 from corequant_transformers.exporting import TARGETS
@@ -58,6 +58,9 @@ Activations = Annotated[str, typer.Option(help="The same for activations, or non
 Rounding = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(ROUNDINGS)}.")]
 Damping = Annotated[
     float | None, typer.Option(help="Of gptq and qronos; by default the method's own.")
+]
+Reference = Annotated[
+    str, typer.Option(help=f"Whose outputs methods correct towards: {', '.join(REFERENCES)}.")
 ]
 ActOrder = Annotated[bool, typer.Option(help="Round the columns of large inputs first.")]
 Correction = Annotated[float, typer.Option(help="Strength of GPTAQ's correction in gptq.")]
@@ -128,6 +131,7 @@ def quantize(
     activations: Activations = str(_DEFAULT.activations),
     rounding: Rounding = _DEFAULT.rounding,
     damping: Damping = _DEFAULT.damping,
+    reference: Reference = _DEFAULT.reference,
     act_order: ActOrder = _DEFAULT.act_order,
     correction: Correction = _DEFAULT.correction,
     refit: Refit = _DEFAULT.refit,
@@ -163,6 +167,7 @@ def quantize(
         activations=activations,
         rounding=rounding,
         damping=damping,
+        reference=reference,
         act_order=act_order,
         correction=correction,
         refit=refit,

@@ -74,13 +74,13 @@ def test_plan_of_an_online_model(folder):
 def test_quantize_with_rounding_options(folder, tmp_path):
     out = tmp_path / "out"
     options = ("--rounding", "gptq", "--damping", "0.05", "--no-act-order", "--correction", "0.25")
-    more = ("--magr", "0.001", "--accumulator", "16x16", "--steps", "3")
+    more = ("--reference", "model", "--magr", "0.001", "--accumulator", "16x16", "--steps", "3")
     arguments = ("quantize", "model", "-o", out, "--calibration", "text.txt", *SMALL)
     done = run(*arguments, *options, *more, "--json", cwd=folder)
     report = json.loads(done.stdout)
     wanted = {
         "rounding": "gptq", "damping": 0.05, "act_order": False, "correction": 0.25,
-        "magr": 0.001, "accumulator": "16x16", "steps": 3,
+        "reference": "model", "magr": 0.001, "accumulator": "16x16", "steps": 3,
     }  # fmt: skip
     assert {k: report["recipe"][k] for k in wanted} == wanted
     assert {row["method"] for row in report["matrices"]} == {"gptaq"}

@@ -52,9 +52,9 @@ def recorded(monkeypatch):
     """The arguments of every problem that is solved."""
     calls = []
 
-    def record(weights, spec, options, H, G):
+    def record(weights, spec, options, H, G, **more):
         calls.append((weights, spec, options, H, G))
-        return round_together(weights, spec, options, H, G)
+        return round_together(weights, spec, options, H, G, **more)
 
     monkeypatch.setattr(sequential, "round_together", record)
     return calls
@@ -63,7 +63,7 @@ def recorded(monkeypatch):
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_moments_are_those_of_the_whole_model(kind, tokens, recorded):
     model = cqhf.tiny_model(kind)
-    result = run(model, tokens)
+    result = run(model, tokens, reference="model")
     assert len(recorded) == 14
     names = [m.name for m in result.plan.quantized]
     truth = inputs(model, names, tokens)
@@ -94,6 +94,27 @@ def test_moments_are_those_of_the_whole_model(kind, tokens, recorded):
     ]
     # Layers that read the same input share its moments.
     assert recorded[0][3] is recorded[2][3]
+
+
+def test_the_reference_is_the_float_block_behind_quantized_ones(tokens, recorded):
+    result = run(cqhf.tiny_model("llama"), tokens)
+    by_block = {name: (H, G) for weights, _, _, H, G in recorded for name in weights}
+    recorded.clear()
+    run(cqhf.tiny_model("llama"), tokens, reference="model")
+    by_model = {name: (H, G) for weights, _, _, H, G in recorded for name in weights}
+    # Nothing comes before the first block.
+    for name in by_block:
+        pairs = zip(by_block[name], by_model[name], strict=True)
+        same = all(np.array_equal(one, other) for one, other in pairs)
+        assert same == name.startswith("model.layers.0.")
+    # What query, key and value read in the float block is what they read before it is rounded.
+    names = [f"model.layers.1.self_attn.{n}_proj" for n in "qkv"]
+    for name, x in inputs(result.model, names, tokens).items():
+        q = cq.fake_quantize(x, result.plan.recipe.activations).astype(np.float64)
+        G = by_block[name][1]
+        np.testing.assert_allclose(
+            G, x.T.astype(np.float64) @ q / tokens.size, atol=1e-5 * np.abs(G).max()
+        )
 
 
 def test_without_quantized_activations_moments_are_those_of_the_inputs(tokens, recorded):

@@ -30,6 +30,7 @@ def test_weights_search_their_scales_unless_told_otherwise():
         ({"damping": 0.1}, "damping goes with gptq, qronos, got it with 'nearest'"),
         ({"rounding": "gptq", "damping": -1}, "damping must be finite and not negative"),
         ({"rounding": "qronos", "correction": 0.25}, "correction goes with gptq"),
+        ({"reference": "layer"}, "reference must be one of block, model, got 'layer'"),
         ({"rounding": "gptq", "act_order": "no"}, "act_order must be true or false"),
         ({"rounding": "learned", "steps": -1}, "steps must be at least 0"),
         ({"rounding": "gptq", "accumulator": "wide"}, "accumulator must be a width in bits or"),
