@@ -105,11 +105,15 @@ def log_probabilities(model, ids):
 
 
 def spoken(model, tokenizer):
-    """A text after which a token comes that isn't special: special ones have no probabilities."""
+    """A text after which clearly one token comes, and is text of its own.
+
+    llama.cpp gives no probabilities with special tokens and parts of characters.
+    """
     for end in range(len(TEXT), 20, -1):
         ids = tokenizer(TEXT[:end]).input_ids
         (first, second) = np.argsort(-(p := log_probabilities(model, ids)))[:2]
-        if 2 <= first < VOCABULARY - 8 and p[first] > p[second] + 0.3:
+        written = 2 <= first < VOCABULARY - 8 and "\ufffd" not in tokenizer.decode([first])
+        if written and p[first] > p[second] + 0.3:
             return TEXT[:end], ids
     raise AssertionError("the model prefers special tokens everywhere")
 
