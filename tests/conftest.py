@@ -14,6 +14,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="numpy,torch",
         help="comma-separated: numpy, torch, cuda; one that is absent is an error",
     )
+    parser.addoption(
+        "--whole-model",
+        action="store_true",
+        help="export all of SmolLM2 to the programs that read it, not only its first blocks",
+    )
 
 
 def asks_for_cuda(config: pytest.Config) -> bool:
