@@ -11,9 +11,11 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 import corequant as cq
 import corequant_transformers as cqhf
+from corequant.cli.app import app
 from corequant.gguf import decode_blocks
 from corequant.recipe import Recipe
 from corequant_transformers import gguf_files
@@ -277,6 +279,16 @@ def test_outputs_that_can_not_be_are_refused(own, tmp_path):
         cqhf.export(own, tmp_path / "out", "onnx")
     with pytest.raises(cq.OutputError, match="source must be left out for compressed-tensors"):
         cqhf.export(own, tmp_path / "out", source=tmp_path / "source")
+
+
+def test_the_command_writes_a_file_and_says_so(own, tmp_path):
+    file = tmp_path / "model.gguf"
+    command = ["export", str(own), "-o", str(file), "--to", "gguf", "--json"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    sizes = {"model.gguf": file.stat().st_size}
+    assert json.loads(done.stdout) == {"output": str(file), "to": "gguf", "files": sizes}
+    assert fields(file)["tokenizer.ggml.pre"] == "gpt-2"
 
 
 def test_a_lost_bit_is_noticed(own, tmp_path, monkeypatch):
