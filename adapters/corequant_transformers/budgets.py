@@ -24,8 +24,8 @@ _BLOCK_BYTES = 26
 """For each weight of a decoder block: in float64, as it was and as codes, decoded, and in search of
 scales."""
 
-_VOCABULARY_BYTES = 34
-"""For each weight of the embedding or the head: in float64, folded, rotated, and in float32."""
+_VOCABULARY_BYTES = 12
+"""For each weight of the embedding or the head: as it was read, in float32, and transformed."""
 
 _VERIFIED_TOKENS = 128
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}

@@ -20,13 +20,13 @@ from corequant_transformers.descriptions import check_described
 from corequant_transformers.gathering import gather
 from corequant_transformers.layouts import standardize
 from corequant_transformers.ledgers import Ledger, MemoryLedger
-from corequant_transformers.pacing import Pace
+from corequant_transformers.pacing import Pace, efforts
 from corequant_transformers.parts import ModelWeights, Parts, skeleton
 from corequant_transformers.planning import ModelPlan, plan_model
 from corequant_transformers.saving import begin_run, describe_run, save_run
 from corequant_transformers.shards import FileWeights
 from corequant_transformers.sources import Source
-from corequant_transformers.streaming import Job, steps_of
+from corequant_transformers.streaming import Job
 from corequant_transformers.texts import check_tokens, token_windows
 from corequant_transformers.transforming import Choices, restructure
 from corequant_transformers.verifying import Verification
@@ -310,7 +310,7 @@ def quantize(
         return done
     manifest = describe_run(source, recipe, tokens)
     with begin_run(output, manifest, resume=resume) as run:
-        pace = Pace(steps_of(table), run.log, events)
+        pace = Pace(efforts(table, tokens.shape), run.log, events)
         made = make(run, pace.step)
         progress("save", 0, 1)
         save_run(

@@ -73,7 +73,7 @@ class ModelPlan:
         ``peak_mib`` is the estimated peak memory of ``quantize`` for a model on disk, whatever its
         depth.
         """
-        rotations = [(self._share(m), m) for m in self.online]
+        rotations = [(self.share(m), m) for m in self.online]
         additions = sum(
             share * m.shape[1] * _additions_per_channel(m.input.rotation or 1)
             for share, m in rotations
@@ -81,7 +81,7 @@ class ModelPlan:
         # Each rotated channel is read and written once, in float16 as models run.
         traffic = sum(share * 2 * 2 * m.shape[1] for share, m in rotations)
         products = sum(m.shape[0] * m.shape[1] for m in self.quantized)
-        used = sum(self._share(m) * m.shape[0] * m.shape[1] for m in self.quantized)
+        used = sum(self.share(m) * m.shape[0] * m.shape[1] for m in self.quantized)
         spec = self.recipe.weights
         stored = sum(
             m.shape[0] * (m.shape[1] * spec.format.bits / 8 + 4 * m.shape[1] / _scaled(spec, m))
@@ -102,7 +102,7 @@ class ModelPlan:
         rotated = self.online if self.recipe.rotation == "online" else self.mlp_outputs
         return list(valid_block_sizes(math.gcd(*(m.shape[1] for m in rotated))))
 
-    def _share(self, matrix: MatrixPlan) -> float:
+    def share(self, matrix: MatrixPlan) -> float:
         """Return the share of the tokens that a matrix sees."""
         sizes = self.dimensions
         return 1.0 if matrix.expert is None else min(1.0, sizes.experts_chosen / sizes.experts)

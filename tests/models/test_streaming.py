@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -87,6 +88,40 @@ def test_shards_and_half_precision_are_read(config, tokens, tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.real_model
+def test_real_weights_on_disk_equal_those_in_memory(smollm2, help_tokens, tmp_path):
+    """Three blocks of SmolLM2; ``bench/bench_streaming.py`` takes all."""
+    model = copy.deepcopy(smollm2[0])
+    model.model.layers = model.model.layers[:3]
+    model.config.num_hidden_layers = 3
+    model.save_pretrained(tmp_path / "float", max_shard_size="60MB")
+    smollm2[1].save_pretrained(tmp_path / "float")
+    recipe, tokens = Recipe(block_size=16), help_tokens[:2]
+    cqhf.quantize(model, recipe, tokens, tmp_path / "memory")
+    cqhf.quantize(tmp_path / "float", recipe, tokens, tmp_path / "disk")
+    found = [(tmp_path / k / "corequant.safetensors").read_bytes() for k in ("memory", "disk")]
+    assert found[0] == found[1]
+
+
+def test_workers_elsewhere_give_the_same_bytes(source, tokens, whole, tmp_path):
+    """A whole run over dask's workers, two processes with nothing in common but what is sent."""
+    from distributed import Client, LocalCluster
+
+    adaptive = Recipe(block_size=16, rounding="qronos")
+    cqhf.quantize(source, adaptive, tokens, tmp_path / "alone")
+    options = {"n_workers": 2, "threads_per_worker": 1, "processes": True}
+    used = set()
+    with LocalCluster(dashboard_address=None, **options) as cluster, Client(cluster) as client:
+        executor = client.get_executor(pure=False)
+        for recipe, name in ((RECIPE, "nearest"), (adaptive, "adaptive")):
+            cqhf.quantize(source, recipe, tokens, tmp_path / name, executor=executor)
+        story = client.run(lambda dask_worker: dask_worker.state.executed_count)
+        used = {worker for worker, count in story.items() if count}
+    assert digest(tmp_path / "nearest") == whole
+    assert digest(tmp_path / "adaptive") == digest(tmp_path / "alone")
+    assert len(used) == 2
+
+
 def test_the_log_tells_the_time_that_remains(source, tokens, tmp_path):
     events = []
     cqhf.quantize(source, RECIPE, tokens, tmp_path / "out", events=events.append)
@@ -133,7 +168,9 @@ SERVER = textwrap.dedent(
         process = os.fork()
         if process:
             return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        armed[0], limit[0] = mode, at
+        armed[0], limit[0] = mode if mode != "size" else "", at
+        if mode == "size":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (at, at))
         try:
             cqhf.quantize(source, Recipe(block_size=16), tokens, output, resume=resume)
         except cq.OutputError as error:
@@ -215,6 +252,18 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(mode, status, server, w
         stopped, at = stopped + 1, at + step
     assert stopped >= 5
     assert digest(tmp_path / "out") == whole
+
+
+def test_files_that_may_not_grow_end_a_run_clearly(server, whole, tmp_path):
+    """The system itself refuses writes, in the middle of whichever file is the first too long."""
+    for largest in (150, 6000, 50_000):
+        assert server("size", largest, resume=False) == "7"
+        check_whole(tmp_path)
+        assert not (tmp_path / "out").exists()
+        assert server("none") == "0"
+        assert digest(tmp_path / "out") == whole
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+        clear(tmp_path)
 
 
 class Stopped(Exception):

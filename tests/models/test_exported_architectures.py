@@ -1,0 +1,32 @@
+"""Every described architecture: quantized, exported and loaded by Transformers, or refused."""
+
+from __future__ import annotations
+
+import pytest
+
+import corequant as cq
+import corequant_transformers as cqhf
+from tests.models.test_architectures import DESCRIBED
+from tests.models.test_export import check_equal, quantized
+
+RECIPE = {"rotation": "offline", "weights": "int8:channel", "activations": "none"}
+OTHERWISE = {
+    "gpt2": "is not a linear layer of its own in Transformers",
+    "opt": "merging changed which tensors 'opt' has",
+    "mixtral": "is not a linear layer of its own in Transformers",
+    "qwen3_moe": "is not a linear layer of its own in Transformers",
+}
+"""What keeps Transformers' own classes from holding the quantized layers."""
+
+
+@pytest.mark.parametrize("kind", [k for k in DESCRIBED if k not in OTHERWISE])
+def test_transformers_loads_what_was_exported(kind, tokens, tmp_path):
+    check_equal(*quantized(tmp_path, tokens, kind, **RECIPE), tokens)
+
+
+@pytest.mark.parametrize("kind", OTHERWISE)
+def test_what_transformers_could_not_load_is_refused(kind, tokens, tmp_path):
+    with pytest.raises(cq.ArchitectureError, match=OTHERWISE[kind]):
+        quantized(tmp_path, tokens, kind, **RECIPE)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["own"]
+    cqhf.load(tmp_path / "own")
