@@ -1,11 +1,12 @@
 """Peak memory of quantizing random models of Llama's shape, against depth, vocabulary and a limit.
 
-Usage: python bench/bench_memory.py [--folder F] [--write]
+Usage: python bench/bench_memory.py [--folder F] [--json F] [--rows R;...] [--write]
 
 Every run is a process of its own; its peak is what the system counted for it (VmHWM). The limited
 run is the command with ``--memory`` (RLIMIT_DATA), inside a control group of the same size where
 this process may make one: the group's limit also counts files' pages that are mapped or cached.
-Needs about 5 GB of disk for a while. ``--write`` puts the table into bench/README.md.
+Needs about 5 GB of disk for a while. Every finished row is added to the JSON file; a later run goes
+on from there. ``--write`` puts the table into bench/README.md.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ WIDE = {"hidden_size": 1024, "intermediate_size": 4096, "head_dim": 64}
 LAYERS = (4, 16, 64)
 VOCABULARY = 128 * 1024
 # Twice this is the wide model's file.
-LIMIT = 1200
+LIMIT = 1150
 GROUP = Path("/sys/fs/cgroup/memory")
 
 
@@ -151,72 +152,91 @@ def limited(model: Path, output: Path, limit: int) -> tuple[dict, float, bool]:
     return json.loads(done.stdout), time.monotonic() - started, folder is not None
 
 
+def rows() -> dict[str, tuple[int, int, dict[str, int], str]]:
+    """Return layers, vocabulary, sizes and rounding of each row, by its name."""
+    found = {f"{n} layers": (n, 256, NARROW, "nearest") for n in LAYERS}
+    found["4 layers, qronos"] = (4, 256, NARROW, "qronos")
+    found[f"2 layers, {VOCABULARY} tokens"] = (2, VOCABULARY, NARROW, "nearest")
+    return found | {"limited": (36, 256, WIDE, "nearest")}
+
+
+def run(name: str, folder: Path) -> dict:
+    """Make the model of a row and measure it."""
+    layers, vocabulary, sizes, rounding = rows()[name]
+    model, output = folder / "model", folder / "out"
+    found = {"name": name, "weights": write_model(model, layers, vocabulary, **sizes) / 2**20}
+    if name == "limited":
+        done, seconds, grouped = limited(model, output, LIMIT)
+        found |= {"peak": done["peak_rss_mib"], "limit": LIMIT, "group": grouped}
+    else:
+        fields = {"block_size": 32, "samples": 2, "sequence_length": 128, "rounding": rounding}
+        found["peak"], found["planned"], seconds = measure(model, output, fields)
+    shutil.rmtree(model)
+    return {**found, "seconds": round(seconds)}
+
+
+def report(found: dict[str, dict]) -> str:
+    table = [
+        "| model | weights, MiB | peak, MiB | planned, MiB | peak / planned | s |",
+        "|---|---|---|---|---|---|",
+    ]
+    plain = [row for name, row in found.items() if name != "limited"]
+    for row in plain:
+        table.append(
+            f"| {row['name']} | {row['weights']:.0f} | {row['peak']:.0f} | {row['planned']:.0f} | "
+            f"{row['peak'] / row['planned']:.2f} | {row['seconds']} |"
+        )
+    flat = [found[f"{n} layers"]["peak"] for n in LAYERS]
+    body = [
+        "## Memory",
+        "",
+        "Written by `bench_memory.py`: random models of Llama's shape in float32, hidden 512, "
+        "intermediate 2048, 256 tokens of calibration; rounded to nearest unless it is said. "
+        "Other work went on meanwhile, so the seconds tell little.",
+        "",
+        *table,
+        "",
+        f"Depth changes the peak by {max(flat) / min(flat) - 1:.1%} (allowed: 10 %); the largest "
+        f"peak is {max(row['peak'] / row['planned'] for row in plain):.2f} of what `plan` said "
+        "(allowed: 1.2).",
+    ]
+    if "limited" in found:
+        row = found["limited"]
+        enforced = "RLIMIT_DATA and a control group" if row["group"] else "RLIMIT_DATA"
+        body += [
+            "",
+            f"`--memory {row['limit']}MiB`, enforced by {enforced}: a model of "
+            f"{row['weights']:.0f} MiB (36 layers, hidden 1024, intermediate 4096), "
+            f"{row['weights'] / row['limit']:.2f} times the limit, was quantized in "
+            f"{row['seconds']} s with a peak of {row['peak']} MiB.",
+        ]
+    return "\n".join(body)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="where models are made; a temporary one")
+    parser.add_argument("--json", type=Path, help="where finished rows are kept")
+    parser.add_argument("--rows", default=";".join(rows()))
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--child", nargs=3)
     options = parser.parse_args()
     if options.child:
         child(options.child)
         return
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        body = report(Path(name))
-    print(body)
+    lines = options.json.read_text().splitlines() if options.json and options.json.exists() else []
+    found = {row["name"]: row for row in map(json.loads, lines)}
+    for name in options.rows.split(";"):
+        if name in found:
+            continue
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            found[name] = run(name, Path(folder))
+        print(found[name], flush=True)
+        if options.json:
+            with options.json.open("a") as file:
+                file.write(json.dumps(found[name]) + "\n")
     if options.write:
-        write_section("memory", body)
-
-
-def report(folder: Path) -> str:
-    small = {"block_size": 32, "samples": 2, "sequence_length": 128}
-    table = [
-        "| model | rounding | weights, MiB | peak, MiB | planned, MiB | peak / planned | s |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    peaks = []
-
-    def row(label: str, rounding: str, model: Path, size: int) -> None:
-        fields = {**small, "rounding": rounding}
-        peak, planned, seconds = measure(model, folder / "out", fields)
-        table.append(
-            f"| {label} | {rounding} | {size / 2**20:.0f} | {peak:.0f} | {planned:.0f} | "
-            f"{peak / planned:.2f} | {seconds:.0f} |"
-        )
-        print(table[-1], flush=True)
-        peaks.append((rounding, peak, planned))
-
-    for layers in LAYERS:
-        model = folder / "model"
-        size = write_model(model, layers, **NARROW)
-        for rounding in ("nearest", "qronos") if layers == LAYERS[0] else ("nearest",):
-            row(f"{layers} layers", rounding, model, size)
-        shutil.rmtree(model)
-    flat = [peak for rounding, peak, _ in peaks if rounding == "nearest"]
-    size = write_model(model, 2, VOCABULARY, **NARROW)
-    row(f"2 layers, {VOCABULARY} tokens", "nearest", model, size)
-    shutil.rmtree(model)
-    size = write_model(model, 36, **WIDE)
-    found, seconds, grouped = limited(model, folder / "out", LIMIT)
-    enforced = "RLIMIT_DATA and a control group" if grouped else "RLIMIT_DATA"
-    return "\n".join(
-        [
-            "## Memory",
-            "",
-            "Written by `bench_memory.py`: random models of Llama's shape in float32, hidden 512, "
-            "intermediate 2048, 256 tokens of calibration.",
-            "",
-            *table,
-            "",
-            f"Depth changes the peak by {max(flat) / min(flat) - 1:.1%} (allowed: 10 %); the "
-            f"largest peak is {max(p / q for _, p, q in peaks):.2f} of what `plan` said (allowed: "
-            "1.2).",
-            "",
-            f"`--memory {LIMIT}MiB`, enforced by {enforced}: a model of {size / 2**20:.0f} MiB "
-            f"(36 layers, hidden 1024, intermediate 4096), {size / 2**20 / LIMIT:.2f} times the "
-            f"limit, was quantized in {seconds:.0f} s with a peak of "
-            f"{found['peak_rss_mib']} MiB.",
-        ]
-    )
+        write_section("memory", report({name: found[name] for name in rows() if name in found}))
 
 
 if __name__ == "__main__":
