@@ -198,7 +198,7 @@ def test_impossible_accumulators_are_refused(problem):
             cq.gptq(W, H, text, accumulator=spec)
         with pytest.raises(cq.AccumulatorError, match="tile must divide"):
             cq.certify(cq.round_to_nearest(W, text), spec)
-    with pytest.raises(cq.SpecError, match="nf4 are no multiples"):
+    with pytest.raises(cq.SpecError, match="multiples of one step, got nf4"):
         cq.gptq(W, H, "nf4:channel", accumulator=cq.AccumulatorSpec(16))
     with pytest.raises(cq.AccumulatorError, match="bits must be 3 to 48, got 2"):
         cq.AccumulatorSpec(2)
