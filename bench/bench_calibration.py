@@ -37,9 +37,9 @@ def timed(function, clock=time.perf_counter):
 def added(model_path: Path, text: str, rounds: int) -> list[str]:
     """Return lines about one calibration pass of a real model."""
     import torch
+    from choices import choose_all
 
     import corequant_transformers as cqhf
-    from corequant_transformers.choosing import choose
 
     source = cqhf.Source(model_path)
     model = source.load()
@@ -55,13 +55,13 @@ def added(model_path: Path, text: str, rounds: int) -> list[str]:
         return cqhf.calibrate(model, recipe, tokens)
 
     # Compiles, and warms caches.
-    plain(window[:, :64]), choose(plan, collect(window[:, :64]), lambda name: np.empty(0))
+    plain(window[:, :64]), choose_all(plan, collect(window[:, :64]), lambda name: np.empty(0))
     passes, statistics = [], []
     for _ in range(rounds):
         passes.append(timed(plain)[1])
         data, seconds = timed(collect)
         statistics.append(seconds)
-    _, choosing = timed(lambda: choose(plan, data, lambda name: np.empty(0)))
+    _, choosing = timed(lambda: choose_all(plan, data, lambda name: np.empty(0)))
     forward, with_statistics = float(np.median(passes)), float(np.median(statistics))
     share = (with_statistics - forward) / forward
     whole = share + choosing / (recipe.samples * forward)

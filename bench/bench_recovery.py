@@ -23,12 +23,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from choices import choose_all
 from markdown import write_section
 
 import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
-from corequant_transformers.choosing import choose
 from corequant_transformers.layers import QuantizedLinear
 from corequant_transformers.transforming import transform_matrix
 
@@ -99,7 +99,7 @@ class Seeded:
             return self.model
         recipe = Recipe(block_size=block_size, seed=self.seed, **METHODS[method])
         plan = cqhf.plan(self.float, recipe)
-        choices, _ = choose(plan, self.data, lambda name: self._float(f"{name}.weight"))
+        choices = choose_all(plan, self.data, lambda name: self._float(f"{name}.weight"))
         for row in plan.quantized:
             if row == self.rows[row.name]:
                 continue
