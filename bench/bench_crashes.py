@@ -163,6 +163,10 @@ def kill_one(case: Case, folder: Path, generator: random.Random) -> str | None:
         expect(set(missing) <= set(done[-1:]), f"{where}: {missing} not done")
     if status != 0 and run_directory(output).exists():
         expect(case.wait(case.start(output)) == 0, f"clearing up failed: {where}")
+    hidden = output.with_name(f".{run_directory(output).name}.ended")
+    if where == "clearing up" and hidden.exists():
+        # Half removed: there is no run to go on with, and the next one to this output removes it.
+        expect(case.wait(case.start(output)) == FULL, "a finished output was not refused")
     case.check_end(output, str(where))
     shutil.rmtree(output)
     return None if where is None else where.partition("-")[0]

@@ -191,8 +191,7 @@ def report(found: dict[str, dict]) -> str:
         "## Memory",
         "",
         "Written by `bench_memory.py`: random models of Llama's shape in float32, hidden 512, "
-        "intermediate 2048, 256 tokens of calibration; rounded to nearest unless it is said. "
-        "Other work went on meanwhile, so the seconds tell little.",
+        "intermediate 2048, 256 tokens of calibration; rounded to nearest unless it is said.",
         "",
         *table,
         "",

@@ -144,6 +144,7 @@ def writing(
     float_config: str,
     tokenizer: Any = None,
     copied_files: list[Path] | None = None,
+    within: Path | None = None,
 ) -> Iterator[Path]:
     """Give a new directory with all files but the weights; it gets its name at the end.
 
@@ -154,6 +155,8 @@ def writing(
         Of the model's class.
     plan, report, float_config, tokenizer, copied_files
         As for ``save``.
+    within : Path, optional
+        Where the directory lies until it gets its name; beside ``output`` by default.
 
     Raises
     ------
@@ -161,7 +164,7 @@ def writing(
         If it can't be written. Nothing is left then.
     """
     target = check_output(output)
-    with new_directory(target) as folder:
+    with new_directory(target, within) as folder:
         for file in copied_files or []:
             shutil.copyfile(file, folder / file.name)
         if tokenizer is not None and not copied_files:
@@ -371,10 +374,15 @@ def _check_same(
 
 
 @contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
-    """Give a temporary sibling of ``target``; rename it on success, remove it on any failure."""
+def new_directory(target: Path, within: Path | None = None) -> Iterator[Path]:
+    """Give a temporary directory; name it ``target`` on success, remove it on any failure.
+
+    It is a sibling of ``target`` unless it is to lie ``within`` another directory beside it, whose
+    owner removes what a process that was killed has left there.
+    """
+    place = target.parent if within is None else within
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        folder = Path(tempfile.mkdtemp(".tmp", f".{target.name}.", place))
     except OSError as error:
         raise OutputError(f"output can't be written: {error}") from error
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def _tensors(stored: Stored, kind: str, arch: str) -> Iterator[_Tensor]:
             translated(f"{matrix.name}.weight"),
             kind,
             (matrix.shape[0], width),
-            lambda m=matrix: _blocks(stored, m, arch),  # type: ignore[misc]
+            partial(_blocks, stored, matrix, arch),
             matrix,
         )
     for name in stored.rest():
@@ -175,7 +176,7 @@ def _tensors(stored: Stored, kind: str, arch: str) -> Iterator[_Tensor]:
             translated(name),
             "F16" if len(shape) == 2 else "F32",
             shape,
-            lambda n=name: _floats(stored, n, arch),  # type: ignore[misc]
+            partial(_floats, stored, name, arch),
         )
 
 

@@ -191,8 +191,12 @@ class RunDirectory:
         self._clear()
 
     def _clear(self) -> None:
+        # Files of a step, or the output itself, of a process that was killed meanwhile.
         for left in self.path.glob(".*.tmp"):
-            left.unlink()
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
 
     def _keep(self, step: str, name: str, windows: Windows, files: dict[str, str]) -> Any:
         """Give a file of hidden states the step's name, unless a step before gave it one."""

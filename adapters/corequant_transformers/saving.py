@@ -119,6 +119,7 @@ def save_run(
         float_config=float_config,
         tokenizer=tokenizer,
         copied_files=copied_files,
+        within=run.path,
     ) as folder:
         digest = concatenate(folder / WEIGHTS, run.tensor_files(job.quantizing_steps))
         log = (run.path / LOG).read_bytes() if (run.path / LOG).exists() else b""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import SupportsFloat
+
 import numpy as np
 import torch
 
@@ -70,9 +72,9 @@ def _exponent_for(largest: Tensor, rule: Rule) -> Tensor:
     return exponent.clamp(rule.lowest, rule.highest)
 
 
-def _number(value: object, like: Tensor) -> Tensor:
+def _number(value: SupportsFloat, like: Tensor) -> Tensor:
     # Filled there: a copy from the host would wait for the device.
-    return torch.full((), float(value), dtype=like.dtype, device=like.device)  # type: ignore[arg-type]
+    return torch.full((), float(value), dtype=like.dtype, device=like.device)
 
 
 def choose_by_rule(low: Tensor, high: Tensor, rule: Rule, factor: Tensor) -> tuple[Tensor, Tensor]:

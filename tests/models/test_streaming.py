@@ -247,11 +247,28 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(mode, status, server, w
         assert not (tmp_path / "out").exists() or digest(tmp_path / "out") == whole
         if not (tmp_path / "out").exists():
             assert server("none") == "0", at
+            assert [p.name for p in tmp_path.iterdir()] == ["out"], at
         assert digest(tmp_path / "out") == whole, at
         clear(tmp_path)
         stopped, at = stopped + 1, at + step
     assert stopped >= 5
     assert digest(tmp_path / "out") == whole
+
+
+def test_a_run_that_is_killed_while_it_saves_leaves_nothing_behind(server, whole, tmp_path):
+    total = int(server("count", resume=False).split()[1])
+    server.process.stdout.readline()
+    clear(tmp_path)
+    saving, at = 0, total
+    while saving < 3:
+        assert server("kill", at, resume=False) == "-9"
+        if not (tmp_path / "out").exists():
+            saving += sum(p.is_dir() for p in (tmp_path / "out.run").iterdir())
+            assert server("none") == "0", at
+            assert [p.name for p in tmp_path.iterdir()] == ["out"], at
+        assert digest(tmp_path / "out") == whole, at
+        clear(tmp_path)
+        at -= 5
 
 
 def test_files_that_may_not_grow_end_a_run_clearly(server, whole, tmp_path):
@@ -264,6 +281,19 @@ def test_files_that_may_not_grow_end_a_run_clearly(server, whole, tmp_path):
         assert digest(tmp_path / "out") == whole
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
         clear(tmp_path)
+
+
+def test_what_a_kill_leaves_of_a_directory_that_was_being_removed(source, tokens, whole, tmp_path):
+    output = tmp_path / "out"
+    cqhf.quantize(source, RECIPE, tokens, output)
+    left = run_directory(output).with_name(f".{run_directory(output).name}.ended")
+    left.mkdir()
+    (left / "block-00000.safetensors").write_bytes(b"half")
+    # The output is finished, so there is nothing to go on with.
+    with pytest.raises(cq.OutputError):
+        cqhf.quantize(source, RECIPE, tokens, output, resume=True)
+    assert digest(output) == whole
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 class Stopped(Exception):
