@@ -42,19 +42,16 @@ FULL = "full"
 
 
 def cells(seeds: int) -> list[tuple[int, int | None, str]]:
-    """Return (seed, block size, method), the most telling first."""
-    order: list[tuple[int, int | None, str]] = []
+    """Return (seed, block size, method), one seed after the other, the most telling cells first."""
     rivals = ("MassDiff", "auto, signs, scales")
+    order: list[tuple[int | None, str]] = [(None, FULL)]
     for sizes, methods in (
         ((16, 32), rivals),
         ((16, 32), ("second order", "none")),
         ((64, 128), tuple(METHODS)),
     ):
-        for seed in range(seeds):
-            if methods is rivals:
-                order.append((seed, None, FULL))
-            order += [(seed, b, method) for b in sizes for method in methods]
-    return order
+        order += [(b, method) for b in sizes for method in methods]
+    return [(seed, b, method) for seed in range(seeds) for b, method in order]
 
 
 class IntegerLinear(torch.nn.Module):

@@ -21,8 +21,12 @@ from corequant_torch.bridge import (
     to_torch,
     to_torch_or_none,
 )
+from corequant_torch.plain_rotation import float_rows
 
 __all__ = ["CpuKernels"]
+
+_PANEL = 256
+"""Columns of XᵀX that are computed at once, from the diagonal on."""
 
 Signs = npt.NDArray[np.int8] | None
 Permutation = npt.NDArray[np.int64] | None
@@ -145,11 +149,14 @@ class CpuKernels:
         double: bool = False,
     ) -> npt.NDArray[Any]:
         """Return ``total`` + XᵀY (d, d) of the rows of ``x`` and ``other``, or of ``x`` alone."""
-        if isinstance(total, torch.Tensor):
-            total = to_numpy(total.cpu())
-        summed: npt.NDArray[Any] = self._numpy.add_gram(
-            total, to_numpy(x), to_numpy_or_none(other), double=double
-        )
+        left = float_rows(x, double)
+        # By torch's threads: NumPy's would go on spinning beside the model that gives the next x.
+        product = to_numpy(_gram(left) if other is None else left.T @ float_rows(other, double))
+        if total is None:
+            return product
+        summed = to_numpy(total.cpu()) if isinstance(total, torch.Tensor) else total
+        with np.errstate(over="ignore", invalid="ignore"):
+            summed += product
         return summed
 
     def encode(self, x: torch.Tensor, form: NumberFormat) -> torch.Tensor:
@@ -243,3 +250,14 @@ def _as_numpy(value: Any) -> Any:
         codes, scales, zeros, divisor = (to_numpy_or_none(t) for t in _arrays(value))
         return QuantizedTensor(codes, scales, zeros, value.spec, divisor)
     return value
+
+
+def _gram(x: torch.Tensor) -> torch.Tensor:
+    """Return XᵀX; what is below its diagonal panels is their mirror image, not computed."""
+    d = x.shape[1]
+    product = x.new_empty(d, d)
+    for start in range(0, d, _PANEL):
+        stop = start + _PANEL
+        torch.mm(x[:, start:stop].T, x[:, start:], out=product[start:stop, start:])
+        product[stop:, start:stop] = product[start:stop, stop:].T
+    return product

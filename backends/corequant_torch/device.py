@@ -16,7 +16,7 @@ from corequant.protocols import Moments
 from corequant.specs import Granularity, QuantSpec, qparams_shape
 from corequant_torch import launch, launch_streams, plain_rotation
 from corequant_torch.plain_grids import Grid, encode_powers, numpy_dtype, table_of
-from corequant_torch.plain_rotation import working
+from corequant_torch.plain_rotation import float_rows, working
 from corequant_torch.plain_scales import choose, effective, global_scale_for, ranges
 from corequant_torch.runtime import all_good, device_table, has_triton
 
@@ -141,7 +141,7 @@ class DeviceKernels:
         self, total: Any, x: Tensor, other: Tensor | None = None, *, double: bool = False
     ) -> Any:
         """Return ``total`` + XᵀY (d, d) of the rows of ``x`` and ``other``, or of ``x`` alone."""
-        left, right = (_rows(a, double) for a in (x, x if other is None else other))
+        left, right = (float_rows(a, double) for a in (x, x if other is None else other))
         product = left.T @ right
         if total is None:
             return product
@@ -283,11 +283,6 @@ class DeviceKernels:
         bad = self.first_nonfinite(x)
         if bad is not None:
             raise NonFiniteError("x", *bad)
-
-
-def _rows(x: Tensor, double: bool) -> Tensor:
-    rows = working(x.detach()).reshape(-1, x.shape[-1])
-    return rows.double() if double else rows
 
 
 def _size(x: Tensor, spec: QuantSpec) -> int:
