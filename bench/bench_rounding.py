@@ -53,8 +53,6 @@ def cells():
     for method in ("nearest", "gptq", "gpfq"):
         for shape in SHAPES[:3]:
             yield rounded("int4", *shape, method)
-    yield from accumulators()
-    yield from weights_only()
     for name in ("fp4", "mxfp4"):
         for method in reversed(METHODS):
             for shape in SHAPES[:3]:
@@ -62,6 +60,8 @@ def cells():
     for method in reversed(METHODS):
         yield rounded("int4", 128, "massdiff", method)
         yield rounded("int4", 32, "identity", method)
+    yield from accumulators()
+    yield from weights_only()
 
 
 def rounded(name, block, permutation, method, **more):
