@@ -37,6 +37,8 @@ FORMATS = {
 
 METHODS = ("nearest", "gptq", "gpfq", "qronos")
 FITTED = "scales fitted"
+BEST = "auto, signs, scales"
+PERMUTATIONS = ("identity", "massdiff", "energydiff", BEST)
 SHAPES = [(None, "identity"), (16, "massdiff"), (32, "massdiff"), (32, "identity")]
 
 
@@ -46,10 +48,11 @@ def cells():
         yield rounded("int4", *shape, "qronos")
     for block in (16, 32):
         yield rounded("int4", block, "energydiff", "qronos")
+        yield rounded("int4", block, "auto", "qronos", factors="scales")
     for shape in SHAPES[:3]:
         yield rounded("int4", *shape, "qronos", fit_scales=True)
     for block in (16, 32):
-        yield rounded("int4", block, "auto", "qronos")
+        yield rounded("int4", block, "auto", "nearest", factors="scales", fit_scales=True)
     for method in ("nearest", "gptq", "gpfq"):
         for shape in SHAPES[:3]:
             yield rounded("int4", *shape, method)
@@ -75,8 +78,9 @@ def rounded(name, block, permutation, method, **more):
         "activations": activations,
     }
     label = f"{method}, {FITTED}" if more.get("fit_scales") else method
+    choice = BEST if more.get("factors") else permutation
     size = "full" if block is None else str(block)
-    return "formats", (name, size, permutation, label), {**fields, **more}
+    return "formats", (name, size, choice, label), {**fields, **more}
 
 
 WIDTHS = {8: ("128x16", "32x14", "128x20", "128x18"), 4: ("128x12", "32x12", "128x14")}
@@ -198,8 +202,6 @@ def _weights(found) -> str:
         rows.append([label, *(f"{cell['perplexity']:.2f}" if cell else "" for cell in cells)])
     return _markdown(["", "int4", "int3", "int2"], rows)
 
-
-PERMUTATIONS = ("identity", "massdiff", "energydiff", "auto")
 
 _CAPTION = """Written by `bench_rounding.py`: SmolLM2-135M-Instruct, WikiText-2, 8 calibration
 windows of 2048 tokens, perplexity over the first 10 windows of the test split, seed 0; in brackets

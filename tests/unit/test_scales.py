@@ -140,6 +140,30 @@ def test_the_exact_search_against_every_piece(name, size):
         assert error <= least + 1e-9 * np.square(x).sum()
 
 
+@pytest.mark.parametrize("name", ["int2", "int4", "uint4", "int8"])
+@pytest.mark.parametrize("size", [33, 700, 4096])
+@pytest.mark.parametrize("unit", [1.0, 1e-310, 1e306])
+def test_the_exact_search_against_a_sweep_over_all_breakpoints(name, size, unit):
+    values = cq.find_format(name).finite_values
+    generator = np.random.default_rng(size)
+    for draw in (generator.standard_normal, lambda n: generator.standard_t(2, n)):
+        x = np.ldexp(np.frexp(draw(size))[0], generator.integers(-3, 3, size)) * unit
+        x /= 16
+        # Every entry's level falls from the last one to zero where the scale passes a middle.
+        w, top = np.abs(x) / unit, np.where(x > 0, values[-1], -values[0])
+        level = np.arange(int(top.max()))
+        there = level < top[:, None]
+        places = (w[:, None] / (level + 0.5))[there]
+        order = np.argsort(-places, kind="stable")
+        product = np.cumsum(np.broadcast_to(w[:, None], there.shape)[there][order])
+        square = np.cumsum(np.broadcast_to(2 * level + 1, there.shape)[there][order])
+        least = np.square(w).sum() - (product**2 / square).max()
+        codes = cq.quantize(x[None], f"{name}:channel:exact")
+        error = np.square((x - cq.dequantize(codes)[0]) / unit).sum()
+        # A subnormal scale has few bits.
+        assert error <= least + (1e-6 if unit < 1e-300 else 1e-12) * np.square(w).sum()
+
+
 def test_hqo_lowers_its_norm():
     x = np.random.default_rng(6).standard_t(3, (32, 256)).astype(np.float32)
     for symmetry in ("symmetric", "asymmetric"):
