@@ -37,7 +37,7 @@ FORMATS = {
 
 METHODS = ("nearest", "gptq", "gpfq", "qronos")
 FITTED = "scales fitted"
-BEST = "auto, signs, scales"
+BEST, SCALED = "auto, signs, scales", "signs, scales"
 PERMUTATIONS = ("identity", "massdiff", "energydiff", BEST)
 SHAPES = [(None, "identity"), (16, "massdiff"), (32, "massdiff"), (32, "identity")]
 
@@ -49,6 +49,7 @@ def cells():
     for block in (16, 32):
         yield rounded("int4", block, "energydiff", "qronos")
         yield rounded("int4", block, "auto", "qronos", factors="scales")
+    yield rounded("int4", None, "identity", "qronos", factors="scales")
     for shape in SHAPES[:3]:
         yield rounded("int4", *shape, "qronos", fit_scales=True)
     for block in (16, 32):
@@ -78,7 +79,9 @@ def rounded(name, block, permutation, method, **more):
         "activations": activations,
     }
     label = f"{method}, {FITTED}" if more.get("fit_scales") else method
-    choice = BEST if more.get("factors") else permutation
+    choice = permutation
+    if more.get("factors"):
+        choice = SCALED if block is None else BEST
     size = "full" if block is None else str(block)
     return "formats", (name, size, choice, label), {**fields, **more}
 
@@ -164,7 +167,11 @@ def _markdown(heads, rows) -> str:
 def _formats(found) -> str:
     labels = [*METHODS, f"nearest, {FITTED}", f"qronos, {FITTED}"]
     labels = [m for m in labels if any(k[0] == "formats" and k[4] == m for k in found)]
-    shapes = [("full", "identity"), *((str(b), p) for b in (16, 32, 128) for p in PERMUTATIONS)]
+    shapes = [
+        ("full", "identity"),
+        ("full", SCALED),
+        *((str(b), p) for b in (16, 32, 128) for p in PERMUTATIONS),
+    ]
     rows = []
     for name in FORMATS:
         for size, permutation in shapes:
@@ -173,7 +180,7 @@ def _formats(found) -> str:
                 cell = found.get(("formats", name, size, permutation, label))
                 whole = found.get(("formats", name, "full", "identity", label))
                 text = f"{cell['perplexity']:.2f}" if cell else ""
-                if cell and whole and size != "full":
+                if cell and whole and cell is not whole:
                     text += f" ({whole['perplexity'] / cell['perplexity']:.3f})"
                 row.append(text)
             if any(row):
@@ -248,7 +255,8 @@ def run(options, started):
         if time.monotonic() - started > 60 * options.minutes:
             break
         recipe = Recipe(samples=options.samples, seed=options.seed, **fields)
-        kind = "tokens" if recipe.permutation in ("auto", "energydiff") else "means"
+        tokens_too = recipe.permutation in ("auto", "energydiff") or recipe.factors != "none"
+        kind = "tokens" if tokens_too else "means"
         if kind not in calibrations:
             calibrations.clear()
             calibrations[kind] = cqhf.calibrate(model, recipe, text, tokenizer)
