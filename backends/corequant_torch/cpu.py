@@ -149,6 +149,8 @@ class CpuKernels:
         double: bool = False,
     ) -> npt.NDArray[Any]:
         """Return ``total`` + XᵀY (d, d) of the rows of ``x`` and ``other``, or of ``x`` alone."""
+        # Refuses what is not in plain memory.
+        to_numpy(x), to_numpy_or_none(other)
         left = float_rows(x, double)
         # By torch's threads: NumPy's would go on spinning beside the model that gives the next x.
         product = to_numpy(_gram(left) if other is None else left.T @ float_rows(other, double))
