@@ -33,7 +33,7 @@ Permutation = npt.NDArray[np.int64] | None
 
 
 class CpuKernels:
-    """Kernels on CPU tensors; they are the NumPy backend's, and nothing is copied for them."""
+    """Kernels on CPU tensors: the NumPy backend's on their memory, but torch multiplies matrices."""
 
     name = "torch"
 
