@@ -33,7 +33,7 @@ Permutation = npt.NDArray[np.int64] | None
 
 
 class CpuKernels:
-    """Kernels on CPU tensors: the NumPy backend's on their memory, but torch multiplies matrices."""
+    """Kernels on the memory of CPU tensors: the NumPy backend's, and torch's matrix products."""
 
     name = "torch"
 
