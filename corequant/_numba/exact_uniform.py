@@ -110,7 +110,11 @@ def _exact_sums(row, inverse, finer, least, most):  # type: ignore[no-untyped-de
 
 @jit_reordered
 def _flag(x, above, below, least, most, flags):  # type: ignore[no-untyped-def]
-    """Mark the entries that have another level at the one inverse scale than at the other."""
+    """Mark the entries that have another level at one inverse scale than at the other.
+
+    Returns how many levels lie between in all.
+    """
+    number = np.int64(0)
     for k in range(x.shape[0]):
         q = np.rint(x[k] * above)
         q = least if q < least else q
@@ -119,6 +123,8 @@ def _flag(x, above, below, least, most, flags):  # type: ignore[no-untyped-def]
         r = least if r < least else r
         r = most if r > most else r
         flags[k] = np.int16(q - r)
+        number += np.int64(abs(q - r))
+    return number
 
 
 @jit
@@ -131,10 +137,11 @@ def _least(total, product, square, small, big):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _sort(breaks, spare, starts, small, big, n):  # type: ignore[no-untyped-def]
-    """Sort the first n columns by falling scale: into as many buckets, and then by insertion."""
+def _sort(breaks, n, small, big):  # type: ignore[no-untyped-def]
+    """Return the first n columns by falling scale: into as many buckets, and then by insertion."""
+    spare = np.empty((3, n))
+    starts = np.zeros(n + 1, np.int64)
     factor = n / (big - small) * (1 - 1e-12)
-    starts[: n + 1] = 0
     for k in range(n):
         starts[int(max((big - breaks[0, k]) * factor, 0.0)) + 1] += 1
     for b in range(n):
@@ -153,18 +160,17 @@ def _sort(breaks, spare, starts, small, big, n):  # type: ignore[no-untyped-def]
                 spare[j, i + 1] = spare[j, i]
             i -= 1
         spare[0, i + 1], spare[1, i + 1], spare[2, i + 1] = place, product, square
+    return spare
 
 
 @jit
-def _sweep(row, x, inverse, small, big, least, most, flags, breaks, spare, starts, best):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Take into ``best`` (gain, scale) all sets of codes from the scale ``big`` to ``small``.
-
-    ``breaks`` has room for the scale, the change of B and that of A of each change of a level.
-    """
+def _sweep(row, x, inverse, small, big, least, most, flags, best):  # type: ignore[no-untyped-def]
+    """Take into ``best`` (gain, scale) all sets of codes from the scale ``big`` to ``small``."""
     # Entries that surely keep their level are told apart in float32.
     above = np.float32(1 / (small * (1 - 1e-6)))
     below = np.float32(1 / (big * (1 + 1e-6)))
-    _flag(x, above, below, least, most, flags)
+    # The scale, the change of B and that of A of each change of a level.
+    breaks = np.empty((3, _flag(x, above, below, least, most, flags)))
     finer = 1 / big
     product, square = _exact_sums(row, inverse, finer, least, most)
     n = 0
@@ -186,11 +192,11 @@ def _sweep(row, x, inverse, small, big, least, most, flags, breaks, spare, start
                 breaks[2, n] = 2 * level + 1
                 level += 1
                 n += 1
-    _sort(breaks, spare, starts, small, big, n)
+    ordered = _sort(breaks, n, small, big)
     for k in range(n + 1):
         if k > 0:
-            product += spare[1, k - 1]
-            square += spare[2, k - 1]
+            product += ordered[1, k - 1]
+            square += ordered[2, k - 1]
         if product > 0 and square > 0 and product * product > best[0] * square:
             best[0] = product * product / square
             best[1] = product / square
@@ -208,9 +214,6 @@ def exact_scales_uniform(panel, least, most, mask, scales):  # type: ignore[no-u
     x = np.zeros((size + CHUNK - 1) // CHUNK * CHUNK, np.float32)
     flags = np.zeros(x.shape[0], np.int16)
     top = max(np.float64(most), -np.float64(least))
-    breaks = np.empty((3, size * int(top)))
-    spare = np.empty_like(breaks)
-    starts = np.empty(breaks.shape[1] + 1, np.int64)
     # Scale, B and A at the lower end, then at the upper.
     waiting = np.empty((INTERVALS, 6))
     last = np.empty((INTERVALS, 3))
@@ -303,8 +306,6 @@ def exact_scales_uniform(panel, least, most, mask, scales):  # type: ignore[no-u
                 f + 1 < found and last[f + 1, 0] == last[f, 1] and last[f + 1, 2] <= bound + slack
             ):
                 f += 1
-            _sweep(
-                row, x, inverse, small, last[f, 1], least, most, flags, breaks, spare, starts, best
-            )
+            _sweep(row, x, inverse, small, last[f, 1], least, most, flags, best)
             f += 1
         scales[g] = best[1] * amax
