@@ -21,12 +21,9 @@ from corequant_torch.bridge import (
     to_torch,
     to_torch_or_none,
 )
-from corequant_torch.plain_rotation import float_rows
+from corequant_torch.grams import token_products
 
 __all__ = ["CpuKernels"]
-
-_PANEL = 256
-"""Columns of XᵀX that are computed at once, from the diagonal on."""
 
 Signs = npt.NDArray[np.int8] | None
 Permutation = npt.NDArray[np.int64] | None
@@ -149,11 +146,11 @@ class CpuKernels:
         double: bool = False,
     ) -> npt.NDArray[Any]:
         """Return ``total`` + XᵀY (d, d) of the rows of ``x`` and ``other``, or of ``x`` alone."""
-        # Refuses what is not in plain memory.
-        to_numpy(x), to_numpy_or_none(other)
-        left = float_rows(x, double)
+        for tensor in (x, other):
+            # Refused where it is not in plain memory.
+            to_numpy_or_none(tensor)
         # By torch's threads: NumPy's would go on spinning beside the model that gives the next x.
-        product = to_numpy(_gram(left) if other is None else left.T @ float_rows(other, double))
+        product = to_numpy(token_products(x, other, double))
         if total is None:
             return product
         summed = to_numpy(total.cpu()) if isinstance(total, torch.Tensor) else total
@@ -252,14 +249,3 @@ def _as_numpy(value: Any) -> Any:
         codes, scales, zeros, divisor = (to_numpy_or_none(t) for t in _arrays(value))
         return QuantizedTensor(codes, scales, zeros, value.spec, divisor)
     return value
-
-
-def _gram(x: torch.Tensor) -> torch.Tensor:
-    """Return XᵀX; what is below its diagonal panels is their mirror image, not computed."""
-    d = x.shape[1]
-    product = x.new_empty(d, d)
-    for start in range(0, d, _PANEL):
-        stop = start + _PANEL
-        torch.mm(x[:, start:stop].T, x[:, start:], out=product[start:stop, start:])
-        product[stop:, start:stop] = product[start:stop, stop:].T
-    return product

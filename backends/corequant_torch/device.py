@@ -15,8 +15,9 @@ from corequant.formats import FormatKind, NumberFormat
 from corequant.protocols import Moments
 from corequant.specs import Granularity, QuantSpec, qparams_shape
 from corequant_torch import launch, launch_streams, plain_rotation
+from corequant_torch.grams import token_products
 from corequant_torch.plain_grids import Grid, encode_powers, numpy_dtype, table_of
-from corequant_torch.plain_rotation import float_rows, working
+from corequant_torch.plain_rotation import working
 from corequant_torch.plain_scales import choose, effective, global_scale_for, ranges
 from corequant_torch.runtime import all_good, device_table, has_triton
 
@@ -141,8 +142,7 @@ class DeviceKernels:
         self, total: Any, x: Tensor, other: Tensor | None = None, *, double: bool = False
     ) -> Any:
         """Return ``total`` + XᵀY (d, d) of the rows of ``x`` and ``other``, or of ``x`` alone."""
-        left, right = (float_rows(a, double) for a in (x, x if other is None else other))
-        product = left.T @ right
+        product = token_products(x, other, double)
         if total is None:
             return product
         if isinstance(total, np.ndarray):

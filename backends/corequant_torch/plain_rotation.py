@@ -13,7 +13,7 @@ import torch
 
 from corequant.hadamard import hadamard_factors, hadamard_matrix
 
-__all__ = ["float_rows", "moments", "rotate", "token_normalize", "working"]
+__all__ = ["moments", "rotate", "token_normalize", "working"]
 
 Tensor = torch.Tensor
 
@@ -21,12 +21,6 @@ Tensor = torch.Tensor
 def working(x: Tensor) -> Tensor:
     """Return ``x`` in float32, or float64 for float64."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def float_rows(x: Tensor, double: bool) -> Tensor:
-    """Return the rows (n, d) of ``x`` (..., d) in float32, or float64 for float64 or ``double``."""
-    rows = working(x.detach()).reshape(-1, x.shape[-1])
-    return rows.double() if double else rows
 
 
 @lru_cache(maxsize=64)

@@ -12,6 +12,8 @@ which gives for any interval of scales, in time that doesn't depend on the numbe
 Intervals whose lower bound is above the best upper bound are dropped, others split, and the last
 ones swept breakpoint by breakpoint.
 
+Where levels are equally spaced, ``exact_uniform`` finds the same scale sooner.
+
 Source: the sweep as in PiSO, arXiv 2606.10890, for an identity Hessian; the bounds are our own.
 """
 

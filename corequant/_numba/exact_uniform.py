@@ -41,6 +41,15 @@ SLACK = 8e-6
 for each addition in a chunk, twice. The rounding of entries and scales is far below that."""
 
 INTERVALS = 4096
+"""Room for intervals that are waiting."""
+
+
+@jit_reordered
+def _level(value, least, most):  # type: ignore[no-untyped-def]
+    """Return the nearest level; without a branch."""
+    level = np.rint(value)
+    level = least if level < least else level
+    return most if level > most else level
 
 
 @jit_reordered
@@ -64,9 +73,7 @@ def _sums(x, inverse, least, most):  # type: ignore[no-untyped-def]
         energy = np.float32(0)
         for k in range(CHUNK):
             w = x[chunk * CHUNK + k]
-            q = np.rint(w * inverse)
-            q = least if q < least else q
-            q = most if q > most else q
+            q = _level(w * inverse, least, most)
             part += q * w
             energy += q * q
         product += np.float64(part)
@@ -100,9 +107,7 @@ def _exact_sums(row, inverse, finer, least, most):  # type: ignore[no-untyped-de
     high = np.float64(most)
     for k in range(row.shape[0]):
         w = np.float64(row[k]) * inverse
-        q = np.rint(w * finer)
-        q = low if q < low else q
-        q = high if q > high else q
+        q = _level(w * finer, low, high)
         product += q * w
         square += q * q
     return product, square
@@ -116,30 +121,16 @@ def _flag(x, above, below, least, most, flags):  # type: ignore[no-untyped-def]
     """
     number = np.int64(0)
     for k in range(x.shape[0]):
-        q = np.rint(x[k] * above)
-        q = least if q < least else q
-        q = most if q > most else q
-        r = np.rint(x[k] * below)
-        r = least if r < least else r
-        r = most if r > most else r
-        flags[k] = np.int16(q - r)
-        number += np.int64(abs(q - r))
+        changes = _level(x[k] * above, least, most) - _level(x[k] * below, least, most)
+        flags[k] = np.int16(changes)
+        number += np.int64(abs(changes))
     return number
-
-
-@jit
-def _least(total, product, square, small, big):  # type: ignore[no-untyped-def]
-    """Return the least error of one set of codes at the scales between two."""
-    s = big
-    if square > 0:
-        s = min(max(product / square, small), big)
-    return total - 2 * s * product + s * s * square
 
 
 @jit
 def _sort(breaks, n, small, big):  # type: ignore[no-untyped-def]
     """Return the first n columns by falling scale: into as many buckets, and then by insertion."""
-    spare = np.empty((3, n))
+    ordered = np.empty((3, n))
     starts = np.zeros(n + 1, np.int64)
     factor = n / (big - small) * (1 - 1e-12)
     for k in range(n):
@@ -151,16 +142,16 @@ def _sort(breaks, n, small, big):  # type: ignore[no-untyped-def]
         at = starts[b]
         starts[b] += 1
         for i in range(3):
-            spare[i, at] = breaks[i, k]
+            ordered[i, at] = breaks[i, k]
     for k in range(1, n):
-        place, product, square = spare[0, k], spare[1, k], spare[2, k]
+        place, product, square = ordered[0, k], ordered[1, k], ordered[2, k]
         i = k - 1
-        while i >= 0 and spare[0, i] < place:
+        while i >= 0 and ordered[0, i] < place:
             for j in range(3):
-                spare[j, i + 1] = spare[j, i]
+                ordered[j, i + 1] = ordered[j, i]
             i -= 1
-        spare[0, i + 1], spare[1, i + 1], spare[2, i + 1] = place, product, square
-    return spare
+        ordered[0, i + 1], ordered[1, i + 1], ordered[2, i + 1] = place, product, square
+    return ordered
 
 
 @jit
@@ -203,6 +194,97 @@ def _sweep(row, x, inverse, small, big, least, most, flags, best):  # type: igno
 
 
 @jit
+def _least_error(total, product, square, small, big):  # type: ignore[no-untyped-def]
+    """Return the least error of one set of codes at the scales between two."""
+    s = big
+    if square > 0:
+        s = min(max(product / square, small), big)
+    return total - 2 * s * product + s * s * square
+
+
+@jit
+def _put(intervals, at, small, low_product, low_square, big, high_product, high_square):  # type: ignore[no-untyped-def]  # fmt: skip
+    intervals[at, 0] = small
+    intervals[at, 1] = low_product
+    intervals[at, 2] = low_square
+    intervals[at, 3] = big
+    intervals[at, 4] = high_product
+    intervals[at, 5] = high_square
+
+
+@jit
+def _cover(x, total, least, most, intervals):  # type: ignore[no-untyped-def]
+    """Write intervals of all scales that may be best, with B and A of their ends, from the top.
+
+    Returns their number and the least error that is known to be reached.
+    """
+    top = max(np.float64(most), -np.float64(least))
+    bound = total
+    # All entries become zero at the first scale.
+    big = 2.0
+    high_product = 0.0
+    high_square = 0.0
+    number = 0
+    while True:
+        small = big / (COARSE if big * top > 1.2 else MIDDLE)
+        product, square = _sums(x, np.float32(1 / small), least, most)
+        if product > 0:
+            bound = min(bound, total - product * product / square)
+        _put(intervals, number, small, product, square, big, high_product, high_square)
+        number += 1
+        big = small
+        high_product = product
+        high_square = square
+        # Below, clipping alone costs more than the best.
+        if big * top < 1 and (
+            _clipped(x, np.float32(least * big), np.float32(most * big)) > bound + SLACK * total
+            or big * top < 1e-9
+            or number > INTERVALS // 2
+        ):
+            return number, bound
+
+
+@jit
+def _narrow(x, total, least, most, intervals, number, bound, narrow):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Split intervals and drop what cannot hold the best scale.
+
+    Writes scale, scale and bound of the intervals that are left, from the smallest scale up, and
+    returns how many there are and the least error that is known to be reached.
+    """
+    found = 0
+    while number > 0:
+        number -= 1
+        small = intervals[number, 0]
+        low_product = intervals[number, 1]
+        low_square = intervals[number, 2]
+        big = intervals[number, 3]
+        high_product = intervals[number, 4]
+        high_square = intervals[number, 5]
+        changes = low_square - high_square
+        floor = min(
+            _least_error(total, low_product, low_square, small, big),
+            _least_error(total, high_product, high_square, small, big),
+        )
+        floor -= big * (big - small) / 4 * changes
+        if floor > bound + SLACK * total:
+            continue
+        if big <= small * FINE or changes <= FEW or number + found + 2 > INTERVALS:
+            narrow[found, 0] = small
+            narrow[found, 1] = big
+            narrow[found, 2] = floor
+            found += 1
+            continue
+        middle = np.sqrt(small * big)
+        product, square = _sums(x, np.float32(1 / middle), least, most)
+        if product > 0:
+            bound = min(bound, total - product * product / square)
+        _put(intervals, number, middle, product, square, big, high_product, high_square)
+        _put(intervals, number + 1, small, low_product, low_square, middle, product, square)
+        number += 2
+    return found, bound
+
+
+@jit
 def exact_scales_uniform(panel, least, most, mask, scales):  # type: ignore[no-untyped-def]
     """Write the scale of least squared error of each group, 0 where none beats all zeros.
 
@@ -213,10 +295,8 @@ def exact_scales_uniform(panel, least, most, mask, scales):  # type: ignore[no-u
     # Zeros at the end add nothing.
     x = np.zeros((size + CHUNK - 1) // CHUNK * CHUNK, np.float32)
     flags = np.zeros(x.shape[0], np.int16)
-    top = max(np.float64(most), -np.float64(least))
-    # Scale, B and A at the lower end, then at the upper.
-    waiting = np.empty((INTERVALS, 6))
-    last = np.empty((INTERVALS, 3))
+    intervals = np.empty((INTERVALS, 6))
+    narrow = np.empty((INTERVALS, 3))
     best = np.empty(2)
     for g in range(panel.shape[0]):
         row = panel[g]
@@ -226,86 +306,21 @@ def exact_scales_uniform(panel, least, most, mask, scales):  # type: ignore[no-u
             continue
         inverse = 1 / amax
         total = _normalize(row, inverse, x)
-        slack = SLACK * total
-        bound = total
-        # Coarse intervals from the top down, until clipping alone costs more than the best. All
-        # entries become zero at the first scale.
-        big = 2.0
-        high_product = 0.0
-        high_square = 0.0
-        stack = 0
-        while True:
-            small = big / (COARSE if big * top > 1.2 else MIDDLE)
-            product, square = _sums(x, np.float32(1 / small), least, most)
-            if product > 0:
-                bound = min(bound, total - product * product / square)
-            waiting[stack, 0] = small
-            waiting[stack, 1] = product
-            waiting[stack, 2] = square
-            waiting[stack, 3] = big
-            waiting[stack, 4] = high_product
-            waiting[stack, 5] = high_square
-            stack += 1
-            big = small
-            high_product = product
-            high_square = square
-            if big * top < 1 and (
-                _clipped(x, np.float32(least * big), np.float32(most * big)) > bound + slack
-                or big * top < 1e-9
-                or stack > INTERVALS // 2
-            ):
-                break
-        # Split what may still hold the best scale, from the smallest up.
-        found = 0
-        while stack > 0:
-            stack -= 1
-            small = waiting[stack, 0]
-            low_product = waiting[stack, 1]
-            low_square = waiting[stack, 2]
-            big = waiting[stack, 3]
-            high_product = waiting[stack, 4]
-            high_square = waiting[stack, 5]
-            changes = low_square - high_square
-            floor = min(
-                _least(total, low_product, low_square, small, big),
-                _least(total, high_product, high_square, small, big),
-            )
-            floor -= big * (big - small) / 4 * changes
-            if floor > bound + slack:
-                continue
-            if big <= small * FINE or changes <= FEW or stack + found + 2 > INTERVALS:
-                last[found, 0] = small
-                last[found, 1] = big
-                last[found, 2] = floor
-                found += 1
-                continue
-            middle = np.sqrt(small * big)
-            product, square = _sums(x, np.float32(1 / middle), least, most)
-            if product > 0:
-                bound = min(bound, total - product * product / square)
-            waiting[stack, 0] = middle
-            waiting[stack, 1] = product
-            waiting[stack, 2] = square
-            stack += 1
-            waiting[stack, 0] = small
-            waiting[stack, 1] = low_product
-            waiting[stack, 2] = low_square
-            waiting[stack, 3] = middle
-            waiting[stack, 4] = product
-            waiting[stack, 5] = square
-            stack += 1
+        number, bound = _cover(x, total, least, most, intervals)
+        found, bound = _narrow(x, total, least, most, intervals, number, bound, narrow)
+        highest = bound + SLACK * total
         best[:] = 0
         f = 0
         while f < found:
-            if last[f, 2] > bound + slack:
+            if narrow[f, 2] > highest:
                 f += 1
                 continue
             # Neighbours are swept as one.
-            small = last[f, 0]
+            small = narrow[f, 0]
             while (
-                f + 1 < found and last[f + 1, 0] == last[f, 1] and last[f + 1, 2] <= bound + slack
+                f + 1 < found and narrow[f + 1, 0] == narrow[f, 1] and narrow[f + 1, 2] <= highest
             ):
                 f += 1
-            _sweep(row, x, inverse, small, last[f, 1], least, most, flags, best)
+            _sweep(row, x, inverse, small, narrow[f, 1], least, most, flags, best)
             f += 1
         scales[g] = best[1] * amax

@@ -147,8 +147,8 @@ def test_the_exact_search_against_a_sweep_over_all_breakpoints(name, size, unit)
     values = cq.find_format(name).finite_values
     generator = np.random.default_rng(size)
     for draw in (generator.standard_normal, lambda n: generator.standard_t(2, n)):
-        x = np.ldexp(np.frexp(draw(size))[0], generator.integers(-3, 3, size)) * unit
-        x /= 16
+        x = draw(size)
+        x *= unit / np.abs(x).max()
         # Every entry's level falls from the last one to zero where the scale passes a middle.
         w, top = np.abs(x) / unit, np.where(x > 0, values[-1], -values[0])
         level = np.arange(int(top.max()))

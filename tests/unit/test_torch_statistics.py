@@ -166,6 +166,29 @@ def test_products_are_exact_in_float64(elsewhere):
     assert elsewhere.add_gram(np.ones((48, 48)), x).dtype == torch.float64
 
 
+@pytest.mark.parametrize("d", [1, 255, 256, 300, 513])
+def test_products_of_every_width_are_symmetric_and_those_of_any_thread_count(d):
+    x = torch.randn(70, d, generator=torch.Generator().manual_seed(d))
+    backend, before, found = get_backend("torch"), torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(backend.add_gram(None, x))
+    torch.set_num_threads(before)
+    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(found[0], found[0].T)
+    expected = x.numpy().T @ x.numpy()
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-5 * np.sqrt(70))
+
+
+def test_autocast_lowers_no_products(elsewhere):
+    x = torch.from_numpy(tokens())
+    for backend in (elsewhere, get_backend("torch")):
+        exact = np.asarray(backend.add_gram(None, x)), np.asarray(backend.add_gram(None, x, -x))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = np.asarray(backend.add_gram(None, x)), np.asarray(backend.add_gram(None, x, -x))
+        np.testing.assert_array_equal(found, exact)
+
+
 def test_memory_that_runs_out_leaves_the_statistics_as_they_were(elsewhere, monkeypatch):
     x = torch.from_numpy(tokens())
     found = cq.ActivationStats(48, gram=True).update(x)
