@@ -13,15 +13,14 @@ a later run goes on from there. ``--write`` puts the table into bench/README.md.
 
 from __future__ import annotations
 
-import argparse
 import json
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import torch
 from bench_recovery import FULL, METHODS
 from choices import choose_all
 from markdown import write_section
+from options import parser_for
 
 import corequant as cq
 import corequant_transformers as cqhf
@@ -93,12 +92,7 @@ def table(found: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, type=Path)
-    parser.add_argument("--calibration", required=True, type=Path)
-    parser.add_argument("--text", required=True, type=Path)
-    parser.add_argument("--json", required=True, type=Path)
-    parser.add_argument("--write", action="store_true", help="write the table to bench/README.md")
+    parser = parser_for(__doc__)
     o = parser.parse_args()
     results = json.loads(o.json.read_text(encoding="utf-8")) if o.json.exists() else []
     found = {(b, method): value for b, method, value in results}

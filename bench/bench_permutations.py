@@ -13,14 +13,13 @@ bench/README.md.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from markdown import write_section
+from options import parser_for
 
 import corequant as cq
 import corequant_transformers as cqhf
@@ -178,13 +177,8 @@ def report(records) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, type=Path)
-    parser.add_argument("--calibration", required=True, type=Path)
-    parser.add_argument("--text", required=True, type=Path)
-    parser.add_argument("--json", required=True, type=Path)
+    parser = parser_for(__doc__)
     parser.add_argument("--minutes", default=1e9, type=float, help="start no layer after that")
-    parser.add_argument("--write", action="store_true", help="write the tables to bench/README.md")
     o = parser.parse_args()
     started = time.monotonic()
     records = json.loads(o.json.read_text(encoding="utf-8")) if o.json.exists() else []

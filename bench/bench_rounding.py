@@ -9,12 +9,11 @@ in the order of their importance.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-from pathlib import Path
 
 from markdown import write_section
+from options import parser_for
 
 import corequant as cq
 import corequant_transformers as cqhf
@@ -145,18 +144,16 @@ def weights_only():
 def report(done) -> str:
     """Return the section of bench/README.md."""
     found = {tuple(cell["key"][:-3]): cell for cell in done}
-    return "\n\n".join(
-        [
-            "## Rounding that sees the data",
-            _CAPTION,
-            "### INT4, FP4 and MXFP4, weights and activations",
-            _formats(found),
-            "### Accumulators, blocks of 32 with MassDiff",
-            _accumulators(found),
-            "### Weights alone, full rotation",
-            _weights(found),
-        ]
-    )
+    tables = {
+        "formats": ("INT4, FP4 and MXFP4, weights and activations", _formats),
+        "accumulators": ("Accumulators, blocks of 32 with MassDiff", _accumulators),
+        "weights": ("Weights alone, full rotation", _weights),
+    }
+    parts = ["## Rounding that sees the data", _CAPTION]
+    for name, (title, table) in tables.items():
+        if any(key[0] == name for key in found):
+            parts += [f"### {title}", table(found)]
+    return "\n\n".join(parts)
 
 
 def _markdown(heads, rows) -> str:
@@ -217,17 +214,12 @@ Cells without a number were not run."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, type=Path)
-    parser.add_argument("--calibration", required=True, type=Path)
-    parser.add_argument("--text", required=True, type=Path)
-    parser.add_argument("--json", required=True, type=Path)
+    parser = parser_for(__doc__)
     parser.add_argument("--windows", default=10, type=int)
     parser.add_argument("--samples", default=8, type=int)
     parser.add_argument("--minutes", default=1e9, type=float)
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--only", help="run cells whose labels contain this")
-    parser.add_argument("--write", action="store_true", help="write the tables to bench/README.md")
     options = parser.parse_args()
 
     started = time.monotonic()

@@ -155,7 +155,8 @@ class ColumnSolver(Protocol):
     def round_columns(self, method: str, **arguments: Any) -> Any:
         """Return what a public function gives for the backend's arrays.
 
-        ``method`` is ``gptq``, ``gpfq``, ``qronos``, ``round_to_nearest`` or
-        ``reconstruction_loss``, and ``arguments`` are all of that function's, by name and not yet
-        checked. Reconstruction losses are NumPy's up to rounding; codes need not be.
+        ``method`` is ``gptq``, ``gpfq``, ``qronos``, ``learned_rounding``, ``magr``,
+        ``fit_scales``, ``round_to_nearest`` or ``reconstruction_loss``, and ``arguments`` are all
+        of that function's, by name and not yet checked. Reconstruction losses are NumPy's up to
+        rounding; codes need not be.
         """

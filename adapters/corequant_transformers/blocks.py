@@ -14,6 +14,7 @@ import torch
 import corequant as cq
 from corequant.rounding import RoundedTensor, round_to_nearest
 from corequant_transformers.budgets import HELD_BYTES
+from corequant_transformers.devices import to_host
 from corequant_transformers.layers import QuantizedLinear
 from corequant_transformers.parts import Part, Parts, part_plan
 from corequant_transformers.planning import MatrixPlan, ModelPlan
@@ -69,13 +70,14 @@ def round_nearest(
 
 
 def _weight(model: Any, matrix: MatrixPlan) -> Any:
-    return model.get_submodule(matrix.name).weight.detach().numpy().astype(np.float32)
+    return to_host(model.get_submodule(matrix.name).weight).astype(np.float32)
 
 
 def _place(
     model: Any, matrix: MatrixPlan, plan: ModelPlan, W: Any, rounded: RoundedTensor
 ) -> dict[str, Any]:
-    bias = getattr(model.get_submodule(matrix.name), "bias", None)
+    module = model.get_submodule(matrix.name)
+    bias = getattr(module, "bias", None)
     layer = QuantizedLinear(
         rounded,
         None if bias is None else bias.detach().float(),
@@ -83,7 +85,7 @@ def _place(
         plan.recipe.activations,
         matrix.name,
     )
-    model.set_submodule(matrix.name, layer)
+    model.set_submodule(matrix.name, layer.to(module.weight.device))
     error = np.square(W - cq.dequantize(rounded)).sum() / max(np.square(W).sum(), 1e-30)
     return {"name": matrix.name, "relative_squared_error": float(error)}
 

@@ -345,7 +345,13 @@ def _tensors(model: Any, plan: ModelPlan) -> dict[str, torch.Tensor]:
         if layer.bias is not None:
             tensors[f"{matrix.name}.bias"] = layer.bias
     rest = {k: v for k, v in model.state_dict().items() if not _belongs(k, plan)}
-    return {k: v.detach().contiguous() for k, v in {**rest, **tensors}.items()}
+    return {k: _at_home(v) for k, v in {**rest, **tensors}.items()}
+
+
+def _at_home(tensor: torch.Tensor) -> torch.Tensor:
+    # Parts of a skeleton that are not open have no numbers to bring home.
+    there = tensor.detach().contiguous()
+    return there if there.is_meta else there.cpu()
 
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from corequant.errors import VerificationError
+from corequant_transformers.devices import to_host
 from corequant_transformers.parts import ENTRY, EXIT, Parts, part_plan
 from corequant_transformers.planning import ModelPlan
 from corequant_transformers.rows import MatrixPlan
@@ -73,8 +74,8 @@ def transform_entry(
     path = plan.architecture.embedding
     matrix = next(m for m in rows.matrices if m.name == path)
     table = model.get_submodule(path)
-    known = np.unique(tokens)
-    model.set_submodule(path, _excerpt(table, torch.from_numpy(known)))
+    known = torch.from_numpy(np.unique(tokens)).to(parts.device)
+    model.set_submodule(path, _excerpt(table, known))
     try:
         model.double()
         with KeepFloat64():
@@ -88,7 +89,7 @@ def transform_entry(
     finally:
         model.set_submodule(path, table)
         model.float()
-    weight, _ = _assemble(_pieces(table, matrix, choices), matrix.shape)
+    weight, _ = _assemble(_pieces(table, matrix, choices), matrix.shape, parts.device)
     if not torch.equal(weight[known], wanted):
         raise VerificationError(f"rows of {path} came out otherwise by themselves than together")
     table.weight = torch.nn.Parameter(weight, requires_grad=False)
@@ -132,7 +133,7 @@ def transform_exit(
     prints = fingerprints(model, rows)
     reference = _logits(parts, path, _pieces(head), states[0], ids)
     transformed = _pieces(head, matrix, choices, _norm_of(model, matrix, plan))
-    weight, bias = _assemble(transformed, matrix.shape)
+    weight, bias = _assemble(transformed, matrix.shape, parts.device)
     settle_norms(model, rows, choices)
     error = relative_error(reference, _logits(parts, path, transformed, states[1], ids))
     head.weight = torch.nn.Parameter(weight, requires_grad=False)
@@ -160,11 +161,11 @@ def _norm_of(model: Any, matrix: MatrixPlan, plan: ModelPlan) -> tuple[Array | N
     if not plan.folds or matrix.norm is None:
         return None, None
     norm = model.get_submodule(matrix.norm)
-    gain = norm.weight.detach().numpy().astype(np.float64)
+    gain = to_host(norm.weight).astype(np.float64)
     if plan.architecture.norm == "rms_one_plus":
         gain += 1.0
     bias = getattr(norm, "bias", None)
-    return gain, None if bias is None else bias.detach().numpy().astype(np.float64)
+    return gain, None if bias is None else to_host(bias).astype(np.float64)
 
 
 def _pieces(
@@ -174,9 +175,9 @@ def _pieces(
     norm: tuple[Array | None, Array | None] = (None, None),
 ) -> Pieces:
     """Return a float32 module's rows in float64, transformed if there is a row of a plan."""
-    weight = module.weight.detach().numpy()
+    weight = to_host(module.weight)
     given = getattr(module, "bias", None)
-    bias = None if given is None else given.detach().numpy()
+    bias = None if given is None else to_host(given)
     step = max(1, _PIECE // weight.shape[1])
 
     def pieces() -> Iterator[tuple[Array, Array | None]]:
@@ -190,8 +191,10 @@ def _pieces(
     return pieces
 
 
-def _assemble(pieces: Pieces, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return all rows and their bias in float32."""
+def _assemble(
+    pieces: Pieces, shape: tuple[int, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return all rows and their bias in float32, on a device."""
     weight, biases, first = torch.empty(shape), list[Array](), 0
     for W, b in pieces():
         weight[first : first + len(W)] = torch.from_numpy(W)
@@ -199,7 +202,7 @@ def _assemble(pieces: Pieces, shape: tuple[int, ...]) -> tuple[torch.Tensor, tor
         if b is not None:
             biases.append(b)
     bias = torch.from_numpy(np.concatenate(biases)).float() if biases else None
-    return weight, bias
+    return weight.to(device), None if bias is None else bias.to(device)
 
 
 class _Head(torch.nn.Module):
@@ -213,8 +216,8 @@ class _Head(torch.nn.Module):
         """Return ``x Wᵀ + b``."""
         products = []
         for W, b in self._rows():
-            bias = None if b is None else torch.from_numpy(b)
-            products.append(torch.nn.functional.linear(x, torch.from_numpy(W), bias))
+            bias = None if b is None else torch.from_numpy(b).to(x.device)
+            products.append(torch.nn.functional.linear(x, torch.from_numpy(W).to(x.device), bias))
         return torch.cat(products, -1)
 
 

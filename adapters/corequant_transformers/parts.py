@@ -21,6 +21,7 @@ import torch
 import transformers
 
 import corequant as cq
+from corequant_transformers.devices import to_host
 from corequant_transformers.layouts import check_modules, standardize, standardized
 from corequant_transformers.planning import ModelPlan
 from corequant_transformers.sources import quiet_transformers
@@ -62,7 +63,7 @@ class ModelWeights:
         """Give the parameters of these names to the modules of ``model``, in float32."""
         for key in keys:
             # Nothing writes into a weight: whatever is transformed is a new tensor.
-            value = self._state[key].detach().to("cpu", torch.float32)
+            value = self._state[key].detach().to(torch.float32)
             path, _, name = key.rpartition(".")
             module = model.get_submodule(path)
             if name in module._buffers:
@@ -115,6 +116,8 @@ class Parts:
     plan : ModelPlan
         Says which modules belong to which part.
     weights : Weights
+    device : torch.device
+        Where open parts compute.
 
     Attributes
     ----------
@@ -128,10 +131,18 @@ class Parts:
         If a matrix or norm of the plan is not in the model.
     """
 
-    def __init__(self, model: Any, plan: ModelPlan, weights: Weights) -> None:
+    def __init__(
+        self,
+        model: Any,
+        plan: ModelPlan,
+        weights: Weights,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+    ) -> None:
         self.model = model
         self.weights = weights
         self.plan = plan
+        self.device = device
+        _move_buffers(model, device)
         _untie(model, plan)
         self.keys: dict[Part, list[str]] = {part: [] for part in self.order}
         for name in model.state_dict():
@@ -175,7 +186,7 @@ class Parts:
             self.weights.fill(self.model, self.keys[part])
             standardize(self.model, part_plan(self.plan, part))
             for path in paths:
-                _check_finite(path, self.model.get_submodule(path))
+                _check_finite(path, self.model.get_submodule(path).to(self.device))
             yield self.model
         finally:
             opened = [weakref.ref(self.model.get_submodule(path)) for path in paths]
@@ -221,6 +232,14 @@ def _give_back(modules: Sequence[weakref.ref[torch.nn.Module]]) -> None:
         trim(0)
 
 
+def _move_buffers(model: Any, device: torch.device) -> None:
+    """Bring what a skeleton has besides parameters to the device."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+
+
 def _untie(model: Any, plan: ModelPlan) -> None:
     embedding = model.get_submodule(plan.architecture.embedding)
     head = model.get_submodule(plan.architecture.head)
@@ -236,7 +255,7 @@ def _check_finite(path: str, module: torch.nn.Module) -> None:
         # The least and the largest number are NaN where any is; looking at each makes copies.
         least, largest = torch.aminmax(tensor)
         if not bool(torch.isfinite(least) & torch.isfinite(largest)):
-            good = torch.isfinite(tensor).numpy()
+            good = to_host(torch.isfinite(tensor))
             index = tuple(int(i) for i in np.unravel_index(int(good.argmin()), good.shape))
             count = int(good.size - good.sum())
             raise cq.NonFiniteError(f"{path}.{name}", count, index, float(tensor[index]))

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy.typing as npt
+import torch
 
+from corequant.errors import BackendError
 from corequant.recipe import Recipe
 from corequant_transformers.budgets import held_bytes, peak_rss_mib
 from corequant_transformers.checkpoint import check_output, load, place_tensors, save
 from corequant_transformers.choosing import Calibration
 from corequant_transformers.descriptions import check_described
+from corequant_transformers.devices import check_device, device_of
 from corequant_transformers.gathering import gather
 from corequant_transformers.layouts import standardize
 from corequant_transformers.ledgers import Ledger, MemoryLedger
@@ -141,7 +144,7 @@ def calibrate(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Untransformed, float.
+        Untransformed, float; it is run where it is, on the CPU or a GPU.
     recipe : Recipe
         Says how many windows of how many tokens are taken from a text.
     calibration : str or numpy.ndarray (windows, length)
@@ -168,7 +171,8 @@ def calibrate(
     else:
         tokens = check_tokens(calibration)
     table = plan_model(model.config, recipe)
-    return gather(Parts(skeleton(model), table, ModelWeights(model)), table, tokens, progress)
+    parts = Parts(skeleton(model), table, ModelWeights(model), device_of(model))
+    return gather(parts, table, tokens, progress)
 
 
 def quantize(
@@ -181,6 +185,7 @@ def quantize(
     executor: Executor | None = None,
     resume: bool = False,
     memory: int | None = None,
+    device: str | torch.device | None = None,
     events: Callable[[dict[str, Any]], None] = lambda event: None,
     progress: Progress = lambda phase, done, total: None,
 ) -> Quantized:
@@ -209,6 +214,13 @@ def quantize(
     memory : int, optional
         Bytes that the run may take, which ``limit_memory`` has the system enforce. Where that is
         little, forward passes hold less and are repeated instead; the result is the same.
+    device : str or torch.device, optional
+        Where forward passes, statistics, adaptive rounding and verification happen, such as
+        ``"cuda"``, and where the result is if it is not written; by default where a model in
+        memory is, and the CPU for one on disk. Matrices are transformed on the CPU in any case, so
+        that what is rounded to nearest has the same codes from the same statistics everywhere.
+        Sums of products differ in their last bits between devices, and what follows from them
+        may.
     events : callable
         Called with a dictionary after each step of a model on disk: the step, the seconds that it
         took, and, from the second decoder block on, those that remain.
@@ -223,6 +235,8 @@ def quantize(
     ------
     ArchitectureError, BlockSizeError, HadamardOrderError
         If the recipe can't be carried out on the model.
+    BackendError
+        If there is no such device, or an executor is given with another device than the CPU.
     CalibrationError
         If there is too little text.
     CheckpointError, OutputError
@@ -257,6 +271,7 @@ def quantize(
     if output is not None:
         check_output(output, allow_full=resume)
     source = Source(model) if isinstance(model, str | Path) else None
+    where = _device(device, None if source else model, executor)
     table = plan(model, recipe)
     if source is not None:
         tokenizer = source.tokenizer()
@@ -269,7 +284,8 @@ def quantize(
     tokens = found.tokens if found is not None else check_tokens(calibration)
 
     def make(ledger: Ledger, after: Callable[[str, float], None] = lambda step, s: None) -> _Made:
-        parts, float_config = _parts(model if source is None else source, table, progress)
+        given = model if source is None else source
+        parts, float_config = _parts(given, table, where, progress)
         job = Job(
             parts,
             table,
@@ -308,7 +324,7 @@ def quantize(
             done.save(output)
             progress("save", 1, 1)
         return done
-    manifest = describe_run(source, recipe, tokens)
+    manifest = describe_run(source, recipe, tokens, where)
     with begin_run(output, manifest, resume=resume) as run:
         pace = Pace(efforts(table, tokens.shape), run.log, events)
         made = make(run, pace.step)
@@ -333,19 +349,36 @@ class _Made:
     report: dict[str, Any]
 
 
-def _parts(model: Source | Any, table: ModelPlan, progress: Progress) -> tuple[Parts, str]:
+def _device(
+    device: str | torch.device | None, model: Any, executor: Executor | None
+) -> torch.device:
+    if device is None:
+        where = torch.device("cpu") if model is None else device_of(model)
+    else:
+        where = check_device(device)
+    if executor is not None and where.type != "cpu":
+        raise BackendError(
+            f"executor must be left out where the device is not the CPU, got device {where}: its "
+            "workers would share the device"
+        )
+    return where
+
+
+def _parts(
+    model: Source | Any, table: ModelPlan, device: torch.device, progress: Progress
+) -> tuple[Parts, str]:
     """Return a model's parts, and the text of its config."""
     if isinstance(model, Source) and not model.is_gguf:
         bare = skeleton(model.config())
         weights = FileWeights(model, bare, table)
         text = (model.path / "config.json").read_text(encoding="utf-8")
-        return Parts(bare, table, weights), text
+        return Parts(bare, table, weights, device), text
     if isinstance(model, Source):
         progress("load", 0, 1)
         model = model.load()
         progress("load", 1, 1)
     text = model.config.to_json_string(use_diff=False)
-    return Parts(skeleton(model), table, ModelWeights(model)), text
+    return Parts(skeleton(model), table, ModelWeights(model), device), text
 
 
 def _assemble(job: Job) -> Any:
@@ -358,7 +391,7 @@ def _assemble(job: Job) -> Any:
         for step in job.quantizing_steps
         for name, tensor in job.ledger.tensors(step).items()
     }
-    return place_tensors(model, job.plan, tensors, "the result")
+    return place_tensors(model, job.plan, tensors, "the result").to(job.parts.device)
 
 
 def _report(job: Job, started: float) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class WindowFile:
         return torch.frombuffer(data, dtype=self.dtype).reshape(-1, *self.shape[1:])
 
     def __setitem__(self, index: int, value: torch.Tensor) -> None:
-        flat = value.detach().to(self.dtype).contiguous().reshape(-1)
+        flat = value.detach().cpu().to(self.dtype).contiguous().reshape(-1)
         try:
             with self.path.open("r+b") as file:
                 file.seek(index * self._bytes)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from corequant.recipe import Recipe
 from corequant_transformers.checkpoint import WEIGHTS, check_output, writing
@@ -31,7 +32,9 @@ def run_directory(output: str | Path) -> Path:
     return target.with_name(f"{target.name}.run")
 
 
-def describe_run(source: Source, recipe: Recipe, tokens: npt.NDArray[np.int64]) -> dict[str, Any]:
+def describe_run(
+    source: Source, recipe: Recipe, tokens: npt.NDArray[np.int64], device: torch.device
+) -> dict[str, Any]:
     """Return all that a run's result depends on: recipe, versions, fingerprints of model and data.
 
     Parameters
@@ -40,6 +43,8 @@ def describe_run(source: Source, recipe: Recipe, tokens: npt.NDArray[np.int64]) 
     recipe : Recipe
         With its seed.
     tokens : numpy.ndarray (windows, length), int64
+    device : torch.device
+        Where sums of products are made, whose last bits differ between devices.
     """
     files = {file.name: file_sha256(file) for file in source.files()}
     data = hashlib.sha256(np.ascontiguousarray(tokens, "<i8").tobytes())
@@ -48,8 +53,15 @@ def describe_run(source: Source, recipe: Recipe, tokens: npt.NDArray[np.int64]) 
         "recipe": recipe.to_dict(),
         "data": {"shape": list(tokens.shape), "sha256": data.hexdigest()},
         "model": files,
+        "device": _name_of(device),
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
     }
+
+
+def _name_of(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return device.type
 
 
 @contextmanager

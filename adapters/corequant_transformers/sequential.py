@@ -24,12 +24,15 @@ import torch
 import corequant as cq
 from corequant.errors import CalibrationError
 from corequant.rounding import InputMoments, RoundedTensor, RoundingOptions, round_together
+from corequant.specs import ScaleSearch
 from corequant_transformers.budgets import HELD_BYTES, peak_rss_mib
+from corequant_transformers.devices import to_host
 from corequant_transformers.layers import QuantizedLinear
 from corequant_transformers.ledgers import Windows
 from corequant_transformers.pausing import BlockPasses
 from corequant_transformers.rows import MatrixPlan
 from corequant_transformers.sharing import shared_global_scales
+from corequant_transformers.walking import run_block
 
 __all__ = [
     "HiddenStates",
@@ -37,6 +40,10 @@ __all__ = [
     "groups_of",
     "round_block",
 ]
+
+
+_SEARCHED_AT_HOME = (ScaleSearch.EXACT, ScaleSearch.HQO)
+"""Searches for scales that no device has: weights are rounded on the CPU then."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,9 +166,7 @@ def round_block(
 
     def passes(module: torch.nn.Module, states: Windows, prepare: Any) -> BlockPasses:
         def forward(window: int) -> torch.Tensor:
-            output: Any = module(states[window : window + 1], **arguments)
-            result: torch.Tensor = output[0] if isinstance(output, tuple) else output
-            return result
+            return run_block(module, states[window : window + 1], arguments)
 
         return BlockPasses(module, local, forward, count, prepare, keep)
 
@@ -215,7 +220,7 @@ class _Activations:
                 rounded: torch.Tensor = cq.fake_quantize(x, self.spec)
                 return rounded
             if not bool(torch.isfinite(x).all()):
-                good = torch.isfinite(x).numpy()
+                good = to_host(torch.isfinite(x))
                 index = tuple(int(i) for i in np.unravel_index(int(good.argmin()), good.shape))
                 raise cq.NonFiniteError("x", int((~good).sum()), index, float(x[index]))
         except cq.NonFiniteError as error:
@@ -250,7 +255,7 @@ def _collect(
             _check_same_tokens(name, window, length, q, x)
         if q is None:
             continue
-        arrays = [None if t is None else t.numpy() for t in (q, x)]
+        arrays = [t.numpy() if t is not None and t.is_cpu else t for t in (q, x)]
         try:
             moments.update(*arrays)
         except cq.NonFiniteError as error:
@@ -283,7 +288,7 @@ def _weights(
     weights: dict[str, npt.NDArray[Any]] = {}
     for row in rows:
         module: Any = block.get_submodule(row.name.removeprefix(f"{path}."))
-        weights[row.name] = module.weight.detach().numpy()
+        weights[row.name] = to_host(module.weight)
     return weights
 
 
@@ -296,6 +301,10 @@ def _round(
     executor: Executor | None,
 ) -> dict[str, RoundedTensor]:
     H, G = moments.H, moments.G
+    if isinstance(H, torch.Tensor) and spec.scale_search in _SEARCHED_AT_HOME:
+        H, G = to_host(H), None if G is None else to_host(G)
+    if isinstance(H, torch.Tensor):
+        return _round_on_device(weights, H, G, spec, divisor, options)
     # One by one in any case: products of all rows together would be summed in another order, and
     # the codes would depend on the executor. What they could share is little beside the work on
     # the widest layer of a block, which shares with none.
@@ -313,13 +322,35 @@ def _round(
     return {name: one for each in found for name, one in each.items()}
 
 
+def _round_on_device(
+    weights: Mapping[str, npt.NDArray[Any]],
+    H: torch.Tensor,
+    G: torch.Tensor | None,
+    spec: cq.QuantSpec,
+    divisor: npt.NDArray[np.float32] | None,
+    options: RoundingOptions,
+) -> dict[str, RoundedTensor]:
+    """Round where the moments are; codes and scales come home."""
+    there = None if divisor is None else torch.from_numpy(divisor).to(H.device)
+    result = {}
+    for name, W in weights.items():
+        given = {name: torch.from_numpy(W).to(H.device)}
+        found = round_together(given, spec, options, H, G, global_scale=there)[name]
+        arrays = (found.codes, found.scales, found.zero_points, found.global_scale)
+        codes, scales, zeros, own = (None if t is None else to_host(t) for t in arrays)
+        quantized = cq.QuantizedTensor(codes, scales, zeros, found.spec, own)
+        result[name] = RoundedTensor.of(quantized, found.report)
+    return result
+
+
 def _layer(
     module: Any, row: MatrixPlan, rounded: RoundedTensor, activations: cq.QuantSpec | None
 ) -> QuantizedLinear:
     rotation = row.input.rotation if row.online else None
     bias = getattr(module, "bias", None)
     bias = None if bias is None else bias.detach().float()
-    return QuantizedLinear(rounded, bias, rotation, activations, row.name)
+    layer = QuantizedLinear(rounded, bias, rotation, activations, row.name)
+    return layer.to(module.weight.device)
 
 
 def _report(row: MatrixPlan, rounded: RoundedTensor, tokens: int, seconds: float) -> dict[str, Any]:

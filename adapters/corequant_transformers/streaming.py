@@ -24,6 +24,7 @@ from corequant_transformers.budgets import HELD_BYTES
 from corequant_transformers.capturing import Collector
 from corequant_transformers.checkpoint import part_tensors
 from corequant_transformers.choosing import Calibration, choose, choose_block_size
+from corequant_transformers.devices import to_host
 from corequant_transformers.edges import transform_entry, transform_exit
 from corequant_transformers.gathering import collect_block
 from corequant_transformers.ledgers import Crossing, Ledger, Windows
@@ -256,8 +257,7 @@ class Job:
         return plan_model(self.parts.model.config, recipe)
 
     def _weight(self, name: str) -> npt.NDArray[Any]:
-        weight: npt.NDArray[Any] = self.parts.model.get_submodule(name).weight.detach().numpy()
-        return weight
+        return to_host(self.parts.model.get_submodule(name).weight)
 
     def _spanning(self, index: int) -> dict[str, Windows]:
         """Return the statistics of regions that later blocks read too, as rows of arrays."""
@@ -376,8 +376,7 @@ class Job:
     @torch.no_grad()
     def _do_exit(self, step: str) -> None:
         state = self.ledger.state()
-        ids = torch.from_numpy(self._verified)[None]
-
+        ids = torch.from_numpy(self._verified)[None].to(self.parts.device)
         with self.parts.open(EXIT) as model:
             states = (state["reference"][0:1], state["transformed"][0:1])
             error, changed = transform_exit(self.parts, self.plan, self.choices, states, ids)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 import corequant as cq
+from corequant_transformers.devices import to_host
 from corequant_transformers.planning import ModelPlan
 from corequant_transformers.rows import RESIDUAL, MatrixPlan, Side
 
@@ -107,9 +108,10 @@ def restore(x: torch.Tensor, side: Side, choices: Choices) -> torch.Tensor:
     if side.rotation is not None:
         x = cq.block_hadamard(x, side.rotation, inverse=True)
     if side.factors is not None:
-        x = x / torch.from_numpy(choices.factors[side.factors])
+        x = x / torch.from_numpy(choices.factors[side.factors]).to(x.device)
     if side.permutation is not None:
-        x = x[..., torch.from_numpy(cq.invert_permutation(choices.permutations[side.permutation]))]
+        order = cq.invert_permutation(choices.permutations[side.permutation])
+        x = x[..., torch.from_numpy(order).to(x.device)]
     return x
 
 
@@ -138,16 +140,17 @@ def transform_model(
         folds = plan.folds and matrix.norm is not None
         norm = model.get_submodule(matrix.norm) if folds else None
         W, b = transform_matrix(
-            module.weight.detach().numpy(),
+            to_host(module.weight),
             _numpy(module, "bias"),
             matrix,
             None if norm is None else _gain(norm, plan),
             choices,
             None if norm is None else _numpy(norm, "bias"),
         )
-        module.weight = torch.nn.Parameter(torch.from_numpy(W), requires_grad=False)
+        device = module.weight.device
+        module.weight = torch.nn.Parameter(torch.from_numpy(W).to(device), requires_grad=False)
         if b is not None:
-            module.bias = torch.nn.Parameter(torch.from_numpy(b), requires_grad=False)
+            module.bias = torch.nn.Parameter(torch.from_numpy(b).to(device), requires_grad=False)
         if matrix.online and matrix.input.rotation is not None:
             module.register_forward_pre_hook(OnlineRotation(matrix.input.rotation))
         progress(done + 1, len(plan.matrices))
@@ -166,7 +169,7 @@ def settle_norms(model: Any, plan: ModelPlan, choices: Choices) -> None:
         elif RESIDUAL in choices.permutations:
             order = torch.from_numpy(choices.permutations[RESIDUAL])
             for parameter in norm.parameters(recurse=False):
-                parameter.data = parameter.data[order]
+                parameter.data = parameter.data[order.to(parameter.device)]
 
 
 def restructure(model: Any, plan: ModelPlan) -> None:
@@ -180,7 +183,10 @@ def restructure(model: Any, plan: ModelPlan) -> None:
     for name in plan.norms:
         norm = model.get_submodule(name)
         if isinstance(norm, torch.nn.LayerNorm):
-            rms = torch.nn.RMSNorm(norm.normalized_shape, norm.eps, dtype=norm.weight.dtype)
+            weight = norm.weight
+            rms = torch.nn.RMSNorm(
+                norm.normalized_shape, norm.eps, dtype=weight.dtype, device=weight.device
+            )
             model.set_submodule(name, rms.requires_grad_(False))
     for matrix in plan.matrices:
         module = model.get_submodule(matrix.name)
@@ -190,10 +196,10 @@ def restructure(model: Any, plan: ModelPlan) -> None:
 
 
 def _gain(norm: Any, plan: ModelPlan) -> Array:
-    weight: Array = norm.weight.detach().numpy()
+    weight = to_host(norm.weight)
     return 1.0 + weight if plan.architecture.norm == "rms_one_plus" else weight
 
 
 def _numpy(module: torch.nn.Module, name: str) -> Array | None:
     tensor = getattr(module, name, None)
-    return None if tensor is None else tensor.detach().numpy()
+    return None if tensor is None else to_host(tensor)

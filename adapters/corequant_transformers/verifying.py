@@ -17,6 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from corequant.errors import VerificationError
+from corequant_transformers.devices import device_of
 from corequant_transformers.planning import ModelPlan
 from corequant_transformers.rows import MatrixPlan
 from corequant_transformers.texts import check_tokens
@@ -289,7 +290,7 @@ def fingerprints(model: Any, plan: ModelPlan) -> dict[str, float]:
         total = 0.0
         for start in range(0, flat.numel(), len(weights)):
             part = flat[start : start + len(weights)].double()
-            total += float(part @ weights[: len(part)])
+            total += float(part @ weights[: len(part)].to(part.device))
         result[matrix.name] = total
     return result
 
@@ -307,7 +308,8 @@ def _run(
         for i in range(plan.dimensions.blocks):
             block = model.get_submodule(plan.architecture.block.format(i))
             stack.callback(block.register_forward_hook(record).remove)
-        logits = model(input_ids=torch.from_numpy(tokens), use_cache=False).logits
+        ids = torch.from_numpy(tokens).to(device_of(model))
+        logits = model(input_ids=ids, use_cache=False).logits
     return logits, blocks
 
 

@@ -8,7 +8,7 @@ weights are stood in for meanwhile.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from corequant.errors import ArchitectureError
+from corequant_transformers.devices import device_of
 from corequant_transformers.parts import ENTRY, Parts, part_plan
 
 __all__ = ["block_arguments", "enter", "leaving", "run_block"]
@@ -49,7 +50,7 @@ def block_arguments(parts: Parts, window: Window, dtype: torch.dtype) -> list[di
             stack.enter_context(_stand_in(parts, path, _no_embedding(parts, dtype)))
         stack.enter_context(_blocks_pass(parts, lambda index, kwargs: found[index].update(kwargs)))
         stack.enter_context(_stand_in(parts, parts.plan.architecture.final_norm, _same))
-        _trunk(parts)(input_ids=torch.from_numpy(window)[None], use_cache=False)
+        _trunk(parts)(input_ids=_ids(parts, window), use_cache=False)
     parts.model.float()
     return found
 
@@ -61,7 +62,7 @@ def enter(parts: Parts, window: Window) -> torch.Tensor:
     with ExitStack() as stack:
         stack.enter_context(_blocks_pass(parts, lambda index, kwargs: None, seen))
         stack.enter_context(_stand_in(parts, parts.plan.architecture.final_norm, _same))
-        _trunk(parts)(input_ids=torch.from_numpy(window)[None], use_cache=False)
+        _trunk(parts)(input_ids=_ids(parts, window), use_cache=False)
     return seen[0]
 
 
@@ -74,16 +75,21 @@ def leaving(parts: Parts, hidden: torch.Tensor) -> Iterator[Any]:
     with ExitStack() as stack:
         for path in _embeddings(parts):
             stack.enter_context(_stand_in(parts, path, _no_embedding(parts, hidden.dtype)))
-        stack.enter_context(_blocks_pass(parts, lambda index, kwargs: None, result=hidden))
+        result = hidden.to(parts.device)
+        stack.enter_context(_blocks_pass(parts, lambda index, kwargs: None, result=result))
         yield parts.model
 
 
 @torch.no_grad()
-def run_block(block: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-    """Return what a decoder block makes of hidden states (1, length, hidden)."""
-    output: Any = block(hidden, **arguments)
+def run_block(block: Any, hidden: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
+    """Return what a decoder block makes of hidden states (1, length, hidden), where it is."""
+    output: Any = block(hidden.to(device_of(block)), **arguments)
     result: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return result
+
+
+def _ids(parts: Parts, window: Window) -> torch.Tensor:
+    return torch.from_numpy(window)[None].to(parts.device)
 
 
 def _trunk(parts: Parts) -> Any:
@@ -103,7 +109,7 @@ def _no_embedding(parts: Parts, dtype: torch.dtype) -> Callable[..., torch.Tenso
 
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
         ids = [*args, *kwargs.values()][0]
-        return torch.zeros(*ids.shape, width, dtype=dtype)
+        return torch.zeros(*ids.shape, width, dtype=dtype, device=ids.device)
 
     return forward
 

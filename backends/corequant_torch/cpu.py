@@ -228,11 +228,15 @@ class CpuKernels:
 
         given = {name: _as_numpy(value) for name, value in arguments.items()}
         result = getattr(rounding, method)(**given)
-        if not isinstance(result, rounding.RoundedTensor):
+        if isinstance(result, np.ndarray):
+            return to_torch(result)
+        if not isinstance(result, QuantizedTensor):
             return result
         codes, scales, zeros, divisor = (to_torch_or_none(a) for a in _arrays(result))
         q = QuantizedTensor(codes, scales, zeros, result.spec, divisor)
-        return rounding.RoundedTensor.of(q, result.report)
+        if isinstance(result, rounding.RoundedTensor):
+            return rounding.RoundedTensor.of(q, result.report)
+        return q
 
 
 def _arrays(q: QuantizedTensor) -> tuple[Any, ...]:

@@ -257,9 +257,20 @@ class DeviceKernels:
     def round_columns(self, method: str, **arguments: Any) -> Any:
         """Round a weight where it is; see ``corequant.protocols.ColumnSolver``."""
         from corequant_torch import solving
+        from corequant_torch.fitting import fit_scales
+        from corequant_torch.learned import learned_rounding
+        from corequant_torch.magr import magr
 
-        if method in ("round_to_nearest", "reconstruction_loss"):
-            return getattr(solving, method)(self, **arguments)
+        others = (
+            solving.round_to_nearest,
+            solving.reconstruction_loss,
+            learned_rounding,
+            magr,
+            fit_scales,
+        )
+        for function in others:
+            if method == function.__name__:
+                return function(self, **arguments)
         return solving.round_columns(self, self._triton(arguments["W"]), method, **arguments)
 
     def _chosen(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 from corequant_torch.plain_rotation import working
@@ -19,7 +21,9 @@ def token_products(x: Tensor, other: Tensor | None, double: bool) -> Tensor:
 
     In float32, or float64 for float64 tensors or ``double``, also where autocast is on.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    kind = x.device.type
+    lowered = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if lowered else nullcontext():
         rows = _rows(x, double)
         return _square(rows) if other is None else rows.T @ _rows(other, double)
 

@@ -11,6 +11,7 @@ import torch
 from corequant._validation import check_array
 from corequant.errors import NonFiniteError, ShapeError
 from corequant.protocols import Backend
+from corequant.quantization import QuantizedTensor
 from corequant.rounding import hessian
 from corequant.rounding.report import Damping
 from corequant_torch.plain_rotation import working
@@ -22,6 +23,8 @@ __all__ = [
     "check_matrix",
     "damped_factor",
     "largest_eigenvalue",
+    "values_of",
+    "working_dtype",
 ]
 
 Tensor = torch.Tensor
@@ -41,6 +44,22 @@ def check_matrix(kernels: Backend, name: str, w: Any) -> Tensor:
         raise NonFiniteError(name, *bad)
     checked: Tensor = w.detach()
     return checked
+
+
+def working_dtype(W: Tensor, dtype: Any) -> torch.dtype:
+    """Return float32, or float64 on request or for float64 weights."""
+    if dtype is None:
+        return torch.float64 if W.dtype == torch.float64 else torch.float32
+    for name, kind in (("float32", torch.float32), ("float64", torch.float64)):
+        if dtype is kind or (not isinstance(dtype, torch.dtype) and np.dtype(dtype) == name):
+            return kind
+    raise ValueError(f"dtype must be float32 or float64, got {dtype}")
+
+
+def values_of(kernels: Backend, q: QuantizedTensor) -> Tensor:
+    """Return what codes stand for."""
+    values: Tensor = kernels.dequantize(q.codes, q.spec, q.scales, q.zero_points, q.global_scale)
+    return values
 
 
 def _check_square(kernels: Backend, argument: str, matrix: Any, d: int, name: str) -> Tensor:
@@ -85,6 +104,20 @@ class Moments:
         if G is not None:
             cross = check_cross_moment(kernels, G, dead, d, name)
         return cls(matrix, cross, diagonal, dead)
+
+    def loss(self, W: Tensor, Q: Tensor) -> float:
+        """Return the loss of Q for W; products in H's dtype, sums in float64, as NumPy's."""
+        H, G = self.H, self.G
+        total = torch.zeros((), dtype=torch.float64, device=W.device)
+        for start in range(0, len(W), _ROWS):
+            rows = slice(start, start + _ROWS)
+            D = (W[rows].double() - Q[rows].double()).to(H.dtype)
+            P = D @ H
+            if G is not None:
+                w = W[rows].to(H.dtype)
+                P += 2 * (w @ G.to(H.dtype) - w @ H)
+            total += (D.double() * P).sum()
+        return float(total)
 
 
 def check_hessian(kernels: Backend, H: Any, d: int, name: str) -> Tensor:

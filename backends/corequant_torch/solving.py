@@ -18,7 +18,14 @@ from corequant.rounding.problem import check_damping, check_options
 from corequant.rounding.report import Damping, RoundedTensor, RoundingReport
 from corequant.specs import QuantSpec
 from corequant_torch.columns import ColumnLoop, Pull, TensorScales
-from corequant_torch.moments import Moments, check_matrix, damped_factor, largest_eigenvalue
+from corequant_torch.moments import (
+    Moments,
+    check_matrix,
+    damped_factor,
+    largest_eigenvalue,
+    values_of,
+    working_dtype,
+)
 from corequant_torch.tiles import Tiles
 
 __all__ = ["reconstruction_loss", "round_columns", "round_to_nearest"]
@@ -62,7 +69,7 @@ class _Problem:
         if self.losses:
             plain = _nearest(self.kernels, self.W, self.loop.scales.spec)
             loss, nearest = (
-                _loss(self.W, _values(self.kernels, q), self.moments) for q in (quantized, plain)
+                self.moments.loss(self.W, values_of(self.kernels, q)) for q in (quantized, plain)
             )
         dead = tuple(int(j) for j in np.flatnonzero(self.moments.dead))
         name = self.loop.name
@@ -109,7 +116,7 @@ def round_columns(
     W, spec = check_matrix(kernels, "W", W), as_spec(spec)
     if G is None and method != "gptq":
         raise TypeError("G must be a torch.Tensor, got None; gptq does without")
-    working = _working_dtype(W, dtype)
+    working = working_dtype(W, dtype)
     moments = Moments.of(kernels, H, G, W.shape[1], name)
     check_options(spec, scales, refit, accumulator)
     chosen = TensorScales.choose(kernels, W, spec, scales, zero_points, global_scale)
@@ -123,15 +130,6 @@ def round_columns(
     if method == "gptq":
         return _gptq(problem, check_damping(damping), check_damping(correction, "correction"))
     return _qronos(problem, check_damping(damping)) if method == "qronos" else _gpfq(problem)
-
-
-def _working_dtype(W: Tensor, dtype: Any) -> torch.dtype:
-    if dtype is None:
-        return torch.float64 if W.dtype == torch.float64 else torch.float32
-    for name, kind in (("float32", torch.float32), ("float64", torch.float64)):
-        if dtype is kind or (not isinstance(dtype, torch.dtype) and np.dtype(dtype) == name):
-            return kind
-    raise ValueError(f"dtype must be float32 or float64, got {dtype}")
 
 
 def _gptq(problem: _Problem, damping: float, correction: float) -> RoundedTensor:
@@ -212,7 +210,7 @@ def round_to_nearest(
     report = RoundingReport("nearest", name)
     if H is not None:
         moments = Moments.of(kernels, H, G, W.shape[1], name)
-        loss = _loss(W, _values(kernels, quantized), moments)
+        loss = moments.loss(W, values_of(kernels, quantized))
         dead = tuple(int(j) for j in np.flatnonzero(moments.dead))
         report = RoundingReport("nearest", name, loss, loss, dead_columns=dead)
     return RoundedTensor.of(quantized, report)
@@ -223,31 +221,11 @@ def reconstruction_loss(kernels: Backend, *, W: Any, quantized: Any, H: Any, G: 
     """Return the loss of what stands for W; see ``corequant.reconstruction_loss``."""
     W = check_matrix(kernels, "W", W)
     if isinstance(quantized, QuantizedTensor):
-        quantized = _values(kernels, quantized)
+        quantized = values_of(kernels, quantized)
     Q = check_matrix(kernels, "quantized", quantized)
-    return _loss(W, Q, Moments.of(kernels, H, G, W.shape[1], "W"))
+    return Moments.of(kernels, H, G, W.shape[1], "W").loss(W, Q)
 
 
 def _nearest(kernels: Backend, W: Tensor, spec: QuantSpec) -> QuantizedTensor:
     scales = TensorScales.choose(kernels, W, spec, None, None, None)
     return scales.encode(W)
-
-
-def _values(kernels: Backend, q: QuantizedTensor) -> Tensor:
-    values: Tensor = kernels.dequantize(q.codes, q.spec, q.scales, q.zero_points, q.global_scale)
-    return values
-
-
-def _loss(W: Tensor, Q: Tensor, moments: Moments) -> float:
-    """Return the loss; products in H's dtype, sums in float64, as NumPy's."""
-    H, G = moments.H, moments.G
-    total = torch.zeros((), dtype=torch.float64, device=W.device)
-    for start in range(0, len(W), _ROWS):
-        rows = slice(start, start + _ROWS)
-        D = (W[rows].double() - Q[rows].double()).to(H.dtype)
-        P = D @ H
-        if G is not None:
-            w = W[rows].to(H.dtype)
-            P += 2 * (w @ G.to(H.dtype) - w @ H)
-        total += (D.double() * P).sum()
-    return float(total)

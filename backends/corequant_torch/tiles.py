@@ -16,15 +16,20 @@ from corequant.rounding.accumulators import AccumulatorSpec, check_tile
 if TYPE_CHECKING:
     from corequant_torch.columns import Levels, TensorScales
 
-__all__ = ["Tiles", "soft_thresholds"]
+__all__ = ["Tiles", "excess_thresholds", "soft_thresholds"]
 
 Tensor = torch.Tensor
 
 
 def soft_thresholds(weights: Tensor, radius: float) -> Tensor:
     """Return θ of each row with ``Σ max(|w - mean| - θ, 0) = radius``, or 0 within the radius."""
-    ordered = (weights - weights.mean(1, keepdim=True)).abs().sort(1, descending=True).values
-    count = torch.arange(1, ordered.shape[1] + 1, device=weights.device, dtype=weights.dtype)
+    return excess_thresholds((weights - weights.mean(1, keepdim=True)).abs(), radius)
+
+
+def excess_thresholds(magnitudes: Tensor, radius: float) -> Tensor:
+    """Return θ of each row with ``Σ max(m - θ, 0) = radius``, or 0 within the radius."""
+    ordered = magnitudes.sort(1, descending=True).values
+    count = torch.arange(1, ordered.shape[1] + 1, device=ordered.device, dtype=ordered.dtype)
     trials = (ordered.cumsum(1) - radius) / count
     kept = (ordered > trials).sum(1, keepdim=True).clamp(min=1)
     return trials.gather(1, kept - 1)[:, 0].clamp(min=0)

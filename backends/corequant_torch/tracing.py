@@ -29,8 +29,7 @@ def _refuse(**unsupported: Any) -> None:
 
 def register() -> None:
     """Tell Dynamo; once is enough."""
-    as_text = torch.compiler.assume_constant_result(_text)  # type: ignore[no-untyped-call]
-    as_spec = torch.compiler.assume_constant_result(_spec)  # type: ignore[no-untyped-call]
+    parse = torch.compiler.assume_constant_result(_parse)  # type: ignore[no-untyped-call]
     substitute = torch.compiler.substitute_in_graph
 
     @substitute(rotation.block_hadamard, skip_signature_check=True)
@@ -54,7 +53,7 @@ def register() -> None:
         x: Any, spec: Any, *, global_scale: Any = None, out: Any = None, nonfinite: str = "raise"
     ) -> Any:
         propagate = nonfinite == "propagate"
-        y = torch.ops.corequant.fake_quantize(x, as_text(spec), global_scale, propagate)
+        y = torch.ops.corequant.fake_quantize(x, _text(spec), global_scale, propagate)
         return y if out is None else out.copy_(y)
 
     @substitute(fusion.rotate_fake_quantize, skip_signature_check=True)
@@ -70,7 +69,7 @@ def register() -> None:
     ) -> Any:
         size = x.shape[-1] if block_size is None else block_size
         y = torch.ops.corequant.rotate_fake_quantize(
-            x, size, as_text(spec), _table(permutation), _table(signs)
+            x, size, _text(spec), _table(permutation), _table(signs)
         )
         return y if out is None else out.copy_(y)
 
@@ -88,20 +87,21 @@ def register() -> None:
         _refuse(out=out)
         size = x.shape[-1] if block_size is None else block_size
         codes, scales, zeros, divisor = torch.ops.corequant.rotate_quantize(
-            x, size, as_text(spec), _table(permutation), _table(signs)
+            x, size, _text(spec), _table(permutation), _table(signs)
         )
         return QuantizedTensor(
             codes,
             scales,
             zeros if zeros.numel() else None,
-            as_spec(spec),
+            parse(spec) if isinstance(spec, str) else spec,
             divisor if divisor.numel() else None,
         )
 
 
 def _text(spec: Any) -> str:
+    # Dynamo follows this; torch 2.11 takes no spec as an argument of a constant function.
     return spec if isinstance(spec, str) else str(spec)
 
 
-def _spec(spec: Any) -> QuantSpec:
-    return spec if isinstance(spec, QuantSpec) else QuantSpec.parse(spec)
+def _parse(text: str) -> QuantSpec:
+    return QuantSpec.parse(text)

@@ -16,13 +16,14 @@ from corequant.errors import BackendError, CalibrationError, CorequantError
 from corequant.recipe import FACTORS, PERMUTATIONS, REFERENCES, ROTATIONS, ROUNDINGS, Recipe
 from corequant_transformers import demo as demonstration
 from corequant_transformers.checkpoint import is_quantized, read_recipe
+from corequant_transformers.devices import check_device
 from corequant_transformers.exporting import TARGETS
 from corequant_transformers.sources import read_json
 
 __all__ = ["app", "run"]
 
 app = typer.Typer(
-    help="Permute, rotate, quantize: INT4 models with block rotations, on the CPU.",
+    help="Permute, rotate, quantize: INT4 models with block rotations, on the CPU or a GPU.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -80,6 +81,7 @@ Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random."
 SignTrials = Annotated[
     int, typer.Option(help="Draws of the residual rotation's signs; the least lossy is kept.")
 ]
+Device = Annotated[str, typer.Option(help="Where the model is run, such as cpu or cuda.")]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="A TOML recipe, instead of the options below.")
 ]
@@ -150,6 +152,7 @@ def quantize(
         str | None,
         typer.Option(help="Memory that the system lets the run have.", metavar="SIZE[MiB|GiB]"),
     ] = None,
+    device: Device = "cpu",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only list what would become of every tensor.")
     ] = False,
@@ -197,6 +200,7 @@ def quantize(
             output,
             resume=resume,
             memory=limit,
+            device=device,
             events=show.remaining,
             progress=progress,
         )
@@ -212,14 +216,15 @@ def evaluate(
     text: Annotated[Path, typer.Option(help="A text file (UTF-8).")],
     windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
     sequence_length: Length = 2048,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Measure perplexity over consecutive windows of a text."""
-    words = _read_text("text", text)
+    words, where = _read_text("text", text), check_device(device)
     source = None if is_quantized(model) else cqhf.Source(model)
     tokenizer = source.tokenizer() if source else cqhf.load_tokenizer(model)
     tokens = cqhf.token_windows(words, tokenizer, sequence_length, windows)
-    loaded = source.load() if source else cqhf.load(model)
+    loaded = (source.load() if source else cqhf.load(model)).to(where)
     with show.progress() as progress:
         result = cqhf.evaluate(
             loaded, tokens, progress=lambda done, total: progress("evaluate", done, total)

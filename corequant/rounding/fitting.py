@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,18 +11,21 @@ import numpy.typing as npt
 from corequant._validation import check_index, check_matrix
 from corequant.errors import SpecError
 from corequant.quantization import QuantizedTensor, as_spec, dequantize, quantize
+from corequant.rounding.elsewhere import is_elsewhere, solve_elsewhere
 from corequant.rounding.hessian import check_hessian
 from corequant.specs import Granularity, QuantSpec, ScaleFormat
 
-__all__ = ["fit_scales"]
+__all__ = ["CHUNK", "FACTORS", "SWEEPS", "check_fitted", "fit_scales", "leading_pairs"]
 
 Array = npt.NDArray[Any]
 
 FACTORS = np.concatenate([[1.0], np.linspace(0.75, 1.25, 41)]).astype(np.float32)
 """What a group's scale is multiplied by in turn; the first wins ties."""
 
-_SWEEPS = 2
-_CHUNK = 2**24
+SWEEPS = 2
+"""Visits to each group of a row."""
+
+CHUNK = 2**24
 """Numbers that the projected errors of some rows may take."""
 
 
@@ -30,9 +34,9 @@ def fit_scales(W: Any, H: Any, spec: QuantSpec | str, *, rank: int = 8) -> Quant
 
     Parameters
     ----------
-    W : numpy.ndarray (out_features, in_features)
-        Finite, of a floating dtype.
-    H : numpy.ndarray (in_features, in_features)
+    W : array (out_features, in_features)
+        NumPy array or torch tensor, finite, of a floating dtype.
+    H : array (in_features, in_features)
         ``X̃ᵀX̃ / n`` of the layer's inputs.
     spec : QuantSpec or str
         The quantizer: one scale a channel or a group, in float32. Its own search gives the scales
@@ -43,10 +47,11 @@ def fit_scales(W: Any, H: Any, spec: QuantSpec | str, *, rank: int = 8) -> Quant
     Returns
     -------
     QuantizedTensor
+        Its arrays are where W is.
 
     Raises
     ------
-    HessianError, NonFiniteError, ShapeError, SpecError, TypeError
+    BackendError, HessianError, NonFiniteError, ShapeError, SpecError, TypeError
         If the matrices can't be used, or the spec has no scales to fit.
 
     Notes
@@ -71,11 +76,10 @@ def fit_scales(W: Any, H: Any, spec: QuantSpec | str, *, rank: int = 8) -> Quant
     >>> cq.reconstruction_loss(W, fitted, H) < cq.reconstruction_loss(W, nearest, H) / 3
     True
     """
-    spec = as_spec(spec)
-    if spec.granularity not in (Granularity.CHANNEL, Granularity.GROUP):
-        raise SpecError(f"spec must scale channels or groups to fit their scales, got {spec}")
-    if spec.scale_format is not ScaleFormat.FLOAT32:
-        raise SpecError(f"spec must have scales in float32 to fit them, got {spec}")
+    if is_elsewhere(W):
+        fitted: QuantizedTensor = solve_elsewhere("fit_scales", locals())
+        return fitted
+    spec = check_fitted(spec)
     W = check_matrix("W", W)
     d = W.shape[1]
     H = check_hessian(H, d, "W")
@@ -85,7 +89,7 @@ def fit_scales(W: Any, H: Any, spec: QuantSpec | str, *, rank: int = 8) -> Quant
     U, diagonal = _leading(H, min(check_index("rank", rank), d))
     size = d if spec.group_size is None else spec.group_size
     scales = np.array(start.scales, copy=True)
-    rows = max(1, _CHUNK // (len(FACTORS) * (d // size) * (U.shape[1] + 1)))
+    rows = max(1, CHUNK // (len(FACTORS) * (d // size) * (U.shape[1] + 1)))
     for first in range(0, len(W), rows):
         part = slice(first, first + rows)
         zeros = None if start.zero_points is None else start.zero_points[part]
@@ -95,20 +99,50 @@ def fit_scales(W: Any, H: Any, spec: QuantSpec | str, *, rank: int = 8) -> Quant
     return quantize(W, spec, scales, start.zero_points)
 
 
+def check_fitted(spec: QuantSpec | str) -> QuantSpec:
+    """Return a spec whose scales can be fitted."""
+    spec = as_spec(spec)
+    if spec.granularity not in (Granularity.CHANNEL, Granularity.GROUP):
+        raise SpecError(f"spec must scale channels or groups to fit their scales, got {spec}")
+    if spec.scale_format is not ScaleFormat.FLOAT32:
+        raise SpecError(f"spec must have scales in float32 to fit them, got {spec}")
+    return spec
+
+
 def _leading(H: Array, rank: int) -> tuple[Array, Array]:
     """Return eigenvectors scaled by roots of eigenvalues (d, rank), and what is left of diag(H)."""
     from scipy.linalg import eigh
-    from scipy.sparse.linalg import eigsh
 
-    d = len(H)
+    d, wide = len(H), H.astype(np.float64)
     if rank < d:
-        # A start of its own would come from the global generator.
-        values, vectors = eigsh(H.astype(np.float64), rank, v0=np.ones(d))
+        values, vectors = leading_pairs(lambda vector: wide @ vector, d, rank)
     else:
-        values, vectors = eigh(H.astype(np.float64))
+        values, vectors = eigh(wide)
     U = vectors * np.sqrt(np.maximum(values, 0))
     rest = np.maximum(np.diagonal(H) - np.square(U).sum(1), 0)
     return U.astype(np.float32), rest.astype(np.float32)
+
+
+def leading_pairs(product: Callable[[Array], Array], d: int, rank: int) -> tuple[Array, Array]:
+    """Return the largest eigenvalues (rank,) of a matrix H (d, d) and their vectors (d, rank).
+
+    Parameters
+    ----------
+    product : callable
+        Returns ``H v`` of a vector v (d,), float64.
+    d, rank : int
+        ``rank < d``.
+    """
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    # A start of eigsh's own would come from the global generator; one without a pattern is not
+    # orthogonal to anything that an H has in practice.
+    start = np.random.default_rng(0).standard_normal(d)
+    if not product(start).any():
+        return np.zeros(rank), np.zeros((d, rank))
+    operator = LinearOperator((d, d), matvec=product, dtype=np.float64)
+    values, vectors = eigsh(operator, rank, v0=start)
+    return values, vectors
 
 
 def _trials(
@@ -140,7 +174,7 @@ def _choose(squares: Array, projected: Array) -> npt.NDArray[np.int64]:
     chosen = np.zeros((rows, blocks), np.int64)
     every = np.arange(rows)
     total = projected[0].sum(1)
-    for _ in range(_SWEEPS if blocks > 1 else 1):
+    for _ in range(SWEEPS if blocks > 1 else 1):
         for g in range(blocks):
             others = total - projected[chosen[:, g], every, g]
             outcomes = others + projected[:, :, g]

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from corequant._validation import check_index, check_matrix
+from corequant.rounding.elsewhere import is_elsewhere, solve_elsewhere
 from corequant.rounding.report import RoundedTensor, RoundingReport
 from corequant.specs import QuantSpec
 
-__all__ = ["learned_rounding"]
+__all__ = ["Descent", "Search", "learned_rounding"]
 
 Array = npt.NDArray[Any]
 
 _STRETCH = 1.2
 _OFFSET = -0.1
 _CHECKS = 10
+_RATES = {"adaround": 0.02, "signround": 0.005}
 
 
 def learned_rounding(
@@ -39,13 +42,13 @@ def learned_rounding(
 
     Parameters
     ----------
-    W : numpy.ndarray (out_features, in_features)
-        Finite, of a floating dtype.
-    H : numpy.ndarray (in_features, in_features)
+    W : array (out_features, in_features)
+        NumPy array or torch tensor, finite, of a floating dtype; all other arrays are of its kind.
+    H : array (in_features, in_features)
         ``X̃ᵀX̃ / n`` of the inputs that the layer will see.
     spec : QuantSpec or str
         The quantizer; any.
-    G : numpy.ndarray (in_features, in_features), optional
+    G : array (in_features, in_features), optional
         ``XᵀX̃ / n`` with the float network's inputs X; by default they are X̃ themselves.
     objective : str
         ``"adaround"`` moves a soft choice between the neighbours by Adam, with a penalty that
@@ -66,11 +69,13 @@ def learned_rounding(
     -------
     RoundedTensor
         The best of the choices met on the way, by each row's output error, rounding to nearest
-        among them. It carries a ``report``.
+        among them. It carries a ``report``; its arrays are where W is.
 
     Raises
     ------
-    BlockSizeError, HessianError, NonFiniteError, ShapeError, SpecError, TypeError, ValueError
+    BackendError, BlockSizeError, HessianError, NonFiniteError, ShapeError, SpecError
+        If an argument breaks its rule.
+    TypeError, ValueError
         If an argument breaks its rule.
 
     Notes
@@ -88,6 +93,9 @@ def learned_rounding(
     >>> bool(found.report.loss <= found.report.nearest_loss)
     True
     """
+    if is_elsewhere(W):
+        rounded: RoundedTensor = solve_elsewhere("learned_rounding", locals())
+        return rounded
     from corequant.quantization import as_spec, dequantize
     from corequant.rounding.columns import Scales
     from corequant.rounding.hessian import check_cross_moment, check_hessian
@@ -98,17 +106,15 @@ def learned_rounding(
     working = working_dtype(W, dtype)
     H = check_hessian(H, W.shape[1], name)
     G = None if G is None else check_cross_moment(G, H, name)
-    if objective not in _METHODS:
-        raise ValueError(f"objective must be one of {', '.join(_METHODS)}, got {objective!r}")
-    steps = check_index("steps", steps, 0)
-    pace = _METHODS[objective][1] if rate is None else float(rate)
-    if not 0 < pace < float("inf"):
-        raise ValueError(f"rate must be positive and finite, got {rate!r}")
+    descent = Descent.of(objective, steps, rate)
     chosen = Scales.choose(W, spec, scales, zero_points, global_scale)
     nearest = chosen.encode(W)
-    search = _Search(W, H, G, chosen, np.asarray(dequantize(nearest), working))
-    _METHODS[objective][0](search, steps, pace)
-    quantized = chosen.encode(search.best)
+    w = np.ascontiguousarray(W, dtype=working)
+    curvature = H.astype(working, copy=False)
+    pull = w @ (curvature if G is None else G.astype(working, copy=False))
+    start = np.asarray(dequantize(nearest), working)
+    search = Search(np, w, curvature, pull, _neighbours(w, chosen), start)
+    quantized = chosen.encode(descent.run(search))
     report = RoundingReport(
         objective,
         name,
@@ -118,43 +124,6 @@ def learned_rounding(
         tuple(int(j) for j in np.flatnonzero(np.diagonal(H) == 0)),
     )
     return RoundedTensor.of(quantized, report)
-
-
-class _Search:
-    """The neighbours of each weight, the objective, and the best rows so far."""
-
-    def __init__(self, W: Array, H: Array, G: Array | None, scales: Any, start: Array) -> None:
-        dtype = start.dtype
-        self.w = np.ascontiguousarray(W, dtype=dtype)
-        self.H = H.astype(dtype, copy=False)
-        self.pull = self.w @ (self.H if G is None else G.astype(dtype, copy=False))
-        self.low, self.high = _neighbours(self.w, scales)
-        # Outside of the grid both neighbours are its end.
-        self.gap = np.where(self.high > self.low, self.high - self.low, 1)
-        diagonal = np.diagonal(self.H)
-        self.weight = np.where(diagonal > 0, 1 / np.where(diagonal > 0, diagonal, 1), 0)
-        self.best, self._losses = start, self._rows(start, start @ self.H)
-
-    def gradient(self, Q: Array, hard: bool) -> Array:
-        """Return the gradient by the share of the upper neighbour, of order one."""
-        product = Q @ self.H
-        if hard:
-            self._keep(Q, product)
-        gradient: Array = (product - self.pull) * self.weight / self.gap
-        return gradient
-
-    def keep(self, Q: Array) -> None:
-        """Remember the rows of Q that are better than all before."""
-        self._keep(Q, Q @ self.H)
-
-    def _keep(self, Q: Array, product: Array) -> None:
-        losses = self._rows(Q, product)
-        better = losses < self._losses
-        self.best[better], self._losses[better] = Q[better], losses[better]
-
-    def _rows(self, Q: Array, product: Array) -> Array:
-        losses: Array = np.einsum("ij,ij->i", Q, product - 2 * self.pull, dtype=np.float64)
-        return losses
 
 
 def _neighbours(w: Array, scales: Any) -> tuple[Array, Array]:
@@ -174,41 +143,116 @@ def _neighbours(w: Array, scales: Any) -> tuple[Array, Array]:
     return low * steps, high * steps
 
 
-def _adaround(search: _Search, steps: int, rate: float) -> None:
-    dtype = search.w.dtype
-    share = np.clip((search.w - search.low) / search.gap, 0, 1)
-    soft = (share - _OFFSET) / _STRETCH
-    V = np.log(soft / (1 - soft))
-    first, second = np.zeros_like(V), np.zeros_like(V)
-    for t in range(1, steps + 1):
-        sigmoid = 1 / (1 + np.exp(-V))
-        h = np.clip(_STRETCH * sigmoid + _OFFSET, 0, 1)
-        slope = np.where((h > 0) & (h < 1), _STRETCH * sigmoid * (1 - sigmoid), 0)
-        gradient = search.gradient(search.low + h * search.gap, False)
-        gradient *= search.gap**2
-        done = t / steps
-        if done > 0.2:
-            beta = 20 - 18 * (done - 0.2) / 0.8
-            side = 2 * h - 1
-            gradient -= done * 2 * beta * np.sign(side) * np.abs(side) ** (beta - 1)
-        gradient *= slope
-        first += (gradient - first) * 0.1
-        second += (gradient**2 - second) * 0.001
-        scale = np.sqrt(second / (1 - 0.999**t)) + np.finfo(dtype).tiny
-        V -= (rate / (1 - 0.9**t)) * first / scale
-        if t % max(1, steps // _CHECKS) == 0 or t == steps:
-            search.keep(np.where(V >= 0, search.high, search.low))
+class Search:
+    """The neighbours of each weight, the objective, and the best rows so far.
+
+    Parameters
+    ----------
+    xp : module
+        ``numpy`` or ``torch``, whose arrays all others are.
+    w : array (rows, d)
+        The weights, in the working dtype as all arrays.
+    H : array (d, d)
+    pull : array (rows, d)
+        ``w G``, or ``w H``.
+    neighbours : pair of arrays (rows, d)
+        The numbers of the grid below and above each weight.
+    start : array (rows, d)
+        What is best so far; overwritten.
+    """
+
+    def __init__(
+        self, xp: Any, w: Any, H: Any, pull: Any, neighbours: tuple[Any, Any], start: Any
+    ) -> None:
+        self.xp, self.w, self.H, self.pull = xp, w, H, pull
+        self.low, self.high = neighbours
+        # Outside of the grid both neighbours are its end.
+        gap = self.high - self.low
+        self.gap = xp.where(gap > 0, gap, xp.ones_like(gap))
+        diagonal = xp.diagonal(H)
+        living = diagonal > 0
+        ones = xp.ones_like(diagonal)
+        self.weight = xp.where(living, ones / xp.where(living, diagonal, ones), 0 * ones)
+        self.best, self._losses = start, self._rows(start, start @ H)
+
+    def gradient(self, Q: Any, hard: bool) -> Any:
+        """Return the gradient by the share of the upper neighbour, of order one."""
+        product = Q @ self.H
+        if hard:
+            self._keep(Q, product)
+        return (product - self.pull) * self.weight / self.gap
+
+    def keep(self, Q: Any) -> None:
+        """Remember the rows of Q that are better than all before."""
+        self._keep(Q, Q @ self.H)
+
+    def _keep(self, Q: Any, product: Any) -> None:
+        losses = self._rows(Q, product)
+        better = losses < self._losses
+        self.best[better], self._losses[better] = Q[better], losses[better]
+
+    def _rows(self, Q: Any, product: Any) -> Any:
+        return self.xp.sum(Q * (product - 2 * self.pull), 1, dtype=self.xp.float64)
 
 
-def _signround(search: _Search, steps: int, rate: float) -> None:
-    share = (search.w - search.low) / search.gap
-    shift = np.zeros_like(search.w)
-    for t in range(steps):
-        Q = np.where(share + shift > 0.5, search.high, search.low)
-        gradient = search.gradient(Q, True)
-        shift -= rate * (1 - t / steps) * np.sign(gradient)
-        np.clip(shift, -0.5, 0.5, out=shift)
-    search.keep(np.where(share + shift > 0.5, search.high, search.low))
+@dataclass(frozen=True)
+class Descent:
+    """How the choices are learned."""
 
+    objective: str
+    steps: int
+    rate: float
 
-_METHODS = {"adaround": (_adaround, 0.02), "signround": (_signround, 0.005)}
+    @classmethod
+    def of(cls, objective: str, steps: Any, rate: Any) -> Descent:
+        """Check the public arguments."""
+        if objective not in _RATES:
+            raise ValueError(f"objective must be one of {', '.join(_RATES)}, got {objective!r}")
+        count = check_index("steps", steps, 0)
+        pace = _RATES[objective] if rate is None else float(rate)
+        if not 0 < pace < float("inf"):
+            raise ValueError(f"rate must be positive and finite, got {rate!r}")
+        return cls(objective, count, pace)
+
+    def run(self, search: Search) -> Any:
+        """Return the best rows (rows, d) that were met."""
+        (self._adaround if self.objective == "adaround" else self._signround)(search)
+        return search.best
+
+    def _adaround(self, search: Search) -> None:
+        xp, steps = search.xp, self.steps
+        share = xp.clip((search.w - search.low) / search.gap, 0, 1)
+        soft = (share - _OFFSET) / _STRETCH
+        V = xp.log(soft / (1 - soft))
+        first, second = xp.zeros_like(V), xp.zeros_like(V)
+        for t in range(1, steps + 1):
+            sigmoid = 1 / (1 + xp.exp(-V))
+            h = xp.clip(_STRETCH * sigmoid + _OFFSET, 0, 1)
+            slope = xp.where(
+                (h > 0) & (h < 1), _STRETCH * sigmoid * (1 - sigmoid), xp.zeros_like(V)
+            )
+            gradient = search.gradient(search.low + h * search.gap, False)
+            gradient *= search.gap**2
+            done = t / steps
+            if done > 0.2:
+                beta = 20 - 18 * (done - 0.2) / 0.8
+                side = 2 * h - 1
+                gradient -= done * 2 * beta * xp.sign(side) * abs(side) ** (beta - 1)
+            gradient *= slope
+            first += (gradient - first) * 0.1
+            second += (gradient**2 - second) * 0.001
+            scale = xp.sqrt(second / (1 - 0.999**t)) + float(xp.finfo(V.dtype).tiny)
+            V -= (self.rate / (1 - 0.9**t)) * first / scale
+            if t % max(1, steps // _CHECKS) == 0 or t == steps:
+                search.keep(xp.where(V >= 0, search.high, search.low))
+
+    def _signround(self, search: Search) -> None:
+        xp, steps = search.xp, self.steps
+        share = (search.w - search.low) / search.gap
+        shift = xp.zeros_like(search.w)
+        for t in range(steps):
+            Q = xp.where(share + shift > 0.5, search.high, search.low)
+            gradient = search.gradient(Q, True)
+            shift -= self.rate * (1 - t / steps) * xp.sign(gradient)
+            xp.clip(shift, -0.5, 0.5, out=shift)
+        search.keep(xp.where(share + shift > 0.5, search.high, search.low))

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant._validation import check_index, check_matrix
+from corequant.rounding.elsewhere import is_elsewhere, solve_elsewhere
 
 __all__ = ["magr"]
 
@@ -20,14 +21,14 @@ def magr(
     steps: int = 200,
     group_size: int | None = None,
     name: str = "W",
-) -> npt.NDArray[Any]:
+) -> Any:
     """Return weights whose largest magnitudes are smaller, and whose outputs are nearly the same.
 
     Parameters
     ----------
-    W : numpy.ndarray (out_features, in_features)
-        Finite, of a floating dtype.
-    H : numpy.ndarray (in_features, in_features)
+    W : array (out_features, in_features)
+        NumPy array or torch tensor, finite, of a floating dtype.
+    H : array (in_features, in_features)
         ``X̃ᵀX̃ / n`` of the inputs that the layer will see.
     alpha : float
         Strength, relative to H: 0.01 was published for per-channel scales.
@@ -40,12 +41,12 @@ def magr(
 
     Returns
     -------
-    numpy.ndarray (out_features, in_features)
-        In W's dtype.
+    array (out_features, in_features)
+        Of W's kind and dtype, where W is.
 
     Raises
     ------
-    BlockSizeError, HessianError, NonFiniteError, ShapeError, TypeError, ValueError
+    BackendError, BlockSizeError, HessianError, NonFiniteError, ShapeError, TypeError, ValueError
         If an argument breaks its rule.
 
     Notes
@@ -62,6 +63,8 @@ def magr(
     >>> cq.magr(W, H, alpha=0.02).round(2)
     array([[0.62, 0.38, 0.28]])
     """
+    if is_elsewhere(W):
+        return solve_elsewhere("magr", locals())
     from corequant._numba.projection import clip_rows
     from corequant._threads import for_rows
     from corequant._validation import check_divides

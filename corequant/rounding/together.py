@@ -13,9 +13,16 @@ from corequant._validation import check_index, check_matrix
 from corequant.errors import ShapeError, SpecError
 from corequant.quantization import QuantizedTensor, as_spec, dequantize, quantize
 from corequant.rounding.accumulators import AccumulatorSpec
+from corequant.rounding.elsewhere import is_elsewhere
 from corequant.rounding.fitting import fit_scales
 from corequant.rounding.hessian import check_cross_moment, check_hessian
-from corequant.rounding.report import RoundedTensor, RoundingReport, losses_of
+from corequant.rounding.nearest import round_to_nearest
+from corequant.rounding.report import (
+    RoundedTensor,
+    RoundingReport,
+    losses_of,
+    reconstruction_loss,
+)
 from corequant.specs import Granularity, QuantSpec
 
 __all__ = ["METHODS", "RoundingOptions", "round_together"]
@@ -120,15 +127,15 @@ def round_together(
 
     Parameters
     ----------
-    weights : mapping of str to numpy.ndarray (out_features, in_features)
-        By the layers' names.
+    weights : mapping of str to array (out_features, in_features)
+        By the layers' names: NumPy arrays or torch tensors; all other arrays are of their kind.
     spec : QuantSpec or str
         The quantizer; any, but scales are fitted to outputs only by channel or group in float32.
     options : RoundingOptions
-    H, G : numpy.ndarray (in_features, in_features), optional
+    H, G : array (in_features, in_features), optional
         Moments of the inputs, as ``InputMoments`` collects them: H where
         ``options.needs_moments``, G where ``options.needs_float``.
-    global_scale : numpy.ndarray (1,), optional
+    global_scale : array (1,), optional
         Of granularity ``tensor_group``: what all the weights share. By default each has its own.
 
     Returns
@@ -143,8 +150,8 @@ def round_together(
 
     Notes
     -----
-    Rows are independent given H, so the weights are rounded as one, sharing a factorization, unless
-    their scales depend on all rows of a tensor.
+    Rows are independent given H, so arrays are rounded as one, sharing a factorization, unless
+    their scales depend on all rows of a tensor; tensors are rounded one by one.
 
     Examples
     --------
@@ -156,15 +163,20 @@ def round_together(
     array([[1, 3]], dtype=int8)
     """
     spec = as_spec(spec)
+    if H is None and options.needs_moments:
+        raise TypeError(f"H must be given for {options.method}, got None")
+    if G is None and options.needs_float and options.method != "learned":
+        raise TypeError(f"G must be given for {options.method}, got None")
+    if any(is_elsewhere(W) for W in weights.values()):
+        return {
+            name: _round_elsewhere(W, spec, options, H, G, global_scale, name)
+            for name, W in weights.items()
+        }
     for matrix in weights.values():
         check_matrix("weights", matrix)
     widths = {name: W.shape[1] for name, W in weights.items()}
     if len(set(widths.values())) > 1:
         raise ShapeError(f"weights must read the same input, got inputs of {widths}")
-    if H is None and options.needs_moments:
-        raise TypeError(f"H must be a numpy.ndarray for {options.method}, got None")
-    if G is None and options.needs_float and options.method != "learned":
-        raise TypeError(f"G must be a numpy.ndarray for {options.method}, got None")
     alone = spec.granularity not in (Granularity.CHANNEL, Granularity.GROUP)
     width = next(iter(widths.values()), 0)
     everyone = ", ".join(weights)
@@ -188,6 +200,20 @@ def round_together(
                 report = replace(report, loss=loss, nearest_loss=plain)
             result[name] = RoundedTensor.of(_rows(rounded, part), report)
     return result
+
+
+def _round_elsewhere(
+    W: Any, spec: QuantSpec, options: RoundingOptions, H: Any, G: Any, divisor: Any, name: str
+) -> RoundedTensor:
+    """Round one weight by functions that know its array's backend."""
+    nearest = round_to_nearest(W, spec, H=H, G=G, global_scale=divisor, name=name)
+    start = fit_scales(W, H, spec) if options.fit_scales else nearest
+    rounded = _round(W, start, options, H, G, name)
+    if H is None:
+        return rounded
+    loss = reconstruction_loss(W, rounded, H, G)
+    report = replace(rounded.report, loss=loss, nearest_loss=nearest.report.loss)
+    return RoundedTensor.of(rounded, report)
 
 
 def _round(

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import corequant as cq
+import corequant_transformers as cqhf
+from corequant.recipe import Recipe
 from corequant.testing import check_error
 from corequant_torch import launch_streams, rotate_quantize_packed
 from tests.conftest import heavy_tailed
@@ -146,6 +148,43 @@ def test_tensors_of_two_devices_are_refused():
         cq.gptq(x.float().cuda(), torch.eye(64), "int4:channel")
 
 
+def test_models_become_the_same_from_the_same_statistics():
+    tokens = np.arange(4 * 64).reshape(4, 64) % 101
+    for recipe in (
+        Recipe(block_size=16, permutation="massdiff"),
+        Recipe(block_size=16, permutation="auto", factors="scales"),
+    ):
+        model = cqhf.tiny_model("llama")
+        statistics = cqhf.calibrate(model, recipe, tokens)
+        expected = cqhf.quantize(model, recipe, statistics)
+        found = cqhf.quantize(cqhf.tiny_model("llama").cuda(), recipe, statistics)
+        for matrix in expected.plan.quantized:
+            ours, theirs = (m.model.get_submodule(matrix.name) for m in (found, expected))
+            assert ours.weight.is_cuda
+            np.testing.assert_array_equal(ours.quantized.codes, theirs.quantized.codes)
+        ids = torch.from_numpy(tokens[:1])
+        logits = found.model(input_ids=ids.cuda(), use_cache=False).logits.cpu()
+        wanted = expected.model(input_ids=ids, use_cache=False).logits
+        assert torch.allclose(logits, wanted, rtol=0, atol=0.02 * float(wanted.abs().max()))
+        there = cqhf.calibrate(cqhf.tiny_model("llama").cuda(), recipe, tokens)
+        for region, order in expected.choices.permutations.items():
+            np.testing.assert_array_equal(found.choices.permutations[region], order)
+            ours, theirs = there.statistics[region], statistics.statistics[region]
+            np.testing.assert_allclose(ours.mean_abs, theirs.mean_abs, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "qronos", "learned"])
+def test_models_are_rounded_there_as_well_as_here(rounding):
+    tokens = np.arange(4 * 64).reshape(4, 64) % 101
+    recipe = Recipe(block_size=16, rounding=rounding, fit_scales=True, steps=50)
+    results = []
+    for device in ("cpu", "cuda"):
+        made = cqhf.quantize(cqhf.tiny_model("llama").to(device), recipe, tokens)
+        assert made.verification.logits_error < 1e-9
+        results.append(cqhf.evaluate(made.model, tokens).perplexity)
+    assert results[1] == pytest.approx(results[0], rel=0.02)
+
+
 def test_solvers_stay_on_the_device():
     rng = np.random.default_rng(0)
     x = heavy_tailed(rng, 1000, 256).astype(np.float32)
@@ -155,3 +194,16 @@ def test_solvers_stay_on_the_device():
         found = cq.gptq(torch.from_numpy(W).cuda(), torch.from_numpy(H).cuda(), spec)
         assert found.codes.is_cuda
         assert found.report.loss == pytest.approx(expected.report.loss, rel=5e-3)
+    there = [torch.from_numpy(a).cuda() for a in (W, H)]
+    for function, more in ((cq.learned_rounding, {"steps": 50}), (cq.fit_scales, {})):
+        expected = function(W, H, "int4:channel", **more)
+        found = function(*there, "int4:channel", **more)
+        assert found.codes.is_cuda
+        losses = [cq.reconstruction_loss(W, q, H) for q in (host(found), expected)]
+        assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+    np.testing.assert_allclose(cq.magr(*there).cpu().numpy(), cq.magr(W, H), atol=1e-4)
+
+
+def host(q):
+    codes, scales = (t.cpu().numpy() for t in (q.codes, q.scales))
+    return cq.QuantizedTensor(codes, scales, None, q.spec)

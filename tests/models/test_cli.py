@@ -148,6 +148,12 @@ def test_backends():
         (["quantize", "model", "-o", "model", "--calibration", "text.txt"], 1, "new or empty"),
         (["quantize", "model", "-o", "a/b", "--calibration", "text.txt"], 1, "parent folder"),
         (["evaluate", "model", "--text", "empty.txt"], 1, "must not be empty"),
+        (["evaluate", "model", "--text", "text.txt", "--device", "cuda:9"], 1, "got cuda:9"),
+        (
+            ["quantize", "model", "-o", "out", "--calibration", "text.txt", "--device", "gpu"],
+            1,
+            "device must be one",
+        ),
         (["inspect", "nowhere"], 1, "must be a directory"),
     ],
 )

@@ -68,7 +68,7 @@ def test_outputs_come_closer_where_inputs_have_a_mean(rng, spec):
 def test_chunks_of_rows_make_no_difference(rng, monkeypatch):
     W, H = rng.normal(size=(20, 32)), moments(inputs(rng, 100, 32))
     whole = cq.fit_scales(W, H, "int4:group16")
-    monkeypatch.setattr("corequant.rounding.fitting._CHUNK", 1)
+    monkeypatch.setattr("corequant.rounding.fitting.CHUNK", 1)
     rows = cq.fit_scales(W, H, "int4:group16")
     np.testing.assert_array_equal(rows.scales, whole.scales)
     np.testing.assert_array_equal(rows.codes, whole.codes)
@@ -128,3 +128,19 @@ def test_bad_input(change, error, words):
     given = {"W": np.ones((2, 16)), "H": np.eye(16), "spec": "int4:channel"} | change
     with pytest.raises(error, match=words):
         cq.fit_scales(given.pop("W"), given.pop("H"), given.pop("spec"), **given)
+
+
+def test_inputs_that_are_all_zero_leave_the_scales_alone():
+    W = np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32)
+    found = cq.fit_scales(W, np.zeros((32, 32), np.float32), "int4:channel")
+    np.testing.assert_array_equal(found.scales, cq.quantize(W, "int4:channel").scales)
+
+
+def test_inputs_whose_channels_add_up_to_nothing():
+    rng = np.random.default_rng(1)
+    x = rng.normal(2.0, 1.0, (256, 32))
+    x -= x.mean(1, keepdims=True)
+    W, H = rng.normal(size=(8, 32)), x.T @ x / 256
+    nearest = cq.quantize(W, "int4:channel:symmetric:mse")
+    fitted = cq.fit_scales(W, H, "int4:channel:symmetric:mse")
+    assert cq.reconstruction_loss(W, fitted, H) < cq.reconstruction_loss(W, nearest, H)

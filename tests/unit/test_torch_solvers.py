@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import corequant as cq
-from corequant.rounding import AccumulatorSpec
+from corequant.rounding import AccumulatorSpec, RoundingOptions, round_together
 from corequant_torch.bridge import to_numpy
 from corequant_torch.device import DeviceKernels
 from corequant_torch.tiles import soft_thresholds
@@ -262,3 +262,130 @@ def test_no_rows_and_no_columns():
         W, H = np.empty(shape), np.eye(shape[1])
         found = rounded(DeviceKernels(), cq.gptq, {"W": W, "H": H, "spec": "int4:channel"})
         assert tuple(found.codes.shape) == cq.gptq(W, H, "int4:channel").codes.shape == shape
+
+
+@pytest.mark.parametrize("objective", ["adaround", "signround"])
+@pytest.mark.parametrize(
+    "spec", ["int4:channel", "int3:group16:asymmetric", "nvfp4", "nf4:group32"]
+)
+def test_learned_rounding_on_a_device(objective, spec):
+    W, H, G = problem()
+    arguments = {"W": W, "H": H, "G": G, "spec": spec, "objective": objective, "steps": 30}
+    expected = cq.learned_rounding(**arguments)
+    found = rounded(DeviceKernels(), cq.learned_rounding, arguments)
+    assert found.report.loss == pytest.approx(expected.report.loss, rel=1e-9)
+    assert found.report.nearest_loss == pytest.approx(expected.report.nearest_loss, rel=1e-12)
+    assert found.report.loss < found.report.nearest_loss
+    assert found.report.dead_columns == (3,)
+    np.testing.assert_array_equal(found.codes.numpy(), expected.codes)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize("group", [None, 32])
+def test_magr_on_a_device(kind, group):
+    W, H, _ = problem(dtype=kind)
+    arguments = {"W": W, "H": H, "alpha": 0.02, "steps": 60, "group_size": group}
+    expected, found = cq.magr(**arguments), rounded(DeviceKernels(), cq.magr, arguments)
+    assert np.abs(expected).max() < np.abs(W).max()
+    tolerance = {np.float32: 1e-5, np.float64: 1e-12}[kind]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=tolerance)
+    assert found.dtype == torch.from_numpy(W).dtype
+
+
+@pytest.mark.parametrize("spec", ["int4:channel", "int3:group32:asymmetric", "e2m1:group16"])
+@pytest.mark.parametrize("rank", [8, 200])
+def test_scales_are_fitted_on_a_device(spec, rank):
+    W, H, _ = problem(dtype=np.float32)
+    arguments = {"W": W, "H": H, "spec": spec, "rank": rank}
+    expected = cq.fit_scales(**arguments)
+    found = rounded(DeviceKernels(), cq.fit_scales, arguments)
+    np.testing.assert_array_equal(found.codes.numpy(), expected.codes)
+    np.testing.assert_array_equal(found.scales.numpy(), expected.scales)
+    assert type(found) is cq.QuantizedTensor
+
+
+def test_the_first_of_scales_that_are_equally_good_is_taken():
+    W, H, _ = problem(dtype=np.float32)
+    W[2] = 0
+    arguments = {"W": W, "H": np.zeros_like(H), "spec": "int4:group32", "rank": 2}
+    found = rounded(DeviceKernels(), cq.fit_scales, arguments)
+    np.testing.assert_array_equal(found.scales.numpy(), cq.quantize(W, "int4:group32").scales)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        RoundingOptions(),
+        RoundingOptions(fit_scales=True),
+        RoundingOptions("gptq", damping=0.02, correction=0.25, fit_scales=True),
+        RoundingOptions("gpfq", accumulator=AccumulatorSpec(14, 32, "int8")),
+        RoundingOptions("qronos", magr=0.01),
+        RoundingOptions("learned", steps=20),
+    ],
+    ids=str,
+)
+def test_every_option_on_a_device(monkeypatch, options):
+    W, H, G = problem(dtype=np.float64)
+    arrays = {"H": H, "G": G if options.needs_float else None}
+    expected = round_together({"a": W[:5], "b": W[5:]}, "int4:channel", options, **arrays)
+    kernels = DeviceKernels()
+    for module in ("engines", "backend"):
+        monkeypatch.setattr(f"corequant_torch.{module}.engine_for", lambda x: kernels)
+    W, H, G = (torch.from_numpy(a) for a in (W, H, G))
+    arrays = {"H": H, "G": G if options.needs_float else None}
+    found = round_together({"a": W[:5], "b": W[5:]}, "int4:channel", options, **arrays)
+    assert list(found) == ["a", "b"]
+    for name, one in found.items():
+        assert isinstance(one.codes, torch.Tensor)
+        assert one.report.name == name
+        assert one.report.loss == pytest.approx(expected[name].report.loss, rel=1e-4)
+        theirs = expected[name].report.nearest_loss
+        assert one.report.nearest_loss == pytest.approx(theirs, rel=1e-12)
+
+
+def test_tensors_on_the_cpu_get_numpys_learned_and_fitted_result():
+    W, H, _ = problem(8, 64, np.float32)
+    there, moments = torch.from_numpy(W), torch.from_numpy(H)
+    learned = cq.learned_rounding(there, moments, "int4:channel", steps=10)
+    expected = cq.learned_rounding(W, H, "int4:channel", steps=10)
+    assert learned.report == expected.report
+    np.testing.assert_array_equal(learned.codes.numpy(), expected.codes)
+    np.testing.assert_array_equal(cq.magr(there, moments).numpy(), cq.magr(W, H))
+    half = cq.magr(there.bfloat16(), moments)
+    assert half.dtype == torch.bfloat16
+    fitted, theirs = cq.fit_scales(there, moments, "int4"), cq.fit_scales(W, H, "int4")
+    assert isinstance(fitted.scales, torch.Tensor)
+    np.testing.assert_array_equal(fitted.scales.numpy(), theirs.scales)
+
+
+@pytest.mark.parametrize(
+    ("function", "change", "error"),
+    [
+        (cq.learned_rounding, {"objective": "best"}, ValueError),
+        (cq.learned_rounding, {"steps": -1}, ValueError),
+        (cq.learned_rounding, {"rate": 0.0}, ValueError),
+        (cq.learned_rounding, {"W": np.full((4, 32), np.nan)}, cq.NonFiniteError),
+        (cq.magr, {"alpha": -1}, ValueError),
+        (cq.magr, {"group_size": 24}, cq.BlockSizeError),
+        (cq.magr, {"H": np.eye(16)}, cq.ShapeError),
+        (cq.fit_scales, {"spec": "mxfp4"}, cq.SpecError),
+        (cq.fit_scales, {"rank": 0}, ValueError),
+        (cq.fit_scales, {"H": -np.eye(32)}, cq.HessianError),
+    ],
+)
+def test_bad_arguments_of_the_others_are_refused_as_numpys_are(function, change, error):
+    W, H, _ = problem(4, 32)
+    arguments = {"W": W, "H": H} | ({} if function is cq.magr else {"spec": "int4:channel"})
+    arguments |= change
+    with pytest.raises(error) as expected:
+        function(**arguments)
+    tensors = {
+        n: torch.from_numpy(a) if isinstance(a, np.ndarray) else a for n, a in arguments.items()
+    }
+    for call in (
+        lambda: function(**tensors),
+        lambda: rounded(DeviceKernels(), function, arguments),
+    ):
+        with pytest.raises(error) as found:
+            call()
+        assert str(found.value).split(" got ")[0] == str(expected.value).split(" got ")[0]
