@@ -75,6 +75,11 @@ class BlockPasses:
 
         return hook
 
+    @property
+    def window(self) -> int:
+        """Whose pass is running."""
+        return self._here.walk.window
+
     def reach(self, window: int, group: int) -> torch.Tensor | None:
         """Return what the group's layers read; None if the window's tokens don't get there.
 
@@ -111,7 +116,7 @@ class _Pass:
         prepare: Prepare,
         window: int,
     ) -> None:
-        self._here, self._forward, self._prepare, self._window = here, forward, prepare, window
+        self._here, self._forward, self._prepare, self.window = here, forward, prepare, window
         self._group = -1
         self._raw: torch.Tensor | None = None
         self._prepared: torch.Tensor | None = None
@@ -129,7 +134,7 @@ class _Pass:
         # The last group's input is let go before the next one is made.
         self._prepared = None
         self._group, self._raw = group, x
-        self._prepared = self._prepare(name, x, self._window)
+        self._prepared = self._prepare(name, x, self.window)
         return self._prepared, True
 
     def arrive(self, group: int, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -169,7 +174,7 @@ class _Restarted(_Pass):
         self._target, self._group = group, -1
         self._here.walk = self
         try:
-            self._forward(self._window)
+            self._forward(self.window)
         except _Abandoned:
             pass
         found = self._prepared if self._group == group else None
@@ -180,7 +185,7 @@ class _Restarted(_Pass):
         # Beyond any group: nothing stops the pass.
         self._target, self._group = 1 << 62, -1
         self._here.walk = self
-        output = self._forward(self._window)
+        output = self._forward(self.window)
         self._leave()
         return output
 
@@ -225,7 +230,7 @@ class _Kept(_Pass):
         self._coroutine.switch()
 
     def _run(self) -> None:
-        self._output = self._forward(self._window)
+        self._output = self._forward(self.window)
         self._leave()
 
     def close(self) -> None:

@@ -5,6 +5,9 @@ one: in one stream of its own, or anew from what each block reads in the quantiz
 block, the layers that read the same input are a group, and groups are rounded in the order in which
 they run, each for what the network quantized so far really gives it, activations rounded as at run
 time. Only one block's weights are needed at a time, besides the hidden states.
+
+Which experts a token visits is decided in the quantized network, and the float block that is
+compared with it sends the token to the same ones.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from corequant.specs import ScaleSearch
 from corequant_transformers.budgets import HELD_BYTES, peak_rss_mib
 from corequant_transformers.devices import to_host
 from corequant_transformers.layers import QuantizedLinear
+from corequant_transformers.layouts import ExpertList
 from corequant_transformers.ledgers import Windows
 from corequant_transformers.pausing import BlockPasses
 from corequant_transformers.rows import MatrixPlan
@@ -153,7 +157,8 @@ def round_block(
     ArchitectureError
         If layers don't run in the order of the rows, or those of a group read different inputs.
     CalibrationError
-        If no token reaches a layer.
+        If no token reaches a layer that is not an expert's. An expert that no token visits is
+        rounded to nearest, and its rows say so.
     HessianError, NonFiniteError
         If the inputs' moments can't be used; names the layer and the window.
     """
@@ -176,11 +181,12 @@ def round_block(
     with ExitStack() as stack:
         prepare = _Activations(path, activations)
         rounded_network = stack.enter_context(passes(quantized, hidden.quantized, prepare))
-        float_network = None
+        float_network, routed = None, False
         if options.needs_float:
             same = _Activations(path, None)
             states = hidden.quantized if hidden.float_states is None else hidden.float_states
             float_network = stack.enter_context(passes(block, states, same))
+            routed = _share_routes(stack, quantized, rounded_network, block, float_network)
         for index, group in enumerate(groups):
             started = time.monotonic()
             moments = _collect(
@@ -188,7 +194,10 @@ def round_block(
             )
             given = _weights(block, path, group)
             divisor = shared.get(group[0].name)
-            found = _round(given, moments, weights, divisor, options, executor)
+            if moments.count:
+                found = _round(given, moments, weights, divisor, options, executor)
+            else:
+                found = round_together(given, weights, RoundingOptions(), global_scale=divisor)
             seconds = time.monotonic() - started
             for row in group:
                 name = row.name.removeprefix(f"{path}.")
@@ -203,9 +212,41 @@ def round_block(
             progress()
         for window in range(count):
             hidden.quantized[window] = rounded_network.finish(window)[0]
-            if float_network is not None and hidden.float_states is not None:
+            if float_network is not None and hidden.float_states is not None and not routed:
                 hidden.float_states[window] = float_network.finish(window)[0]
+    if routed and hidden.float_states is not None:
+        # The float model goes its own ways.
+        for window in range(count):
+            state = hidden.float_states[window : window + 1]
+            hidden.float_states[window] = run_block(block, state, arguments)[0]
     return RoundedBlock(layers, table, hidden)
+
+
+def _share_routes(
+    stack: ExitStack,
+    quantized: torch.nn.Module,
+    rounded: BlockPasses,
+    block: torch.nn.Module,
+    reference: BlockPasses,
+) -> bool:
+    """Let tokens of the float block visit the experts that they visit in the quantized one.
+
+    Returns whether there are experts at all.
+    """
+    routes: dict[tuple[str, int], tuple[Any, ...]] = {}
+    lists = [name for name, module in block.named_modules() if isinstance(module, ExpertList)]
+    for name in lists:
+
+        def note(module: torch.nn.Module, args: Any, name: str = name) -> None:
+            routes[name, rounded.window] = args[1:]
+
+        def follow(module: torch.nn.Module, args: Any, name: str = name) -> tuple[Any, ...]:
+            return (args[0], *routes[name, reference.window])
+
+        for network, hook in ((quantized, note), (block, follow)):
+            handle = network.get_submodule(name).register_forward_pre_hook(hook)
+            stack.callback(handle.remove)
+    return bool(lists)
 
 
 class _Activations:
@@ -252,7 +293,7 @@ def _collect(
         q = rounded.reach(window, index)
         x = None if reference is None else reference.reach(window, index)
         if reference is not None:
-            _check_same_tokens(name, window, length, q, x)
+            _check_same_tokens(group[0], window, length, q, x)
         if q is None:
             continue
         arrays = [t.numpy() if t is not None and t.is_cpu else t for t in (q, x)]
@@ -261,7 +302,7 @@ def _collect(
         except cq.NonFiniteError as error:
             what = f"{error.name} of {name} in calibration window {window}"
             raise cq.NonFiniteError(what, error.count, error.index, error.value) from None
-    if moments.count == 0:
+    if moments.count == 0 and group[0].expert is None:
         raise CalibrationError(
             f"at least one token must reach {name}, after the layers described before it, got none "
             f"in {count} calibration windows"
@@ -270,13 +311,14 @@ def _collect(
 
 
 def _check_same_tokens(
-    name: str, window: int, length: int, q: torch.Tensor | None, x: torch.Tensor | None
+    row: MatrixPlan, window: int, length: int, q: torch.Tensor | None, x: torch.Tensor | None
 ) -> None:
-    # Which tokens come may differ between the networks as soon as some don't.
+    # Which tokens come may differ between the networks as soon as some don't, but for experts.
     counts = [0 if t is None else t.numel() // t.shape[-1] for t in (q, x)]
-    if counts not in ([0, 0], [length, length]):
+    shared = row.expert is not None and counts[0] == counts[1]
+    if not shared and counts not in ([0, 0], [length, length]):
         raise CalibrationError(
-            f"all {length} tokens of a window must reach {name} to compare it with the float "
+            f"all {length} tokens of a window must reach {row.name} to compare it with the float "
             f"network's, got {counts[0]} and {counts[1]} of calibration window {window}; gptq "
             "without a correction compares nothing"
         )
@@ -358,6 +400,7 @@ def _report(row: MatrixPlan, rounded: RoundedTensor, tokens: int, seconds: float
     damping = report.damping
     return {
         "name": row.name,
+        **({} if tokens else {"unrouted": True}),
         "method": report.method,
         "loss_nearest": report.nearest_loss,
         "loss": report.loss,

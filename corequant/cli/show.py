@@ -164,6 +164,12 @@ def quantized(result: Any, output: Path) -> None:
 
 def _roundings(rows: list[dict[str, Any]]) -> None:
     """Print how each layer was rounded, where its inputs were looked at."""
+    idle = [row["name"] for row in rows if row.get("unrouted")]
+    if idle:
+        _console.print(
+            f"{len(idle)} layers of experts that no calibration token visited were rounded to "
+            f"nearest, the first is {idle[0]}"
+        )
     seen = [row for row in rows if row.get("loss") is not None]
     if not seen:
         return

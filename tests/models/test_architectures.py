@@ -221,7 +221,7 @@ def test_the_report_counts_tokens_of_every_expert(kind, tokens):
 )
 def test_an_expert_that_no_token_reaches_keeps_its_channels_in_place(recipe, tokens):
     model = cqhf.tiny_model("mixtral")
-    model.model.layers[0].mlp.gate.register_forward_hook(_without_expert_2)
+    model.model.layers[0].mlp.gate.register_forward_hook(without_expert_2)
     result = cqhf.quantize(model, recipe, tokens)
     assert result.verification.logits_error < 1e-10
     name = "model.layers.0.mlp.experts.2.down_proj"
@@ -237,7 +237,7 @@ def test_an_expert_that_no_token_reaches_keeps_its_channels_in_place(recipe, tok
 
 def test_inspecting_leaves_out_an_expert_that_no_token_reaches(tokens):
     model = cqhf.tiny_model("mixtral")
-    model.model.layers[0].mlp.gate.register_forward_hook(_without_expert_2)
+    model.model.layers[0].mlp.gate.register_forward_hook(without_expert_2)
     names = [layer.name for layer in cqhf.inspect(model, tokens, 16).layers]
     assert len(names) == 7
     assert "model.layers.0.mlp.experts.2.down_proj" not in names
@@ -248,7 +248,7 @@ def test_plans_can_be_sent_to_other_processes():
     assert pickle.loads(pickle.dumps(plan)) == plan
 
 
-def _without_expert_2(module, args, output):
+def without_expert_2(module, args, output):
     scores, weights, chosen = output
     return scores, weights, torch.where(chosen == 2, 3, chosen)
 

@@ -14,13 +14,15 @@ import torch
 import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
-from corequant.rounding import RoundingOptions, round_together
+from corequant.rounding import InputMoments, RoundingOptions, round_together
 from corequant_transformers import blocks, sequential
 from corequant_transformers.ledgers import MemoryLedger
 from corequant_transformers.parts import ModelWeights, Parts, skeleton
 from corequant_transformers.rows import MatrixPlan
 from corequant_transformers.sequential import HiddenStates, groups_of, round_block
 from corequant_transformers.streaming import Job
+from corequant_transformers.walking import block_arguments, run_block
+from tests.models.test_architectures import without_expert_2
 
 INT4 = cq.QuantSpec.parse("int4:channel")
 
@@ -354,15 +356,79 @@ def test_blocks_that_are_called_without_names(tokens):
     assert sum(r["loss"] for r in rows) < sum(r["loss_nearest"] for r in rows)
 
 
-def test_experts_are_rounded_for_the_tokens_that_reach_them(tokens):
-    model = cqhf.tiny_model("mixtral")
-    rows = run(model, tokens, rounding="gptq").report["matrices"]
+@pytest.mark.parametrize(
+    ("kind", "rounding"), [("mixtral", "gptq"), ("mixtral", "qronos"), ("qwen3_moe", "gpfq")]
+)
+def test_experts_are_rounded_for_the_tokens_that_reach_them(kind, rounding, tokens):
+    model = cqhf.tiny_model(kind)
+    rows = run(model, tokens, rounding=rounding).report["matrices"]
     experts = [r for r in rows if "experts" in r["name"] and r["name"].endswith("down_proj")]
     layers = {r["name"].split(".")[2] for r in experts}
     chosen = model.config.num_experts_per_tok
     assert sum(r["tokens"] for r in experts) == tokens.size * chosen * len(layers)
-    with pytest.raises(cq.CalibrationError, match=r"must reach .*experts.* to compare it"):
-        run(model, tokens)
+    assert sum(r["loss"] for r in rows) < sum(r["loss_nearest"] for r in rows)
+
+
+def experts_block(tokens, reference):
+    """Return an open MoE block, its plan, and hidden states for it in both networks."""
+    model = cqhf.tiny_model("mixtral")
+    plan = cqhf.plan(model, Recipe(block_size=16, rounding="qronos", reference=reference))
+    parts = Parts(skeleton(model), plan, ModelWeights(model))
+    arguments = block_arguments(parts, tokens[0], torch.float32)[0]
+    generator = torch.Generator().manual_seed(3)
+    states = torch.randn(*tokens.shape, plan.dimensions.hidden, generator=generator)
+    noisy = states + 0.3 * torch.randn(states.shape, generator=generator)
+    return parts, plan, arguments, states, noisy
+
+
+def test_the_float_network_is_asked_about_the_tokens_that_an_expert_gets(tokens, monkeypatch):
+    parts, plan, arguments, states, noisy = experts_block(tokens, "model")
+    seen = []
+    update = InputMoments.update
+
+    def spy(self, quantized, float_inputs=None):
+        seen.append((quantized.copy(), float_inputs.copy()))
+        return update(self, quantized, float_inputs)
+
+    monkeypatch.setattr(InputMoments, "update", spy)
+    with parts.open(0):
+        block = parts.block(0)
+        own = [run_block(block, states[k : k + 1], arguments)[0] for k in range(len(tokens))]
+        rows = [m for m in plan.quantized if m.block == 0]
+        hidden = HiddenStates(noisy.clone(), states.clone())
+        options = RoundingOptions("qronos")
+        path = "model.layers.0"
+        round_block(block, path, rows, hidden, arguments, INT4, None, options)
+        # What the float block gives, it gives by its own routes.
+        for k, expected in enumerate(own):
+            torch.testing.assert_close(hidden.float_states[k], expected, rtol=0, atol=0)
+        read = []
+        block.mlp.experts.register_forward_pre_hook(lambda m, args: read.append(args))
+        for k in range(len(tokens)):
+            run_block(block, states[k : k + 1], arguments)
+            run_block(block, noisy[k : k + 1], arguments)
+    # Experts read rows of the norm's output, in the float network those of the same tokens.
+    first = next(i for i, (q, _) in enumerate(seen) if q.ndim == 2)
+    q, x = seen[first]
+    assert q.shape == x.shape
+    everything, chosen, _ = read[0]
+    places = [int(np.flatnonzero((everything.numpy() == row).all(1))[0]) for row in x]
+    assert places == sorted(places)
+    own_choice = torch.where(chosen == 0)[0].tolist()
+    assert sorted(places) != sorted(own_choice)
+    monkeypatch.undo()
+
+
+def test_an_expert_that_no_token_visits_is_rounded_to_nearest_and_named(tokens):
+    model = cqhf.tiny_model("mixtral")
+    model.model.layers[0].mlp.gate.register_forward_hook(without_expert_2)
+    rows = run(model, tokens).report["matrices"]
+    idle = [r for r in rows if r["tokens"] == 0]
+    path = "model.layers.0.mlp.experts.2"
+    expected = {f"{path}.{part}" for part in ("gate_proj", "up_proj", "down_proj")}
+    assert {r["name"] for r in idle} == expected
+    assert all(r["unrouted"] and r["method"] == "nearest" for r in idle)
+    assert not any("unrouted" in r for r in rows if r["tokens"])
 
 
 def test_matrices_outside_of_blocks_are_refused(tokens):
