@@ -149,11 +149,21 @@ def report(done) -> str:
         "accumulators": ("Accumulators, blocks of 32 with MassDiff", _accumulators),
         "weights": ("Weights alone, full rotation", _weights),
     }
-    parts = ["## Rounding that sees the data", _CAPTION]
+    parts = ["## Rounding that sees the data", _CAPTION, _cost(done)]
     for name, (title, table) in tables.items():
         if any(key[0] == name for key in found):
             parts += [f"### {title}", table(found)]
     return "\n\n".join(parts)
+
+
+def _cost(done) -> str:
+    """Return how long models took, by method, as far as cells say."""
+    times = {}
+    for cell in done:
+        if "seconds" in cell:
+            times.setdefault(cell["key"][-4], []).append(cell["seconds"])
+    told = [f"{method} {min(s):.0f} to {max(s):.0f}" for method, s in times.items()]
+    return f"Seconds that a model took on one core, calibrated already: {', '.join(told)}."
 
 
 def _markdown(heads, rows) -> str:

@@ -1,24 +1,28 @@
 """GPTQ, Qronos and GPFQ on one layer, against brevitas's: losses first, then times.
 
 Usage: python bench/bench_solvers.py [--rows 2048] [--d 8192] [--rounds 2] [--methods gptq,qronos]
+       [--write]
 
-With --memory, one side of one method runs once, and the peak of resident memory is printed with
-what was resident before it: python bench/bench_solvers.py --memory brevitas --methods gptq
-
-Rounds alternate between the two; each line gives the medians and the median of the rounds' ratios,
-of elapsed time and of processor time. The peer's GPFQ takes hours at d = 8192; try d = 1024.
+Rounds alternate between the two; each row gives the medians and the median of the rounds' ratios,
+of elapsed time and of processor time, and how much memory each takes beyond its arguments, in a
+process of its own. The peer's GPFQ takes hours at d = 8192; try d = 1024. ``--write`` puts the
+table into bench/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import resource
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 
 import numpy as np
 import torch
+from markdown import write_section
 
 import corequant as cq
 
@@ -99,7 +103,7 @@ def resident():
 
 
 def peak(side, name, W, H, G):
-    """Run one side once and print how much memory it took beyond its arguments."""
+    """Run one side once and print how much memory it took beyond its arguments, in MiB."""
     if side == "corequant":
         ours(name, W[:4, :64].copy(), H[:64, :64].copy(), G[:64, :64].copy())  # compile
         before = resident()[0]
@@ -110,7 +114,24 @@ def peak(side, name, W, H, G):
         before = resident()[0]
         with torch.no_grad():
             update()
-    print(f"{side} {name} {W.shape[0]}x{W.shape[1]}: {resident()[1] - before:.0f} MiB more")
+    print(round(resident()[1] - before))
+
+
+def measured_peak(side, name, o):
+    """Return what ``peak`` prints in a process of its own."""
+    shape = ("--rows", str(o.rows), "--d", str(o.d), "--tokens", str(o.tokens))
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        __file__,
+        "--memory",
+        side,
+        "--methods",
+        name,
+        *shape,
+    ]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> None:
@@ -120,12 +141,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=0, help="as many as d by default")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--methods", default="gptq,qronos")
-    parser.add_argument("--memory", choices=["corequant", "brevitas"])
+    parser.add_argument("--memory", choices=["corequant", "brevitas"], help=argparse.SUPPRESS)
+    parser.add_argument("--write", action="store_true", help="write the table to bench/README.md")
     o = parser.parse_args()
     W, H, G = problem(o.rows, o.d, o.tokens or o.d)
     if o.memory:
         peak(o.memory, o.methods, W, H, G)
         return
+    lines = [
+        f"| {o.rows} × {o.d} | corequant, s | brevitas, s | ratio | of processor time | losses | "
+        "corequant, MiB | brevitas, MiB |",
+        "|" + "---|" * 8,
+    ]
+    print("\n".join(lines))
     for name in o.methods.split(","):
         ours(name, W[:4, :64].copy(), H[:64, :64].copy(), G[:64, :64].copy())  # compile
         mine, theirs = [], []
@@ -142,19 +170,28 @@ def main() -> None:
         losses = [cq.reconstruction_loss(W, q, H, cross) for q in (rounded, values)]
         slack = 0.001 * abs(cq.reconstruction_loss(W, values, H))
         assert losses[0] <= losses[1] + slack, losses
-        wall, busy = (
-            [statistics.median(row[k] for row in side) for side in (mine, theirs)] for k in (0, 1)
-        )
+        wall = [statistics.median(row[0] for row in side) for side in (mine, theirs)]
         ratios = [
             statistics.median(b[k] / a[k] for a, b in zip(mine, theirs, strict=True))
             for k in (0, 1)
         ]
-        print(
-            f"{name} {o.rows}x{o.d}: corequant {wall[0]:.2f} s, brevitas {wall[1]:.2f} s, "
-            f"ratio {ratios[0]:.1f}; processor time {busy[0]:.2f} s, {busy[1]:.2f} s, "
-            f"ratio {ratios[1]:.1f}; losses {losses[0]:.6g}, {losses[1]:.6g}",
-            flush=True,
+        peaks = [measured_peak(side, name, o) for side in ("corequant", "brevitas")]
+        lines.append(
+            f"| {name} | {wall[0]:.1f} | {wall[1]:.1f} | {ratios[0]:.1f} | {ratios[1]:.1f} | "
+            f"{losses[0] / losses[1]:.4f} | {peaks[0]} | {peaks[1]} |"
         )
+        print(lines[-1], flush=True)
+    if o.write:
+        write_section("solvers", "\n".join(["## Solvers", "", _caption(), "", *lines]))
+
+
+def _caption() -> str:
+    versions = [f"{p} {importlib.metadata.version(p)}" for p in ("numpy", "torch", "brevitas")]
+    return (
+        f"Written by `bench_solvers.py`: one layer, INT4 by channel, {torch.get_num_threads()} "
+        f"thread(s), {', '.join(versions)}. Memory is what each takes beyond its arguments, which "
+        "brevitas overwrites; losses are corequant's divided by brevitas's."
+    )
 
 
 if __name__ == "__main__":

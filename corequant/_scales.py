@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,7 @@ def ranges(panel: Array, symmetric: bool, skip: bool) -> tuple[Array, Array]:
     return low, high
 
 
+@lru_cache
 def magnitude_mask(dtype: np.dtype[Any]) -> Any:
     """Return all bits but the sign."""
     u = unsigned(dtype).type

@@ -226,9 +226,8 @@ class NumberFormat:
 
     @property
     def finite_values(self) -> npt.NDArray[np.float64]:
-        """The different finite numbers, ascending."""
-        values = self.values
-        return np.unique(values[np.isfinite(values)])
+        """The different finite numbers, ascending; read-only."""
+        return _finite_values(self)
 
     @property
     def minimum(self) -> float:
@@ -256,6 +255,14 @@ class NumberFormat:
         if self.kind is FormatKind.INTEGER:
             return self.bits - (2 if self.signed else 1)
         return self.mantissa_bits
+
+
+@lru_cache(maxsize=512)
+def _finite_values(form: NumberFormat) -> npt.NDArray[np.float64]:
+    values = _values(form)
+    found = np.unique(values[np.isfinite(values)])
+    found.flags.writeable = False
+    return found
 
 
 @lru_cache(maxsize=512)

@@ -37,6 +37,10 @@ __all__ = [
 LANES = 32
 """Numbers at a time: 16 bytes, and as many groups as two."""
 
+_AHEAD = 512
+"""Bytes of codes that are asked for ahead of reading: what is written keeps the processor from
+fetching far enough ahead by itself."""
+
 _I8, _I32, _F32 = ir.IntType(8), ir.IntType(32), ir.FloatType()
 _HALF = LANES // 2
 
@@ -177,12 +181,24 @@ def _codes(context: Any, builder: Any, v: _Lanes, kind: Any, packed: Any, at: An
     """Return the 32 codes of ``packed[at/2:]`` as integers of 32 bits."""
     bytes_ = ir.VectorType(_I8, _HALF)
     source = builder.lshr(at, ir.Constant(at.type, 1))
-    loaded = builder.load(_address(context, builder, kind, packed, source, bytes_))
+    address = _address(context, builder, kind, packed, source, bytes_)
+    _prefetch(builder, address)
+    loaded = builder.load(address)
     loaded.align = 1
     even = builder.and_(loaded, ir.Constant(bytes_, [15] * _HALF))
     odd = builder.lshr(loaded, ir.Constant(bytes_, [4] * _HALF))
     turns = [place for i in range(_HALF) for place in (i, _HALF + i)]
     return builder.zext(v.pick(even, odd, turns), ir.VectorType(_I32, LANES))
+
+
+def _prefetch(builder: Any, address: Any) -> None:
+    """Ask for what is read a little later; beyond an array's end that does nothing."""
+    first = builder.bitcast(address, _I8.as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [first.type, _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    # To be read, into every level of the cache, as data.
+    how = [ir.Constant(_I32, value) for value in (0, 3, 1)]
+    builder.call(function, [builder.gep(first, [ir.Constant(_I32, _AHEAD)]), *how])
 
 
 @intrinsic
