@@ -197,7 +197,7 @@ def round_block(
             if moments.count:
                 found = _round(given, moments, weights, divisor, options, executor)
             else:
-                found = round_together(given, weights, RoundingOptions(), global_scale=divisor)
+                found = _round_idle(given, weights, divisor, options)
             seconds = time.monotonic() - started
             for row in group:
                 name = row.name.removeprefix(f"{path}.")
@@ -362,6 +362,24 @@ def _round(
         ]
         found = [future.result() for future in waiting]
     return {name: one for each in found for name, one in each.items()}
+
+
+def _round_idle(
+    weights: Mapping[str, npt.NDArray[Any]],
+    spec: cq.QuantSpec,
+    divisor: npt.NDArray[np.float32] | None,
+    options: RoundingOptions,
+) -> dict[str, RoundedTensor]:
+    """Round an expert that no token visits: to nearest, as far as an accumulator's bounds let it.
+
+    With inputs that have nothing to do with each other, that is what GPTQ does.
+    """
+    if options.accumulator is None:
+        return round_together(weights, spec, RoundingOptions(), global_scale=divisor)
+    bounded = RoundingOptions("gptq", accumulator=options.accumulator)
+    width = next(iter(weights.values())).shape[1]
+    H = np.eye(width, dtype=np.float32)
+    return round_together(weights, spec, bounded, H, global_scale=divisor)
 
 
 def _round_on_device(

@@ -14,7 +14,7 @@ import torch
 import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
-from corequant.rounding import InputMoments, RoundingOptions, round_together
+from corequant.rounding import AccumulatorSpec, InputMoments, RoundingOptions, round_together
 from corequant_transformers import blocks, sequential
 from corequant_transformers.ledgers import MemoryLedger
 from corequant_transformers.parts import ModelWeights, Parts, skeleton
@@ -429,6 +429,20 @@ def test_an_expert_that_no_token_visits_is_rounded_to_nearest_and_named(tokens):
     assert {r["name"] for r in idle} == expected
     assert all(r["unrouted"] and r["method"] == "nearest" for r in idle)
     assert not any("unrouted" in r for r in rows if r["tokens"])
+
+
+def test_an_expert_that_no_token_visits_keeps_within_an_accumulator(tokens):
+    model = cqhf.tiny_model("mixtral")
+    model.model.layers[0].mlp.gate.register_forward_hook(without_expert_2)
+    made = run(model, tokens, rounding="gptq", accumulator="16x10")
+    bound = AccumulatorSpec(10, 16, made.plan.recipe.activations)
+    layer = made.model.get_submodule("model.layers.0.mlp.experts.2.down_proj")
+    assert cq.certify(layer.quantized, bound).safe
+    row = next(
+        r for r in made.report["matrices"] if r["name"].endswith("0.mlp.experts.2.down_proj")
+    )
+    assert row["unrouted"]
+    assert row["bounded_share"] > 0
 
 
 def test_matrices_outside_of_blocks_are_refused(tokens):
