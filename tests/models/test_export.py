@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 import types
 
@@ -14,9 +15,10 @@ import transformers
 
 import corequant as cq
 import corequant_transformers as cqhf
+import corequant_vllm
 from corequant.recipe import Recipe
 from corequant.tensorfile import RawTensor, TensorFile, write_tensors
-from corequant_transformers import compressed, vllm_plugin
+from corequant_transformers import compressed
 from corequant_transformers.sources import quiet_transformers
 from corequant_transformers.stored import Stored
 
@@ -195,9 +197,9 @@ def test_the_vllm_plugin_rotates_on_a_cpu(kind, size, rng, monkeypatch):
             raise NotImplementedError("needs CUDA")
 
     module = types.SimpleNamespace(HadamardTransform=HadamardTransform)
-    monkeypatch.setitem(sys.modules, vllm_plugin._MODULE, module)
-    vllm_plugin.register()
-    vllm_plugin.register()
+    monkeypatch.setitem(sys.modules, corequant_vllm._MODULE, module)
+    corequant_vllm.register()
+    corequant_vllm.register()
     scheme = types.SimpleNamespace(type=kind, head_dim=size)
     transform = HadamardTransform()
     transform.transforms = {
@@ -208,3 +210,15 @@ def test_the_vllm_plugin_rotates_on_a_cpu(kind, size, rng, monkeypatch):
     x = torch.from_numpy(rng.normal(size=(3, 48)).astype(np.float32))
     torch.testing.assert_close(transform.forward(x), cq.block_hadamard(x, size))
     assert transform.forward(x, 1) is x
+
+
+def test_the_vllm_plugin_brings_no_compiled_kernels_along():
+    # vLLM 0.32 on a CPU stops at an object of llvmlite's in front of its workers' start.
+    code = (
+        "import sys; from importlib.metadata import entry_points;"
+        "(found,) = entry_points(group='vllm.general_plugins', name='corequant');"
+        "assert found.load().__name__ == 'register';"
+        "print([m for m in ('llvmlite', 'numba', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

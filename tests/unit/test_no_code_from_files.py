@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("corequant", "backends/corequant_torch", "adapters/corequant_transformers")
+PACKAGES = (
+    "corequant",
+    "backends/corequant_torch",
+    "adapters/corequant_transformers",
+    "adapters/corequant_vllm",
+)
 FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 CALLS = {"eval", "exec", "compile", "__import__"}

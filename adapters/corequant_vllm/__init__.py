@@ -2,6 +2,10 @@
 
 vLLM reads ``transform_config``, but its rotations need CUDA kernels: on a CPU the first forward
 pass ends in an error. Source: ``HadamardTransform`` of vLLM 0.32.
+
+It is a package of its own that imports next to nothing: on a CPU vLLM 0.32 looks through all
+modules that are loaded before its workers start, and stumbles over an object of llvmlite, which
+compiled kernels need.
 """
 
 from __future__ import annotations
@@ -11,10 +15,7 @@ import importlib
 import math
 from typing import Any
 
-import numpy as np
 import torch
-
-import corequant as cq
 
 __all__ = ["register", "rotate"]
 
@@ -65,4 +66,6 @@ def rotate(transform: Any, value: torch.Tensor, part_id: int = 0) -> torch.Tenso
 
 @functools.cache
 def _sylvester(n: int) -> torch.Tensor:
-    return torch.from_numpy(cq.hadamard_matrix(n).astype(np.float32)) / math.sqrt(n)
+    from corequant import hadamard_matrix
+
+    return torch.from_numpy(hadamard_matrix(n).astype("float32")) / math.sqrt(n)
