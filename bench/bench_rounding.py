@@ -165,8 +165,11 @@ def _cost(done) -> str:
     for cell in done:
         if "seconds" in cell:
             times.setdefault(cell["key"][-4], []).append(cell["seconds"])
-    told = [f"{method} {min(s):.0f} to {max(s):.0f}" for method, s in times.items()]
-    return f"Seconds that a model took on one core, calibrated already: {', '.join(told)}."
+    told = ", ".join(f"{method} {min(s):.0f}" for method, s in times.items())
+    return (
+        f"Seconds that a model took on one core, calibrated already, at the least: {told}. (Other "
+        "work on the machine made some take nearly twice as long.)"
+    )
 
 
 def _markdown(heads, rows) -> str:
