@@ -251,7 +251,7 @@ def main() -> None:
             label = "a random Llama of 2 blocks, qronos"
         else:
             case = given_case(options.model, options.text)
-            label = f"{options.model.stem}, rounded to nearest"
+            label = f"{options.model.stem}, rounded to nearest, seed {options.seed}"
         work = folder / "work"
         work.mkdir()
         killed = Counter[str]()
@@ -276,7 +276,7 @@ def main() -> None:
     print("\n".join(body))
     if options.write:
         head = ["## Crashes", "", "Written by `bench_crashes.py`.", ""]
-        name = "crashes" if options.model is None else "crashes of a real model"
+        name = "crashes" if options.model is None else f"crashes, seed {options.seed}"
         write_section(name, "\n".join([*(head if options.model is None else []), *body]))
 
 

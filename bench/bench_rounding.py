@@ -166,10 +166,7 @@ def _cost(done) -> str:
         if "seconds" in cell:
             times.setdefault(cell["key"][-4], []).append(cell["seconds"])
     told = ", ".join(f"{method} {min(s):.0f}" for method, s in times.items())
-    return (
-        f"Seconds that a model took on one core, calibrated already, at the least: {told}. (Other "
-        "work on the machine made some take nearly twice as long.)"
-    )
+    return f"Seconds that a model took on one core, calibrated already, at the least: {told}."
 
 
 def _markdown(heads, rows) -> str:

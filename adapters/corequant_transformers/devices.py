@@ -35,7 +35,8 @@ def check_device(device: str | torch.device) -> torch.device:
         if found.type == "meta":
             raise RuntimeError("tensors of the device meta hold no data")
         torch.empty(1, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        # Unknown names, a torch built without CUDA, a device without kernels, and no name at all.
         reason = str(error).partition("\n")[0]
         raise BackendError(
             f"device must be one that torch finds here, got {device} ({reason})"

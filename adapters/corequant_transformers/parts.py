@@ -116,7 +116,7 @@ class Parts:
     plan : ModelPlan
         Says which modules belong to which part.
     weights : Weights
-    device : torch.device
+    device : str or torch.device
         Where open parts compute.
 
     Attributes
@@ -136,13 +136,13 @@ class Parts:
         model: Any,
         plan: ModelPlan,
         weights: Weights,
-        device: torch.device = torch.device("cpu"),  # noqa: B008
+        device: str | torch.device = "cpu",
     ) -> None:
         self.model = model
         self.weights = weights
         self.plan = plan
-        self.device = device
-        _move_buffers(model, device)
+        self.device = torch.device(device)
+        _move_buffers(model, self.device)
         _untie(model, plan)
         self.keys: dict[Part, list[str]] = {part: [] for part in self.order}
         for name in model.state_dict():

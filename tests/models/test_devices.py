@@ -132,7 +132,9 @@ def test_sums_of_products_stay_on_the_device_while_a_model_is_calibrated(elsewhe
     assert stay == {"Elsewhere"}
     for name, arrays in expected.items():
         for ours, theirs in zip(found[name], arrays, strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+            # Of sums in float32, those that nearly cancel differ most.
+            atol = 1e-6 * np.abs(theirs).max()
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=atol)
 
 
 def fails(device):
@@ -148,12 +150,14 @@ def fails(device):
 
 
 def test_what_is_not_finite_is_named(elsewhere):
-    assert elsewhere.submit(fails, otherdevice.NAME).result() == fails("cpu")
+    expected = fails("cpu")
+    assert "(3, 5)" in expected
+    assert elsewhere.submit(fails, otherdevice.NAME).result() == expected
 
 
 def test_devices_that_are_not_there_are_refused(tmp_path):
     model, recipe = cqhf.tiny_model("llama"), Recipe(block_size=16)
-    for device in ("cuda:7", "meta", "nowhere"):
+    for device in ("cuda:7", "meta", "nowhere", 1.5):
         with pytest.raises(cq.BackendError, match=f"device must be .* got {device}"):
             cqhf.quantize(model, recipe, TOKENS, device=device)
 
@@ -195,3 +199,4 @@ def resumed(folder, device):
 def test_a_run_goes_on_only_where_it_was_begun(elsewhere, tmp_path):
     found = elsewhere.submit(resumed, tmp_path, otherdevice.NAME).result()
     assert "device" in found
+    assert otherdevice.NAME in found

@@ -16,6 +16,7 @@ import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from corequant.rounding import AccumulatorSpec, InputMoments, RoundingOptions, round_together
 from corequant_transformers import blocks, sequential
+from corequant_transformers.layouts import ExpertList
 from corequant_transformers.ledgers import MemoryLedger
 from corequant_transformers.parts import ModelWeights, Parts, skeleton
 from corequant_transformers.rows import MatrixPlan
@@ -369,31 +370,31 @@ def test_experts_are_rounded_for_the_tokens_that_reach_them(kind, rounding, toke
     assert sum(r["loss"] for r in rows) < sum(r["loss_nearest"] for r in rows)
 
 
-def experts_block(tokens, reference):
-    """Return an open MoE block, its plan, and hidden states for it in both networks."""
+def test_the_float_network_is_asked_about_the_tokens_that_an_expert_gets(tokens, monkeypatch):
     model = cqhf.tiny_model("mixtral")
-    plan = cqhf.plan(model, Recipe(block_size=16, rounding="qronos", reference=reference))
+    plan = cqhf.plan(model, Recipe(block_size=16, rounding="qronos", reference="model"))
     parts = Parts(skeleton(model), plan, ModelWeights(model))
     arguments = block_arguments(parts, tokens[0], torch.float32)[0]
     generator = torch.Generator().manual_seed(3)
     states = torch.randn(*tokens.shape, plan.dimensions.hidden, generator=generator)
     noisy = states + 0.3 * torch.randn(states.shape, generator=generator)
-    return parts, plan, arguments, states, noisy
-
-
-def test_the_float_network_is_asked_about_the_tokens_that_an_expert_gets(tokens, monkeypatch):
-    parts, plan, arguments, states, noisy = experts_block(tokens, "model")
-    seen = []
-    update = InputMoments.update
+    seen, visits = [], []
+    update, visit = InputMoments.update, ExpertList.forward
 
     def spy(self, quantized, float_inputs=None):
         seen.append((quantized.copy(), float_inputs.copy()))
         return update(self, quantized, float_inputs)
 
+    def note(self, hidden_states, chosen, weights):
+        visits.append((hidden_states.clone(), chosen.clone()))
+        return visit(self, hidden_states, chosen, weights)
+
     monkeypatch.setattr(InputMoments, "update", spy)
+    monkeypatch.setattr(ExpertList, "forward", note)
     with parts.open(0):
         block = parts.block(0)
         own = [run_block(block, states[k : k + 1], arguments)[0] for k in range(len(tokens))]
+        (_, unforced), visits[:] = visits[0], []
         rows = [m for m in plan.quantized if m.block == 0]
         hidden = HiddenStates(noisy.clone(), states.clone())
         options = RoundingOptions("qronos")
@@ -402,21 +403,15 @@ def test_the_float_network_is_asked_about_the_tokens_that_an_expert_gets(tokens,
         # What the float block gives, it gives by its own routes.
         for k, expected in enumerate(own):
             torch.testing.assert_close(hidden.float_states[k], expected, rtol=0, atol=0)
-        read = []
-        block.mlp.experts.register_forward_pre_hook(lambda m, args: read.append(args))
-        for k in range(len(tokens)):
-            run_block(block, states[k : k + 1], arguments)
-            run_block(block, noisy[k : k + 1], arguments)
-    # Experts read rows of the norm's output, in the float network those of the same tokens.
-    first = next(i for i, (q, _) in enumerate(seen) if q.ndim == 2)
-    q, x = seen[first]
-    assert q.shape == x.shape
-    everything, chosen, _ = read[0]
-    places = [int(np.flatnonzero((everything.numpy() == row).all(1))[0]) for row in x]
-    assert places == sorted(places)
-    own_choice = torch.where(chosen == 0)[0].tolist()
-    assert sorted(places) != sorted(own_choice)
-    monkeypatch.undo()
+    # The first window visits the experts in the quantized network, then in the float one.
+    (quantized, chosen), (floating, followed) = visits[:2]
+    assert torch.equal(followed, chosen)
+    assert not torch.equal(unforced, chosen)
+    # What the first expert is compared on are the same tokens in both.
+    q, x = next(pair for pair in seen if pair[0].ndim == 2)
+    places = torch.where(chosen == 0)[0]
+    np.testing.assert_array_equal(x, floating[places].numpy())
+    np.testing.assert_array_equal(q, quantized[places].numpy())
 
 
 def test_an_expert_that_no_token_visits_is_rounded_to_nearest_and_named(tokens):
