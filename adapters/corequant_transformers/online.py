@@ -21,7 +21,8 @@ from transformers.quantizers import auto
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils import quantization_config as configs
 
-from corequant.errors import CheckpointError
+import corequant as cq
+from corequant.errors import CheckpointError, HadamardOrderError
 
 __all__ = ["GUARD", "BlockTransform", "install"]
 
@@ -62,15 +63,22 @@ class BlockTransform(torch.nn.Module):
     ----------
     weight : torch.nn.Parameter (n, n)
         M; orthogonal up to the factor √n, ±1 for Hadamard matrices.
+    known : bool
+        M is `corequant.hadamard_matrix` of its order, so that the product is `block_hadamard`'s, to
+        the bit: another order of sums moves activations at ties to other codes.
     """
 
     def __init__(self, size: int, inverse: bool) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.empty(size, size), requires_grad=False)
         self.inverse = inverse
+        self.known = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x`` (..., d) with its blocks transformed, in its dtype; d a multiple of n."""
+        if self.known:
+            rotated: torch.Tensor = cq.block_hadamard(x, len(self.weight), inverse=self.inverse)
+            return rotated
         matrix = self.weight.float()
         matrix = matrix.T if self.inverse else matrix
         n = matrix.shape[0]
@@ -219,17 +227,28 @@ class _OutputHook:
 
 @torch.no_grad()
 def _check_matrices(model: torch.nn.Module) -> None:
-    """Refuse matrices that the files lack: Transformers would have drawn them at random."""
-    known: torch.Tensor | None = None
+    """Refuse matrices that the files lack, Transformers would have drawn them; know ours."""
+    checked: list[tuple[torch.Tensor, bool]] = []
     for name, module in model.named_modules():
         if not isinstance(module, BlockTransform) or module.weight.device.type == "meta":
             continue
         matrix = module.weight.float()
-        if known is not None and torch.equal(matrix, known):
-            continue
-        n = len(matrix)
-        wanted = n * torch.eye(n, device=matrix.device)
-        # Entries of bfloat16 carry 8 bits.
-        if not bool(((matrix @ matrix.T - wanted).abs() <= 0.02 * n).all()):
-            raise CheckpointError(f"{name}.weight is missing or not orthogonal")
-        known = matrix
+        known = next((known for other, known in checked if torch.equal(matrix, other)), None)
+        if known is None:
+            n = len(matrix)
+            wanted = n * torch.eye(n, device=matrix.device)
+            # Entries of bfloat16 carry 8 bits.
+            if not bool(((matrix @ matrix.T - wanted).abs() <= 0.02 * n).all()):
+                raise CheckpointError(f"{name}.weight is missing or not orthogonal")
+            known = _is_known(matrix)
+            checked.append((matrix, known))
+        module.known = known
+
+
+def _is_known(matrix: torch.Tensor) -> bool:
+    """Return whether ``matrix`` (n, n) is the Hadamard matrix that corequant has of its order."""
+    try:
+        ours = cq.hadamard_matrix(len(matrix))
+    except HadamardOrderError:
+        return False
+    return torch.equal(torch.tensor(ours, dtype=matrix.dtype, device=matrix.device), matrix)

@@ -19,6 +19,7 @@ import corequant_vllm
 from corequant.recipe import Recipe
 from corequant.tensorfile import RawTensor, TensorFile, write_tensors
 from corequant_transformers import compressed
+from corequant_transformers.online import BlockTransform
 from corequant_transformers.sources import quiet_transformers
 from corequant_transformers.stored import Stored
 
@@ -124,6 +125,41 @@ def test_transformers_rotates_at_run_time_after_the_import(block, tokens, tmp_pa
         model.save_pretrained(tmp_path / "again")
     check_equal(own, out, tokens)
     check_equal(own, tmp_path / "again", tokens)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("block", [16, 12])
+def test_rotations_of_our_matrices_are_ours_to_the_bit(block, ours, tokens, tmp_path):
+    """Sums in another order move activations at ties; a matrix of another program is obeyed."""
+    own, out = tmp_path / "own", tmp_path / "out"
+    recipe = Recipe(block_size=block, weights="int4:group16", activations="none")
+    cqhf.quantize(cqhf.tiny_model("qwen2"), recipe, tokens, own)
+    cqhf.export(own, out)
+    matrix = cq.hadamard_matrix(block).astype(np.float32)
+    if not ours:
+        matrix = np.ascontiguousarray(matrix[::-1] * matrix[1])
+        file = TensorFile(out / "model.safetensors")
+        changed = {
+            n: RawTensor.of(matrix, "F32") if f"R{block}_input" in n else file.read(n)
+            for n in file.names
+        }
+        write_tensors(tmp_path / "changed", changed)
+        (tmp_path / "changed").rename(out / "model.safetensors")
+    transforms = [m for m in load(out).modules() if isinstance(m, BlockTransform)]
+    assert len(transforms) == 2
+    x = torch.randn(7, 8 * block, generator=torch.Generator().manual_seed(1))
+    for transform in transforms:
+        assert transform.known is ours
+        for inverse in (False, True):
+            transform.inverse = inverse
+            result = transform(x)
+            product = x.double().reshape(7, 8, block) @ torch.tensor(
+                matrix.T if inverse else matrix, dtype=torch.float64
+            )
+            product = product.reshape(x.shape) / block**0.5
+            torch.testing.assert_close(result, product.float(), rtol=1e-5, atol=1e-5)
+            if ours:
+                assert torch.equal(result, cq.block_hadamard(x, block, inverse=inverse))
 
 
 def test_a_missing_rotation_is_an_error(tokens, tmp_path):
