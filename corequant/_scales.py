@@ -9,7 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant._grids import grid_for, levels_of, rounder_for, rule_for, unsigned
-from corequant._numba import exact_search, exact_uniform, minifloat, nibbles, quantize, search
+from corequant._numba import (
+    exact_search,
+    exact_uniform,
+    gain_table,
+    minifloat,
+    nibbles,
+    quantize,
+    search,
+)
 from corequant._numba import scales as rules
 from corequant.formats import FormatKind, NumberFormat, formats
 from corequant.specs import POWERS_OF_TWO, QuantSpec, ScaleFormat, ScaleSearch
@@ -107,7 +115,8 @@ def choose(
         search.half_quadratic(panel, rule, 2.0**-spec.format.fraction_bits, scales, zeros)
         return
     if search_kind is ScaleSearch.EXACT:
-        search.settle_all(_exact(panel, spec.format), rule, scales)
+        magnitudes = np.maximum(np.abs(low), np.abs(high))
+        search.settle_all(_exact(panel, magnitudes, spec.format), rule, scales)
         return
     trials, offsets = _trials(low, high, spec, factor, scales, zeros)
     steps = effective(trials, divisor)
@@ -118,7 +127,7 @@ def choose(
     scales[busy], zeros[busy] = trials[each, best][busy], offsets[each, best][busy]
 
 
-def _exact(panel: Array, form: NumberFormat) -> Array:
+def _exact(panel: Array, magnitudes: Array, form: NumberFormat) -> Array:
     """Return the scale of least squared error of each group, float64."""
     found = np.empty(len(panel))
     if form.kind is not FormatKind.INTEGER:
@@ -126,11 +135,12 @@ def _exact(panel: Array, form: NumberFormat) -> Array:
         return found
     exponents = None
     if panel.dtype == np.float64:
-        exponents = np.frexp(np.abs(panel).max(1, initial=0))[1]
+        magnitudes, exponents = np.frexp(magnitudes)
         panel = np.ldexp(panel, -exponents[:, None])
     unit = 2.0**-form.fraction_bits
     least, most = (np.float32(v / unit) for v in form.finite_values[[0, -1]])
-    exact_uniform.exact_scales_uniform(panel, least, most, magnitude_mask(panel.dtype), found)
+    room = gain_table.room_for(panel.shape[1])
+    exact_uniform.exact_scales_uniform(panel, magnitudes, least, most, *room, found)
     found /= unit
     return found if exponents is None else np.ldexp(found, exponents)
 

@@ -140,14 +140,24 @@ def test_the_exact_search_against_every_piece(name, size):
         assert error <= least + 1e-9 * np.square(x).sum()
 
 
-@pytest.mark.parametrize("name", ["int2", "int4", "uint4", "int8"])
-@pytest.mark.parametrize("size", [33, 700, 4096])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [(n, s) for n in ("int2", "int4", "uint4", "int8") for s in (33, 700, 2048, 4097)]
+    + [("int3", 70_000), ("uint2", 70_000)],
+)
 @pytest.mark.parametrize("unit", [1.0, 1e-310, 1e306])
 def test_the_exact_search_against_a_sweep_over_all_breakpoints(name, size, unit):
     values = cq.find_format(name).finite_values
     generator = np.random.default_rng(size)
-    for draw in (generator.standard_normal, lambda n: generator.standard_t(2, n)):
-        x = draw(size)
+    draws = (
+        generator.standard_normal(size),
+        generator.standard_t(2, size),
+        generator.standard_cauchy(size),
+        np.sign(generator.standard_normal(size)) * 0.7,
+        np.where(np.arange(size) % 10 > 0, -1.0, 1e-4),
+        np.rint(generator.standard_normal(size) * 4),
+    )
+    for x in draws:
         x *= unit / np.abs(x).max()
         # Every entry's level falls from the last one to zero where the scale passes a middle.
         w, top = np.abs(x) / unit, np.where(x > 0, values[-1], -values[0])
