@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from corequant._numba import codebook, fused, losses, minifloat, nibbles, quantize
+from corequant._numba import codebook, fused, lanes, losses, minifloat, quantize
 from corequant._numba.minifloat import Rounder
 from corequant._numba.scales import FLOAT, POWER, ROUNDED, Rule
 from corequant.formats import FormatKind, NumberFormat, Specials, formats
@@ -130,8 +130,8 @@ def fits_nibbles(form: NumberFormat, dtype: np.dtype[Any], size: int, d: int) ->
         form.kind is FormatKind.FLOAT
         and (form.bits, form.specials) == (4, Specials.NONE)
         and dtype == np.float32
-        and (size == nibbles.LANES // 2 or size % nibbles.LANES == 0)
-        and d % nibbles.LANES == 0
+        and (size == lanes.HALF or size % lanes.LANES == 0)
+        and d % lanes.LANES == 0
     )
 
 
@@ -196,7 +196,7 @@ class _Integers:
         # Packed codes count from zero.
         shifted = zeros - self._limits[0]
         steps = self._step(scales)
-        if self._bits == 4 and out.dtype == np.float32 and size % nibbles.LANES == 0:
+        if self._bits == 4 and out.dtype == np.float32 and size % lanes.LANES == 0:
             fused.decode_four_bits(packed, size, steps, shifted, out)
         else:
             fused.decode_integers(packed, self._bits, size, steps, shifted, out)

@@ -13,8 +13,8 @@ from corequant._numba import (
     exact_search,
     exact_uniform,
     gain_table,
+    lanes,
     minifloat,
-    nibbles,
     quantize,
     search,
 )
@@ -49,7 +49,7 @@ def ranges(panel: Array, symmetric: bool, skip: bool) -> tuple[Array, Array]:
         panel = np.where(np.isfinite(panel), panel, panel.dtype.type(0))
     mask = magnitude_mask(panel.dtype)
     if symmetric and panel.dtype == np.float32 and panel.shape[1] % 16 == 0:
-        nibbles.all_magnitudes(panel, high)
+        lanes.all_magnitudes(panel, high)
     elif symmetric:
         quantize.magnitudes(panel, mask, high)
     else:

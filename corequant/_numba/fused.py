@@ -15,8 +15,9 @@ import numpy as np
 from corequant._numba import minifloat, quantize
 from corequant._numba.bits import like, to_bits, to_float
 from corequant._numba.jit import jit
+from corequant._numba.lanes import magnitudes_of_row
 from corequant._numba.minifloat import nearest_code, nearest_value
-from corequant._numba.nibbles import decode_row, encode_row, integers_row, magnitudes_of_row
+from corequant._numba.nibbles import decode_row, encode_row, integers_row
 from corequant._numba.packing import pack_rows, unpack_rows
 from corequant._numba.quantize import magnitudes, ranges, row_magnitude, row_range
 from corequant._numba.scales import FLOAT, Rule, choose, scale_and_zero
@@ -36,6 +37,10 @@ __all__ = [
     "fake_symmetric",
     "scales_only",
 ]
+
+
+BLOCK = 2048
+"""Numbers of short groups that are ranged and then rounded."""
 
 
 class Plan(NamedTuple):
@@ -307,12 +312,9 @@ def decode_nibbles(packed, size, stored, table, rounder, out):  # type: ignore[n
     ``table`` has the step of each byte of ``stored`` scales.
     """
     count = out.shape[1] // size
-    steps = np.empty(count, out.dtype)
     for row in range(out.shape[0]):
         own = stored[row * count : (row + 1) * count]
-        for k in range(count):
-            steps[k] = table[own[k]]
-        decode_row(packed[row], size, steps, rounder, out[row])
+        decode_row(packed[row], size, own, table, rounder, out[row])
 
 
 @jit

@@ -1,9 +1,4 @@
-"""Codes of 4 bits, 32 numbers at a time as LLVM vectors: packed bytes to numbers and back.
-
-Groups of 16 or 32 are shorter than what the compiler's own vector loops start at, so that plain
-loops over them spent most of their time in remainders: 15 against 6 ms for 4096 by 4096 float32.
-Outside compiled code the same definitions run on NumPy vectors.
-"""
+"""Codes of 4 bits, 32 at a time: packed bytes to numbers and back."""
 
 from __future__ import annotations
 
@@ -14,48 +9,39 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
-from numba.np.arrayobj import make_array
 
-from corequant._numba.bits import to_float
 from corequant._numba.jit import jit
+from corequant._numba.lanes import HALF, LANES, Lanes, address_of, ask_for, prefetch
 from corequant._numba.machine import processor
 from corequant._numba.minifloat import nearest_code, value_of
 
 __all__ = [
-    "LANES",
-    "all_magnitudes",
     "decode_integers",
     "decode_nibbles",
     "decode_row",
     "encode_nibbles",
     "encode_row",
     "integers_row",
-    "largest_bits",
-    "magnitudes_of_row",
 ]
 
-LANES = 32
-"""Numbers at a time: 16 bytes, and as many groups as two."""
-
-_AHEAD = 512
+_AHEAD = 384
 """Bytes of codes that are asked for ahead of reading: what is written keeps the processor from
 fetching far enough ahead by itself."""
 
 _I8, _I32, _F32 = ir.IntType(8), ir.IntType(32), ir.FloatType()
-_HALF = LANES // 2
 
 
 def encode_nibbles(x: Any, at: Any, low: Any, high: Any, r: Any, packed: Any) -> None:
     """Write ``packed[at/2:]`` from ``x[at:at + 32]``, whose halves have steps ``low``, ``high``."""
-    steps = (low,) * _HALF + (high,) * _HALF
+    steps = (low,) * HALF + (high,) * HALF
     codes = [nearest_code(x[at + i] / steps[i], r) for i in range(LANES)]
-    for i in range(_HALF):
+    for i in range(HALF):
         packed[at // 2 + i] = np.uint8(codes[2 * i] | (codes[2 * i + 1] << 4))
 
 
 def decode_nibbles(packed: Any, at: Any, low: Any, high: Any, r: Any, out: Any) -> None:
     """Write ``out[at:at + 32]`` from ``packed[at/2:]``; the halves have steps ``low``, ``high``."""
-    steps = (low,) * _HALF + (high,) * _HALF
+    steps = (low,) * HALF + (high,) * HALF
     for i in range(LANES):
         code = (packed[at // 2 + i // 2] >> (4 * (i % 2))) & 15
         out[at + i] = value_of(r.one.dtype.type(code), r) * steps[i]
@@ -68,39 +54,15 @@ def decode_integers(packed: Any, at: Any, step: Any, zero: Any, out: Any) -> Non
         out[at + i] = (code - zero) * step
 
 
-def largest_bits(x: Any, at: Any, count: Any) -> Any:
-    """Return the bits of the largest magnitude of ``x[at:at + count]``, in sixteens."""
-    return (x[at : at + count].view(np.uint32) & np.uint32(0x7FFFFFFF)).max()
-
-
-class _Lanes:
-    """A few operations on vectors of 32."""
+class _Nibbles(Lanes):
+    """Codes of 4 bits and what they stand for, for a rounder's constants ``r``."""
 
     def __init__(self, builder: Any, r: Any) -> None:
-        self.b, self.r = builder, r
-
-    def splat(self, value: Any, count: int = LANES) -> Any:
-        kind = ir.VectorType(value.type, count)
-        one = self.b.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_I32, 0))
-        zeros = ir.Constant(ir.VectorType(_I32, count), [0] * count)
-        return self.b.shuffle_vector(one, ir.Constant(kind, ir.Undefined), zeros)
+        super().__init__(builder)
+        self.r = r
 
     def const(self, name: str) -> Any:
         return self.splat(getattr(self.r, name))
-
-    def words(self, value: Any) -> Any:
-        return self.b.bitcast(value, ir.VectorType(_I32, LANES))
-
-    def floats(self, value: Any) -> Any:
-        return self.b.bitcast(value, ir.VectorType(_F32, LANES))
-
-    def join(self, low: Any, high: Any) -> Any:
-        """Return a vector of 16 times ``low`` and 16 times ``high``."""
-        return self.pick(self.splat(low), self.splat(high), [0] * _HALF + [LANES] * _HALF)
-
-    def pick(self, one: Any, other: Any, places: list[int]) -> Any:
-        mask = ir.Constant(ir.VectorType(_I32, len(places)), places)
-        return self.b.shuffle_vector(one, other, mask)
 
     def code(self, v: Any) -> Any:
         """``minifloat.nearest_code``, where -0.0 has a code."""
@@ -121,20 +83,30 @@ class _Lanes:
 
         The numbers are the same in every turn of a loop, so that the compiler finds them once.
         """
-        features = processor()[1]
-        if "+avx512f" not in features.split(","):
+        if not _permutes():
             return self.value(code)
-        half = ir.VectorType(_F32, _HALF)
-        indices = ir.VectorType(_I32, _HALF)
-        every = ir.Constant(ir.VectorType(_I32, LANES), [k % _HALF for k in range(LANES)])
+        every = ir.Constant(ir.VectorType(_I32, LANES), [k % HALF for k in range(LANES)])
         whole = self.value(every)
-        table = self.pick(whole, whole, list(range(_HALF)))
-        kind = ir.FunctionType(half, [half, indices])
+        return self.permute(self.pick(whole, whole, list(range(HALF))), code)
+
+    def integers(self, code: Any, step: Any, zero: Any) -> Any:
+        """Return ``(code - zero) * step`` of codes up to 15; a group needs its 16 numbers once."""
+        count = HALF if _permutes() else LANES
+        every = ir.Constant(ir.VectorType(_I32, HALF), list(range(HALF)))
+        whole = self.b.sitofp(every if _permutes() else code, ir.VectorType(_F32, count))
+        whole = self.b.fsub(whole, self.splat(zero, count))
+        numbers = self.b.fmul(whole, self.splat(step, count))
+        return self.permute(numbers, code) if _permutes() else numbers
+
+    def permute(self, table: Any, code: Any) -> Any:
+        """Look up 32 codes in 16 numbers."""
+        half = ir.VectorType(_F32, HALF)
+        kind = ir.FunctionType(half, [half, ir.VectorType(_I32, HALF)])
         name = "llvm.x86.avx512.permvar.sf.512"
         permute = cgutils.get_or_insert_function(self.b.module, kind, name)
         parts = [
-            self.b.call(permute, [table, self.pick(code, code, list(range(k, k + _HALF)))])
-            for k in (0, _HALF)
+            self.b.call(permute, [table, self.pick(code, code, list(range(k, k + HALF)))])
+            for k in (0, HALF)
         ]
         return self.pick(parts[0], parts[1], list(range(LANES)))
 
@@ -150,66 +122,54 @@ class _Lanes:
         return self.floats(b.or_(self.words(value), sign))
 
 
-def _address(context: Any, builder: Any, kind: Any, array: Any, at: Any, element: Any) -> Any:
-    """Return a pointer to ``array[at]`` as a pointer to ``element``."""
-    data = make_array(kind)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [at]), element.as_pointer())
+def _permutes() -> bool:
+    """Return whether the processor picks from 16 numbers by one instruction."""
+    return "+avx512f" in processor()[1].split(",")
 
 
 @intrinsic
 def _encode(typing: Any, x: Any, at: Any, low: Any, high: Any, r: Any, packed: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         kinds = signature.args
-        v = _Lanes(builder, _Constants(context, builder, kinds[4], values[4]))
+        v = _Nibbles(builder, _Constants(context, builder, kinds[4], values[4]))
         wide = ir.VectorType(_F32, LANES)
-        numbers = builder.load(_address(context, builder, kinds[0], values[0], values[1], wide))
+        numbers = builder.load(address_of(context, builder, kinds[0], values[0], values[1], wide))
         numbers.align = 4
         codes = v.code(builder.fdiv(numbers, v.join(values[2], values[3])))
         narrow = builder.trunc(codes, ir.VectorType(_I8, LANES))
         even = v.pick(narrow, narrow, list(range(0, LANES, 2)))
         odd = v.pick(narrow, narrow, list(range(1, LANES, 2)))
-        four = ir.Constant(ir.VectorType(_I8, _HALF), [4] * _HALF)
+        four = ir.Constant(ir.VectorType(_I8, HALF), [4] * HALF)
         target = builder.lshr(values[1], ir.Constant(values[1].type, 1))
-        place = _address(context, builder, kinds[5], values[5], target, even.type)
+        place = address_of(context, builder, kinds[5], values[5], target, even.type)
         builder.store(builder.or_(even, builder.shl(odd, four)), place, align=1)
         return context.get_dummy_value()
 
     return types.void(x, at, low, high, r, packed), generate
 
 
-def _codes(context: Any, builder: Any, v: _Lanes, kind: Any, packed: Any, at: Any) -> Any:
+def _codes(context: Any, builder: Any, v: _Nibbles, kind: Any, packed: Any, at: Any) -> Any:
     """Return the 32 codes of ``packed[at/2:]`` as integers of 32 bits."""
-    bytes_ = ir.VectorType(_I8, _HALF)
+    bytes_ = ir.VectorType(_I8, HALF)
     source = builder.lshr(at, ir.Constant(at.type, 1))
-    address = _address(context, builder, kind, packed, source, bytes_)
-    _prefetch(builder, address)
+    address = address_of(context, builder, kind, packed, source, bytes_)
+    prefetch(builder, address, _AHEAD)
     loaded = builder.load(address)
     loaded.align = 1
-    even = builder.and_(loaded, ir.Constant(bytes_, [15] * _HALF))
-    odd = builder.lshr(loaded, ir.Constant(bytes_, [4] * _HALF))
-    turns = [place for i in range(_HALF) for place in (i, _HALF + i)]
+    even = builder.and_(loaded, ir.Constant(bytes_, [15] * HALF))
+    odd = builder.lshr(loaded, ir.Constant(bytes_, [4] * HALF))
+    turns = [place for i in range(HALF) for place in (i, HALF + i)]
     return builder.zext(v.pick(even, odd, turns), ir.VectorType(_I32, LANES))
-
-
-def _prefetch(builder: Any, address: Any) -> None:
-    """Ask for what is read a little later; beyond an array's end that does nothing."""
-    first = builder.bitcast(address, _I8.as_pointer())
-    kind = ir.FunctionType(ir.VoidType(), [first.type, _I32, _I32, _I32])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    # To be read, into every level of the cache, as data.
-    how = [ir.Constant(_I32, value) for value in (0, 3, 1)]
-    builder.call(function, [builder.gep(first, [ir.Constant(_I32, _AHEAD)]), *how])
 
 
 @intrinsic
 def _decode_integers(typing: Any, packed: Any, at: Any, step: Any, zero: Any, out: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         kinds = signature.args
-        v = _Lanes(builder, None)
+        v = _Nibbles(builder, None)
         codes = _codes(context, builder, v, kinds[0], values[0], values[1])
-        whole = builder.sitofp(codes, ir.VectorType(_F32, LANES))
-        numbers = builder.fmul(builder.fsub(whole, v.splat(values[3])), v.splat(values[2]))
-        place = _address(context, builder, kinds[4], values[4], values[1], numbers.type)
+        numbers = v.integers(codes, values[2], values[3])
+        place = address_of(context, builder, kinds[4], values[4], values[1], numbers.type)
         builder.store(numbers, place, align=4)
         return context.get_dummy_value()
 
@@ -220,33 +180,14 @@ def _decode_integers(typing: Any, packed: Any, at: Any, step: Any, zero: Any, ou
 def _decode(typing: Any, packed: Any, at: Any, low: Any, high: Any, r: Any, out: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         kinds = signature.args
-        v = _Lanes(builder, _Constants(context, builder, kinds[4], values[4]))
+        v = _Nibbles(builder, _Constants(context, builder, kinds[4], values[4]))
         codes = _codes(context, builder, v, kinds[0], values[0], values[1])
         numbers = builder.fmul(v.look_up(codes), v.join(values[2], values[3]))
-        place = _address(context, builder, kinds[5], values[5], values[1], numbers.type)
+        place = address_of(context, builder, kinds[5], values[5], values[1], numbers.type)
         builder.store(numbers, place, align=4)
         return context.get_dummy_value()
 
     return types.void(packed, at, low, high, r, out), generate
-
-
-@intrinsic
-def _largest(typing: Any, x: Any, at: Any) -> Any:
-    """Bits of the largest magnitudes of 16 numbers, reduced."""
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        words = ir.VectorType(_I32, _HALF)
-        loaded = builder.load(
-            _address(context, builder, signature.args[0], values[0], values[1], words)
-        )
-        loaded.align = 4
-        bits = builder.and_(loaded, ir.Constant(words, [0x7FFFFFFF] * _HALF))
-        name = f"llvm.vector.reduce.umax.v{_HALF}i32"
-        kind = ir.FunctionType(_I32, [words])
-        reduce = cgutils.get_or_insert_function(builder.module, kind, name)
-        return builder.call(reduce, [bits])
-
-    return types.uint32(x, at), generate
 
 
 class _Constants:
@@ -272,39 +213,39 @@ def _decode_integers_compiled(packed, at, step, zero, out):  # type: ignore[no-u
     return lambda packed, at, step, zero, out: _decode_integers(packed, at, step, zero, out)  # type: ignore[call-arg]
 
 
-@overload(largest_bits)
-def _largest_bits(x, at, count):  # type: ignore[no-untyped-def]
-    def run(x, at, count):  # type: ignore[no-untyped-def]
-        most = np.uint32(0)
-        for k in range(at, at + count, 16):
-            most = max(most, _largest(x, k))  # type: ignore[call-arg]
-        return most
-
-    return run
-
-
 @jit
 def encode_row(x, size, steps, r, packed):  # type: ignore[no-untyped-def]
-    """Packed codes of a row in groups of 16 or of multiples of 32, each with its step."""
+    """Packed codes of a row in groups of 16 or of multiples of 32, each with its step.
+
+    What follows the row in memory is asked for.
+    """
+    d = x.shape[0]
     if size < LANES:
         for g in range(0, steps.shape[0], 2):
-            encode_nibbles(x, g * _HALF, steps[g], steps[g + 1], r, packed)
+            ask_for(x, d + g * HALF)
+            encode_nibbles(x, g * HALF, steps[g], steps[g + 1], r, packed)
     else:
         for g in range(steps.shape[0]):
             for at in range(g * size, (g + 1) * size, LANES):
+                ask_for(x, d + at)
                 encode_nibbles(x, at, steps[g], steps[g], r, packed)
 
 
 @jit
-def decode_row(packed, size, steps, r, out):  # type: ignore[no-untyped-def]
-    """Numbers of a packed row in groups of 16 or of multiples of 32, each with its step."""
+def decode_row(packed, size, stored, table, r, out):  # type: ignore[no-untyped-def]
+    """Numbers of a packed row in groups of 16 or of multiples of 32.
+
+    ``table`` has the step of each byte of ``stored`` scales, one for each group.
+    """
     if size < LANES:
-        for g in range(0, steps.shape[0], 2):
-            decode_nibbles(packed, g * _HALF, steps[g], steps[g + 1], r, out)
+        for g in range(0, stored.shape[0], 2):
+            low, high = table[stored[g]], table[stored[g + 1]]
+            decode_nibbles(packed, g * HALF, low, high, r, out)
     else:
-        for g in range(steps.shape[0]):
+        for g in range(stored.shape[0]):
+            step = table[stored[g]]
             for at in range(g * size, (g + 1) * size, LANES):
-                decode_nibbles(packed, at, steps[g], steps[g], r, out)
+                decode_nibbles(packed, at, step, step, r, out)
 
 
 @jit
@@ -313,17 +254,3 @@ def integers_row(packed, size, steps, zeros, out):  # type: ignore[no-untyped-de
     for g in range(steps.shape[0]):
         for at in range(g * size, (g + 1) * size, LANES):
             decode_integers(packed, at, steps[g], zeros[g], out)
-
-
-@jit
-def magnitudes_of_row(x, size, high):  # type: ignore[no-untyped-def]
-    """Largest magnitudes of a row's groups of multiples of 16."""
-    for g in range(high.shape[0]):
-        high[g] = to_float(largest_bits(x, g * size, size))
-
-
-@jit
-def all_magnitudes(x, high):  # type: ignore[no-untyped-def]
-    """Largest magnitude of each row, whose length is a multiple of 16."""
-    for row in range(x.shape[0]):
-        high[row] = to_float(largest_bits(x[row], 0, x.shape[1]))

@@ -11,7 +11,7 @@ import pytest
 
 import corequant as cq
 from corequant._grids import rounder_for
-from corequant._numba import nibbles
+from corequant._numba import lanes, nibbles
 from corequant._numba.jit import jit
 
 TEXTS = ["mxfp4", "mxfp4:even", "nvfp4", "e3m0:group16", "e1m2:group32", "e2m1:group96", "e2m1"]
@@ -108,4 +108,4 @@ def test_compiled_vectors_do_what_their_definition_says(name):
     codes = np.stack([every & 15, every >> 4], axis=1).ravel()
     expected = form.values[codes] * np.repeat(steps, 16)
     np.testing.assert_array_equal(numbers, expected.astype(np.float32))
-    assert nibbles.largest_bits(x, 0, 32) == np.abs(x).max().view(np.uint32)
+    assert lanes.largest_bits(x, 0, 32) == np.abs(x).max().view(np.uint32)
