@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant._numba.machine import compiled_away
-from corequant._numba.plans import plan_rows
+from corequant._numba.plans import fitted, plan_rows
 from corequant._numba.row_kernels import Task, fused_kernel, fused_scratch, index_dtype
 from corequant._numba.vectors import compute_dtype, lanes_of
 from corequant._rotation import (
@@ -154,7 +154,7 @@ def can_fuse(d: int, block_size: int, group: int, dtype: np.dtype[Any]) -> bool:
     if group % lanes or (core > 1 and power < lanes):
         return False
     plan = plan_rows(name_of(dtype), core, power, False, "none", "ordinary")
-    return d % plan.unit == 0
+    return fitted(plan, d) is not None
 
 
 def fuse(
@@ -180,7 +180,8 @@ def fuse(
     real = np.dtype(compute_dtype(name))
     where, scale = where_signs(signs, inverse=False), scale_of(name, block_size)
     core, power = hadamard_factors(block_size)
-    plan = plan_rows(name, core, power, False, where, "ordinary")
+    whole = plan_rows(name, core, power, False, where, "ordinary")
+    plan = fitted(whole, d) or whole
     if permutation is not None:
         # The gather fetches the next row; what the rotation reads is in the cache already.
         plan = replace(plan, ahead=0)

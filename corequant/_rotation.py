@@ -19,10 +19,10 @@ import numpy.typing as npt
 
 from corequant._numba.hadamard import rotate_blocks
 from corequant._numba.machine import compiled_away
-from corequant._numba.plans import Plan, plan_columns, plan_rows
+from corequant._numba.plans import Plan, fitted, plan_columns, plan_rows
 from corequant._numba.rotation import kernel_for, settings, sign_bits
 from corequant._numba.vectors import VECTOR_BYTES, compute_dtype, lanes_of
-from corequant._repeated import address_of, keep
+from corequant._repeated import address_of, forget, keep
 from corequant._threads import for_rows, one_part
 from corequant.hadamard import hadamard_factors
 
@@ -45,6 +45,10 @@ _STREAMED_BYTES = 1 << 25
 
 _PER_THREAD = 1 << 19
 """Numbers that are worth a thread: it takes 40 µs to wake one, and as long to turn 2 MiB."""
+
+_SMALL = 1 << 16
+"""Numbers of an array below which smaller units are better than a few left over: those are copied,
+and such a call can't be repeated without being looked at."""
 
 _TRANSPOSED = 256
 """Blocks that are turned into columns at a time."""
@@ -105,6 +109,8 @@ class _Scratch(threading.local):
     def at_least(self, size: int) -> int:
         """Return the address of at least so many bytes, 64-aligned."""
         if size > self.size:
+            # Calls that are remembered would write to the memory that is given back here.
+            forget()
             self.memory = aligned(size)
             self.size, self.address = size, address_of(self.memory)
         return self.address
@@ -166,8 +172,12 @@ class _RowKernel:
 
 
 @lru_cache(maxsize=512)
-def _row_kernel(dtype: str, block_size: int, inverse: bool, signs: str, stores: str) -> _RowKernel:
+def _row_kernel(
+    dtype: str, block_size: int, inverse: bool, signs: str, stores: str, fit: int = 0
+) -> _RowKernel:
+    """Return the kernel; one whose units make up ``fit`` numbers, if there is such a one."""
     plan = plan_rows(dtype, *_factors(block_size), inverse, signs, stores)
+    plan = fitted(plan, fit) or plan
     scale = float(scale_of(dtype, block_size))
     return _RowKernel(kernel_for(plan), plan, plan.unit, plan.scratch, scale)
 
@@ -177,7 +187,10 @@ def _rotate_rows(
 ) -> None:
     name, size = name_of(x.dtype), x.dtype.itemsize
     where = where_signs(signs, inverse)
-    kernel = _row_kernel(name, block_size, inverse, where, _stores(x, out))
+    stores = _stores(x, out)
+    kernel = _row_kernel(name, block_size, inverse, where, stores)
+    if x.size % kernel.unit and x.size < _SMALL:
+        kernel = _row_kernel(name, block_size, inverse, where, stores, x.size)
     bits = None if signs is None else repeated_bits(kernel.plan, signs)
     source = address_of(x)
     target = source if out is x else address_of(out)
@@ -199,12 +212,14 @@ def _rotate_rows(
     if units:
         for_rows(units, kernel.unit, work, threads, _PER_THREAD)
     if rest:
-        tail = np.zeros(kernel.unit, x.dtype)
+        # Whose units may be longer or shorter than those of a kernel that streams.
+        small = _row_kernel(name, block_size, inverse, where, "ordinary")
+        count = -(-rest // small.unit)
+        tail = np.zeros(count * small.unit, x.dtype)
         tail[:rest] = x.reshape(-1)[-rest:]
         address = address_of(tail)
-        small = _row_kernel(name, block_size, inverse, where, "ordinary")
         own = None if signs is None else repeated_bits(small.plan, signs)
-        given = set_up(small, own, x.size - rest, kernel.unit // small.unit)
+        given = set_up(small, own, x.size - rest, count)
         small.call(address, address, given)
         out.reshape(-1)[-rest:] = tail[:rest]
     elif (

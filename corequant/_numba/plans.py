@@ -9,14 +9,14 @@ the same bits; plans differ in speed alone. ``docs/kernels.md`` tells why each i
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 from corequant._numba.cores import mix_scratch
 from corequant._numba.tuning import split, tuning
 from corequant._numba.vectors import VECTOR_BYTES, lanes_of
 
-__all__ = ["Plan", "plan_columns", "plan_rows"]
+__all__ = ["Plan", "fitted", "plan_columns", "plan_rows"]
 
 _SHIFTED_BATCH = 1024
 """Numbers put together before they are streamed, so many that no load waits for a store."""
@@ -164,14 +164,22 @@ def plan_rows(dtype: str, core: int, power: int, inverse: bool, signs: str, stor
         signs=signs,
         stores=stores,
         batch=_SHIFTED_BATCH if stores == "shifted" and core == 1 else 0,
-        ahead=best.ahead,
+        ahead=best.streamed_ahead * (stores != "ordinary") or best.ahead,
         paired_loads=best.paired_loads and dtype == "float32" and power > 1 and signs != "before",
         halved=passes.halved,
-        in_place=best.in_place and several and wide and stores == "ordinary",
+        in_place=0 < best.in_place <= vectors and several and wide and stores == "ordinary",
         mixed=best.mixed and bool(passes.radices),
-        split=best.split and dtype == "bfloat16" and core == 1 and power > 1,
+        split=best.split and dtype == "bfloat16" and core == 1 and power > 1 and tile > 1,
         padding=best.padding,
     )
+
+
+def fitted(plan: Plan, length: int) -> Plan | None:
+    """Return a plan whose units make up ``length`` numbers, with smaller tiles if need be."""
+    while length % plan.unit and plan.tile * plan.lanes > max(plan.power, plan.lanes):
+        tile = plan.tile // 2
+        plan = replace(plan, tile=tile, split=plan.split and tile > 1)
+    return None if length % plan.unit else plan
 
 
 @lru_cache(maxsize=256)

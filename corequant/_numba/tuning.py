@@ -31,17 +31,22 @@ class Passes:
 
 @dataclass(frozen=True)
 class Tuning:
-    """A family's choices; the fields that ``Plan`` has too mean what they mean there."""
+    """A family's choices; the fields that ``Plan`` has too mean what they mean there.
+
+    ``in_place`` is the number of vectors from which a block stays in the result; 0 for never.
+    ``streamed_ahead`` takes the place of ``ahead`` for streamed stores, unless it is 0.
+    """
 
     rows: Mapping[int, Passes]
     streamed: Mapping[int, Passes]
     float16: Mapping[int, Passes] = field(default_factory=dict)
     bfloat16: Mapping[int, Passes] = field(default_factory=dict)
     ahead: int = 0
+    streamed_ahead: int = 0
     columns_ahead: int = 0
     paired_loads: bool = False
     padding: int = 0
-    in_place: bool = False
+    in_place: int = 0
     mixed: bool = False
     split: bool = False
 
@@ -85,7 +90,7 @@ _INTEL = Tuning(
 )
 
 # Zen 4.
-_AMD = Tuning(
+_ZEN4 = Tuning(
     rows={
         1: Passes(4, halved=True),
         2: Passes(4),
@@ -123,7 +128,61 @@ _AMD = Tuning(
         128: Passes(4, (4, 8)),
         256: Passes(4, (8, 8)),
     },
-    in_place=True,
+    in_place=1,
+    mixed=True,
+    split=True,
+)
+
+
+_NARROW = {
+    1: Passes(16),
+    2: Passes(16),
+    4: Passes(16),
+    8: Passes(16),
+    16: Passes(16),
+    32: Passes(16, (2,)),
+    64: Passes(16, (4,)),
+    128: Passes(16, (8,)),
+    256: Passes(16, (16,)),
+    512: Passes(16, (2, 16)),
+    1024: Passes(16, (4, 16)),
+    2048: Passes(16, (8, 16)),
+    4096: Passes(16, (16, 16)),
+}
+"""Where conversion takes longer than all else, fewer and larger tiles."""
+
+# Zen 5, whose vectors are 64 bytes wide throughout, and which gains by being asked to fetch.
+_ZEN5 = Tuning(
+    rows={
+        1: Passes(8),
+        2: Passes(8),
+        4: Passes(8),
+        8: Passes(8),
+        16: Passes(8, (2,)),
+        32: Passes(2, (16,)),
+        64: Passes(8, (8,)),
+        128: Passes(8, (16,)),
+        256: Passes(8, (2, 16)),
+        512: Passes(2, (16, 16)),
+        1024: Passes(1, (8, 16, 8)),
+        2048: Passes(1, (16, 16, 8)),
+        4096: Passes(2, (16, 16, 8)),
+    },
+    streamed={
+        1: Passes(4),
+        2: Passes(1, (2,)),
+        4: Passes(2, (2,)),
+        16: Passes(4, (4,)),
+        128: Passes(4, (2, 16)),
+        512: Passes(8, (8, 8)),
+        1024: Passes(8, (4, 4, 8)),
+        2048: Passes(16, (16, 8)),
+    },
+    float16=_NARROW,
+    bfloat16=_NARROW,
+    ahead=8192,
+    streamed_ahead=16384,
+    in_place=256,
     mixed=True,
     split=True,
 )
@@ -132,4 +191,7 @@ _AMD = Tuning(
 @cache
 def tuning() -> Tuning:
     """Return the choices for the processor that is compiled for."""
-    return _AMD if processor()[0].startswith("znver") else _INTEL
+    name = processor()[0]
+    if not name.startswith("znver"):
+        return _INTEL
+    return _ZEN4 if name in ("znver1", "znver2", "znver3", "znver4") else _ZEN5

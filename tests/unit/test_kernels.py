@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import ml_dtypes
@@ -283,3 +285,28 @@ def test_addresses_are_those_of_the_arrays(dtype):
     memory = np.zeros(64, dtype)
     for x in (memory, memory[3:], memory[::2], memory.reshape(4, 16)[1:, 2:]):
         assert _repeated.address_of(x) == x.ctypes.data == _repeated._by_interface(x)
+
+
+def test_remembered_calls_work_in_the_scratch_that_there_is(rng):
+    """A larger one takes its place, and what is remembered must not write to the old one."""
+    order, larger = 172 * 16, 172 * 64
+    x, y = rng.normal(size=(1, order)), rng.normal(size=(1, larger))
+    found = []
+
+    def run():
+        first = cq.block_hadamard(x, order)
+        assert _repeated._calls.known
+        before = _rotation.scratch.address
+        cq.block_hadamard(y, larger)
+        assert _rotation.scratch.address != before
+        cq.block_hadamard(x, order)
+        addresses = {struct.unpack("8qd", given)[6] for _, given in _repeated._calls.known.values()}
+        found.append((addresses, {_rotation.scratch.address}))
+        np.testing.assert_array_equal(cq.block_hadamard(x, order), first)
+
+    # A thread's scratch is its own, and so new.
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    ((used, there),) = found
+    assert used == there

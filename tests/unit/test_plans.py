@@ -8,12 +8,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import corequant as cq
+from corequant import _rotation
 from corequant._numba import tuning
 from corequant._numba.plans import Plan, plan_columns, plan_rows
 from corequant._numba.rotation import kernel_for, settings, sign_bits
 from corequant._numba.tuning import Passes
 from corequant._numba.vectors import lanes_of
 from corequant._rotation import aligned
+from corequant.hadamard import hadamard_matrix
 
 PASSES = {  # by the vectors in a block; 0 is a block of two numbers
     0: [Passes(4), Passes(8, halved=True)],
@@ -63,7 +66,10 @@ def test_plans_differ_in_speed_alone(dtype, vectors):
                 assert (turned(other, x, signs) == expected).all(), other
 
 
-@pytest.mark.parametrize("family", [tuning._AMD, tuning._INTEL])
+FAMILIES = [tuning._ZEN4, tuning._ZEN5, tuning._INTEL]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("stores", ["ordinary", "streamed", "shifted"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_passes_cover_every_block_size(monkeypatch, family, stores, dtype):
@@ -76,10 +82,41 @@ def test_passes_cover_every_block_size(monkeypatch, family, stores, dtype):
             assert plan.tile * np.prod(plan.radices, dtype=int) >= vectors
             assert plan.radices == () or plan.tile * np.prod(plan.radices) == vectors
             assert plan.unit % plan.block == 0
+            assert not plan.split or plan.tile > 1 or plan.halved
             assert plan.kept == 0 or plan.kept >= plan.block * (4 if dtype != "float64" else 8)
             assert not (
                 plan.in_place and (stores != "ordinary" or dtype in ("float16", "bfloat16"))
             )
+
+
+@pytest.fixture
+def fresh_plans():
+    """Forget plans before and after, since they were made for the processor at hand."""
+    for made in (plan_rows, _rotation._row_kernel):
+        made.cache_clear()
+    yield
+    for made in (plan_rows, _rotation._row_kernel):
+        made.cache_clear()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_what_is_left_by_streamed_units_is_rotated(monkeypatch, fresh_plans, family, dtype):
+    """Those of a family may be shorter than its ordinary ones, or longer."""
+    monkeypatch.setattr("corequant._numba.plans.tuning", lambda: family)
+    monkeypatch.setattr(_rotation, "_STREAMED_BYTES", 0)
+    rng = np.random.default_rng(0)
+    for block in (16, 32, 64, 128, 512, 1024):
+        for blocks in (1, 2, 3, 7, 13):
+            x = rng.integers(-8, 9, (blocks, block)).astype(dtype)
+            signs = rng.choice(np.array([-1, 1], np.int8), block)
+            signed = (x * signs.astype(dtype)).astype(np.float64)
+            expected = signed @ hadamard_matrix(block) / np.sqrt(block)
+            for room in (x.size, x.size + 1):
+                # On a line of the cache, and off it.
+                out = aligned(room, np.dtype(dtype))[room - x.size :].reshape(x.shape)
+                cq.block_hadamard(x, block, signs=signs, out=out)
+                np.testing.assert_allclose(out, expected, rtol=2e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
