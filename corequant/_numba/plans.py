@@ -164,7 +164,7 @@ def plan_rows(dtype: str, core: int, power: int, inverse: bool, signs: str, stor
         signs=signs,
         stores=stores,
         batch=_SHIFTED_BATCH if stores == "shifted" and core == 1 else 0,
-        ahead=best.streamed_ahead * (stores != "ordinary") or best.ahead,
+        ahead=best.ahead,
         paired_loads=best.paired_loads and dtype == "float32" and power > 1 and signs != "before",
         halved=passes.halved,
         in_place=0 < best.in_place <= vectors and several and wide and stores == "ordinary",

@@ -34,7 +34,6 @@ class Tuning:
     """A family's choices; the fields that ``Plan`` has too mean what they mean there.
 
     ``in_place`` is the number of vectors from which a block stays in the result; 0 for never.
-    ``streamed_ahead`` takes the place of ``ahead`` for streamed stores, unless it is 0.
     """
 
     rows: Mapping[int, Passes]
@@ -42,7 +41,6 @@ class Tuning:
     float16: Mapping[int, Passes] = field(default_factory=dict)
     bfloat16: Mapping[int, Passes] = field(default_factory=dict)
     ahead: int = 0
-    streamed_ahead: int = 0
     columns_ahead: int = 0
     paired_loads: bool = False
     padding: int = 0
@@ -169,10 +167,12 @@ _ZEN5 = Tuning(
         4096: Passes(2, (16, 16, 8)),
     },
     streamed={
-        1: Passes(4),
-        2: Passes(1, (2,)),
+        1: Passes(2, halved=True),
+        2: Passes(4, halved=True),
         4: Passes(2, (2,)),
-        16: Passes(4, (4,)),
+        8: Passes(1, (8,)),
+        16: Passes(1, (2, 8)),
+        64: Passes(1, (4, 16)),
         128: Passes(4, (2, 16)),
         512: Passes(8, (8, 8)),
         1024: Passes(8, (4, 4, 8)),
@@ -181,7 +181,6 @@ _ZEN5 = Tuning(
     float16=_NARROW,
     bfloat16=_NARROW,
     ahead=8192,
-    streamed_ahead=16384,
     in_place=256,
     mixed=True,
     split=True,
