@@ -63,6 +63,9 @@ def cells():
     for method in reversed(METHODS):
         yield rounded("int4", 128, "massdiff", method)
         yield rounded("int4", 32, "identity", method)
+    for name in ("fp4", "mxfp4"):
+        for method in reversed(METHODS):
+            yield rounded(name, 128, "massdiff", method)
     yield from accumulators()
     yield from weights_only()
 

@@ -98,8 +98,9 @@ def test_statistics(x, convert, backend, token_normalize):
     size = np.abs(expected.gram).max()
     np.testing.assert_allclose(found.gram, expected.gram, rtol=1e-5, atol=1e-6 * size)
     if backend in OWN:
+        # Not so the products: torch's library and NumPy's need not add in one order.
         np.testing.assert_array_equal(found.mean_abs, expected.mean_abs)
-        np.testing.assert_array_equal(found.gram, expected.gram)
+        np.testing.assert_array_equal(found.absmax, expected.absmax)
 
 
 def test_non_finite_input_is_refused_alike(x, convert):
