@@ -95,7 +95,8 @@ WIDTHS = {8: ("128x16", "32x14", "128x20", "128x18"), 4: ("128x12", "32x12", "12
 def accumulators():
     """Yield accumulator widths of every method that respects them, and what spares the bounds.
 
-    Without bounds, formats must be so narrow that no weights whatever overflow ("naive").
+    Without bounds, formats must be so narrow that no weights whatever overflow ("naive"); many
+    widths allow the same ones.
     """
     base = {"block_size": 32, "permutation": "massdiff"}
     for bits, widths in WIDTHS.items():
@@ -104,20 +105,20 @@ def accumulators():
             fields = {**base, "activations": spec, "accumulator": width}
             for method in ("qronos", "gptq", "gpfq")[: 3 if width in widths[:2] else 1]:
                 yield "accumulators", (f"W4A{bits}", width, method), {**fields, "rounding": method}
-    for width in sorted({width for widths in WIDTHS.values() for width in widths}):
-        tile, most = map(int, width.split("x"))
-        for weight, activation in naive(tile, most):
-            fields = {
-                **base,
-                "weights": f"int{weight}:channel:symmetric",
-                "activations": f"int{activation}:token:asymmetric",
-                "rounding": "qronos",
-            }
-            yield "accumulators", (f"W{weight}A{activation}", width, "naive"), fields
+    widths = sorted({width for widths in WIDTHS.values() for width in widths})
+    for weight, activation in dict.fromkeys(pair for width in widths for pair in naive(width)):
+        fields = {
+            **base,
+            "weights": f"int{weight}:channel:symmetric",
+            "activations": f"int{activation}:token:asymmetric",
+            "rounding": "qronos",
+        }
+        yield "accumulators", (f"W{weight}A{activation}", "any", "naive"), fields
 
 
-def naive(tile, bits):
-    """Return pairs of weight and activation bits of which no two sums of a tile overflow."""
+def naive(width):
+    """Return pairs of weight and activation bits with which no sum of a tile overflows."""
+    tile, bits = map(int, width.split("x"))
     fitting = [
         (w, a)
         for w in range(2, 5)
@@ -203,15 +204,25 @@ def _formats(found) -> str:
 
 
 def _accumulators(found) -> str:
-    methods = ("gptq", "gpfq", "qronos", "naive")
-    keys = sorted({key[1:3] for key in found if key[0] == "accumulators"})
+    methods = ("gptq", "gpfq", "qronos")
     rows = []
-    for kind, width in keys:
-        cells = [found.get(("accumulators", kind, width, method)) for method in methods]
-        values = [f"{cell['perplexity']:.2f}" if cell else "" for cell in cells]
-        rows.append([width.replace("x", " × "), kind, *values])
+    for bits, widths in WIDTHS.items():
+        for width in widths:
+            kind = f"W4A{bits}"
+            cells = [found.get(("accumulators", kind, width, method)) for method in methods]
+            values = [f"{cell['perplexity']:.2f}" if cell else "" for cell in cells]
+            if any(values):
+                rows.append([width.replace("x", " × "), kind, *values, _best_naive(found, width)])
     rows.sort(key=lambda row: (-int(row[0].split()[0]), -int(row[0].split()[2]), row[1]))
-    return _markdown(["tile × bits", "formats", *methods], rows)
+    return _markdown(["tile × bits", "formats", *methods, "formats without bounds"], rows)
+
+
+def _best_naive(found, width) -> str:
+    """Return what the best formats that need no bounds reach with Qronos, and which they are."""
+    labels = [f"W{weight}A{activation}" for weight, activation in naive(width)]
+    cells = [(found.get(("accumulators", label, "any", "naive")), label) for label in labels]
+    reached = [(cell["perplexity"], label) for cell, label in cells if cell]
+    return "{:.2f} ({})".format(*min(reached)) if len(reached) == len(labels) else ""
 
 
 def _weights(found) -> str:
