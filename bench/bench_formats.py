@@ -119,6 +119,10 @@ def peers(x: np.ndarray, threads: int) -> Candidates:
         pack_fp4_to_uint8,
         unpack_fp4_from_uint8,
     )
+    from compressed_tensors.compressors.pack_quantized.helpers import (
+        pack_to_int32,
+        unpack_from_int32,
+    )
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize, quantize
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
@@ -162,32 +166,74 @@ def peers(x: np.ndarray, threads: int) -> Candidates:
     for text, theirs in (("mxfp4:even", theirs_mxfp4()), ("nvfp4", theirs_nvfp4())):
         ours = cq.quantize_packed(x, text).packed
         assert (theirs.numpy() != ours).mean() < 1e-3, text
-    stored = torch.from_numpy(cq.quantize_packed(x, "mxfp4").packed)
-    scales = torch.from_numpy(cq.quantize(x, "mxfp4").scales)
+    fours = {text: torch.from_numpy(cq.quantize_packed(x, text).packed) for text in FOURS}
+    steps = {text: torch.from_numpy(_steps(cq.quantize(x, text))) for text in FOURS}
+    whole4 = cq.quantize(x, "int4:group128")
+    integers = pack_to_int32(torch.from_numpy(whole4.codes), 4)
+    steps["int4"] = torch.from_numpy(whole4.scales)
 
-    def theirs_reading() -> torch.Tensor:
-        numbers = unpack_fp4_from_uint8(stored, *x.shape, torch.float32)
-        return (numbers.unflatten(-1, (-1, 32)) * scales[..., None]).flatten(-2)
+    def theirs_reading(text: str) -> torch.Tensor:
+        numbers = unpack_fp4_from_uint8(fours[text], *x.shape, torch.float32)
+        return (numbers.unflatten(-1, (-1, FOURS[text])) * steps[text][..., None]).flatten(-2)
 
-    layer = brevitas_int4(t)
-    mine = cq.quantize_packed(x, "mxfp4")
-    return {
+    def theirs_reading_int4() -> torch.Tensor:
+        numbers = unpack_from_int32(integers, 4, t.shape).float()
+        return (numbers.unflatten(-1, (-1, 128)) * steps["int4"][..., None]).flatten(-2)
+
+    packed4 = {text: cq.quantize_packed(x, text) for text in (*FOURS, "int4:group128")}
+    for text in FOURS:
+        np.testing.assert_array_equal(
+            theirs_reading(text).numpy(), cq.dequantize_packed(packed4[text])
+        )
+    np.testing.assert_array_equal(
+        theirs_reading_int4().numpy(), cq.dequantize_packed(packed4["int4:group128"])
+    )
+    micro_layer = brevitas_mxfp4(t)
+    np.testing.assert_array_equal(
+        micro_layer().numpy().reshape(x.shape), cq.fake_quantize(x, "mxfp4")
+    )
+    found: Candidates = {
         "int4:group128 ours": lambda: cq.fake_quantize(x, "int4:group128", out=out),
         "int4:group128 compressed-tensors": theirs_int4,
-        "int4:group128 brevitas": layer,
+        "int4:group128 brevitas": brevitas_int4(t),
         "mxfp4 encode ours": lambda: cq.quantize_packed(x, "mxfp4:even", out=packed),
         "mxfp4 encode compressed-tensors": theirs_mxfp4,
+        "mxfp4 encode brevitas": micro_layer,
         "nvfp4 encode ours": lambda: cq.quantize_packed(x, "nvfp4", out=packed),
         "nvfp4 encode compressed-tensors": theirs_nvfp4,
-        "mxfp4 decode ours": lambda: cq.dequantize_packed(mine, out=out),
-        "mxfp4 decode compressed-tensors": theirs_reading,
     }
+    for text in packed4:
+        found[f"{text} decode ours"] = lambda text=text: cq.dequantize_packed(
+            packed4[text], out=out
+        )
+        found[f"{text} decode compressed-tensors"] = (
+            (lambda text=text: theirs_reading(text)) if text in FOURS else theirs_reading_int4
+        )
+    return found
+
+
+FOURS = {"mxfp4": 32, "nvfp4": 16}
+"""Formats of 4-bit floats, with the sizes of their groups."""
+
+
+def _steps(quantized: object) -> np.ndarray:
+    """What codes are multiplied by."""
+    from corequant._scales import effective
+
+    return effective(quantized.scales, quantized.global_scale)  # type: ignore[attr-defined]
+
+
+def brevitas_mxfp4(t: object) -> Callable[[], object]:
+    from brevitas.quant.experimental.mx_quant_ocp import MXFloat8e4m3Weight
+
+    quantizer = MXFloat8e4m3Weight.let(
+        bit_width=4, exponent_bit_width=2, mantissa_bit_width=1, group_size=32, group_dim=1
+    )
+    return brevitas_layer(t, quantizer)
 
 
 def brevitas_int4(t: object) -> Callable[[], object]:
-    import torch
     from brevitas.inject.enum import ScalingPerOutputType
-    from brevitas.nn import QuantLinear
     from brevitas.quant.scaled_int import Int8WeightPerChannelFloat
 
     quantizer = Int8WeightPerChannelFloat.let(
@@ -196,6 +242,13 @@ def brevitas_int4(t: object) -> Callable[[], object]:
         group_dim=1,
         scaling_per_output_type=ScalingPerOutputType.GROUP,
     )
+    return brevitas_layer(t, quantizer)
+
+
+def brevitas_layer(t: object, quantizer: object) -> Callable[[], object]:
+    import torch
+    from brevitas.nn import QuantLinear
+
     assert isinstance(t, torch.Tensor)
     layer = QuantLinear(t.shape[1], t.shape[0], bias=False, weight_quant=quantizer)
     layer.weight.data = t.clone()
