@@ -17,6 +17,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from markdown import write_section
@@ -216,11 +217,11 @@ FOURS = {"mxfp4": 32, "nvfp4": 16}
 """Formats of 4-bit floats, with the sizes of their groups."""
 
 
-def _steps(quantized: object) -> np.ndarray:
+def _steps(quantized: Any) -> np.ndarray:
     """What codes are multiplied by."""
     from corequant._scales import effective
 
-    return effective(quantized.scales, quantized.global_scale)  # type: ignore[attr-defined]
+    return effective(quantized.scales, quantized.global_scale)
 
 
 def brevitas_mxfp4(t: object) -> Callable[[], object]:

@@ -39,10 +39,6 @@ __all__ = [
 ]
 
 
-BLOCK = 2048
-"""Numbers of short groups that are ranged and then rounded."""
-
-
 class Plan(NamedTuple):
     """What is the same for all groups."""
 
