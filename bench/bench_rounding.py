@@ -137,7 +137,7 @@ def weights_only():
     base = {"activations": "none", "permutation": "identity"}
     for bits in (3, 2, 4):
         for method in (*METHODS, "learned"):
-            for magr in (0.0, 0.01):
+            for magr in (0.0, 0.001):
                 if magr and method == "nearest":
                     continue
                 fields = {**base, "weights": f"int{bits}:channel:symmetric:mse", "rounding": method}
@@ -154,7 +154,7 @@ def report(done) -> str:
         "formats": ("INT4, FP4 and MXFP4, weights and activations", _formats),
         "accumulators": ("Accumulators, blocks of 32 with MassDiff", _accumulators),
         "weights": (
-            "Weights alone, full rotation, scales by channel of least squared error",
+            "Weights alone, full rotation, scales by channel of least squared error, MagR of 0.001",
             _weights,
         ),
     }

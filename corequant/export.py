@@ -22,7 +22,10 @@ from corequant.packing import pack, pack_bytes, packed_bytes, packed_words, unpa
 from corequant.quantization import QuantizedTensor
 from corequant.specs import Granularity, QuantSpec, ScaleFormat, qparams_shape
 
-__all__ = ["from_arrays", "to_arrays"]
+__all__ = ["TARGETS", "from_arrays", "to_arrays"]
+
+TARGETS = ("compressed-tensors", "gguf")
+"""Programs' layouts that whole models are written in."""
 
 Arrays = dict[str, npt.NDArray[Any]]
 _SCALE_DTYPES = {

@@ -109,7 +109,8 @@ class Recipe:
         Choose scales for the least error of each layer's outputs, not of its weights; makes
         ``nearest`` look at data too.
     magr : float
-        Strength of MagR, which shrinks the range of weights beforehand; 0.01 was published.
+        Strength of MagR, which shrinks the range of weights beforehand; its authors take 0.001 for
+        scales by channel, 0.0001 for groups.
     accumulator : str, optional
         Accumulator that no dot product of codes may overflow: its width in bits, or tile and width
         as in ``128x16``.

@@ -6,14 +6,16 @@ rounding and comparisons happen on the device.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
-from corequant.errors import BackendError
+from corequant.errors import BackendError, NonFiniteError
 
-__all__ = ["check_device", "device_of", "to_host"]
+__all__ = ["check_device", "check_finite", "device_of", "to_host"]
 
 
 def check_device(device: str | torch.device) -> torch.device:
@@ -55,3 +57,14 @@ def to_host(tensor: torch.Tensor) -> npt.NDArray[Any]:
     """Return a tensor's numbers as an array: a CPU tensor's memory, or a copy of another's."""
     array: npt.NDArray[Any] = tensor.detach().cpu().numpy()
     return array
+
+
+def check_finite(x: torch.Tensor) -> None:
+    """Raise NonFiniteError, about ``x``, where a tensor holds NaN or infinity."""
+    # A sum with one of them is neither; a sum of large numbers may not be, and is looked at.
+    if math.isfinite(float(x.sum())):
+        return
+    good = to_host(torch.isfinite(x))
+    if not good.all():
+        index = tuple(int(i) for i in np.unravel_index(int(good.argmin()), good.shape))
+        raise NonFiniteError("x", int((~good).sum()), index, float(x[index]))

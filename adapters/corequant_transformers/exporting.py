@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from corequant.errors import OutputError
+from corequant.export import TARGETS
 from corequant_transformers.compressed import SHARD_BYTES, write_compressed
 from corequant_transformers.gguf_files import write_gguf
 from corequant_transformers.sources import Source
 from corequant_transformers.stored import Stored
 
-__all__ = ["TARGETS", "export"]
-
-TARGETS = ("compressed-tensors", "gguf")
-"""What ``export`` writes."""
+__all__ = ["export"]
 
 
 def export(
@@ -33,8 +31,8 @@ def export(
     output : str or Path
         A new or empty directory; of ``gguf``, a new file that ends so.
     to : str
-        One of ``TARGETS``: ``compressed-tensors``, for Transformers and vLLM, or ``gguf``, for
-        llama.cpp.
+        One of ``corequant.export.TARGETS``: ``compressed-tensors``, for Transformers and vLLM, or
+        ``gguf``, for llama.cpp.
     source : str or Path, optional
         The model that was quantized, for ``gguf`` alone: a GGUF file's metadata and tokenizer are
         carried over, a directory's tokenizer is translated. By default the tokenizer in ``path``

@@ -104,6 +104,9 @@ class BlockPasses:
             one.close()
         for handle in self._handles:
             handle.remove()
+        # Passes lead to themselves through these: a block would stay until cycles are looked for.
+        self._here.__dict__.clear()
+        self._passes.clear()
 
 
 class _Pass:
@@ -236,4 +239,5 @@ class _Kept(_Pass):
     def close(self) -> None:
         # Raises GreenletExit where the pass waits, if it does.
         self._coroutine.throw()
+        del self._coroutine
         super().close()

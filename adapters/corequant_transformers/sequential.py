@@ -29,11 +29,12 @@ from corequant.errors import CalibrationError
 from corequant.rounding import InputMoments, RoundedTensor, RoundingOptions, round_together
 from corequant.specs import ScaleSearch
 from corequant_transformers.budgets import HELD_BYTES, peak_rss_mib
-from corequant_transformers.devices import to_host
+from corequant_transformers.devices import device_of, to_host
 from corequant_transformers.layers import QuantizedLinear
 from corequant_transformers.layouts import ExpertList
 from corequant_transformers.ledgers import Windows
 from corequant_transformers.pausing import BlockPasses
+from corequant_transformers.products import RoundedInputs, linear_on_codes, multiplies_codes
 from corequant_transformers.rows import MatrixPlan
 from corequant_transformers.sharing import shared_global_scales
 from corequant_transformers.walking import run_block
@@ -179,11 +180,19 @@ def round_block(
     layers: dict[str, QuantizedLinear] = {}
     table: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        prepare = _Activations(path, activations)
-        rounded_network = stack.enter_context(passes(quantized, hidden.quantized, prepare))
+        on_codes = multiplies_codes(weights, activations, device_of(block))
+        inputs = RoundedInputs(path, activations, on_codes)
+        rounded_network = stack.enter_context(passes(quantized, hidden.quantized, inputs))
+        products: dict[str, Any] = {}
+        if on_codes:
+            # From the beginning: a waiting pass has taken its layer's function along already.
+            for name in (name for names in local for name in names):
+                quantized.get_submodule(name).forward = lambda x, name=name: products[name](
+                    inputs.codes[rounded_network.window]
+                )
         float_network, routed = None, False
         if options.needs_float:
-            same = _Activations(path, None)
+            same = RoundedInputs(path, None)
             states = hidden.quantized if hidden.float_states is None else hidden.float_states
             float_network = stack.enter_context(passes(block, states, same))
             routed = _share_routes(stack, quantized, rounded_network, block, float_network)
@@ -203,9 +212,10 @@ def round_block(
                 name = row.name.removeprefix(f"{path}.")
                 layer = _layer(block.get_submodule(name), row, found[row.name], activations)
                 # The same numbers that the layer will multiply by.
-                quantized.get_submodule(name).weight = torch.nn.Parameter(
-                    layer.weight, requires_grad=False
-                )
+                module: Any = quantized.get_submodule(name)
+                module.weight = torch.nn.Parameter(layer.weight, requires_grad=False)
+                if on_codes:
+                    products[name] = linear_on_codes(layer)
                 layers[row.name] = layer
                 table.append(_report(row, found[row.name], moments.count, seconds / len(group)))
             del moments
@@ -249,33 +259,12 @@ def _share_routes(
     return bool(lists)
 
 
-class _Activations:
-    """What a group reads, rounded as at run time; finite in any case."""
-
-    def __init__(self, path: str, spec: cq.QuantSpec | None) -> None:
-        self.path, self.spec = path, spec
-
-    def __call__(self, name: str, x: torch.Tensor, window: int) -> torch.Tensor:
-        try:
-            if self.spec is not None:
-                rounded: torch.Tensor = cq.fake_quantize(x, self.spec)
-                return rounded
-            if not bool(torch.isfinite(x).all()):
-                good = to_host(torch.isfinite(x))
-                index = tuple(int(i) for i in np.unravel_index(int(good.argmin()), good.shape))
-                raise cq.NonFiniteError("x", int((~good).sum()), index, float(x[index]))
-        except cq.NonFiniteError as error:
-            where = f"the input of {self.path}.{name} in calibration window {window}"
-            raise cq.NonFiniteError(where, error.count, error.index, error.value) from None
-        return x
-
-
 def _held(states: Windows, rows: Sequence[MatrixPlan]) -> int:
-    # A waiting pass holds the residual, a norm's output, and the widest input: as it came, rotated
-    # and rounded.
+    # A waiting pass holds the residual, a norm's output, and the widest input: as it came, rotated,
+    # rounded, and as codes of a byte.
     widest = max(row.shape[1] for row in rows)
     windows, length, hidden = states.shape
-    held: int = windows * length * (2 * hidden + 3 * widest) * states.element_size()
+    held: int = windows * length * ((2 * hidden + 3 * widest) * states.element_size() + widest)
     return held
 
 
@@ -296,9 +285,8 @@ def _collect(
             _check_same_tokens(group[0], window, length, q, x)
         if q is None:
             continue
-        arrays = [t.numpy() if t is not None and t.is_cpu else t for t in (q, x)]
         try:
-            moments.update(*arrays)
+            moments.update(q, x)
         except cq.NonFiniteError as error:
             what = f"{error.name} of {name} in calibration window {window}"
             raise cq.NonFiniteError(what, error.count, error.index, error.value) from None
@@ -343,10 +331,9 @@ def _round(
     executor: Executor | None,
 ) -> dict[str, RoundedTensor]:
     H, G = moments.H, moments.G
-    if isinstance(H, torch.Tensor) and spec.scale_search in _SEARCHED_AT_HOME:
-        H, G = to_host(H), None if G is None else to_host(G)
-    if isinstance(H, torch.Tensor):
+    if not H.is_cpu and spec.scale_search not in _SEARCHED_AT_HOME:
         return _round_on_device(weights, H, G, spec, divisor, options)
+    H, G = to_host(H), None if G is None else to_host(G)
     # One by one in any case: products of all rows together would be summed in another order, and
     # the codes would depend on the executor. What they could share is little beside the work on
     # the widest layer of a block, which shares with none.

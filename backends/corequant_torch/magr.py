@@ -37,15 +37,23 @@ def magr(
         check_divides("group_size", size, W.shape[1])
     dtype = working_dtype(W, None)
     sigma = largest_eigenvalue(H)
-    v: Tensor = W.to(dtype, copy=True)
+    start: Tensor = W.to(dtype, copy=True)
     if sigma == 0 or strength == 0 or not W.numel():
-        same: Tensor = v.to(W.dtype)
+        same: Tensor = start.to(W.dtype)
         return same
-    gram, start = H.to(dtype) / sigma, v.clone()
+    gram = H.to(dtype) / sigma
     radius = strength * sigma / float(H.abs().sum(1, dtype=torch.float64).max())
+    v, ahead = start, start
+    pace = torch.ones(len(W), 1, dtype=torch.float64, device=W.device)
     for _ in range(steps):
-        moved = (v - (v - start) @ gram).reshape(-1, size)
+        moved = (ahead - (ahead - start) @ gram).reshape(-1, size)
         limits = excess_thresholds(moved.abs().double(), radius)[:, None].to(dtype)
-        v = torch.minimum(torch.maximum(moved, -limits), limits).reshape(W.shape)
+        clipped = torch.minimum(torch.maximum(moved, -limits), limits).reshape(W.shape)
+        change = clipped - v
+        uphill = ((ahead - clipped) * change).sum(1, keepdim=True, dtype=torch.float64) > 0
+        pace = torch.where(uphill, 1.0, pace)
+        following = (1 + torch.sqrt(1 + 4 * pace**2)) / 2
+        momentum = (pace - 1) / following
+        v, ahead, pace = clipped, clipped + momentum.to(dtype) * change, following
     smaller: Tensor = v.to(W.dtype)
     return smaller

@@ -11,11 +11,13 @@ def main() -> None:
     """Run the command, or say what it needs where that is missing."""
     try:
         from corequant.cli.app import run
+
+        status = run()
     except ImportError as error:
         print(
-            f"the corequant command can't start ({error}); install what it needs with: "
+            f"corequant: something is missing that the command needs ({error}); install it with: "
             'pip install "corequant[transformers]"',
             file=sys.stderr,
         )
         sys.exit(1)
-    sys.exit(run())
+    sys.exit(status)

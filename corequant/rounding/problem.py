@@ -14,7 +14,13 @@ from corequant.rounding.accumulators import AccumulatorSpec
 from corequant.rounding.columns import Scales
 from corequant.rounding.hessian import check_cross_moment, check_hessian, column_order
 from corequant.rounding.loop import ColumnLoop, Pull
-from corequant.rounding.report import Damping, RoundedTensor, RoundingReport, loss_of
+from corequant.rounding.report import (
+    Damping,
+    RoundedTensor,
+    RoundingReport,
+    gap_product,
+    loss_of,
+)
 from corequant.specs import QuantSpec
 
 __all__ = ["Problem", "check_damping", "check_options"]
@@ -138,9 +144,4 @@ def moment_gap(problem: Problem, weights: Array) -> Array:
     """Return ``W (G - H)`` with its columns in the loop's order; W's are in its own."""
     G, H, loop = problem.G, problem.H, problem.loop
     assert G is not None
-    total = np.zeros(weights.shape, loop.dtype)
-    for start in range(0, len(H), 512):
-        rows = slice(start, start + 512)
-        gap = (G[rows].astype(loop.dtype) - H[rows]).astype(loop.dtype, copy=False)
-        total += np.ascontiguousarray(weights[:, rows], loop.dtype) @ gap
-    return np.ascontiguousarray(total[:, loop.order])
+    return np.ascontiguousarray(gap_product(weights, G, H, loop.dtype)[:, loop.order])

@@ -133,6 +133,16 @@ def reconstruction_loss(W: Any, quantized: QuantizedTensor | Any, H: Any, G: Any
     return loss_of(W, Q, H, None if G is None else check_cross_moment(G, H, "W"))
 
 
+def gap_product(W: Array, G: Array, H: Array, dtype: np.dtype[Any]) -> Array:
+    """Return ``W (G - H)`` (out_features, in_features) of checked matrices, holding no G - H."""
+    total = np.zeros(W.shape, dtype)
+    for start in range(0, len(H), _ROWS):
+        rows = slice(start, start + _ROWS)
+        gap = (G[rows].astype(dtype) - H[rows]).astype(dtype, copy=False)
+        total += np.ascontiguousarray(W[:, rows], dtype) @ gap
+    return total
+
+
 def loss_of(W: Array, Q: Array, H: Array, G: Array | None) -> float:
     """Return the loss of checked matrices; products in H's dtype, sums in float64."""
     return losses_of(W, [Q], H, G)[0]
@@ -143,11 +153,7 @@ def losses_of(W: Array, candidates: Sequence[Array], H: Array, G: Array | None) 
     totals = [0.0] * len(candidates)
     for start in range(0, len(W), _ROWS):
         rows = slice(start, start + _ROWS)
-        gap: Array | float = 0.0
-        if G is not None:
-            # A product with G - H itself would copy it; the difference of two is as exact here.
-            w = W[rows].astype(H.dtype)
-            gap = 2 * (w @ G.astype(H.dtype, copy=False) - w @ H)
+        gap = 0.0 if G is None else 2 * gap_product(W[rows], G, H, H.dtype)
         for k, Q in enumerate(candidates):
             D = (W[rows].astype(np.float64) - Q[rows]).astype(H.dtype)
             P = D @ H + gap

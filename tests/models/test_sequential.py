@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import weakref
@@ -382,7 +383,7 @@ def test_the_float_network_is_asked_about_the_tokens_that_an_expert_gets(tokens,
     update, visit = InputMoments.update, ExpertList.forward
 
     def spy(self, quantized, float_inputs=None):
-        seen.append((quantized.copy(), float_inputs.copy()))
+        seen.append((quantized.numpy().copy(), float_inputs.numpy().copy()))
         return update(self, quantized, float_inputs)
 
     def note(self, hidden_states, chosen, weights):
@@ -447,3 +448,30 @@ def test_matrices_outside_of_blocks_are_refused(tokens):
     plan = dataclasses.replace(plan, matrices=(*plan.matrices[:-1], head))
     with pytest.raises(cq.ArchitectureError, match="lie in a decoder block.*lm_head"):
         Job(Parts(skeleton(model), plan, ModelWeights(model)), plan, tokens, MemoryLedger())
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_blocks_are_let_go_at_once(monkeypatch, tokens, kind, keep):
+    seen, copies = [], copy.deepcopy
+
+    def watch(module, *memo):
+        made = copies(module, *memo)
+        if type(module).__name__.endswith("DecoderLayer"):
+            seen.extend(weakref.ref(m) for m in (module, made))
+        return made
+
+    model = cqhf.tiny_model(kind)
+    monkeypatch.setattr(sequential.copy, "deepcopy", watch)
+    if not keep:
+        monkeypatch.setattr(sequential, "_held", lambda states, rows: 2**60)
+    # Nothing looks for cycles meanwhile, which takes longer than a small block.
+    monkeypatch.setattr(gc, "collect", lambda *_: pytest.fail("cycles are looked for"))
+    gc.disable()
+    try:
+        run(model, tokens)
+        alive = [ref() for ref in seen if ref() is not None]
+    finally:
+        gc.enable()
+    assert len(seen) >= 2 * model.config.num_hidden_layers
+    assert not alive

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+
+import pytest
 
 
 def run(code: str) -> str:
@@ -35,6 +38,42 @@ def test_import_loads_only_what_names_need_at_once():
         "print(sorted(m for m in sys.modules if m.partition('.')[0] == 'corequant'))"
     )
     assert loaded == "['corequant', 'corequant.errors', 'corequant.formats']"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["quantize", "--help"],
+        ["quantize", "m", "-o", "o", "--calibration", "t", "--weights", "int99"],
+        ["evaluate", "m", "--text", "no such file"],
+    ],
+)
+def test_help_and_wrong_arguments_of_the_command_load_no_framework(arguments):
+    loaded = run(
+        f"import sys; sys.argv[1:] = {arguments}; from corequant.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as error: print(error.code)\n"
+        "print(sorted({m.partition('.')[0] for m in sys.modules} & {'torch', 'transformers'}))"
+    )
+    status, frameworks = loaded.splitlines()[-2:]
+    assert frameworks == "[]"
+    assert status == ("0" if "--help" in arguments else "1")
+
+
+@pytest.mark.parametrize("missing", ["typer", "transformers"])
+def test_the_command_says_what_it_needs(missing):
+    code = (
+        f"import sys; sys.modules['{missing}'] = None; sys.argv[1:] = ['plan', 'm']; "
+        "from corequant.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(
+        rf"corequant: something is missing .*{missing}.*"
+        r'pip install "corequant\[transformers\]"\n',
+        done.stderr,
+    )
 
 
 def test_import_takes_less_than_50_ms_beyond_numpy():

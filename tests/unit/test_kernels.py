@@ -289,16 +289,16 @@ def test_addresses_are_those_of_the_arrays(dtype):
 
 def test_remembered_calls_work_in_the_scratch_that_there_is(rng):
     """A larger one takes its place, and what is remembered must not write to the old one."""
-    order, larger = 172 * 16, 172 * 64
-    x, y = rng.normal(size=(1, order)), rng.normal(size=(1, larger))
-    found = []
+    order = 172 * 16
+    x, found = rng.normal(size=(1, order)), []
 
     def run():
         first = cq.block_hadamard(x, order)
         assert _repeated._calls.known
         before = _rotation.scratch.address
-        cq.block_hadamard(y, larger)
-        assert _rotation.scratch.address != before
+        assert before
+        # As a larger call asks for more; how large that is depends on the processor's plans.
+        assert _rotation.scratch.at_least(2 * _rotation.scratch.size) != before
         cq.block_hadamard(x, order)
         addresses = {struct.unpack("8qd", given)[6] for _, given in _repeated._calls.known.values()}
         found.append((addresses, {_rotation.scratch.address}))
