@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import resource
 import sys
@@ -12,7 +13,15 @@ from corequant.errors import RecipeError
 if TYPE_CHECKING:
     from corequant_transformers.planning import ModelPlan
 
-__all__ = ["HELD_BYTES", "fates", "held_bytes", "limit_memory", "peak_bytes", "peak_rss_mib"]
+__all__ = [
+    "HELD_BYTES",
+    "fates",
+    "held_bytes",
+    "limit_memory",
+    "peak_bytes",
+    "peak_rss_mib",
+    "trim_memory",
+]
 
 HELD_BYTES = 2**30
 """What forward passes may hold while they wait, unless a limit leaves less."""
@@ -50,6 +59,13 @@ def peak_rss_mib() -> float:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def trim_memory() -> None:
+    """Return freed memory to the system, where it can be told to: holes among what is held stay."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def peak_bytes(plan: ModelPlan, memory: int | None = None) -> int:

@@ -8,7 +8,6 @@ model's files or from a model in memory, so that quantizing needs one part at a 
 from __future__ import annotations
 
 import copy
-import ctypes
 import gc
 import weakref
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ import torch
 import transformers
 
 import corequant as cq
+from corequant_transformers.budgets import trim_memory
 from corequant_transformers.devices import to_host
 from corequant_transformers.layouts import check_modules, standardize, standardized
 from corequant_transformers.planning import ModelPlan
@@ -227,9 +227,7 @@ def _give_back(modules: Sequence[weakref.ref[torch.nn.Module]]) -> None:
     # takes longer than a small part itself.
     if any(module() is not None for module in modules):
         gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    trim_memory()
 
 
 def _move_buffers(model: Any, device: torch.device) -> None:

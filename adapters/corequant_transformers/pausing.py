@@ -19,8 +19,9 @@ from corequant.errors import ArchitectureError
 
 __all__ = ["BlockPasses"]
 
-Prepare = Callable[[str, torch.Tensor, int], torch.Tensor]
-"""Called as ``prepare(layer, x, window)``: what the layer is to read instead of ``x``."""
+Prepare = Callable[[str, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+"""Called as ``prepare(layer, x, window)``: what the layer is called with instead of ``x``, and what
+``reach`` is to return."""
 
 
 class _Abandoned(BaseException):
@@ -123,6 +124,7 @@ class _Pass:
         self._group = -1
         self._raw: torch.Tensor | None = None
         self._prepared: torch.Tensor | None = None
+        self._found: torch.Tensor | None = None
 
     def _enter(self, group: int, name: str, x: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """Return what a layer reads, and whether it is the first of its group."""
@@ -135,9 +137,9 @@ class _Pass:
         if group < self._group:
             raise ArchitectureError(f"{name} must run before the layers described after it")
         # The last group's input is let go before the next one is made.
-        self._prepared = None
+        self._prepared = self._found = None
         self._group, self._raw = group, x
-        self._prepared = self._prepare(name, x, self.window)
+        self._prepared, self._found = self._prepare(name, x, self.window)
         return self._prepared, True
 
     def arrive(self, group: int, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -145,15 +147,22 @@ class _Pass:
         raise NotImplementedError
 
     def reach(self, group: int) -> torch.Tensor | None:
-        """Go on to a group and return its input, or None."""
+        """Go on to a group and return its input, or None; it is not kept here."""
         raise NotImplementedError
+
+    def _take(self, group: int) -> torch.Tensor | None:
+        if self._group != group:
+            # Further on already; what was found there is asked for later.
+            return None
+        found, self._found = self._found, None
+        return found
 
     def finish(self) -> torch.Tensor:
         """Go on to the end and return the output."""
         raise NotImplementedError
 
     def _leave(self) -> None:
-        self._raw = self._prepared = None
+        self._raw = self._prepared = self._found = None
 
     def close(self) -> None:
         """Let everything go."""
@@ -180,7 +189,7 @@ class _Restarted(_Pass):
             self._forward(self.window)
         except _Abandoned:
             pass
-        found = self._prepared if self._group == group else None
+        found = self._take(group)
         self._leave()
         return found
 
@@ -217,7 +226,7 @@ class _Kept(_Pass):
     def reach(self, group: int) -> torch.Tensor | None:
         while self._group < group and not self._coroutine.dead:
             self._advance()
-        return self._prepared if self._group == group else None
+        return self._take(group)
 
     def finish(self) -> torch.Tensor:
         while not self._coroutine.dead:

@@ -61,8 +61,13 @@ class RoundedInputs:
         self.path, self.spec, self.on_codes = path, spec, on_codes
         self.codes: dict[int, CodeInput] = {}
 
-    def __call__(self, name: str, x: torch.Tensor, window: int) -> torch.Tensor:
-        """Return what the layer ``name`` of the block is to read in a window instead of ``x``.
+    def __call__(
+        self, name: str, x: torch.Tensor, window: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the layer ``name`` of the block is called with instead of ``x``, and values.
+
+        The two are the same but where the layer reads codes: then it needs no values, and is given
+        their shape only.
 
         Raises
         ------
@@ -72,12 +77,12 @@ class RoundedInputs:
         try:
             if self.spec is None:
                 check_finite(x)
-                return x
+                return x, x
             if self.on_codes:
                 rounded, self.codes[window] = input_codes(x, self.spec)
-                return rounded
+                return rounded.new_empty(1).expand(rounded.shape), rounded
             simulated: torch.Tensor = cq.fake_quantize(x, self.spec)
-            return simulated
+            return simulated, simulated
         except cq.NonFiniteError as error:
             where = f"the input of {self.path}.{name} in calibration window {window}"
             raise cq.NonFiniteError(where, error.count, error.index, error.value) from None
