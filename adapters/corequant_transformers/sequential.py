@@ -264,11 +264,11 @@ def _share_routes(
 
 
 def _held(states: Windows, rows: Sequence[MatrixPlan]) -> int:
-    # A waiting pass holds the residual, a norm's output, and the widest input: as it came, rotated,
-    # rounded, and as codes of a byte.
+    # A waiting pass holds the residual, a norm's output, and the widest input: as it came, rotated
+    # and rounded, or less, as codes.
     widest = max(row.shape[1] for row in rows)
     windows, length, hidden = states.shape
-    held: int = windows * length * ((2 * hidden + 3 * widest) * states.element_size() + widest)
+    held: int = windows * length * (2 * hidden + 3 * widest) * states.element_size()
     return held
 
 
