@@ -171,7 +171,7 @@ def report(found: dict[str, dict[str, float]]) -> str:
             "|---|---|---|---|---|",
             *rows,
             "",
-            f"Ours divided by brevitas's (allowed): {shares}. `docs/runs.md` tells what takes the time.",
+            f"Ours divided by brevitas's (allowed): {shares}. What takes the time: `docs/runs.md`.",
         ]
     )
 

@@ -232,8 +232,12 @@ def _weights(found) -> str:
     rows = []
     for label in labels:
         cells = [found.get(("weights", f"int{bits}", label)) for bits in (4, 3, 2)]
-        rows.append([label, *(f"{cell['perplexity']:.2f}" if cell else "" for cell in cells)])
+        rows.append([label, *(_number(cell["perplexity"]) if cell else "" for cell in cells)])
     return _markdown(["", "int4", "int3", "int2"], rows)
+
+
+def _number(perplexity) -> str:
+    return f"{perplexity:.2f}" if perplexity < 1e4 else f"{perplexity:.0e}"
 
 
 _CAPTION = """Written by `bench_rounding.py`: SmolLM2-135M-Instruct, WikiText-2, 8 calibration
