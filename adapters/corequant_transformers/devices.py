@@ -59,12 +59,12 @@ def to_host(tensor: torch.Tensor) -> npt.NDArray[Any]:
     return array
 
 
-def check_finite(x: torch.Tensor) -> None:
-    """Raise NonFiniteError, about ``x``, where a tensor holds NaN or infinity."""
+def check_finite(name: str, x: torch.Tensor) -> None:
+    """Raise NonFiniteError, about ``name``, where a tensor holds NaN or infinity."""
     # A sum with one of them is neither; a sum of large numbers may not be, and is looked at.
     if math.isfinite(float(x.sum())):
         return
     good = to_host(torch.isfinite(x))
     if not good.all():
         index = tuple(int(i) for i in np.unravel_index(int(good.argmin()), good.shape))
-        raise NonFiniteError("x", int((~good).sum()), index, float(x[index]))
+        raise NonFiniteError(name, int((~good).sum()), index, float(x[index]))

@@ -15,13 +15,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 import transformers
 
-import corequant as cq
 from corequant_transformers.budgets import trim_memory
-from corequant_transformers.devices import to_host
+from corequant_transformers.devices import check_finite
 from corequant_transformers.layouts import check_modules, standardize, standardized
 from corequant_transformers.planning import ModelPlan
 from corequant_transformers.sources import quiet_transformers
@@ -186,7 +184,9 @@ class Parts:
             self.weights.fill(self.model, self.keys[part])
             standardize(self.model, part_plan(self.plan, part))
             for path in paths:
-                _check_finite(path, self.model.get_submodule(path).to(self.device))
+                module = self.model.get_submodule(path).to(self.device)
+                for name, tensor in module.named_parameters():
+                    check_finite(f"{path}.{name}", tensor)
             yield self.model
         finally:
             opened = [weakref.ref(self.model.get_submodule(path)) for path in paths]
@@ -244,16 +244,3 @@ def _untie(model: Any, plan: ModelPlan) -> None:
     if head.weight is embedding.weight:
         head.weight = torch.nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
     model.config.tie_word_embeddings = False
-
-
-def _check_finite(path: str, module: torch.nn.Module) -> None:
-    for name, tensor in module.named_parameters():
-        if tensor.numel() == 0:
-            continue
-        # The least and the largest number are NaN where any is; looking at each makes copies.
-        least, largest = torch.aminmax(tensor)
-        if not bool(torch.isfinite(least) & torch.isfinite(largest)):
-            good = to_host(torch.isfinite(tensor))
-            index = tuple(int(i) for i in np.unravel_index(int(good.argmin()), good.shape))
-            count = int(good.size - good.sum())
-            raise cq.NonFiniteError(f"{path}.{name}", count, index, float(tensor[index]))

@@ -53,9 +53,9 @@ def magr(
     -----
     Each row minimizes ``½(v - w) H (v - w)ᵀ + a · max|v|`` with ``a = alpha · σ² / ‖H‖₁``, σ being
     the largest eigenvalue of H (arXiv 2406.00800). The proximal map of the largest magnitude clips:
-    at the level that cuts off a total of ``a / σ``. The paper's 200 plain steps end 5 to 90 % above
-    the least value on SmolLM2's layers; with momentum, which a row loses where it leads uphill
-    (Beck and Teboulle 2009; arXiv 1204.3982), 50 steps come closer.
+    at the level that cuts off a total of ``a / σ``. Steps have momentum, which a row loses where it
+    leads uphill (Beck and Teboulle 2009; arXiv 1204.3982): 50 of them come closer to the least
+    value than the paper's 200 without.
 
     Examples
     --------
