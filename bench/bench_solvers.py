@@ -1,11 +1,15 @@
-"""GPTQ, Qronos and GPFQ on one layer, against brevitas's: losses first, then times.
+"""GPTQ, Qronos and GPFQ on one layer, against other libraries': losses first, then times.
 
-Usage: python bench/bench_solvers.py [--rows 2048] [--d 8192] [--rounds 2] [--methods gptq,qronos]
-       [--write]
+Usage: python bench/bench_solvers.py [--rows 2048] [--d 8192] [--rounds 2]
+       [--methods gptq,gptq:llmcompressor,qronos] [--write]
+
+A method's peer is brevitas's, or GPTQ's llm-compressor's (``pip install --no-deps llmcompressor
+loguru`` and ``pip install datasets``: what else it asks for contradicts the peers extra, and isn't
+needed here).
 
 Rounds alternate between the two; each row gives the medians and the median of the rounds' ratios,
 of elapsed time and of processor time, and how much memory each takes beyond its arguments, in a
-process of its own. The peer's GPFQ takes hours at d = 8192; try d = 1024. ``--write`` puts the
+process of its own. brevitas's GPFQ takes hours at d = 8192; try d = 1024. ``--write`` puts the
 table into bench/README.md.
 """
 
@@ -36,6 +40,7 @@ with warnings.catch_warnings():
     from brevitas.quant import Int8WeightPerChannelFloat
 
 SPEC = "int4:channel"
+SIDES = ("corequant", "peer")
 ALPHA = 1e-3
 
 
@@ -52,7 +57,10 @@ def problem(rows, d, tokens):
 
 
 def peer(name, W, H, G):
-    """Return a call that rounds a fresh layer with our scales, and the layer."""
+    """Return a call that rounds copies with our scales, and what gives its values then."""
+    name, _, library = name.partition(":")
+    if library == "llmcompressor":
+        return compressor(W, H)
     kind = {"gptq": GPTQ, "qronos": Qronos, "gpfq": GPFQ}[name]
     layer = qnn.QuantLinear(
         W.shape[1],
@@ -78,10 +86,28 @@ def peer(name, W, H, G):
         solver.alpha = ALPHA
     if name != "gptq":
         solver.G = torch.from_numpy((G if name == "qronos" else G.T).copy())[None]
-    return solver.single_layer_update, layer
+    return solver.single_layer_update, lambda: layer.quant_weight().value.numpy()
+
+
+def compressor(W, H):
+    """The same of llm-compressor's GPTQ; H is damped by as much as ours."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
+
+    order = QuantizationArgs(num_bits=4, strategy="channel", symmetric=True, actorder="weight")
+    scales = torch.from_numpy(cq.choose_qparams(W, SPEC)[0])[None]
+    weights, hessians = (torch.from_numpy(a.copy())[None] for a in (W, H))
+    found = []
+
+    def update():
+        zeros = torch.zeros_like(scales)
+        found.append(quantize_weight(weights, hessians, scales, zeros, None, order)[0][0])
+
+    return update, lambda: found[0].numpy()
 
 
 def ours(name, W, H, G):
+    name = name.partition(":")[0]
     if name == "gptq":
         return cq.gptq(W, H, SPEC, losses=False)
     if name == "qronos":
@@ -131,7 +157,8 @@ def measured_peak(side, name, o):
         name,
         *shape,
     ]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return int(found.splitlines()[-1])
 
 
 def main() -> None:
@@ -141,7 +168,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=0, help="as many as d by default")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--methods", default="gptq,qronos")
-    parser.add_argument("--memory", choices=["corequant", "brevitas"], help=argparse.SUPPRESS)
+    parser.add_argument("--memory", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--write", action="store_true", help="write the table to bench/README.md")
     o = parser.parse_args()
     W, H, G = problem(o.rows, o.d, o.tokens or o.d)
@@ -149,9 +176,9 @@ def main() -> None:
         peak(o.memory, o.methods, W, H, G)
         return
     lines = [
-        f"| {o.rows} × {o.d} | corequant, s | brevitas, s | ratio | of processor time | losses | "
-        "corequant, MiB | brevitas, MiB |",
-        "|" + "---|" * 8,
+        f"| {o.rows} × {o.d} | peer | corequant, s | peer, s | ratio | of processor time | "
+        "losses | corequant, MiB | peer, MiB |",
+        "|" + "---|" * 9,
     ]
     print("\n".join(lines))
     for name in o.methods.split(","):
@@ -160,13 +187,13 @@ def main() -> None:
         for _ in range(o.rounds):
             rounded, *seconds = timed(lambda name=name: ours(name, W, H, G))
             mine.append(seconds)
-            update, layer = peer(name, W, H, G)
+            update, result = peer(name, W, H, G)
             with torch.no_grad():
                 _, *seconds = timed(update)
-                values = layer.quant_weight().value.numpy()
+                values = result()
             theirs.append(seconds)
-            del update
-        cross = None if name == "gptq" else G
+            del update, result
+        cross = None if name.startswith("gptq") else G
         losses = [cq.reconstruction_loss(W, q, H, cross) for q in (rounded, values)]
         slack = 0.001 * abs(cq.reconstruction_loss(W, values, H))
         assert losses[0] <= losses[1] + slack, losses
@@ -175,22 +202,26 @@ def main() -> None:
             statistics.median(b[k] / a[k] for a, b in zip(mine, theirs, strict=True))
             for k in (0, 1)
         ]
-        peaks = [measured_peak(side, name, o) for side in ("corequant", "brevitas")]
+        peaks = [measured_peak(side, name, o) for side in SIDES]
+        method, _, library = name.partition(":")
         lines.append(
-            f"| {name} | {wall[0]:.1f} | {wall[1]:.1f} | {ratios[0]:.1f} | {ratios[1]:.1f} | "
-            f"{losses[0] / losses[1]:.4f} | {peaks[0]} | {peaks[1]} |"
+            f"| {method} | {library or 'brevitas'} | {wall[0]:.1f} | {wall[1]:.1f} | "
+            f"{ratios[0]:.1f} | {ratios[1]:.1f} | {losses[0] / losses[1]:.4f} | "
+            f"{peaks[0]} | {peaks[1]} |"
         )
         print(lines[-1], flush=True)
     if o.write:
-        write_section("solvers", "\n".join(["## Solvers", "", _caption(), "", *lines]))
+        caption = _caption(o.methods)
+        write_section("solvers", "\n".join(["## Solvers", "", caption, "", *lines]))
 
 
-def _caption() -> str:
-    versions = [f"{p} {importlib.metadata.version(p)}" for p in ("numpy", "torch", "brevitas")]
+def _caption(methods) -> str:
+    names = ["numpy", "torch", "brevitas"] + ["llmcompressor"] * ("llmcompressor" in methods)
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
     return (
         f"Written by `bench_solvers.py`: one layer, INT4 by channel, {torch.get_num_threads()} "
         f"thread(s), {', '.join(versions)}. Memory is what each takes beyond its arguments, which "
-        "brevitas overwrites; losses are corequant's divided by brevitas's."
+        "the peers overwrite; losses are corequant's divided by the peer's."
     )
 
 

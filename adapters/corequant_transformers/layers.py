@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import corequant as cq
+from corequant_torch.products import linear
 
 __all__ = ["QuantizedLinear"]
 
@@ -59,7 +60,7 @@ class QuantizedLinear(torch.nn.Module):
             except cq.NonFiniteError as error:
                 name = f"the input of {self.name}"
                 raise cq.NonFiniteError(name, error.count, error.index, error.value) from None
-        return torch.nn.functional.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """Describe the layer in one line."""

@@ -63,7 +63,7 @@ class BlockPasses:
     ) -> None:
         self._here = _Here()
         kind = _Kept if keep else _Restarted
-        self._passes = [kind(self._here, forward, prepare, w) for w in range(windows)]
+        self._passes = {w: kind(self._here, forward, prepare, w) for w in range(windows)}
         self._handles = [
             block.get_submodule(name).register_forward_pre_hook(self._hook(index, name))
             for index, names in enumerate(groups)
@@ -92,6 +92,10 @@ class BlockPasses:
         """Return the block's output for a window."""
         return self._passes[window].finish()
 
+    def leave(self, window: int) -> None:
+        """Go no further with a window and let go what its pass holds."""
+        self._passes.pop(window).close()
+
     def __enter__(self) -> BlockPasses:
         return self
 
@@ -101,7 +105,7 @@ class BlockPasses:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for one in self._passes:
+        for one in self._passes.values():
             one.close()
         for handle in self._handles:
             handle.remove()

@@ -15,6 +15,7 @@ import torch
 
 from corequant.errors import BackendError
 from corequant.recipe import Recipe
+from corequant_torch.quick import QuickForward
 from corequant_transformers.budgets import held_bytes, peak_rss_mib
 from corequant_transformers.checkpoint import check_output, load, place_tensors, save
 from corequant_transformers.choosing import Calibration
@@ -172,7 +173,8 @@ def calibrate(
         tokens = check_tokens(calibration)
     table = plan_model(model.config, recipe)
     parts = Parts(skeleton(model), table, ModelWeights(model), device_of(model))
-    return gather(parts, table, tokens, progress)
+    with QuickForward():
+        return gather(parts, table, tokens, progress)
 
 
 def quantize(

@@ -192,6 +192,16 @@ def round_block(
                     inputs.codes[rounded_network.window]
                 )
         float_network, routed = None, False
+
+        def end_float(window: int) -> None:
+            # Nothing that is still to be rounded concerns the float network.
+            if float_network is None:
+                return
+            if hidden.float_states is None or routed:
+                float_network.leave(window)
+            else:
+                hidden.float_states[window] = float_network.finish(window)[0]
+
         if options.needs_float:
             same = RoundedInputs(path, None)
             states = hidden.quantized if hidden.float_states is None else hidden.float_states
@@ -202,8 +212,14 @@ def round_block(
             if group[0].shape[1] == widest:
                 # The most will be held from here on: not beside what earlier groups have left.
                 trim_memory()
+            last = index == len(groups) - 1
             moments = _collect(
-                group, index, count, rounded_network, float_network, hidden.quantized.shape[1]
+                group,
+                index,
+                rounded_network,
+                float_network,
+                hidden.quantized.shape[:2],
+                end_float if last else None,
             )
             given = _weights(block, path, group)
             divisor = shared.get(group[0].name)
@@ -226,8 +242,6 @@ def round_block(
             progress()
         for window in range(count):
             hidden.quantized[window] = rounded_network.finish(window)[0]
-            if float_network is not None and hidden.float_states is not None and not routed:
-                hidden.float_states[window] = float_network.finish(window)[0]
     if routed and hidden.float_states is not None:
         # The float model goes its own ways.
         for window in range(count):
@@ -275,25 +289,27 @@ def _held(states: Windows, rows: Sequence[MatrixPlan]) -> int:
 def _collect(
     group: Sequence[MatrixPlan],
     index: int,
-    count: int,
     rounded: BlockPasses,
     reference: BlockPasses | None,
-    length: int,
+    shape: tuple[int, int],
+    done: Callable[[int], None] | None,
 ) -> InputMoments:
-    name = group[0].name
+    name, (count, length) = group[0].name, shape
     moments = InputMoments(group[0].shape[1], cross=reference is not None)
     for window in range(count):
         q = rounded.reach(window, index)
         x = None if reference is None else reference.reach(window, index)
         if reference is not None:
             _check_same_tokens(group[0], window, length, q, x)
-        if q is None:
-            continue
         try:
-            moments.update(q, x)
+            if q is not None:
+                moments.update(q, x)
         except cq.NonFiniteError as error:
             what = f"{error.name} of {name} in calibration window {window}"
             raise cq.NonFiniteError(what, error.count, error.index, error.value) from None
+        if done is not None:
+            del x
+            done(window)
     if moments.count == 0 and group[0].expert is None:
         raise CalibrationError(
             f"at least one token must reach {name}, after the layers described before it, got none "

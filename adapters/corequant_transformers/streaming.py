@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from corequant.errors import ArchitectureError
+from corequant_torch.quick import QuickForward
 from corequant_transformers.blocks import Rounding, transform_part
 from corequant_transformers.budgets import HELD_BYTES
 from corequant_transformers.capturing import Collector
@@ -158,7 +159,8 @@ class Job:
             started = time.monotonic()
             kind, _, index = step.partition("-")
             action: Callable[..., None] = getattr(self, f"_do_{kind}")
-            action(step, *([int(index)] if index else []))
+            with QuickForward():
+                action(step, *([int(index)] if index else []))
             self._absorb(step)
             self.after(step, time.monotonic() - started)
         return resumed

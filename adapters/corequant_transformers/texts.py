@@ -12,6 +12,7 @@ import torch
 
 from corequant._validation import check_index
 from corequant.errors import CalibrationError
+from corequant_torch.quick import QuickForward
 from corequant_transformers.architectures import architecture_of
 
 __all__ = ["Evaluation", "evaluate", "token_windows"]
@@ -137,7 +138,8 @@ def evaluate(
         tokens = check_tokens(text)[:windows]
     total = 0.0
     for done, window in enumerate(tokens):
-        total += _negative_log_likelihood(model, window)
+        with QuickForward():
+            total += _negative_log_likelihood(model, window)
         progress(done + 1, len(tokens))
     predicted = tokens.shape[0] * (tokens.shape[1] - 1)
     windows, sequence_length = tokens.shape

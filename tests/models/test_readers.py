@@ -21,6 +21,7 @@ import corequant as cq
 import corequant_transformers as cqhf
 from corequant.matmulnbits import matmul_nbits
 from corequant.recipe import Recipe
+from corequant_torch.quick import QuickForward
 from corequant_transformers.blocks import round_nearest
 from corequant_transformers.checkpoint import save
 from corequant_transformers.layers import QuantizedLinear
@@ -144,14 +145,42 @@ def check_transformers(reading, exported, window):
             tensor.data = tensor.data.bfloat16().float()
         expected = cqhf.evaluate(ours, window).perplexity
     print(f"{reading.name}: perplexity {measured:.4f} there, {expected:.4f} here")
-    assert measured == pytest.approx(expected, rel=1e-3)
-    if reading.activations != "none":
-        # They are rounded there too: without, the perplexity is another.
-        for matrix in Stored(own).plan.quantized:
-            ours.get_submodule(matrix.name).activations = None
-        without = cqhf.evaluate(ours, window).perplexity
-        assert abs(without - measured) > 2 * abs(expected - measured)
-        assert without != pytest.approx(measured, rel=1e-3)
+    apart = check_layers(ours, theirs, own, window)
+    # One code more or less in 4 bits, and a model that was never trained to have three blocks gives
+    # other logits altogether.
+    assert measured == pytest.approx(expected, rel=0.2 if apart else 1e-3)
+
+
+@torch.no_grad()
+def check_layers(ours, theirs, own, window):
+    """Every layer makes the same of what ours reads, to the bit but for numbers near a tie.
+
+    Where activations are rounded they are so there too: without, the output is another. Returns how
+    many tokens have a number that is rounded the other way.
+    """
+    layers = {m.name: ours.get_submodule(m.name) for m in Stored(own).plan.quantized}
+    seen = {}
+    for name, layer in layers.items():
+
+        def note(module, args, y, name=name):
+            seen[name] = args[0], y
+
+        layer.register_forward_hook(note)
+    cqhf.evaluate(ours, window)
+    apart = tokens = 0
+    for name, (x, y) in [*seen.items()]:
+        with QuickForward():
+            found = theirs.get_submodule(name)(x)
+        error = (found - y).norm(dim=-1) / y.norm(dim=-1)
+        apart, tokens = apart + int((error > 0).sum()), tokens + error.numel()
+        # One step of one number among hundreds.
+        assert error.max() < 0.01
+        if layers[name].activations is not None:
+            layers[name].activations = None
+            assert (layers[name](x) - found).norm() > 1e-3 * found.norm()
+    assert seen.keys() == layers.keys()
+    assert apart <= 1e-3 * tokens
+    return apart
 
 
 def weights_of(model, own):
