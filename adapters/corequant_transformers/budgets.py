@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 import resource
 import sys
@@ -61,11 +62,24 @@ def peak_rss_mib() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def trim_memory() -> None:
-    """Return freed memory to the system, where it can be told to: holes among what is held stay."""
+def trim_memory(above: int = 0) -> None:
+    """Return freed memory to the system, where it can be told to: holes among what is held stay.
+
+    Getting it back page by page takes longer than many a computation, so that a process that has no
+    more than ``above`` bytes keeps it.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
+    if trim is not None and (above == 0 or _resident() > above):
         trim(0)
+
+
+def _resident() -> float:
+    """Return the bytes that the process has in memory now; infinity where nothing says so."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return math.inf
 
 
 def peak_bytes(plan: ModelPlan, memory: int | None = None) -> int:

@@ -116,6 +116,8 @@ class Parts:
     weights : Weights
     device : str or torch.device
         Where open parts compute.
+    spare : int
+        Bytes that the process may have before memory is returned to the system after each part.
 
     Attributes
     ----------
@@ -135,8 +137,10 @@ class Parts:
         plan: ModelPlan,
         weights: Weights,
         device: str | torch.device = "cpu",
+        spare: int = 0,
     ) -> None:
         self.model = model
+        self.spare = spare
         self.weights = weights
         self.plan = plan
         self.device = torch.device(device)
@@ -192,7 +196,7 @@ class Parts:
             opened = [weakref.ref(self.model.get_submodule(path)) for path in paths]
             for path, module in closed.items():
                 self.model.set_submodule(path, module)
-            _give_back(opened)
+            _give_back(opened, self.spare)
 
     def modules(self, part: Part) -> list[str]:
         """Return the paths of the modules that a part is made of."""
@@ -221,13 +225,13 @@ def part_of(name: str, plan: ModelPlan) -> Part:
     return ENTRY
 
 
-def _give_back(modules: Sequence[weakref.ref[torch.nn.Module]]) -> None:
+def _give_back(modules: Sequence[weakref.ref[torch.nn.Module]], spare: int) -> None:
     """Return freed memory to the system: otherwise what each part leaves behind adds up."""
     # Only where something still holds a part: looking for cycles among all objects of the process
     # takes longer than a small part itself.
     if any(module() is not None for module in modules):
         gc.collect()
-    trim_memory()
+    trim_memory(spare)
 
 
 def _move_buffers(model: Any, device: torch.device) -> None:

@@ -16,7 +16,7 @@ import torch
 from corequant.errors import BackendError
 from corequant.recipe import Recipe
 from corequant_torch.quick import QuickForward
-from corequant_transformers.budgets import held_bytes, peak_rss_mib
+from corequant_transformers.budgets import held_bytes, peak_bytes, peak_rss_mib
 from corequant_transformers.checkpoint import check_output, load, place_tensors, save
 from corequant_transformers.choosing import Calibration
 from corequant_transformers.descriptions import check_described
@@ -287,7 +287,9 @@ def quantize(
 
     def make(ledger: Ledger, after: Callable[[str, float], None] = lambda step, s: None) -> _Made:
         given = model if source is None else source
-        parts, float_config = _parts(given, table, where, progress)
+        # What the plan foresees may be kept; a limit counts what was freed, too.
+        spare = peak_bytes(table) if memory is None else 0
+        parts, float_config = _parts(given, table, where, spare, progress)
         job = Job(
             parts,
             table,
@@ -367,20 +369,20 @@ def _device(
 
 
 def _parts(
-    model: Source | Any, table: ModelPlan, device: torch.device, progress: Progress
+    model: Source | Any, table: ModelPlan, device: torch.device, spare: int, progress: Progress
 ) -> tuple[Parts, str]:
     """Return a model's parts, and the text of its config."""
     if isinstance(model, Source) and not model.is_gguf:
         bare = skeleton(model.config())
         weights = FileWeights(model, bare, table)
         text = (model.path / "config.json").read_text(encoding="utf-8")
-        return Parts(bare, table, weights, device), text
+        return Parts(bare, table, weights, device, spare), text
     if isinstance(model, Source):
         progress("load", 0, 1)
         model = model.load()
         progress("load", 1, 1)
     text = model.config.to_json_string(use_diff=False)
-    return Parts(skeleton(model), table, ModelWeights(model), device), text
+    return Parts(skeleton(model), table, ModelWeights(model), device, spare), text
 
 
 def _assemble(job: Job) -> Any:

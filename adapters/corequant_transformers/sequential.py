@@ -28,7 +28,7 @@ import corequant as cq
 from corequant.errors import CalibrationError
 from corequant.rounding import InputMoments, RoundedTensor, RoundingOptions, round_together
 from corequant.specs import ScaleSearch
-from corequant_transformers.budgets import HELD_BYTES, peak_rss_mib, trim_memory
+from corequant_transformers.budgets import HELD_BYTES, peak_rss_mib
 from corequant_transformers.devices import device_of, to_host
 from corequant_transformers.layers import QuantizedLinear
 from corequant_transformers.layouts import ExpertList
@@ -164,7 +164,6 @@ def round_block(
         If the inputs' moments can't be used; names the layer and the window.
     """
     groups = groups_of(rows)
-    widest = max((row.shape[1] for row in rows), default=0)
     local = [[row.name.removeprefix(f"{path}.") for row in group] for group in groups]
     quantized = copy.deepcopy(block)
     count = len(hidden.quantized)
@@ -209,9 +208,6 @@ def round_block(
             routed = _share_routes(stack, quantized, rounded_network, block, float_network)
         for index, group in enumerate(groups):
             started = time.monotonic()
-            if group[0].shape[1] == widest:
-                # The most will be held from here on: not beside what earlier groups have left.
-                trim_memory()
             last = index == len(groups) - 1
             moments = _collect(
                 group,

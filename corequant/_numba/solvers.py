@@ -18,6 +18,10 @@ from corequant._numba.projection import soft_threshold
 __all__ = ["ColumnGrid", "Limits", "nearest_level", "shrink_thresholds", "solve_block"]
 
 
+_ROWS = 16
+"""Rows that are rounded side by side."""
+
+
 class ColumnGrid(NamedTuple):
     """What values are rounded to, in units of their step, in the working dtype."""
 
@@ -121,47 +125,50 @@ def solve_block(  # type: ignore[no-untyped-def]
     size = mixing.shape[0]
     echoes = echo.shape[0] > 0
     bounded = limits.largest > 0
-    for r in range(first, last):
+    # A few rows at a time: what one waits for, its quotients, the others fill.
+    for top in range(first, last, _ROWS):
+        bottom = min(top + _ROWS, last)
         for j in range(size - 1, -1, -1):
             c = start + j
-            step = steps[r, groups[c]]
-            zero = zeros[r, groups[c]]
-            argument = values[r, c]
-            if pull[r, j] != 0:  # -0.0 stays what it is
-                argument += pull[r, j] / mixing[j, j]
-            wanted = argument
-            if bounded:
-                tile = tiles[c]
-                cut = shrink[r, tile] * step
-                if cut > 0:
-                    argument = max(argument - cut, step * 0) + min(argument + cut, step * 0)
-                unit = type(step)(limits.unit)
-                least, most = _room(positive[r, tile], negative[r, tile], limits)
-                least = least * limits.unit
-                most = most * limits.unit
-                argument = min(max(argument, type(step)(least) * step), type(step)(most) * step)
-                level = nearest_level(argument / step, zero, grid)
-                chosen = _inside(level, zero, grid, least, most)
-                if chosen != level:
-                    level = chosen
-                    argument = level * step
-                if argument != wanted:
-                    moved[r] += 1
-                count = np.rint(np.float64(level) / unit)
-                positive[r, tile] += max(count, 0.0)
-                negative[r, tile] += min(count, 0.0)
-            else:
-                level = nearest_level(argument / step, zero, grid)
-            error = centers[r, c] - level * step
-            if bounded and not limits.diffuse:
-                error -= wanted - argument
-            values[r, c] = argument
-            errors[r, c] = error
-            for i in range(j):
-                pull[r, i] += error * mixing[j, i]
-            if echoes:
+            for r in range(top, bottom):
+                step = steps[r, groups[c]]
+                zero = zeros[r, groups[c]]
+                argument = values[r, c]
+                if pull[r, j] != 0:  # -0.0 stays what it is
+                    argument += pull[r, j] / mixing[j, j]
+                wanted = argument
+                if bounded:
+                    tile = tiles[c]
+                    cut = shrink[r, tile] * step
+                    if cut > 0:
+                        argument = max(argument - cut, step * 0) + min(argument + cut, step * 0)
+                    unit = type(step)(limits.unit)
+                    least, most = _room(positive[r, tile], negative[r, tile], limits)
+                    least = least * limits.unit
+                    most = most * limits.unit
+                    argument = min(max(argument, type(step)(least) * step), type(step)(most) * step)
+                    level = nearest_level(argument / step, zero, grid)
+                    chosen = _inside(level, zero, grid, least, most)
+                    if chosen != level:
+                        level = chosen
+                        argument = level * step
+                    if argument != wanted:
+                        moved[r] += 1
+                    count = np.rint(np.float64(level) / unit)
+                    positive[r, tile] += max(count, 0.0)
+                    negative[r, tile] += min(count, 0.0)
+                else:
+                    level = nearest_level(argument / step, zero, grid)
+                error = centers[r, c] - level * step
+                if bounded and not limits.diffuse:
+                    error -= wanted - argument
+                values[r, c] = argument
+                errors[r, c] = error
                 for i in range(j):
-                    pull[r, i] += argument * echo[j, i]
+                    pull[r, i] += error * mixing[j, i]
+                if echoes:
+                    for i in range(j):
+                        pull[r, i] += argument * echo[j, i]
 
 
 @jit

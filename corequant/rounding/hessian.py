@@ -178,7 +178,10 @@ class Factor:
 
     @classmethod
     def of(cls, A: Array) -> Factor | None:
-        """Factor a symmetric matrix, which is overwritten; None if it isn't definite."""
+        """Factor a symmetric matrix, which is overwritten; None if it isn't definite.
+
+        What is above the blocks on its diagonal is not read.
+        """
         panels = _panels(len(A))
         inverses = np.zeros((len(panels), _PANEL, _PANEL), A.dtype)
         for k, (a, b) in enumerate(panels):
@@ -232,9 +235,10 @@ def damped_factor(
     mean = mean_diagonal(diagonal, dead)
 
     def attempt(value: float) -> Factor | None:
+        # The factor reads what is below the diagonal and the blocks on it.
         A = np.empty(H.shape, dtype)
         for a, b in _panels(len(H)):
-            A[a:b] = H[np.ix_(order[a:b], order)]
+            A[a:b, :b] = np.take(H[order[a:b]], order[:b], axis=1)
         position = np.arange(len(H))
         A[position, position] = np.where(dead, mean, diagonal)[order] + value
         return Factor.of(A)

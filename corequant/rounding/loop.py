@@ -90,8 +90,7 @@ class ColumnLoop:
 
             for_rows(rows, (stop - start) * BLOCK, work)
         self._check(values)
-        back = np.empty_like(values)
-        back[:, self.order] = values
+        back = np.take(values, np.argsort(self.order), axis=1)
         share = float(moved.sum()) / max(1, rows * d) if self.accumulator else None
         return self.scales.encode(back), share
 

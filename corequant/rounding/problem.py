@@ -73,7 +73,7 @@ class Problem:
     @property
     def ordered(self) -> Array:
         """W in the working dtype, its columns in the loop's order."""
-        return np.ascontiguousarray(self.W[:, self.loop.order], dtype=self.loop.dtype)
+        return np.take(self.W, self.loop.order, axis=1).astype(self.loop.dtype, copy=False)
 
     def solve(
         self, method: str, values: Array, centers: Array, pull: Pull, damping: Damping | None
