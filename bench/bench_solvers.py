@@ -10,14 +10,13 @@ needed here).
 Rounds alternate between the two; each row gives the medians and the median of the rounds' ratios,
 of elapsed time and of processor time, and how much memory each takes beyond its arguments, in a
 process of its own. brevitas's GPFQ takes hours at d = 8192; try d = 1024. ``--write`` puts the
-table into bench/README.md, under a title of its own where OPENBLAS_CORETYPE is set.
+table into bench/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import os
 import resource
 import statistics
 import subprocess
@@ -212,11 +211,8 @@ def main() -> None:
         )
         print(lines[-1], flush=True)
     if o.write:
-        kernels = os.environ.get("OPENBLAS_CORETYPE")
-        setting = f", OPENBLAS_CORETYPE={kernels}" if kernels else ""
         caption = _caption(o.methods)
-        body = [f"## Solvers{setting}", "", caption, "", *lines]
-        write_section(f"solvers{setting}", "\n".join(body))
+        write_section("solvers", "\n".join(["## Solvers", "", caption, "", *lines]))
 
 
 def _caption(methods) -> str:
