@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from corequant_torch.products import linear, multiplies_quickly
+from corequant_torch.products import is_plain, linear, multiplies_quickly
 
 __all__ = ["attends_quickly", "causal_attention"]
 
@@ -25,10 +25,11 @@ def attends_quickly(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
         key.shape[0] == batch
         and key.shape[2:] == (length, width)
-        and key.shape[1] > 0
+        and min(*key.shape, *value.shape) > 0
         and heads % key.shape[1] == 0
         and length >= 2 * _ROWS
-        and multiplies_quickly(query, key[0, 0], value[0, 0])
+        and is_plain(value)
+        and multiplies_quickly(query, key[0, 0])
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["linear", "multiplies_quickly"]
+__all__ = ["is_plain", "linear", "multiplies_quickly"]
 
 Tensor = torch.Tensor
 
@@ -48,16 +48,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def multiplies_quickly(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether ``linear`` is oneDNN's: of plain float32 numbers, without gradients, and worth it."""
-    tensors = [x, weight] if bias is None else [x, weight, bias]
-    if not all(type(t) in _PLAIN and t.is_cpu and t.dtype == torch.float32 for t in tensors):
+    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         return False
     rows = x.numel() // max(1, x.shape[-1])
     return (
         rows >= _LEAST_ROWS
         and rows * weight.numel() >= _LEAST_PRODUCTS
-        and weight.ndim == 2
-        and x.shape[-1] == weight.shape[1]
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and (bias is None or bias.shape == weight.shape[:1])
+        and is_plain(x, weight, bias)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and _has_operator()
@@ -65,7 +63,13 @@ def multiplies_quickly(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     )
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether all are float32 numbers in memory of which nobody wants a gradient."""
+    given = [t for t in tensors if t is not None]
+    return all(
+        type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu and t.dtype == torch.float32
+        for t in given
+    ) and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
 
 
 @cache

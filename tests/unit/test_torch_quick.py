@@ -87,6 +87,9 @@ def test_what_is_left_to_torch(used, monkeypatch):
     assert not multiplies_quickly(x, weight[:, :200])
     with pytest.raises(RuntimeError, match="shape"):
         linear(x, weight[:, :200])
+    for bias in (normal(1), normal(96, 1), normal(96, 200)):
+        assert not multiplies_quickly(x, weight, bias)
+    assert not multiplies_quickly(torch.tensor(1.0), weight)
     # Tensors of other classes do something of their own.
     assert not multiplies_quickly(x.as_subclass(Own), weight)
     with torch.autocast("cpu", torch.bfloat16):
@@ -210,6 +213,8 @@ def test_attention_of_other_shapes_is_torchs(used):
             (normal(1, 2, 300, 32), normal(1, 2, 300, 32)),
             (normal(1, 2, 1, 32), normal(1, 2, 600, 32)),
             (normal(2, 600, 32), normal(2, 600, 32)),
+            (normal(0, 2, 600, 32), normal(0, 2, 600, 32)),
+            (normal(1, 0, 600, 32), normal(1, 0, 600, 32)),
             (normal(1, 2, 600, 32).double(), normal(1, 2, 600, 32).double()),
         ]:
             found = F.scaled_dot_product_attention(q, k, k, is_causal=True)
