@@ -216,7 +216,15 @@ def _accumulators(found) -> str:
             if any(values):
                 rows.append([width.replace("x", " × "), kind, *values, _best_naive(found, width)])
     rows.sort(key=lambda row: (-int(row[0].split()[0]), -int(row[0].split()[2]), row[1]))
-    return _markdown(["tile × bits", "formats", *methods, "formats without bounds"], rows)
+    enough = ", ".join(
+        f"{cq.accumulator_bits(tile, 'int4', f'uint{bits}')} bits for W4A{bits} in tiles of {tile}"
+        for bits in WIDTHS
+        for tile in (128, 32)
+    )
+    heads = ["tile × bits", "formats", *methods, "formats without bounds"]
+    return f"No weights overflow {enough}: from there on bounds change no code.\n\n" + _markdown(
+        heads, rows
+    )
 
 
 def _best_naive(found, width) -> str:

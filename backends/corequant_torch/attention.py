@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from corequant.errors import ShapeError
 from corequant_torch.products import is_plain, linear, multiplies_quickly
 
 __all__ = ["attends_quickly", "causal_attention"]
@@ -19,17 +20,23 @@ def attends_quickly(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
     Keys are as many as queries, and heads of queries a multiple of those of keys and values.
     """
-    if not all(t.ndim == 4 for t in (query, key, value)) or key.shape[:3] != value.shape[:3]:
+    return (
+        _fit(query, key, value)
+        and query.shape[2] >= 2 * _ROWS
+        and is_plain(value)
+        and multiplies_quickly(query, key[0, 0])
+    )
+
+
+def _fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    if not all(t.ndim == 4 and t.numel() > 0 for t in (query, key, value)):
         return False
     batch, heads, length, width = query.shape
     return (
-        key.shape[0] == batch
+        key.shape[:3] == value.shape[:3]
+        and key.shape[0] == batch
         and key.shape[2:] == (length, width)
-        and min(*key.shape, *value.shape) > 0
         and heads % key.shape[1] == 0
-        and length >= 2 * _ROWS
-        and is_plain(value)
-        and multiplies_quickly(query, key[0, 0])
     )
 
 
@@ -44,10 +51,16 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
     scale : float, optional
         Of the scores; by default 1/√width.
 
+    Raises
+    ------
+    ShapeError
+        If the three don't fit each other, or one is empty.
+
     Notes
     -----
-    ``torch.nn.functional.scaled_dot_product_attention`` with ``is_causal``, for tensors that
-    ``attends_quickly`` takes. Scores after a chunk's last position are not computed.
+    ``torch.nn.functional.scaled_dot_product_attention`` with ``is_causal``, for as many keys as
+    queries. Scores after a chunk's last position are not computed; a NaN in a chunk reaches all of
+    the chunk's positions.
 
     Examples
     --------
@@ -57,6 +70,12 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
     >>> causal_attention(torch.zeros_like(x), x, x, None).flatten()
     tensor([1., 2.])
     """
+    if not _fit(query, key, value):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
+        raise ShapeError(
+            "query, key and value must be (batch, heads, length, width), none empty, as many keys "
+            f"and values as queries, their heads a divisor of the queries', got {shapes}"
+        )
     batch, heads, length, width = query.shape
     shared = heads // key.shape[1]
     scale = width**-0.5 if scale is None else scale

@@ -26,16 +26,12 @@ def token_products(x: Tensor, other: Tensor | None, double: bool) -> Tensor:
     lowered = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     with torch.autocast(kind, enabled=False) if lowered else nullcontext():
         rows = _rows(x, double)
-        return _square(rows) if other is None else _product(rows, _rows(other, double))
+        return _square(rows) if other is None else linear(rows.T, _rows(other, double).T)
 
 
 def _rows(x: Tensor, double: bool) -> Tensor:
     rows = working(x.detach()).reshape(-1, x.shape[-1])
     return rows.double() if double else rows
-
-
-def _product(x: Tensor, other: Tensor) -> Tensor:
-    return linear(x.T, other.T) if multiplies_quickly(x.T, other.T) else x.T @ other
 
 
 def _square(x: Tensor) -> Tensor:
@@ -45,11 +41,12 @@ def _square(x: Tensor) -> Tensor:
         return x.T @ x
     d = x.shape[1]
     product = x.new_empty(d, d)
-    if multiplies_quickly(x.T[:_PANEL], x.T):
+    turned = x.T
+    if multiplies_quickly(turned[:_PANEL], turned):
         # Once, instead of in each of the products.
-        x = x.T.contiguous().T
+        turned = turned.contiguous()
     for start in range(0, d, _PANEL):
         stop = start + _PANEL
-        product[start:stop, start:] = _product(x[:, start:stop], x[:, start:])
+        product[start:stop, start:] = linear(turned[start:stop], turned[start:])
         product[stop:, start:stop] = product[start:stop, stop:].T
     return product

@@ -1,8 +1,7 @@
 """Products of float32 matrices on a CPU by oneDNN, where torch's own are slower.
 
-torch multiplies float32 matrices by MKL, which leaves AVX-512 unused on some vendors' processors:
-half of what a Zen 5 core can do. oneDNN, which torch has too, asks only what instructions there
-are. Both add in float32.
+torch multiplies float32 matrices by MKL, which leaves AVX-512 unused on some vendors' processors.
+oneDNN, which torch has too, asks only what instructions there are. Both add in float32.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             [1.]])
     """
     if multiplies_quickly(x, weight, bias):
-        # Other layouts than these would go through a reference implementation, 100 times slower.
+        # Other layouts than these would go through a reference implementation, which is slow.
         given = (x.contiguous(), weight.contiguous(), bias)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(*given, "none", [], "")
         return product

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
@@ -34,11 +33,6 @@ def used(monkeypatch):
     counted(torch.ops.mkldnn, CALLS[0])
     counted(quick, CALLS[1])
     return counts
-
-
-@pytest.fixture
-def tokens():
-    return np.random.default_rng(0).integers(0, 100, (2, 48))
 
 
 @pytest.mark.parametrize("kind", DESCRIBED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from corequant.errors import ShapeError
 from corequant_torch import products
 from corequant_torch.attention import causal_attention
 from corequant_torch.grams import token_products
@@ -137,11 +138,13 @@ def test_the_number_of_threads_changes_no_bit(threads):
     q = normal(1, 2, 600, 32)
     before = torch.get_num_threads()
     results = []
-    for count in (1, threads):
-        torch.set_num_threads(count)
-        square = token_products(x, None, False)
-        results.append((linear(x, weight), square, causal_attention(q, q, q, None)))
-    torch.set_num_threads(before)
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            square = token_products(x, None, False)
+            results.append((linear(x, weight), square, causal_attention(q, q, q, None)))
+    finally:
+        torch.set_num_threads(before)
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
@@ -187,6 +190,39 @@ def test_attention_looks_at_nothing_later():
     after = causal_attention(q, k, v, None)
     assert torch.equal(before[:, :, :300], after[:, :, :300])
     assert not torch.equal(before[:, :, 300:], after[:, :, 300:])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_numbers_that_are_none_show(value):
+    q = normal(1, 1, 600, 32)
+    v = q.clone()
+    v[0, 0, 300] = value
+    found = causal_attention(q, q, v, None)
+    assert not found[0, 0, 300:].isfinite().any()
+    assert found[0, 0, :256].isfinite().all()
+    x, weight = normal(96, 300), normal(200, 300, seed=1)
+    x[5, 7] = value
+    finite = linear(x, weight).isfinite()
+    assert not finite[5].any()
+    assert finite[:5].all()
+    assert finite[6:].all()
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v"),
+    [
+        ((1, 3, 8, 4), (1, 2, 8, 4), (1, 2, 8, 4)),
+        ((1, 2, 8, 4), (1, 2, 9, 4), (1, 2, 9, 4)),
+        ((1, 2, 8, 4), (1, 2, 8, 5), (1, 2, 8, 4)),
+        ((1, 2, 8, 4), (1, 2, 8, 4), (1, 1, 8, 4)),
+        ((2, 2, 8, 4), (1, 2, 8, 4), (1, 2, 8, 4)),
+        ((2, 8, 4), (2, 8, 4), (2, 8, 4)),
+        ((1, 2, 0, 4), (1, 2, 0, 4), (1, 2, 0, 4)),
+    ],
+)
+def test_shapes_that_do_not_fit(q, k, v):
+    with pytest.raises(ShapeError, match="query, key and value"):
+        causal_attention(normal(*q), normal(*k), normal(*v), None)
 
 
 @pytest.mark.parametrize(
