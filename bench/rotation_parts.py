@@ -326,10 +326,10 @@ def threads(rounds: int) -> Result:
     """Wall clock, two threads against one; beside them two threads that copy or scale."""
     rows, goals = [], []
     cpus = sorted(os.sched_getaffinity(0))
-    for count in (512, 1024, SIDE):
+    for count in (256, 512, 1024, SIDE):
         for b in (64, 1024):
             x, y, z = (aligned((count, SIDE)) for _ in range(3))
-            repeats, half = max(1, 2 * SIDE // count), count // 2
+            repeats, half = 8 * SIDE // count, count // 2
             with ThreadPoolExecutor(1) as pool:
 
                 def both(work, one, other, repeats=repeats, pool=pool):

@@ -1,8 +1,9 @@
 """Rotations that have been asked for before: what they need, without checking anything again.
 
 A rotation in the cache takes a few microseconds, less than looking at every argument of it. So the
-first call of a kind leaves here what the next one can use as it is. Only the usual kind is kept:
-NumPy arrays in C order, the last axis, no signs, small enough for one thread and ordinary stores.
+first call of a kind leaves here what the next one can use as it is, also for large arrays, after
+which the interpreter itself is no longer in the cache. Only the usual kind is kept: NumPy arrays in
+C order, the last axis, no signs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,21 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["address_of", "forget", "keep", "repeat"]
+from corequant._numba.vectors import VECTOR_BYTES
+
+__all__ = [
+    "IN_PLACE",
+    "address_of",
+    "forget",
+    "keep",
+    "repeat",
+    "storing",
+]
+
+IN_PLACE = "in place"
+
+_STREAMED_BYTES = 1 << 25
+"""Results of at least 32 MiB bypass the cache: they would push everything else out of it."""
 
 _MOST = 1024
 """Kinds of calls that a thread remembers."""
@@ -61,14 +76,19 @@ def keep(
     block_size: int,
     inverse: bool,
     threads: int | None,
+    stores: str,
     call: Callable[..., None],
     settings: bytes,
 ) -> None:
-    """Remember the kernel and the settings for arrays of ``x``'s shape and dtype."""
+    """Remember the kernel and the settings for arrays of ``x``'s shape and dtype.
+
+    ``stores`` says where it writes: in place, or as a plan's ``stores``; to small results all
+    that aren't in place are ordinary ones.
+    """
     known = _calls.known
     if len(known) >= _MOST:
         known.clear()
-    known[x.dtype, x.shape, block_size, inverse, threads] = call, settings
+    known[x.dtype, x.shape, block_size, inverse, threads, stores] = call, settings
 
 
 def forget() -> None:
@@ -86,32 +106,47 @@ def repeat(x: Any, block_size: Any, axis: Any, inverse: Any, out: Any, threads: 
         and (inverse is False or inverse is True)
     ):
         return None
-    call = _calls.known.get((x.dtype, x.shape, block_size, inverse, threads))
-    if call is None:
-        return None
-    kernel, settings = call
     if out is x:
-        if not x.flags.carray:
+        call = _calls.known.get((x.dtype, x.shape, block_size, inverse, threads, IN_PLACE))
+        if call is None or not x.flags.carray:
             return None
         source = address_of(x)
-        kernel(source, source, settings)
+        call[0](source, source, call[1])
         return x
     if not x.flags.c_contiguous:
         return None
     source = address_of(x)
+    stores = "ordinary"
+    if out is None:
+        if x.nbytes >= _STREAMED_BYTES:
+            return None
+    else:
+        if (
+            type(out) is not np.ndarray
+            or out.dtype is not x.dtype
+            or out.shape != x.shape
+            or not out.flags.carray
+        ):
+            return None
+        target = address_of(out)
+        if target == source:
+            stores = IN_PLACE
+        elif abs(target - source) < x.nbytes:
+            return None
+        elif x.nbytes >= _STREAMED_BYTES:
+            stores = storing(x.nbytes, target)
+    call = _calls.known.get((x.dtype, x.shape, block_size, inverse, threads, stores))
+    if call is None:
+        return None
     if out is None:
         out = np.empty(x.shape, x.dtype)
-        kernel(source, address_of(out), settings)
-        return out
-    if (
-        type(out) is not np.ndarray
-        or out.dtype is not x.dtype
-        or out.shape != x.shape
-        or not out.flags.carray
-    ):
-        return None
-    target = address_of(out)
-    if abs(target - source) < x.nbytes:
-        return None
-    kernel(source, target, settings)
+        target = address_of(out)
+    call[0](source, target, call[1])
     return out
+
+
+def storing(size: int, target: int) -> str:
+    """Say how a result of so many bytes at an address is stored, as a plan's ``stores``."""
+    if size < _STREAMED_BYTES or target % 4:
+        return "ordinary"
+    return "shifted" if target % VECTOR_BYTES else "streamed"

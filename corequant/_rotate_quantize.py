@@ -10,8 +10,15 @@ import numpy.typing as npt
 
 from corequant._numba.machine import compiled_away
 from corequant._numba.plans import fitted, plan_rows
-from corequant._numba.row_kernels import Task, fused_kernel, fused_scratch, index_dtype
+from corequant._numba.row_kernels import (
+    Task,
+    fused_context,
+    fused_kernel,
+    fused_scratch,
+    index_dtype,
+)
 from corequant._numba.vectors import compute_dtype, lanes_of
+from corequant._repeated import address_of
 from corequant._rotation import (
     aligned,
     is_plain,
@@ -21,7 +28,7 @@ from corequant._rotation import (
     scratch,
     where_signs,
 )
-from corequant._threads import for_rows
+from corequant._threads import Units
 from corequant.formats import FormatKind
 from corequant.hadamard import hadamard_factors
 from corequant.specs import Granularity, QuantSpec, ScaleFormat, ScaleSearch
@@ -197,29 +204,9 @@ def fuse(
     tiny = float(np.finfo(real).smallest_subnormal)
     # The margin that quantize leaves below the largest float.
     huge = float(np.finfo(real).max) * (1 - 2.0**-20)
-    starts = [a.ctypes.data for a in (x, out, scales, zeros, indices, bits)]
-    finite = []
-
-    def work(first: int, last: int) -> None:
-        status = np.zeros(1, np.int64)
-        source, target, scale_at, zero_at, index_at, sign_at = starts
-        kernel(
-            source + first * d * x.itemsize,
-            target + first * d * out.itemsize,
-            scale_at + first * per_row * scales.itemsize,
-            zero_at + first * per_row * real.itemsize,
-            last - first,
-            index_at,
-            sign_at,
-            scratch.at_least(room),
-            status.ctypes.data,
-            float(scale),
-            float(limits[0]),
-            float(limits[1]),
-            tiny,
-            huge,
-        )
-        finite.append(not status[0])
-
-    for_rows(rows, d, work, threads)
-    return scales, zeros, all(finite)
+    status = np.zeros(1, np.int64)
+    arrays = (x, out, scales, zeros, indices, bits, status)
+    numbers = (float(scale), float(limits[0]), float(limits[1]), tiny, huge)
+    context = fused_context([address_of(a) for a in arrays], numbers)
+    Units(kernel, rows, d, room, threads).run(context, scratch.at_least(room))
+    return scales, zeros, not status[0]

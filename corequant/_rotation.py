@@ -20,10 +20,16 @@ import numpy.typing as npt
 from corequant._numba.hadamard import rotate_blocks
 from corequant._numba.machine import compiled_away
 from corequant._numba.plans import Plan, fitted, plan_columns, plan_rows
-from corequant._numba.rotation import kernel_for, settings, sign_bits
+from corequant._numba.rotation import Context, kernel_for, piece, settings, sign_bits
 from corequant._numba.vectors import VECTOR_BYTES, compute_dtype, lanes_of
-from corequant._repeated import address_of, forget, keep
-from corequant._threads import for_rows, one_part
+from corequant._repeated import (
+    IN_PLACE,
+    address_of,
+    forget,
+    keep,
+    storing,
+)
+from corequant._threads import Units, for_rows, one_part
 from corequant.hadamard import hadamard_factors
 
 __all__ = [
@@ -40,11 +46,8 @@ __all__ = [
 Array = npt.NDArray[Any]
 Signs = npt.NDArray[np.int8] | None
 
-_STREAMED_BYTES = 1 << 25
-"""Results of at least 32 MiB bypass the cache: they would push everything else out of it."""
-
-_PER_THREAD = 1 << 19
-"""Numbers that are worth a thread: it takes 40 µs to wake one, and as long to turn 2 MiB."""
+_PER_THREAD = 1 << 18
+"""Numbers that are worth a thread: to share takes 8 µs, to turn 1 MiB takes 18."""
 
 _SMALL = 1 << 16
 """Numbers of an array below which smaller units are better than a few left over: those are copied,
@@ -129,7 +132,7 @@ def aligned(size: int, dtype: Any = np.uint8) -> Array:
 
 def _new(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     size = math.prod(shape)
-    if size * dtype.itemsize < _STREAMED_BYTES:
+    if storing(size * dtype.itemsize, 0) == "ordinary":
         return np.empty(shape, dtype)
     # Streamed stores are at their best where rows start on lines of cache.
     return aligned(size, dtype).reshape(shape)
@@ -196,7 +199,7 @@ def _rotate_rows(
     target = source if out is x else address_of(out)
     units, rest = divmod(x.size, kernel.unit)
 
-    def set_up(kernel: _RowKernel, bits: Array | None, first: int, count: int) -> bytes:
+    def settings_of(kernel: _RowKernel, bits: Array | None, first: int, count: int) -> bytes:
         room = scratch.at_least(kernel.scratch)
         if bits is None:
             return settings(count, kernel.scale, room)
@@ -204,13 +207,11 @@ def _rotate_rows(
         table = (address_of(bits), period, first % period)
         return settings(count, kernel.scale, room, signs=table)
 
-    def work(first: int, last: int) -> None:
-        at = first * kernel.unit
-        start, end = source + at * size, target + at * size
-        kernel.call(start, end, set_up(kernel, bits, at, last - first))
-
+    given = settings_of(kernel, bits, 0, units)
+    alone = one_part(units, kernel.unit, threads, _PER_THREAD)
+    call = kernel.call if alone else _Team(kernel, units, size, threads)
     if units:
-        for_rows(units, kernel.unit, work, threads, _PER_THREAD)
+        call(source, target, given)
     if rest:
         # Whose units may be longer or shorter than those of a kernel that streams.
         small = _row_kernel(name, block_size, inverse, where, "ordinary")
@@ -219,15 +220,30 @@ def _rotate_rows(
         tail[:rest] = x.reshape(-1)[-rest:]
         address = address_of(tail)
         own = None if signs is None else repeated_bits(small.plan, signs)
-        given = set_up(small, own, x.size - rest, count)
-        small.call(address, address, given)
+        small.call(address, address, settings_of(small, own, x.size - rest, count))
         out.reshape(-1)[-rest:] = tail[:rest]
-    elif (
-        signs is None
-        and x.nbytes < _STREAMED_BYTES
-        and one_part(units, kernel.unit, threads, _PER_THREAD)
-    ):
-        keep(x, block_size, inverse, threads, kernel.call, set_up(kernel, None, 0, units))
+    elif signs is None:
+        keep(
+            x,
+            block_size,
+            inverse,
+            threads,
+            IN_PLACE if source == target else stores,
+            call,
+            given,
+        )
+
+
+class _Team:
+    """A kernel for all units, whose threads share them out; called as the kernel itself is."""
+
+    def __init__(self, kernel: _RowKernel, units: int, size: int, threads: int | None) -> None:
+        self.context = Context(kernel.call, kernel.unit * size, kernel.unit)
+        self.units = Units(piece(), units, kernel.unit, kernel.scratch, threads, _PER_THREAD)
+
+    def __call__(self, source: int, target: int, given: bytes) -> None:
+        context = self.context(source, target, given)
+        self.units.run(context, scratch.at_least(self.units.scratch_size))
 
 
 def _rotate_columns(
@@ -325,11 +341,6 @@ def _rotate_plainly(
 
 
 def _stores(x: Array, out: Array) -> str:
-    if (
-        out is x
-        or out.nbytes < _STREAMED_BYTES
-        or address_of(out) % 4
-        or np.may_share_memory(x, out)
-    ):
+    if out is x or np.may_share_memory(x, out):
         return "ordinary"
-    return "shifted" if address_of(out) % VECTOR_BYTES else "streamed"
+    return storing(out.nbytes, address_of(out))

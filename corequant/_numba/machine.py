@@ -14,13 +14,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from llvmlite import binding, ir
 
-__all__ = ["build", "compiled_away", "converts_halves", "processor"]
+__all__ = ["address_of_code", "build", "compiled_away", "converts_halves", "processor"]
 
 _DIGEST = hashlib.sha256().digest_size
 _NAME = "kernel"
@@ -49,7 +50,7 @@ def build(
     Parameters
     ----------
     key : str
-        Tells this function from all others, whatever made it included.
+        Tells this function from all others of this version of the package.
     kinds : str
         A letter for each parameter: ``i`` for an integer (not negative) or an address, ``s`` for
         the address of a bytes object, ``f`` and ``d`` for float32 and float64.
@@ -58,13 +59,23 @@ def build(
     """
     name, features = processor()
     version = metadata.version("llvmlite")
-    described = "\0".join((key, kinds, name, features, version, binding.get_default_triple()))
+    described = "\0".join(
+        (_edition(), key, kinds, name, features, version, binding.get_default_triple())
+    )
     file = hashlib.sha256(described.encode()).hexdigest() + ".o"
     code = _read(file)
     if code is None:
         code = _compile(kinds, emit)
         _write(file, code)
     return _load(code, kinds)
+
+
+@cache
+def _edition() -> str:
+    """Digest of the generator's own sources: code that an older one made must not be used."""
+    folder = resources.files("corequant._numba")
+    names = sorted(f.name for f in folder.iterdir() if f.name.endswith(".py"))
+    return f"{crc32(b''.join((folder / name).read_bytes() for name in names)):08x}"
 
 
 def _compile(kinds: str, emit: Callable[[Any, tuple[Any, ...]], None]) -> bytes:
@@ -128,6 +139,11 @@ def _load(code: bytes, kinds: str) -> Callable[..., None]:
     # ctypes releases the interpreter lock while the function runs.
     prototype = ctypes.CFUNCTYPE(None, *(types[k] for k in kinds))
     return prototype(engine.get_function_address(_NAME))
+
+
+def address_of_code(function: Any) -> int:
+    """Return where the code of a function of ``build`` lies, for other code to call it."""
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def _folders() -> Iterator[Path]:

@@ -14,7 +14,6 @@ from llvmlite import ir
 
 from corequant._numba.loops import counted
 from corequant._numba.machine import build
-from corequant._numba.rotation import edition
 from corequant._numba.tuning import tuning
 from corequant._numba.vectors import VECTOR_BYTES, Vectors
 
@@ -35,7 +34,7 @@ def moments_kernel(dtype: str) -> Callable[..., None]:
     the first row's first channel, bytes from row to row, counts, and the addresses of the sums
     (float64) and of the largest magnitudes (the computed dtype) of these channels.
     """
-    return build(f"moments {edition()} {dtype}", "iiiiiii", lambda b, given: _emit(b, dtype, given))
+    return build(f"moments {dtype}", "iiiiiii", lambda b, given: _emit(b, dtype, given))
 
 
 def _emit(b: Any, dtype: str, given: Any) -> None:

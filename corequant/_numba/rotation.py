@@ -5,30 +5,29 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from functools import cache, lru_cache
-from importlib import resources
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 
 from corequant._numba.generator import Body
-from corequant._numba.machine import build
+from corequant._numba.machine import address_of_code, build
 from corequant._numba.plans import Plan
+from corequant._numba.vectors import Vectors
 
-__all__ = ["edition", "kernel_for", "settings", "sign_bits"]
+__all__ = ["Context", "kernel_for", "piece", "settings", "sign_bits"]
 
 _WORD = ir.IntType(64)
 _WORDS = struct.Struct("8qd")
+_UNITS, _PERIOD, _PHASE, _SCRATCH = 0, 4, 5, 6
+_BEFORE = struct.Struct("5q")
 
 
 @lru_cache(maxsize=512)
 def kernel_for(plan: Plan) -> Callable[[int, int, bytes], None]:
     """Return the kernel of a plan. It takes the addresses of source and result, and settings."""
-    return build(
-        f"rotate {edition()} {plan}", "iis", lambda builder, given: _emit(builder, plan, given)
-    )
+    return build(f"rotate {plan}", "iis", lambda builder, given: _emit(builder, plan, given))
 
 
 def settings(
@@ -58,6 +57,55 @@ def settings(
     return _WORDS.pack(units, *steps, *signs, scratch, 0, scale)
 
 
+class Context:
+    """What ``piece`` needs to rotate some units out of many.
+
+    Parameters
+    ----------
+    kernel : callable
+        Of ``kernel_for``.
+    step, numbers : int
+        Bytes and numbers of a unit.
+    """
+
+    def __init__(self, kernel: Callable[..., None], step: int, numbers: int) -> None:
+        self.address = address_of_code(kernel)
+        self.step, self.numbers = step, numbers
+
+    def __call__(self, source: int, target: int, given: bytes) -> bytes:
+        """Put together the context of a call, from the addresses and ``settings`` of all units."""
+        return _BEFORE.pack(self.address, source, target, self.step, self.numbers) + given
+
+
+@cache
+def piece() -> Callable[..., None]:
+    """Return the function that rotates units; one for all plans.
+
+    Its parameters are the address of a ``Context``'s bytes, the first unit, how many units, and a
+    scratch for the plan.
+    """
+    return build("piece of a rotation", "siii", _emit_piece)
+
+
+def _emit_piece(b: Any, given: Any) -> None:
+    """Emit a call of the kernel with settings of these units' own."""
+    context, first, count, scratch = given
+    words = b.inttoptr(context, _WORD.as_pointer())
+    at = [b.gep(words, [ir.Constant(_WORD, i)]) for i in range(5 + _WORDS.size // 8)]
+    kernel, source, target, step, numbers, *read = map(b.load, at)
+    signed = b.icmp_unsigned("!=", read[_PERIOD], ir.Constant(_WORD, 0))
+    divisor = b.select(signed, read[_PERIOD], ir.Constant(_WORD, 1))
+    read[_PHASE] = b.urem(b.add(read[_PHASE], b.mul(first, numbers)), divisor)
+    read[_UNITS], read[_SCRATCH] = count, scratch
+    own = b.alloca(_WORD, len(read))
+    for i, value in enumerate(read):
+        b.store(value, b.gep(own, [ir.Constant(_WORD, i)]))
+    moved = b.mul(first, step)
+    kind = ir.FunctionType(ir.VoidType(), [_WORD] * 3)
+    arguments = [b.add(source, moved), b.add(target, moved), b.ptrtoint(own, _WORD)]
+    b.call(b.inttoptr(kernel, kind.as_pointer()), arguments)
+
+
 def sign_bits(plan: Plan, signs: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     """Put signs into bits, 1 for a negative one, in the order that the plan's kernel reads them in.
 
@@ -77,18 +125,8 @@ def _emit(b: Any, plan: Plan, given: Any) -> None:
     read = [b.load(b.gep(words, [ir.Constant(_WORD, i)])) for i in range(8)]
     units, src_step, dst_step, signs, period, phase, scratch, nothing = read
     end = b.inttoptr(b.add(place, ir.Constant(_WORD, 64)), ir.DoubleType().as_pointer())
-    scale = b.load(end)
-    if plan.dtype != "float64":
-        scale = b.fptrunc(scale, ir.FloatType())
+    scale = Vectors(b, plan.dtype).narrow(b.load(end))
     # LLVM doesn't know that it adds zero: see Vectors.load_butterfly.
     twin = b.add(src, nothing)
     arguments = (src, twin, dst, src_step, dst_step, units, signs, period, phase, scale, scratch)
     Body(b, plan, arguments).emit()
-
-
-@cache
-def edition() -> str:
-    """Digest of the generator's own sources: code that an older one made must not be used."""
-    folder = resources.files("corequant._numba")
-    names = sorted(f.name for f in folder.iterdir() if f.name.endswith(".py"))
-    return f"{crc32(b''.join((folder / name).read_bytes() for name in names)):08x}"

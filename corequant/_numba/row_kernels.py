@@ -9,7 +9,8 @@ would be.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -22,14 +23,15 @@ from corequant._numba.generator import Body
 from corequant._numba.loops import counted
 from corequant._numba.machine import build
 from corequant._numba.plans import Plan
-from corequant._numba.rotation import edition
 from corequant._numba.vectors import VECTOR_BYTES, Vectors
 
-__all__ = ["Task", "fused_kernel", "fused_scratch", "index_dtype"]
+__all__ = ["Task", "fused_context", "fused_kernel", "fused_scratch", "index_dtype"]
 
 _WORD = ir.IntType(64)
 _INT32 = ir.IntType(32)
 _BYTE = ir.IntType(8)
+
+_CONTEXT = struct.Struct("7q5d")
 
 _FUSED = ("contract",)
 """Products with zero are exact, so that fusing them with a sum changes no bit."""
@@ -79,10 +81,29 @@ def index_dtype(length: int) -> np.dtype[Any]:
 
 @lru_cache(maxsize=256)
 def fused_kernel(plan: Plan, task: Task) -> Callable[..., None]:
-    """Return the kernel; see ``_Rows`` for its parameters."""
-    real = "d" if plan.dtype == "float64" else "f"
-    key = f"fused {edition()} {plan} {sorted(asdict(task).items())}"
-    return build(key, "iiiiiiiii" + 5 * real, lambda b, given: _Rows(b, plan, task, given).emit())
+    """Return the kernel.
+
+    Its parameters are the address of what ``fused_context`` returns, the first row, how many rows,
+    and a scratch.
+    """
+    key = f"fused {plan} {sorted(asdict(task).items())}"
+    return build(key, "siii", lambda b, given: _Rows(b, plan, task, given).emit())
+
+
+def fused_context(addresses: Sequence[int], numbers: Sequence[float]) -> bytes:
+    """Put together what a fused kernel needs besides its rows.
+
+    Parameters
+    ----------
+    addresses : sequence of int
+        Of the array, the codes, scales and zero points of all rows, the permutation, ``sign_bits``
+        and an int64 that becomes 1 if a rotated number is not finite. The permutation holds d
+        numbers of ``index_dtype(d)``.
+    numbers : sequence of float
+        The scale of the rotation, the ends of the grid, the smallest scale, and the largest number
+        that a code may stand for.
+    """
+    return _CONTEXT.pack(*addresses, *numbers)
 
 
 def _row_bytes(plan: Plan, task: Task) -> int:
@@ -90,23 +111,18 @@ def _row_bytes(plan: Plan, task: Task) -> int:
 
 
 class _Rows:
-    """The body of a fused kernel.
-
-    Its parameters are ``src, out, scales, zeros, rows, permutation, signs, scratch, status``, then
-    the numbers ``scale, least, most, tiny, huge``: addresses of the arrays, the scale of the
-    rotation, the ends of the grid, the smallest scale and the largest number that a code may stand
-    for. ``permutation`` holds d numbers of ``index_dtype(d)``; ``status`` is an int64 that becomes
-    1 if a rotated number is not finite.
-    """
+    """The body of a fused kernel."""
 
     def __init__(self, builder: Any, plan: Plan, task: Task, arguments: Any) -> None:
         self.b = builder
         self.plan = plan
         self.task = task
         self.v = Vectors(builder, plan.dtype)
-        (self.src, self.out, self.scales, self.zeros, self.rows, self.permutation) = arguments[:6]
-        (self.signs, self.scratch, self.status) = arguments[6:9]
-        (self.scale, self.least, self.most, self.tiny, self.huge) = arguments[9:]
+        context, self.first, self.rows, self.scratch = arguments
+        words, reals = (self._given(context, kind) for kind in (_WORD, ir.DoubleType()))
+        (self.src, self.out, self.scales, self.zeros) = words[:4]
+        (self.permutation, self.signs, self.status) = words[4:7]
+        self.scale, self.least, self.most, self.tiny, self.huge = map(self.v.narrow, reals[7:])
 
     def emit(self) -> None:
         """Emit the loop over rows."""
@@ -118,7 +134,8 @@ class _Rows:
         rotated, rest = self.scratch, b.add(self.scratch, _word(row_bytes))
         groups = task.length // task.group
         written = stored if task.grid == "values" else 1
-        with counted(b, self.rows) as row:
+        with counted(b, self.rows) as turn:
+            row = b.add(self.first, turn)
             source = b.add(self.src, b.mul(row, _word(task.length * stored)))
             if task.permuted:
                 self._gather(source, rotated)
@@ -351,6 +368,12 @@ class _Rows:
     def _keep(self, array: Any, number: Any, value: Any) -> None:
         pointer = self.b.inttoptr(array, self.v.scalar.as_pointer())
         self.b.store(value, self.b.gep(pointer, [number]))
+
+    def _given(self, context: Any, kind: Any) -> list[Any]:
+        """Everything in the context, read as if it were of this kind."""
+        b = self.b
+        base = b.inttoptr(context, kind.as_pointer())
+        return [b.load(b.gep(base, [_word(i)])) for i in range(_CONTEXT.size // 8)]
 
     def _variable(self, initial: Any) -> Any:
         with self.b.goto_entry_block():

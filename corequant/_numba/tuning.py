@@ -168,7 +168,7 @@ _ZEN5 = Tuning(
     },
     streamed={
         1: Passes(2, halved=True),
-        2: Passes(4, halved=True),
+        2: Passes(2, halved=True),
         4: Passes(2, (2,)),
         8: Passes(1, (8,)),
         16: Passes(1, (2, 8)),

@@ -105,6 +105,11 @@ class Vectors:
         """Flip the signs of the lanes that ``load_signs`` tells."""
         return self.builder.select(negative, self.builder.fneg(vector), vector)
 
+    def narrow(self, number: Any) -> Any:
+        """Turn a double into a number of the computed dtype."""
+        wide = self.scalar_bytes == 8
+        return number if wide else self.builder.fptrunc(number, self.scalar)
+
     def load_scalar(self, pointer: Any) -> Any:
         """Read one number of the computed dtype into every lane."""
         return self.splat(self.builder.load(self._cast(pointer, self.scalar)))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import corequant as cq
-from corequant import _repeated, _rotation
+from corequant import _repeated, _rotation, rotation
 
 ROOT = Path(cq.__file__).parents[1]
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
@@ -136,7 +136,7 @@ def test_what_is_not_finite_stays_in_its_block(rng, dtype, order, bad):
 def test_streamed_results_are_the_same_bytes(rng, monkeypatch, offset, order):
     x = rng.normal(size=(3, 3 * order)).astype(np.float32)
     expected = cq.block_hadamard(x, order)
-    monkeypatch.setattr(_rotation, "_STREAMED_BYTES", 0)
+    monkeypatch.setattr(_repeated, "_STREAMED_BYTES", 0)
     _repeated.forget()
     memory = np.full(x.nbytes + 256, 7, np.uint8)
     start = -memory.ctypes.data % 64 + 64 + offset
@@ -235,17 +235,35 @@ print(cq.block_hadamard(np.ones(64, np.float32))[0], "numba" in sys.modules)
     assert run(script, NUMBA_CACHE_DIR=str(tmp_path), NUMBA_DISABLE_JIT="0") == "8.0 False"
 
 
-@pytest.mark.parametrize("where", ["in place", "out", "fresh"])
+@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize("where", ["in place", "in place by another name", "on", "off", "fresh"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_second_call_of_a_kind_gives_what_the_first_gave(rng, dtype, where):
+def test_the_second_call_of_a_kind_gives_what_the_first_gave(rng, monkeypatch, dtype, where, size):
+    first = rng.normal(size=(16, 192)).astype(dtype)
+    numbers = [first, rng.normal(size=first.shape).astype(dtype)]
+    expected = [cq.block_hadamard(np.vstack([x, x]), 64)[:16] for x in numbers]
     _repeated.forget()
-    first = rng.normal(size=(6, 192)).astype(dtype)
-    for x in (first, rng.normal(size=first.shape).astype(dtype)):
-        expected = cq.block_hadamard(np.vstack([x, x]), 64)[:6]
-        out = {"in place": x, "out": np.empty_like(x), "fresh": None}[where]
+    if size == "large":
+        monkeypatch.setattr(_repeated, "_STREAMED_BYTES", 0)
+    asked = []
+    check = rotation.check_block_size
+    monkeypatch.setattr(
+        rotation, "check_block_size", lambda *given: asked.append(1) or check(*given)
+    )
+    for x, turned in zip(numbers, expected, strict=True):
+        off = _rotation.aligned(x.size + 16, x.dtype)[4 : 4 + x.size].reshape(x.shape)
+        out = {
+            "in place": x,
+            "in place by another name": x[:],
+            "on": _rotation.aligned(x.size, x.dtype).reshape(x.shape),
+            "off": off,
+            "fresh": None,
+        }[where]
         found = cq.block_hadamard(x, 64, out=out)
         assert out is None or found is out
-        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(found, turned)
+    # Large new results are put on lines of the cache by those who look at everything.
+    assert len(asked) == (2 if (where, size) == ("fresh", "large") else 1)
 
 
 def test_a_repeated_call_is_as_strict_as_the_first(rng):

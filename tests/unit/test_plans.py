@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import corequant as cq
-from corequant import _rotation
+from corequant import _repeated, _rotation
 from corequant._numba import tuning
 from corequant._numba.plans import Plan, plan_columns, plan_rows
 from corequant._numba.rotation import kernel_for, settings, sign_bits
@@ -104,7 +104,7 @@ def fresh_plans():
 def test_what_is_left_by_streamed_units_is_rotated(monkeypatch, fresh_plans, family, dtype):
     """Those of a family may be shorter than its ordinary ones, or longer."""
     monkeypatch.setattr("corequant._numba.plans.tuning", lambda: family)
-    monkeypatch.setattr(_rotation, "_STREAMED_BYTES", 0)
+    monkeypatch.setattr(_repeated, "_STREAMED_BYTES", 0)
     rng = np.random.default_rng(0)
     for block in (16, 32, 64, 128, 512, 1024):
         for blocks in (1, 2, 3, 7, 13):

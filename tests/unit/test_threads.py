@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 import corequant as cq
-from corequant import _threads
+from corequant import _repeated, _rotation, _threads
+from corequant._numba.rotation import Context, piece, settings
+from corequant._numba.team import ASLEEP, LOOKING, Word
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
@@ -34,23 +38,127 @@ def test_where_callers_are_enough_each_works_alone(monkeypatch):
     def work(first, last):
         seen.append((threading.get_ident(), last - first))
 
-    with _threads._crew.helpers(0), _threads._crew.helpers(0):
-        _threads.for_rows(64, 1 << 20, work)
+    claims = [_threads._crew.claim(0) for _ in range(2)]
+    _threads.for_rows(64, 1 << 20, work)
     assert seen == [(threading.get_ident(), 64)]
-    with _threads._crew.helpers(0):
-        _threads.for_rows(64, 1 << 20, work)
+    _threads._crew.release(claims.pop())
+    _threads.for_rows(64, 1 << 20, work)
     assert [rows for _, rows in seen[1:]] == [32, 32]
+    _threads._crew.release(claims.pop())
     assert _threads._crew.working == 0
 
 
 def test_a_caller_does_what_no_helper_has_begun(monkeypatch):
-    monkeypatch.setattr(_threads._Crew, "_help", lambda self: None)
-    _threads._start_anew()
+    monkeypatch.setattr(_threads._Helper, "_help", lambda self: None)
+    monkeypatch.setattr(_threads, "_crew", _threads._Crew())
     monkeypatch.setenv("NUMBA_NUM_THREADS", "4")
     done = []
     _threads.for_rows(64, 1 << 20, lambda first, last: done.extend(range(first, last)))
     assert done == list(range(64))
-    _threads._start_anew()
+    turn(64, threads=4)
+
+
+def test_helpers_sleep_work_and_sleep_again(monkeypatch):
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "3")
+    monkeypatch.setattr(_threads, "_crew", _threads._Crew())
+    for _ in range(20):
+        turn(1024, threads=3)
+        assert _threads._crew.working == 0
+    assert len(_threads._crew.idle) == 2
+    fell_asleep(_threads._crew)
+    # What the interpreter is needed for goes to the same helpers, awake or not.
+    for pause in (0, 0.01, 0):
+        seen = []
+        _threads.for_rows(64, 1 << 20, lambda first, last, s=seen: s.extend(range(first, last)))
+        assert sorted(seen) == list(range(64))
+        turn(1024, threads=3)
+        time.sleep(pause)
+    fell_asleep(_threads._crew)
+
+
+def test_a_helper_takes_part(monkeypatch):
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "2")
+    monkeypatch.setattr(_threads, "_crew", _threads._Crew())
+
+    def idle(job, *rest):
+        ctypes.c_int64.from_address(job + 8 * Word.UNFINISHED).value = 0
+
+    # A caller that doesn't work, so that a helper must.
+    monkeypatch.setattr(_threads, "lead", lambda: idle)
+    x = np.ones((1, 1 << 20), np.float32)
+    helpers = _threads._crew.claim(1)
+    kernel = _rotation._row_kernel("float32", 64, False, "none", "ordinary")
+    units = x.size // kernel.unit
+    given = settings(units, kernel.scale, 0)
+    context = Context(kernel.call, 4 * kernel.unit, kernel.unit)
+    job = _threads._Job(piece(), units, 16, 2)
+    job.finish(helpers, context(x.ctypes.data, x.ctypes.data, given), 0, kernel.scratch)
+    helpers[0].mailbox[Word.STATE] = job.address
+    deadline = time.monotonic() + 60
+    while helpers[0].mailbox[Word.STATE] not in (LOOKING, ASLEEP):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    _threads._crew.release(helpers)
+    np.testing.assert_array_equal(x, np.where(np.arange(x.size) % 64, 0, 8).reshape(x.shape))
+
+
+def test_nothing_is_let_go_while_a_helper_works(monkeypatch):
+    monkeypatch.setattr(_threads._Helper, "_help", lambda self: None)
+    helper = _threads._Helper(1)
+    working = max(LOOKING, ASLEEP) + 1
+    helper.mailbox[Word.STATE] = working
+    slept = []
+
+    def interrupted(seconds):
+        slept.append(seconds)
+        if len(slept) == 1:
+            raise KeyboardInterrupt
+        helper.mailbox[Word.STATE] = LOOKING
+
+    monkeypatch.setattr(_threads.time, "sleep", interrupted)
+    monkeypatch.setattr(_threads, "_PATIENCE", 1e-6)
+    x = np.ones((4, 64), np.float32)
+    kernel = _rotation._row_kernel("float32", 64, False, "none", "ordinary", x.size)
+    context = Context(kernel.call, 4 * kernel.unit, kernel.unit)
+    job = _threads._Job(piece(), x.size // kernel.unit, 1, 2)
+    given = context(x.ctypes.data, x.ctypes.data, settings(1, kernel.scale, 0))
+    with pytest.raises(KeyboardInterrupt):
+        job.finish([helper], given, _rotation.scratch.at_least(kernel.scratch), kernel.scratch)
+    assert len(slept) == 2
+    np.testing.assert_array_equal(x[:, 0], 8)
+
+
+def test_sleeping_helpers_are_woken_for_much_work_or_soon_after_other(monkeypatch):
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "2")
+    claimed = []
+    claim = _threads._Crew.claim
+    monkeypatch.setattr(_threads._Crew, "claim", lambda s, n: claimed.append(n) or claim(s, n))
+    for awake, worth in ((1e-9, 1 << 40), (1e9, 1 << 40), (1e-9, 1)):
+        monkeypatch.setattr(_threads, "_AWAKE", awake)
+        monkeypatch.setattr(_threads, "_WORTH_WAKING", worth)
+        _repeated.forget()
+        cq.block_hadamard(np.ones((512, 4096), np.float32), 64, threads=2)
+    assert claimed == [0, 1, 1]
+
+
+def turn(rows, threads):
+    """Rotate with and without signs, and compare with one thread."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(rows, 4096)).astype(np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_rotation, "_PER_THREAD", 1 << 12)
+        for signs in (None, cq.random_signs(4096, 1)):
+            for order in (32, 4096):
+                one = cq.block_hadamard(x, order, signs=signs, threads=1)
+                many = cq.block_hadamard(x, order, signs=signs, threads=threads)
+                np.testing.assert_array_equal(many, one)
+
+
+def fell_asleep(crew):
+    deadline = time.monotonic() + 60
+    while any(h.mailbox[Word.STATE] != ASLEEP or not h.tasks.empty() for h in crew.idle):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def test_small_work_stays_with_the_caller():
