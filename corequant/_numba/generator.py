@@ -193,7 +193,10 @@ class Body:
         width = plan.tile or plan.strip
         tables = self.v.address(self.scratch, plan.kept)
         with self._loop(distance) as inner, self._loop(width) as at:
-            self._prefetch(over, self._number((inner, width), at), distance * width)
+            number = self._number((inner, width), at)
+
+            def meanwhile(part: int, parts: int) -> None:
+                self._prefetch(over, number, distance * width, part, parts)
 
             def load(k: Any) -> Any:
                 chunk = self._chunk(inner, k, distance)
@@ -203,7 +206,7 @@ class Body:
                 chunk = self._chunk(inner, k, distance)
                 self._store_some(self.v, [mixed], target, chunk, at, over.last)
 
-            mix(self.v, plan.core, plan.inverse, load, store, tables)
+            mix(self.v, plan.core, plan.inverse, load, store, meanwhile, tables)
 
     def _chunk(self, inner: Any, k: Any, distance: int) -> Any:
         step = _word(k * distance) if isinstance(k, int) else self.b.mul(k, _word(distance))
@@ -276,10 +279,12 @@ class Body:
         within = vector * size if isinstance(vector, int) else self.b.mul(vector, _word(size))
         return self.b.add(self.b.mul(chunk, _word(place.step)), _word(within))
 
-    def _prefetch(self, over: _Stretch, number: Any, tiles: int) -> Any:
+    def _prefetch(
+        self, over: _Stretch, number: Any, tiles: int, piece: int = 0, pieces: int = 1
+    ) -> Any:
         """Fetch this tile's share of what comes next, so that all passes overlap with memory.
 
-        Returns the number of the tile in the unit.
+        It may be fetched in ``pieces``. Returns the number of the tile in the unit.
         """
         plan = self.plan
         tile = self.b.add(self.b.mul(over.part, _word(tiles)), number)
@@ -287,7 +292,7 @@ class Body:
             parts = plan.chunks // over.chunks
             each = -(-self.share // (tiles * parts))
             start = self.b.mul(tile, _word(each * VECTOR_BYTES))
-            for k in range(each):
+            for k in range(each * piece // pieces, each * (piece + 1) // pieces):
                 offset = (over.number * self.share + k) * VECTOR_BYTES
                 self.v.prefetch(self.v.address(self.ahead, self.b.add(start, _word(offset))))
         return tile

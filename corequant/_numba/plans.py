@@ -167,7 +167,7 @@ def plan_rows(dtype: str, core: int, power: int, inverse: bool, signs: str, stor
         ahead=best.ahead,
         paired_loads=best.paired_loads and dtype == "float32" and power > 1 and signs != "before",
         halved=passes.halved,
-        in_place=0 < best.in_place <= vectors and several and wide and stores == "ordinary",
+        in_place=0 < best.in_place <= core * vectors and several and wide and stores == "ordinary",
         mixed=best.mixed and bool(passes.radices),
         split=best.split and dtype == "bfloat16" and core == 1 and power > 1 and tile > 1,
         padding=best.padding,

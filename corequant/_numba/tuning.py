@@ -33,7 +33,7 @@ class Passes:
 class Tuning:
     """A family's choices; the fields that ``Plan`` has too mean what they mean there.
 
-    ``in_place`` is the number of vectors from which a block stays in the result; 0 for never.
+    ``in_place`` is the number of vectors from which a whole block stays in the result; 0 for never.
     """
 
     rows: Mapping[int, Passes]

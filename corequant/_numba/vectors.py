@@ -259,20 +259,19 @@ class Vectors:
         read, second_level, data = (ir.Constant(_INT32, k) for k in (0, 2, 1))
         self.builder.call(function, [pointer, read, second_level, data])
 
-    def constant_table(self, rows: list[list[int]]) -> Any:
-        """Put a table of numbers below 65536 into the module."""
-        kind = ir.ArrayType(ir.ArrayType(_INT16, len(rows[0])), len(rows))
+    def constant_words(self, words: list[int]) -> Any:
+        """Put a table of numbers below 2^63 into the module."""
+        kind = ir.ArrayType(_WORD, len(words))
         module = self.builder.module
         table = ir.GlobalVariable(module, kind, module.get_unique_name("corequant_table"))
         table.linkage = "internal"
         table.global_constant = True
-        table.initializer = ir.Constant(kind, rows)
+        table.initializer = ir.Constant(kind, words)
         return table
 
-    def table_entry(self, table: Any, row: Any, column: int) -> Any:
-        """Read a number of ``constant_table``."""
-        indices = [ir.Constant(_WORD, 0), row, ir.Constant(_WORD, column)]
-        return self.builder.zext(self.builder.load(self.builder.gep(table, indices)), _WORD)
+    def word(self, table: Any, row: Any) -> Any:
+        """Read a number of ``constant_words``."""
+        return self.builder.load(self.builder.gep(table, [ir.Constant(_WORD, 0), row]))
 
     def fence(self) -> None:
         """Make streamed stores visible before whatever follows."""
