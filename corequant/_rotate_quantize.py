@@ -18,11 +18,12 @@ from corequant._numba.row_kernels import (
     index_dtype,
 )
 from corequant._numba.vectors import compute_dtype, lanes_of
-from corequant._repeated import address_of
+from corequant._repeated import address_of, storing
 from corequant._rotation import (
     aligned,
     is_plain,
     name_of,
+    new,
     repeated_bits,
     scale_of,
     scratch,
@@ -72,7 +73,7 @@ def rotate_fake_quantize(
     threads: int | None,
 ) -> Array | None:
     """Return the values of the codes, in x's dtype; None without a kernel or a finite x."""
-    values = np.empty(x.shape, x.dtype) if out is None else out
+    values = new(x.shape, x.dtype) if out is None else out
     apart = values if out is None or not np.may_share_memory(x, out) else np.empty_like(values)
     if _affine(x, block_size, spec, "values", permutation, signs, apart, threads) is None:
         return None
@@ -193,7 +194,8 @@ def fuse(
         # The gather fetches the next row; what the rotation reads is in the cache already.
         plan = replace(plan, ahead=0)
     bits = np.zeros(0, np.uint8) if signs is None else repeated_bits(plan, signs)
-    task = Task(d, group, grid, symmetric, permutation is not None)
+    streamed = grid == "values" and storing(out.nbytes, address_of(out)) == "streamed"
+    task = Task(d, group, grid, symmetric, permutation is not None, streamed)
     kernel, room = fused_kernel(plan, task), fused_scratch(plan, task)
     per_row = d // group
     scales = aligned(rows * per_row, np.uint8 if grid == "float4" else real)

@@ -36,6 +36,7 @@ __all__ = [
     "aligned",
     "is_plain",
     "name_of",
+    "new",
     "repeated_bits",
     "rotate",
     "scale_of",
@@ -68,7 +69,7 @@ def rotate(
     threads: int | None,
 ) -> Array:
     """Rotate blocks of ``x`` along ``axis``, counted from the front, into ``out`` if given."""
-    result = _new(x.shape, x.dtype) if out is None else out
+    result = new(x.shape, x.dtype) if out is None else out
     if x.size == 0:
         return result
     source = x if is_plain(x) else np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
@@ -130,7 +131,8 @@ def aligned(size: int, dtype: Any = np.uint8) -> Array:
     return raw[start : start + size * kind.itemsize].view(kind)
 
 
-def _new(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+def new(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Return an uninitialised array as ``storing`` likes it best."""
     size = math.prod(shape)
     if storing(size * dtype.itemsize, 0) == "ordinary":
         return np.empty(shape, dtype)

@@ -60,6 +60,8 @@ class Task:
         Without zero points.
     permuted : bool
         Gather the channels first.
+    streamed : bool
+        Values bypass the cache; they start on a line of it.
     """
 
     length: int
@@ -67,6 +69,7 @@ class Task:
     grid: str
     symmetric: bool
     permuted: bool
+    streamed: bool = False
 
 
 def fused_scratch(plan: Plan, task: Task) -> int:
@@ -164,6 +167,8 @@ class _Rows:
                     self._float4(values, here, number)
                 else:
                     self._affine(values, here, number)
+        if task.streamed:
+            v.fence()
         doubtful = b.fcmp_unordered("!=", b.load(self.doubt), zero)
         whole = b.bitcast(doubtful, ir.IntType(v.lanes))
         with b.if_then(b.icmp_unsigned("!=", whole, ir.Constant(whole.type, 0))):
@@ -257,44 +262,67 @@ class _Rows:
         self._keep(self.scales, number, scale)
         if not self.task.symmetric:
             self._keep(self.zeros, number, zero)
-        scales, zeros = v.splat(scale), v.splat(zero)
-        least, most = v.splat(self.least), v.splat(self.most)
+        scales = v.splat(scale)
+        least, most = (v.splat(b.fadd(end, self._shift)) for end in (self.least, self.most))
+        shift = v.splat(b.fadd(zero, self._shift))
         reciprocals = v.splat(b.fdiv(ir.Constant(v.scalar, 1.0), scale))
         with self._runs(values, self.next) as (first, loaded):
-            for k, whole in enumerate(self._divided(loaded, scales, reciprocals)):
+            for k, shifted in enumerate(self._divided(loaded, scales, reciprocals, shift)):
                 i = b.add(first, _word(k))
-                code = v.minimum([v.maximum([b.fadd(whole, zeros), least]), most])
+                code = v.minimum([v.maximum([shifted, least]), most])
                 if self.task.grid == "codes":
-                    self._write_bytes(code, target, i)
+                    whole = ir.VectorType(ir.IntType(8 * v.scalar_bytes), v.lanes)
+                    self._write_bytes(b.bitcast(code, whole), target, i)
                 else:
-                    value = b.fmul(b.fsub(code, zeros), scales)
-                    v.store_stored(value, v.address(target, b.mul(i, _word(v.stored_bytes))))
+                    value = b.fmul(b.fsub(code, shift), scales)
+                    at = v.address(target, b.mul(i, _word(v.stored_bytes)))
+                    streamed = self.task.streamed
+                    v.store_stored(value, at, v.stored_bytes if streamed else 0, streamed)
 
-    def _divided(self, loaded: list[Any], scales: Any, reciprocals: Any) -> list[Any]:
-        """Quotients rounded to integers, half to even, as if by division.
+    @property
+    def _shift(self) -> Any:
+        """A number from which on numbers are whole; an integer added to it lies in its last bits.
+
+        So the addition rounds, half to even, and the code need only be cut off.
+        """
+        scalar = self.v.scalar
+        return ir.Constant(scalar, 1.5 * 2.0 ** (23 if self.v.scalar_bytes == 4 else 52))
+
+    def _divided(self, loaded: list[Any], scales: Any, reciprocals: Any, shift: Any) -> list[Any]:
+        """Quotients rounded to integers, half to even, as if by division, and shifted.
 
         A product with the reciprocal differs from the quotient by less than two units of its last
         place, which matters only next to the middle between two integers. Where a number is as
-        near as that, or not one at all, this run is divided after all.
+        near as that, or not one at all, this run is divided after all. (Where quotients are too
+        large for the shift, what comes out is beyond the ends of the grid, too.)
         """
         b, v = self.b, self.v
+
+        def divide() -> list[Any]:
+            return [b.fadd(v.nearest(b.fdiv(x, scales)), shift) for x in loaded]
+
         if self.task.group < _SHORT * v.lanes:
-            return [v.nearest(b.fdiv(x, scales)) for x in loaded]
+            return divide()
         steps = b.fadd(b.fsub(self.most, self.least), ir.Constant(v.scalar, 2.0))
         unit = 2.0 ** (-21 if v.scalar_bytes == 4 else -50)
         margin = b.fmul(steps, ir.Constant(v.scalar, unit))
-        bound = v.splat(b.fsub(ir.Constant(v.scalar, 0.5), margin))
-        quick, close = [], None
+        bound = b.fsub(ir.Constant(v.scalar, 0.5), margin)
+        # As integers magnitudes keep their order, and NaN is the largest of all.
+        bits = ir.IntType(8 * v.scalar_bytes)
+        kind = ir.VectorType(bits, v.lanes)
+        quick, farthest = [], None
         for x in loaded:
-            quotient = b.fmul(x, reciprocals)
-            quick.append(v.nearest(quotient))
-            distance = v.magnitude(b.fsub(quotient, quick[-1]))
-            near = b.fcmp_unordered(">", distance, bound)
-            close = near if close is None else b.or_(close, near)
+            quick.append(v.multiply_add(x, reciprocals, shift))
+            integer = b.fsub(quick[-1], shift)
+            far = b.bitcast(v.magnitude(v.multiply_add(x, reciprocals, b.fneg(integer))), kind)
+            if farthest is not None:
+                far = b.select(b.icmp_unsigned(">", far, farthest), far, farthest)
+            farthest = far
+        close = b.icmp_unsigned(">", farthest, b.bitcast(v.splat(bound), kind))
         whole = b.bitcast(close, ir.IntType(v.lanes))
         before = b.block
         with b.if_then(b.icmp_unsigned("!=", whole, ir.Constant(whole.type, 0)), likely=False):
-            exact = [v.nearest(b.fdiv(x, scales)) for x in loaded]
+            exact = divide()
             slow = b.block
         results = []
         for fast, careful in zip(quick, exact, strict=True):
@@ -340,7 +368,8 @@ class _Rows:
         factor = v.splat(b.bitcast(inverse, v.scalar))
         with counted(b, self.task.group // v.lanes) as i:
             x = v.load_stored(v.address(values, b.mul(i, _word(v.stored_bytes))))
-            self._write_bytes(self._float4_code(b.fmul(x, factor)), target, i)
+            code = self._float4_code(b.fmul(x, factor))
+            self._write_bytes(b.fptosi(code, ir.VectorType(_INT32, v.lanes)), target, i)
 
     def _float4_code(self, x: Any) -> Any:
         """Codes 0 to 7 are 0, 0.5, 1, 1.5, 2, 3, 4, 6: three runs of even steps; 8 is the sign."""
@@ -358,9 +387,9 @@ class _Rows:
         negative = b.icmp_signed("<", bits, ir.Constant(kind, [0] * v.lanes))
         return b.select(negative, b.fadd(code, constant(8.0)), code)
 
-    def _write_bytes(self, code: Any, target: Any, i: Any) -> None:
+    def _write_bytes(self, codes: Any, target: Any, i: Any) -> None:
+        """Write the lowest byte of each integer."""
         b, v = self.b, self.v
-        codes = b.fptosi(code, ir.VectorType(_INT32, v.lanes))
         small = b.trunc(codes, ir.VectorType(_BYTE, v.lanes))
         at = v.address(target, b.mul(i, _word(v.lanes)))
         b.store(small, b.bitcast(at, small.type.as_pointer())).align = 1

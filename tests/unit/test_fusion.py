@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 import corequant as cq
+from corequant import _repeated
 from corequant._numba.machine import compiled_away
 from corequant._rotate_quantize import can_fuse, fuse
+from corequant._rotation import aligned
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 
@@ -141,6 +143,24 @@ def test_threads_and_outputs(rng):
         cq.rotate_quantize(x, 64, "int4:token", out=x)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0, 16])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_streamed_values_are_the_same(rng, monkeypatch, dtype, offset, threads):
+    x = rng.normal(size=(128, 1024)).astype(dtype)
+    expected = cq.rotate_fake_quantize(x, 64, "int4:group64:asymmetric")
+    monkeypatch.setattr(_repeated, "_STREAMED_BYTES", 0)
+    memory = aligned(x.nbytes + 256)
+    memory[:] = 7
+    out = memory[64 + offset :][: x.nbytes].view(dtype).reshape(x.shape)
+    cq.rotate_fake_quantize(x, 64, "int4:group64:asymmetric", out=out, threads=threads)
+    np.testing.assert_array_equal(out, expected)
+    assert (memory[: 64 + offset] == 7).all()
+    assert (memory[64 + offset + x.nbytes :] == 7).all()
+    fresh = cq.rotate_fake_quantize(x, 64, "int4:group64:asymmetric")
+    np.testing.assert_array_equal(fresh, expected)
+
+
 def test_which_shapes_are_fused():
     compiled = not compiled_away()
     assert can_fuse(4096, 64, 4096, np.dtype(np.float32)) == compiled
@@ -156,7 +176,15 @@ def test_empty_batch():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("spec", ["int4:token:symmetric", "int8:token:symmetric"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "int4:token:symmetric",
+        "int8:token:symmetric",
+        "int4:token:asymmetric",
+        "int8:token:asymmetric",
+    ],
+)
 @pytest.mark.parametrize("size", ["subnormal", "small", "one", "large"])
 def test_quotients_next_to_the_middle_of_two_codes(rng, dtype, spec, size):
     """A row is scaled so that its numbers lie on, above and below k + 1/2 steps."""
@@ -175,11 +203,17 @@ def test_quotients_next_to_the_middle_of_two_codes(rng, dtype, spec, size):
         moved = np.nextafter(x, (rng.choice([-1, 1], x.shape) * info.max).astype(dtype))
         x = np.where(rng.random(x.shape) < 0.4, moved, x)
     x[:, 0] = (most * steps[:, 0]).astype(dtype)
+    if not spec.endswith(":symmetric"):
+        x[:, 1] = -x[:, 0]
     fused = cq.rotate_quantize(x, 1, spec)
     apart = cq.quantize(x, spec)
     np.testing.assert_array_equal(fused.scales, apart.scales)
     np.testing.assert_array_equal(fused.codes, apart.codes)
+    zeros = 0
+    if apart.zero_points is not None:
+        np.testing.assert_array_equal(fused.zero_points, apart.zero_points)
+        zeros = apart.zero_points.reshape(-1, 1)
     # Taking the product with the reciprocal would not do.
     if size == "one":
-        hasty = np.rint(x * (dtype(1) / apart.scales.reshape(-1, 1)))
+        hasty = np.rint(x * (dtype(1) / apart.scales.reshape(-1, 1))) + zeros
         assert (hasty != apart.codes).any()
