@@ -21,7 +21,7 @@ from zlib import crc32
 
 from llvmlite import binding, ir
 
-__all__ = ["address_of_code", "build", "compiled_away", "converts_halves", "processor"]
+__all__ = ["address_of_code", "build", "compiled_away", "converts_halves", "fuses", "processor"]
 
 _DIGEST = hashlib.sha256().digest_size
 _NAME = "kernel"
@@ -105,6 +105,18 @@ def converts_halves() -> bool:
     )
     assembly: str = _machine().emit_assembly(module)
     return not any(name in assembly for name in ("__extendhfsf2", "__gnu_h2f_ieee"))
+
+
+@cache
+def fuses() -> bool:
+    """Tell whether the processor multiplies and adds with one rounding; else a library would."""
+    module = binding.parse_assembly(
+        "declare float @llvm.fma.f32(float, float, float)\n"
+        "define float @fused(float %x) {\n"
+        " %y = call float @llvm.fma.f32(float %x, float %x, float %x)\n ret float %y\n}"
+    )
+    assembly: str = _machine().emit_assembly(module)
+    return "fmaf" not in assembly
 
 
 @cache

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
 
 from corequant._numba.generator import Body
 from corequant._numba.loops import counted
-from corequant._numba.machine import build
+from corequant._numba.machine import build, fuses
 from corequant._numba.plans import Plan
 from corequant._numba.vectors import VECTOR_BYTES, Vectors
 
@@ -36,8 +36,11 @@ _CONTEXT = struct.Struct("7q5d")
 _FUSED = ("contract",)
 """Products with zero are exact, so that fusing them with a sum changes no bit."""
 
-_SHORT = 16
-"""Vectors in a group below which the reciprocal comes too late to be worth it."""
+_USUAL = {4: (2.0**-90, 2.0**90), 8: (2.0**-900, 2.0**900)}
+"""Scales, by the bytes of a number, for which quotients can be had without dividing: with the
+reciprocal and what it lacks the first is less than a unit of its last place off, its remainder is
+exact, and so the corrected one is the quotient as division rounds it (Markstein, "Computation of
+elementary functions on the IBM RISC System/6000 processor", 1990, theorem 4.1)."""
 
 _LINE = 16
 """Numbers gathered in one turn; rows are a multiple of it, since they are whole units of a plan."""
@@ -74,7 +77,7 @@ class Task:
 
 def fused_scratch(plan: Plan, task: Task) -> int:
     """Bytes of scratch that a fused kernel needs, 64-aligned."""
-    return _row_bytes(plan, task) + plan.scratch
+    return _row_bytes(plan, task) + _parameter_bytes(plan, task) + plan.scratch
 
 
 def index_dtype(length: int) -> np.dtype[Any]:
@@ -113,6 +116,24 @@ def _row_bytes(plan: Plan, task: Task) -> int:
     return task.length * (Vectors(None, plan.dtype).stored_bytes // plan.lanes) + VECTOR_BYTES
 
 
+def _parameter_bytes(plan: Plan, task: Task) -> int:
+    """Bytes of what a row's groups have of their own, of whole vectors each."""
+    groups = task.length // task.group
+    return len(_Parameters._fields) * -(-groups // plan.lanes) * VECTOR_BYTES
+
+
+class _Parameters(NamedTuple):
+    """What a group has of its own, or the addresses of it for all groups of a row."""
+
+    low: Any
+    high: Any
+    scale: Any
+    zero: Any
+    reciprocal: Any
+    rest: Any
+    """What the reciprocal lacks, for it is rounded."""
+
+
 class _Rows:
     """The body of a fused kernel."""
 
@@ -134,8 +155,14 @@ class _Rows:
         row_bytes = _row_bytes(self.plan, task)
         zero = ir.Constant(v.kind, [0.0] * v.lanes)
         self.doubt = self._variable(zero)
-        rotated, rest = self.scratch, b.add(self.scratch, _word(row_bytes))
+        rotated = self.scratch
+        kept = b.add(rotated, _word(row_bytes))
+        rest = b.add(kept, _word(_parameter_bytes(self.plan, task)))
         groups = task.length // task.group
+        each = -(-groups // v.lanes) * VECTOR_BYTES
+        own = _Parameters(
+            *(self._pointer(b.add(kept, _word(i * each))) for i in range(len(_Parameters._fields)))
+        )
         written = stored if task.grid == "values" else 1
         with counted(b, self.rows) as turn:
             row = b.add(self.first, turn)
@@ -154,19 +181,14 @@ class _Rows:
                 ),
             ).emit()
             target = self._pointer(b.add(self.out, b.mul(row, _word(task.length * written))))
-            with counted(b, groups) as group:
-                values = self._pointer(b.add(rotated, b.mul(group, _word(task.group * stored))))
-                number = b.add(b.mul(row, _word(groups)), group)
-                here = v.address(target, b.mul(group, _word(task.group * written)))
-                # The processor fetches ahead only while it rotates, and the gather for itself.
-                self.next = None
-                if not task.permuted and not self.plan.ahead:
-                    skipped = b.add(b.mul(group, _word(task.group)), _word(task.length))
-                    self.next = self._pointer(b.add(source, b.mul(skipped, _word(stored))))
-                if task.grid == "float4":
-                    self._float4(values, here, number)
-                else:
-                    self._affine(values, here, number)
+            values = self._pointer(rotated)
+            if task.grid == "float4":
+                with counted(b, groups) as group:
+                    here = v.address(target, b.mul(group, _word(task.group)))
+                    number = b.add(b.mul(row, _word(groups)), group)
+                    self._float4(self._group(values, group), here, number)
+            else:
+                self._affine(values, target, row, own, self._following(source))
         if task.streamed:
             v.fence()
         doubtful = b.fcmp_unordered("!=", b.load(self.doubt), zero)
@@ -251,108 +273,135 @@ class _Rows:
                     v.prefetch(v.address(ahead, place))
             yield first, [v.load_stored(v.address(values, place)) for place in places]
 
-    def _affine(self, values: Any, target: Any, number: Any) -> None:
+    def _following(self, source: Any) -> Any:
+        """Address of the next row where it is to be fetched while codes are written, or None.
+
+        The processor fetches ahead only while it rotates, and the gather for itself.
+        """
+        if self.task.permuted or self.plan.ahead:
+            return None
+        stored = self.v.stored_bytes // self.v.lanes
+        return self._pointer(self.b.add(source, _word(self.task.length * stored)))
+
+    def _group(self, values: Any, group: Any) -> Any:
+        """Address of a group of the row."""
+        stored = self.v.stored_bytes // self.v.lanes
+        return self.v.address(values, self.b.mul(group, _word(self.task.group * stored)))
+
+    def _affine(self, values: Any, target: Any, row: Any, own: _Parameters, ahead: Any) -> None:
+        """Measure all groups of a row, find their scales beside each other, then round them.
+
+        One group after the other, each step would wait for the one before.
+        """
+        b, v, task = self.b, self.v, self.task
+        groups = task.length // task.group
+        stored = v.stored_bytes // v.lanes
+        written = stored if task.grid == "values" else 1
+        with counted(b, groups) as group:
+            here = self._group(values, group)
+            if task.symmetric:
+                self._put(own.high, group, self._largest(here))
+            else:
+                low, high = self._measure(here)
+                self._put(own.low, group, low)
+                self._put(own.high, group, high)
+        with counted(b, -(-groups // v.lanes)) as i:
+            # Where groups are no whole vector, the rest of the last one is never looked at.
+            at = [v.address(array, b.mul(i, _word(VECTOR_BYTES))) for array in own]
+            high = v.load(at[1])
+            low = b.fneg(high) if task.symmetric else v.load(at[0])
+            for place, value in zip(at, self._parameters(low, high), strict=True):
+                v.store(value, place)
+        with counted(b, groups) as group:
+            number = b.add(b.mul(row, _word(groups)), group)
+            found = _Parameters(*(self._get(array, group) for array in own))
+            self._keep(self.scales, number, found.scale)
+            if not task.symmetric:
+                self._keep(self.zeros, number, found.zero)
+            there = v.address(target, b.mul(group, _word(task.group * written)))
+            following = None if ahead is None else self._group(ahead, group)
+            self._round(self._group(values, group), there, found, following)
+
+    def _round(self, values: Any, target: Any, own: _Parameters, ahead: Any) -> None:
+        """Write the codes of a group, or what they stand for."""
         b, v = self.b, self.v
-        if self.task.symmetric:
-            high = self._largest(values)
-            low = b.fneg(high)
-        else:
-            low, high = self._measure(values)
-        scale, zero = self._parameters(low, high)
-        self._keep(self.scales, number, scale)
-        if not self.task.symmetric:
-            self._keep(self.zeros, number, zero)
-        scales = v.splat(scale)
-        least, most = (v.splat(b.fadd(end, self._shift)) for end in (self.least, self.most))
-        shift = v.splat(b.fadd(zero, self._shift))
-        reciprocals = v.splat(b.fdiv(ir.Constant(v.scalar, 1.0), scale))
-        with self._runs(values, self.next) as (first, loaded):
-            for k, shifted in enumerate(self._divided(loaded, scales, reciprocals, shift)):
-                i = b.add(first, _word(k))
-                code = v.minimum([v.maximum([shifted, least]), most])
-                if self.task.grid == "codes":
-                    whole = ir.VectorType(ir.IntType(8 * v.scalar_bytes), v.lanes)
-                    self._write_bytes(b.bitcast(code, whole), target, i)
-                else:
-                    value = b.fmul(b.fsub(code, shift), scales)
-                    at = v.address(target, b.mul(i, _word(v.stored_bytes)))
-                    streamed = self.task.streamed
-                    v.store_stored(value, at, v.stored_bytes if streamed else 0, streamed)
+        scales, zeros, shift = v.splat(own.scale), v.splat(own.zero), v.splat(self._shift)
+        least, most = (
+            v.splat(b.fadd(b.fsub(end, own.zero), self._shift)) for end in (self.least, self.most)
+        )
+
+        def emit(quotient: Callable[[Any], Any]) -> None:
+            with self._runs(values, ahead) as (first, loaded):
+                for k, x in enumerate(loaded):
+                    i = b.add(first, _word(k))
+                    # The addition rounds half to even, and leaves an integer in the last bits.
+                    step = v.minimum([v.maximum([b.fadd(quotient(x), shift), least]), most])
+                    if self.task.grid == "codes":
+                        code = step if self.task.symmetric else b.fadd(step, zeros)
+                        whole = ir.VectorType(ir.IntType(8 * v.scalar_bytes), v.lanes)
+                        self._write_bytes(b.bitcast(code, whole), target, i)
+                    else:
+                        value = b.fmul(b.fsub(step, shift), scales)
+                        at = v.address(target, b.mul(i, _word(v.stored_bytes)))
+                        streamed = self.task.streamed
+                        v.store_stored(value, at, v.stored_bytes if streamed else 0, streamed)
+
+        def divided(x: Any) -> Any:
+            return v.nearest(b.fdiv(x, scales))
+
+        if not fuses():
+            emit(divided)
+            return
+        reciprocals, rests = v.splat(own.reciprocal), v.splat(own.rest)
+
+        def corrected(x: Any) -> Any:
+            first = v.fused(x, reciprocals, b.fmul(x, rests))
+            remainder = v.fused(b.fneg(first), scales, x)
+            return v.fused(remainder, reciprocals, first)
+
+        usual = (
+            b.fcmp_ordered(relation, own.scale, ir.Constant(v.scalar, bound))
+            for relation, bound in zip((">", "<"), _USUAL[v.scalar_bytes], strict=True)
+        )
+        with b.if_else(b.and_(*usual), likely=True) as (then, otherwise):
+            with then:
+                emit(corrected)
+            with otherwise:
+                emit(divided)
 
     @property
     def _shift(self) -> Any:
         """A number from which on numbers are whole; an integer added to it lies in its last bits.
 
-        So the addition rounds, half to even, and the code need only be cut off.
+        Numbers too large for it end up beyond the ends of the grid, as they should.
         """
         scalar = self.v.scalar
         return ir.Constant(scalar, 1.5 * 2.0 ** (23 if self.v.scalar_bytes == 4 else 52))
 
-    def _divided(self, loaded: list[Any], scales: Any, reciprocals: Any, shift: Any) -> list[Any]:
-        """Quotients rounded to integers, half to even, as if by division, and shifted.
-
-        A product with the reciprocal differs from the quotient by less than two units of its last
-        place, which matters only next to the middle between two integers. Where a number is as
-        near as that, or not one at all, this run is divided after all. (Where quotients are too
-        large for the shift, what comes out is beyond the ends of the grid, too.)
-        """
+    def _parameters(self, low: Any, high: Any) -> _Parameters:
+        """Scales and zero points of as many groups as a vector has lanes, as in ``quantize.py``."""
         b, v = self.b, self.v
-
-        def divide() -> list[Any]:
-            return [b.fadd(v.nearest(b.fdiv(x, scales)), shift) for x in loaded]
-
-        if self.task.group < _SHORT * v.lanes:
-            return divide()
-        steps = b.fadd(b.fsub(self.most, self.least), ir.Constant(v.scalar, 2.0))
-        unit = 2.0 ** (-21 if v.scalar_bytes == 4 else -50)
-        margin = b.fmul(steps, ir.Constant(v.scalar, unit))
-        bound = b.fsub(ir.Constant(v.scalar, 0.5), margin)
-        # As integers magnitudes keep their order, and NaN is the largest of all.
-        bits = ir.IntType(8 * v.scalar_bytes)
-        kind = ir.VectorType(bits, v.lanes)
-        quick, farthest = [], None
-        for x in loaded:
-            quick.append(v.multiply_add(x, reciprocals, shift))
-            integer = b.fsub(quick[-1], shift)
-            far = b.bitcast(v.magnitude(v.multiply_add(x, reciprocals, b.fneg(integer))), kind)
-            if farthest is not None:
-                far = b.select(b.icmp_unsigned(">", far, farthest), far, farthest)
-            farthest = far
-        close = b.icmp_unsigned(">", farthest, b.bitcast(v.splat(bound), kind))
-        whole = b.bitcast(close, ir.IntType(v.lanes))
-        before = b.block
-        with b.if_then(b.icmp_unsigned("!=", whole, ir.Constant(whole.type, 0)), likely=False):
-            exact = divide()
-            slow = b.block
-        results = []
-        for fast, careful in zip(quick, exact, strict=True):
-            result = b.phi(v.kind)
-            result.add_incoming(fast, before)
-            result.add_incoming(careful, slow)
-            results.append(result)
-        return results
-
-    def _parameters(self, low: Any, high: Any) -> tuple[Any, Any]:
-        """Scale and zero point, as ``quantize.py`` has them."""
-        b, v = self.b, self.v
-        real = v.scalar
-        nought, one, two = (ir.Constant(real, k) for k in (0.0, 1.0, 2.0))
-        steps = b.fdiv(b.fsub(self.most, self.least), two)
+        nought, one, two = (v.constant(k) for k in (0.0, 1.0, 2.0))
+        least, most, tiny, huge = map(v.splat, (self.least, self.most, self.tiny, self.huge))
+        steps = b.fdiv(b.fsub(most, least), two)
         if self.task.symmetric:
             width = high
-            widest = v.maximum([b.fneg(self.least), self.most])
+            widest = v.maximum([b.fneg(least), most])
         else:
             width = b.fsub(b.fdiv(high, two), b.fdiv(low, two))
-        scale = v.maximum([b.fdiv(width, steps), self.tiny])
+        scale = v.maximum([b.fdiv(width, steps), tiny])
         empty = b.and_(b.fcmp_ordered("==", low, nought), b.fcmp_ordered("==", high, nought))
         zero = nought
         if not self.task.symmetric:
-            zero = v.nearest(b.fsub(self.least, b.fdiv(low, scale)))
-            zero = v.minimum([v.maximum([zero, self.least]), self.most])
-            widest = v.maximum([b.fsub(zero, self.least), b.fsub(self.most, zero)])
+            zero = v.nearest(b.fsub(least, b.fdiv(low, scale)))
+            zero = v.minimum([v.maximum([zero, least]), most])
+            widest = v.maximum([b.fsub(zero, least), b.fsub(most, zero)])
             zero = b.select(empty, nought, zero)
-        scale = v.minimum([scale, b.fdiv(self.huge, widest)])
-        return b.select(empty, one, scale), zero
+        scale = b.select(empty, one, v.minimum([scale, b.fdiv(huge, widest)]))
+        reciprocal = rest = b.fdiv(one, scale)
+        if fuses():
+            rest = b.fmul(v.fused(b.fneg(scale), reciprocal, one), reciprocal)
+        return _Parameters(low, high, scale, zero, reciprocal, rest)
 
     def _float4(self, values: Any, target: Any, number: Any) -> None:
         """Scale 2^(floor(log2 max|x|) - 2), at least 2^-127, and codes rounded half to even."""
@@ -395,8 +444,15 @@ class _Rows:
         b.store(small, b.bitcast(at, small.type.as_pointer())).align = 1
 
     def _keep(self, array: Any, number: Any, value: Any) -> None:
-        pointer = self.b.inttoptr(array, self.v.scalar.as_pointer())
+        self._put(self._pointer(array), number, value)
+
+    def _put(self, array: Any, number: Any, value: Any) -> None:
+        pointer = self.b.bitcast(array, self.v.scalar.as_pointer())
         self.b.store(value, self.b.gep(pointer, [number]))
+
+    def _get(self, array: Any, number: Any) -> Any:
+        pointer = self.b.bitcast(array, self.v.scalar.as_pointer())
+        return self.b.load(self.b.gep(pointer, [number]))
 
     def _given(self, context: Any, kind: Any) -> list[Any]:
         """Everything in the context, read as if it were of this kind."""

@@ -147,10 +147,11 @@ class Vectors:
         """Multiply, with one rounding of its own."""
         return self.builder.fmul(vector, factor)
 
-    def multiply_add(self, a: Any, b: Any, c: Any) -> Any:
-        """Return a·b + c, rounded once where the processor can do that, else twice."""
-        name = f"llvm.fmuladd.v{self.lanes}f{8 * self.scalar_bytes}"
-        return self.builder.call(self._declared(name, self.kind, [self.kind] * 3), [a, b, c])
+    def fused(self, a: Any, b: Any, c: Any) -> Any:
+        """Return a·b + c of vectors or numbers, rounded once; where ``machine.fuses``."""
+        lanes = f"v{self.lanes}" if isinstance(a.type, ir.VectorType) else ""
+        name = f"llvm.fma.{lanes}f{8 * self.scalar_bytes}"
+        return self.builder.call(self._declared(name, a.type, [a.type] * 3), [a, b, c])
 
     def lane_butterfly(self, vector: Any, half: int) -> Any:
         """Replace lanes i and i + half by their sum and difference."""
