@@ -30,6 +30,10 @@ for dtype in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64):
         digest.update(cq.block_hadamard(x, b, signs=signs).tobytes())
         digest.update(cq.block_hadamard(x, b, inverse=True, signs=signs).tobytes())
         digest.update(cq.block_hadamard(x[:2, :b].T.copy(), b, axis=0).tobytes())
+        for spec in ("int4:token:symmetric", "int8:token:asymmetric"):
+            quantized = cq.rotate_quantize(x, b, spec, signs=signs)
+            digest.update(quantized.codes.tobytes() + quantized.scales.tobytes())
+            digest.update(cq.rotate_fake_quantize(x, b, spec).tobytes())
 print(digest.hexdigest())
 """
 
