@@ -34,6 +34,7 @@ class Tuning:
     """A family's choices; the fields that ``Plan`` has too mean what they mean there.
 
     ``in_place`` is the number of vectors from which a whole block stays in the result; 0 for never.
+    ``inserted`` has permuted numbers put into vectors before they are written.
     """
 
     rows: Mapping[int, Passes]
@@ -47,6 +48,7 @@ class Tuning:
     in_place: int = 0
     mixed: bool = False
     split: bool = False
+    inserted: bool = False
 
     def passes(self, vectors: int, dtype: str, stores: str) -> Passes:
         """Return how a block of so many vectors is best turned."""
@@ -184,6 +186,7 @@ _ZEN5 = Tuning(
     in_place=256,
     mixed=True,
     split=True,
+    inserted=True,
 )
 
 
