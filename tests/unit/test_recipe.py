@@ -86,10 +86,10 @@ def test_rounding_round_trip(fields):
 
 
 def test_damping_follows_the_activations():
-    assert Recipe(rounding="qronos", activations="none").rounding_options().damping == 1e-6
+    assert Recipe(rounding="qronos", activations="none").rounding_options().damping == 1e-4
     assert Recipe(rounding="qronos").rounding_options().damping is None
-    chosen = Recipe(rounding="qronos", activations="none", damping=1e-4)
-    assert chosen.rounding_options().damping == 1e-4
+    chosen = Recipe(rounding="qronos", activations="none", damping=1e-2)
+    assert chosen.rounding_options().damping == 1e-2
 
 
 @pytest.mark.parametrize(
