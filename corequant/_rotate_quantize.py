@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from corequant._numba.machine import compiled_away
-from corequant._numba.plans import fitted, plan_rows
+from corequant._numba.plans import Plan, fitted, plan_rows
 from corequant._numba.row_kernels import (
     Task,
     fused_context,
@@ -153,6 +155,7 @@ def _run(
     return (scales, zeros) if finite else None
 
 
+@lru_cache(maxsize=256)
 def can_fuse(d: int, block_size: int, group: int, dtype: np.dtype[Any]) -> bool:
     """Tell whether there is a fused kernel: rows and groups must be whole vectors."""
     if compiled_away():
@@ -163,6 +166,39 @@ def can_fuse(d: int, block_size: int, group: int, dtype: np.dtype[Any]) -> bool:
         return False
     plan = plan_rows(name_of(dtype), core, power, False, "none", "ordinary")
     return fitted(plan, d) is not None
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A fused kernel, and all of it that a call needs."""
+
+    call: Callable[..., None]
+    plan: Plan
+    scratch: int
+    real: np.dtype[Any]
+    scale: float
+    tiny: float
+    huge: float
+
+
+@lru_cache(maxsize=256)
+def _kernel(name: str, block_size: int, task: Task, signs: str) -> _Kernel:
+    real = np.dtype(compute_dtype(name))
+    whole = plan_rows(name, *hadamard_factors(block_size), False, signs, "ordinary")
+    plan = fitted(whole, task.length) or whole
+    if task.permuted:
+        # The gather fetches the next row; what the rotation reads is in the cache already.
+        plan = replace(plan, ahead=0)
+    return _Kernel(
+        fused_kernel(plan, task),
+        plan,
+        fused_scratch(plan, task),
+        real,
+        float(scale_of(name, block_size)),
+        float(np.finfo(real).smallest_subnormal),
+        # The margin that quantize leaves below the largest float.
+        float(np.finfo(real).max) * (1 - 2.0**-20),
+    )
 
 
 def fuse(
@@ -184,31 +220,24 @@ def fuse(
     rotated number was finite.
     """
     rows, d = x.shape
-    name = name_of(x.dtype)
-    real = np.dtype(compute_dtype(name))
-    where, scale = where_signs(signs, inverse=False), scale_of(name, block_size)
-    core, power = hadamard_factors(block_size)
-    whole = plan_rows(name, core, power, False, where, "ordinary")
-    plan = fitted(whole, d) or whole
-    if permutation is not None:
-        # The gather fetches the next row; what the rotation reads is in the cache already.
-        plan = replace(plan, ahead=0)
-    bits = np.zeros(0, np.uint8) if signs is None else repeated_bits(plan, signs)
     streamed = grid == "values" and storing(out.nbytes, address_of(out)) == "streamed"
-    task = Task(d, group, grid, symmetric, permutation is not None, streamed)
-    kernel, room = fused_kernel(plan, task), fused_scratch(plan, task)
+    found = _kernel(
+        name_of(x.dtype),
+        block_size,
+        Task(d, group, grid, symmetric, permutation is not None, streamed),
+        where_signs(signs, inverse=False),
+    )
+    bits = np.zeros(0, np.uint8) if signs is None else repeated_bits(found.plan, signs)
     per_row = d // group
-    scales = aligned(rows * per_row, np.uint8 if grid == "float4" else real)
-    zeros = np.zeros(0 if symmetric else rows * per_row, real)
+    scales = aligned(rows * per_row, np.uint8 if grid == "float4" else found.real)
+    zeros = np.zeros(0 if symmetric else rows * per_row, found.real)
     indices = np.zeros(0, np.uint16)
     if permutation is not None:
         indices = permutation.astype(index_dtype(d))
-    tiny = float(np.finfo(real).smallest_subnormal)
-    # The margin that quantize leaves below the largest float.
-    huge = float(np.finfo(real).max) * (1 - 2.0**-20)
     status = np.zeros(1, np.int64)
     arrays = (x, out, scales, zeros, indices, bits, status)
-    numbers = (float(scale), float(limits[0]), float(limits[1]), tiny, huge)
+    numbers = (found.scale, float(limits[0]), float(limits[1]), found.tiny, found.huge)
     context = fused_context([address_of(a) for a in arrays], numbers)
-    Units(kernel, rows, d, room, threads).run(context, scratch.at_least(room))
+    room = found.scratch
+    Units(found.call, rows, d, room, threads).run(context, scratch.at_least(room))
     return scales, zeros, not status[0]

@@ -149,7 +149,8 @@ def where_signs(signs: Signs, inverse: bool) -> str:
 
 def repeated_bits(plan: Plan, signs: npt.NDArray[np.int8]) -> Array:
     """Return the bits of signs for whole rows and whole units of the plan."""
-    return sign_bits(plan, np.tile(signs, math.lcm(len(signs), plan.unit) // len(signs)))
+    times = math.lcm(len(signs), plan.unit) // len(signs)
+    return sign_bits(plan, signs if times == 1 else np.tile(signs, times))
 
 
 def scale_of(dtype: str, block_size: int) -> Any:

@@ -15,6 +15,7 @@ import enum
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -259,6 +260,10 @@ class QuantSpec:
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a string, got {type(text).__name__}")
+        return _usual(text) if cls is QuantSpec and not defaults else cls._read(text, defaults)
+
+    @classmethod
+    def _read(cls, text: str, defaults: dict[str, Any]) -> QuantSpec:
         name, *parts = (part.strip() for part in _SPLIT.split(text.strip().lower()))
         fields: dict[str, Any] = {}
         for part in parts:
@@ -379,6 +384,12 @@ def qparams_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, ...]:
     if spec.group_size is not None:
         return (*shape[:-1], shape[-1] // spec.group_size)
     return (*shape[:-1], 1)
+
+
+@lru_cache(maxsize=256)
+def _usual(text: str) -> QuantSpec:
+    """Read a string once: to read it takes as long as to round a row."""
+    return QuantSpec._read(text, {})
 
 
 def _parse_part(part: str, text: str) -> dict[str, Any]:
