@@ -323,7 +323,10 @@ def statistics(rounds: int) -> Result:
 
 
 def threads(rounds: int) -> Result:
-    """Wall clock, two threads against one; beside them two threads that copy or scale."""
+    """Wall clock, two threads against one; beside them two threads that copy or scale.
+
+    Calls follow closely on each other, as in a loop: helpers that sleep are woken for 32 MiB only.
+    """
     rows, goals = [], []
     cpus = sorted(os.sched_getaffinity(0))
     for count in (256, 512, 1024, SIDE):

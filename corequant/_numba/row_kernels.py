@@ -41,7 +41,7 @@ _USUAL = {4: (2.0**-90, 2.0**90), 8: (2.0**-900, 2.0**900)}
 """Scales, by the bytes of a number, for which quotients can be had without dividing: with the
 reciprocal and what it lacks the first is less than a unit of its last place off, its remainder is
 exact, and so the corrected one is the quotient as division rounds it (Markstein, "Computation of
-elementary functions on the IBM RISC System/6000 processor", 1990, theorem 4.1)."""
+elementary functions on the IBM RISC System/6000 processor", 1990)."""
 
 _LINE = 16
 """Numbers gathered in one turn; rows are a multiple of it, since they are whole units of a plan."""
@@ -320,7 +320,7 @@ class _Rows:
             at = [v.address(array, b.mul(i, _word(VECTOR_BYTES))) for array in own]
             high = v.load(at[1])
             low = b.fneg(high) if task.symmetric else v.load(at[0])
-            for place, value in zip(at, self._parameters(low, high), strict=True):
+            for place, value in zip(at[2:], self._parameters(low, high), strict=True):
                 v.store(value, place)
         with counted(b, groups) as group:
             number = b.add(b.mul(row, _word(groups)), group)
@@ -388,8 +388,11 @@ class _Rows:
         scalar = self.v.scalar
         return ir.Constant(scalar, 1.5 * 2.0 ** (23 if self.v.scalar_bytes == 4 else 52))
 
-    def _parameters(self, low: Any, high: Any) -> _Parameters:
-        """Scales and zero points of as many groups as a vector has lanes, as in ``quantize.py``."""
+    def _parameters(self, low: Any, high: Any) -> tuple[Any, Any, Any, Any]:
+        """Find what follows from the ranges of as many groups as a vector has lanes.
+
+        Scales and zero points are as ``quantize.py`` has them.
+        """
         b, v = self.b, self.v
         nought, one, two = (v.constant(k) for k in (0.0, 1.0, 2.0))
         least, most, tiny, huge = map(v.splat, (self.least, self.most, self.tiny, self.huge))
@@ -411,7 +414,7 @@ class _Rows:
         reciprocal = rest = b.fdiv(one, scale)
         if fuses():
             rest = b.fmul(v.fused(b.fneg(scale), reciprocal, one), reciprocal)
-        return _Parameters(low, high, scale, zero, reciprocal, rest)
+        return scale, zero, reciprocal, rest
 
     def _float4(self, values: Any, target: Any, number: Any) -> None:
         """Scale 2^(floor(log2 max|x|) - 2), at least 2^-127, and codes rounded half to even."""
