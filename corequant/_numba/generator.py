@@ -54,12 +54,19 @@ class Body:
     ``twin`` equals ``src``. The steps are bytes from row to row, used for columns only. ``signs``
     is the address of ``period`` bits as ``sign_bits`` puts them, of which the first unit uses those
     from ``phase`` on. For columns it is that of a factor for each row of the block, which after
-    the rotation takes the place of ``scale``.
+    the rotation takes the place of ``scale``. ``see`` is given the vectors that are written.
     """
 
-    def __init__(self, builder: Any, plan: Plan, arguments: Any) -> None:
+    def __init__(
+        self,
+        builder: Any,
+        plan: Plan,
+        arguments: Any,
+        see: Callable[[list[Any]], None] | None = None,
+    ) -> None:
         self.b = builder
         self.plan = plan
+        self.see = see
         self.v = Vectors(builder, plan.dtype)
         self.half = Vectors(builder, plan.dtype, VECTOR_BYTES // 2)
         (src, twin, dst, src_step, dst_step, units, signs, period, phase, scale, scratch) = (
@@ -239,6 +246,8 @@ class Body:
                 v.store(vector, v.address(pointer, i * v.bytes), 0 if place.in_array else v.bytes)
             return
         scaled = [self._scaled(v, vector, chunk, at, i) for i, vector in enumerate(vectors)]
+        if self.see is not None:
+            self.see(scaled)
         stream = self.plan.stores == "streamed"
         if len(scaled) > 1:
             even, odd = scaled

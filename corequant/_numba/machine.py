@@ -21,7 +21,15 @@ from zlib import crc32
 
 from llvmlite import binding, ir
 
-__all__ = ["address_of_code", "build", "compiled_away", "converts_halves", "fuses", "processor"]
+__all__ = [
+    "address_of_code",
+    "build",
+    "compiled_away",
+    "converts_halves",
+    "fuses",
+    "processor",
+    "saturates",
+]
 
 _DIGEST = hashlib.sha256().digest_size
 _NAME = "kernel"
@@ -117,6 +125,15 @@ def fuses() -> bool:
     )
     assembly: str = _machine().emit_assembly(module)
     return "fmaf" not in assembly
+
+
+@cache
+def saturates() -> bool:
+    """Tell whether the processor narrows 64 bytes of integers at once, by saturation (AVX-512)."""
+    module = binding.parse_assembly(
+        "define <64 x i8> @more(<64 x i8> %x) {\n %y = add <64 x i8> %x, %x\n ret <64 x i8> %y\n}"
+    )
+    return "%zmm" in _machine().emit_assembly(module)
 
 
 @cache

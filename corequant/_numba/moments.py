@@ -73,7 +73,7 @@ def _add(v: Vectors, first: Any, step: Any, i: Any, together: int, kept: Any) ->
         if tuning().ahead:
             v.prefetch(v.address(here, _AHEAD))
         size = v.magnitude(v.load_stored(here))
-        top = v.maximum([top, size])
+        top = v.maximum(size, top)
         widened = size if v.dtype == "float64" else b.fpext(size, kind)
         total = b.fadd(total, widened)
         square = b.fadd(square, b.fmul(widened, widened))

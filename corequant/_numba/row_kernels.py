@@ -19,10 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir
 
+from corequant._numba.extremes import Extremes
 from corequant._numba.generator import Body
 from corequant._numba.loops import counted
 from corequant._numba.machine import build, fuses
+from corequant._numba.narrowing import TOGETHER, integers_of, narrows
 from corequant._numba.plans import Plan
+from corequant._numba.quotients import Inverse, corrected, divided, inverse, usual
 from corequant._numba.tuning import tuning
 from corequant._numba.vectors import VECTOR_BYTES, Vectors
 
@@ -36,12 +39,6 @@ _CONTEXT = struct.Struct("7q5d")
 
 _FUSED = ("contract",)
 """Products with zero are exact, so that fusing them with a sum changes no bit."""
-
-_USUAL = {4: (2.0**-90, 2.0**90), 8: (2.0**-900, 2.0**900)}
-"""Scales, by the bytes of a number, for which quotients can be had without dividing: with the
-reciprocal and what it lacks the first is less than a unit of its last place off, its remainder is
-exact, and so the corrected one is the quotient as division rounds it (Markstein, "Computation of
-elementary functions on the IBM RISC System/6000 processor", 1990)."""
 
 _LINE = 16
 """Numbers gathered in one turn; rows are a multiple of it, since they are whole units of a plan."""
@@ -154,8 +151,13 @@ class _Rows:
         b, v, task = self.b, self.v, self.task
         stored = v.stored_bytes // v.lanes
         row_bytes = _row_bytes(self.plan, task)
-        zero = ir.Constant(v.kind, [0.0] * v.lanes)
+        zero = ir.Constant(v.scalar, 0.0)
         self.doubt = self._variable(zero)
+        self.extremes = Extremes(v, task.symmetric)
+        # What is rounded to the array's dtype after the rotation has another range, and ``see``
+        # takes whole vectors only.
+        whole = v.stored_bytes == VECTOR_BYTES and not self.plan.halved
+        self.seen = whole and task.group == task.length
         rotated = self.scratch
         kept = b.add(rotated, _word(row_bytes))
         rest = b.add(kept, _word(_parameter_bytes(self.plan, task)))
@@ -171,6 +173,8 @@ class _Rows:
             if task.permuted:
                 self._gather(source, rotated)
                 source = rotated
+            if self.seen:
+                self.extremes.begin()
             units = _word(task.length // self.plan.unit)
             nothing = _word(0)
             Body(
@@ -180,6 +184,7 @@ class _Rows:
                     *(source, source, rotated, nothing, nothing, units, self.signs),
                     *(_word(task.length), nothing, self.scale, rest),
                 ),
+                self.extremes.see if self.seen else None,
             ).emit()
             target = self._pointer(b.add(self.out, b.mul(row, _word(task.length * written))))
             values = self._pointer(rotated)
@@ -192,9 +197,7 @@ class _Rows:
                 self._affine(values, target, row, own, self._following(source))
         if task.streamed:
             v.fence()
-        doubtful = b.fcmp_unordered("!=", b.load(self.doubt), zero)
-        whole = b.bitcast(doubtful, ir.IntType(v.lanes))
-        with b.if_then(b.icmp_unsigned("!=", whole, ir.Constant(whole.type, 0))):
+        with b.if_then(b.fcmp_unordered("!=", b.load(self.doubt), zero)):
             status = b.inttoptr(self.status, _WORD.as_pointer())
             b.store(_word(1), status)
 
@@ -234,37 +237,21 @@ class _Rows:
                 yield b.and_(word, _word((1 << bits) - 1))
                 word = b.lshr(word, _word(bits))
 
-    def _measure(self, values: Any) -> tuple[Any, Any]:
-        """Smallest and largest number of a group, and zero; note what is not finite."""
-        b, v = self.b, self.v
-        zero = v.constant(0.0)
-        low, high = self._variable(zero), self._variable(zero)
-        with self._runs(values) as (_, loaded):
-            b.store(v.minimum([b.load(low), *loaded]), low)
-            b.store(v.maximum([b.load(high), *loaded]), high)
-            # One addition is carried from turn to turn: a chain through all would be waited for.
-            doubt = b.fmul(loaded[0], zero)
-            for vector in loaded[1:]:
-                doubt = b.fadd(b.fmul(vector, zero, flags=_FUSED), doubt, flags=_FUSED)
-            b.store(b.fadd(b.load(self.doubt), doubt), self.doubt)
-        return v.across(b.load(low), v.minimum), v.across(b.load(high), v.maximum)
+    def _range(self, values: Any) -> tuple[Any, Any]:
+        """Return the ends of a group's range, and note what is not finite.
 
-    def _largest(self, values: Any) -> Any:
-        """Largest magnitude of a group; note what is not finite."""
-        b, v = self.b, self.v
-        # As integers magnitudes keep their order, and NaN is the largest of all.
-        kind = ir.VectorType(ir.IntType(8 * v.scalar_bytes), v.lanes)
-        top = self._variable(ir.Constant(kind, [0] * v.lanes))
-        with self._runs(values) as (_, loaded):
-            found = b.load(top)
-            for vector in loaded:
-                bits = b.bitcast(v.magnitude(vector), kind)
-                found = b.select(b.icmp_unsigned(">", bits, found), bits, found)
-            b.store(found, top)
-        largest = b.bitcast(b.load(top), v.kind)
-        doubt = b.fmul(largest, v.constant(0.0), flags=_FUSED)
-        b.store(b.fadd(doubt, b.load(self.doubt), flags=_FUSED), self.doubt)
-        return v.across(largest, v.maximum)
+        ``values`` is None for those that have been seen already.
+        """
+        if values is not None:
+            self.extremes.begin()
+            with self._runs(values) as (_, loaded):
+                self.extremes.see(loaded)
+        ends = self.extremes.ends()
+        b = self.b
+        for end in ends[self.task.symmetric :]:
+            doubt = b.fmul(end, ir.Constant(self.v.scalar, 0.0), flags=_FUSED)
+            b.store(b.fadd(doubt, b.load(self.doubt), flags=_FUSED), self.doubt)
+        return ends
 
     @contextmanager
     def _runs(self, values: Any, ahead: Any = None) -> Iterator[tuple[Any, list[Any]]]:
@@ -308,19 +295,14 @@ class _Rows:
         stored = v.stored_bytes // v.lanes
         written = stored if task.grid == "values" else 1
         with counted(b, groups) as group:
-            here = self._group(values, group)
-            if task.symmetric:
-                self._put(own.high, group, self._largest(here))
-            else:
-                low, high = self._measure(here)
-                self._put(own.low, group, low)
-                self._put(own.high, group, high)
+            low, high = self._range(None if self.seen else self._group(values, group))
+            self._put(own.low, group, low)
+            self._put(own.high, group, high)
         with counted(b, -(-groups // v.lanes)) as i:
             # Where groups are no whole vector, the rest of the last one is never looked at.
             at = [v.address(array, b.mul(i, _word(VECTOR_BYTES))) for array in own]
-            high = v.load(at[1])
-            low = b.fneg(high) if task.symmetric else v.load(at[0])
-            for place, value in zip(at[2:], self._parameters(low, high), strict=True):
+            wanted = self._parameters(v.load(at[0]), v.load(at[1]))
+            for place, value in zip(at[2:], wanted, strict=True):
                 v.store(value, place)
         with counted(b, groups) as group:
             number = b.add(b.mul(row, _word(groups)), group)
@@ -334,50 +316,52 @@ class _Rows:
 
     def _round(self, values: Any, target: Any, own: _Parameters, ahead: Any) -> None:
         """Write the codes of a group, or what they stand for."""
+        v = self.v
+        scales = v.splat(own.scale)
+
+        def emit(quotient: Callable[[Any], Any]) -> None:
+            with self._runs(values, ahead) as (first, loaded):
+                turned = [quotient(x) for x in loaded]
+                if self.task.grid == "codes" and narrows(v) and len(turned) == TOGETHER:
+                    self._write_together(turned, own, target, first)
+                else:
+                    self._write_each(turned, own, target, first)
+
+        if not fuses():
+            emit(lambda x: divided(v, x, scales))
+            return
+        by = Inverse(v.splat(own.reciprocal), v.splat(own.rest))
+        with self.b.if_else(usual(v, own.scale), likely=True) as (then, otherwise):
+            with then:
+                emit(lambda x: corrected(v, x, scales, by))
+            with otherwise:
+                emit(lambda x: divided(v, x, scales))
+
+    def _write_together(self, four: list[Any], own: _Parameters, target: Any, first: Any) -> None:
+        b = self.b
+        zero, least, most = (b.fptosi(x, _BYTE) for x in (own.zero, self.least, self.most))
+        codes = integers_of(self.v, four, zero, least, most)
+        self.v.store(codes, self.v.address(target, b.mul(first, _word(self.v.lanes))), 1)
+
+    def _write_each(self, turned: list[Any], own: _Parameters, target: Any, first: Any) -> None:
         b, v = self.b, self.v
         scales, zeros, shift = v.splat(own.scale), v.splat(own.zero), v.splat(self._shift)
         least, most = (
             v.splat(b.fadd(b.fsub(end, own.zero), self._shift)) for end in (self.least, self.most)
         )
-
-        def emit(quotient: Callable[[Any], Any]) -> None:
-            with self._runs(values, ahead) as (first, loaded):
-                for k, x in enumerate(loaded):
-                    i = b.add(first, _word(k))
-                    # The addition rounds half to even, and leaves an integer in the last bits.
-                    step = v.minimum([v.maximum([b.fadd(quotient(x), shift), least]), most])
-                    if self.task.grid == "codes":
-                        code = step if self.task.symmetric else b.fadd(step, zeros)
-                        whole = ir.VectorType(ir.IntType(8 * v.scalar_bytes), v.lanes)
-                        self._write_bytes(b.bitcast(code, whole), target, i)
-                    else:
-                        value = b.fmul(b.fsub(step, shift), scales)
-                        at = v.address(target, b.mul(i, _word(v.stored_bytes)))
-                        streamed = self.task.streamed
-                        v.store_stored(value, at, v.stored_bytes if streamed else 0, streamed)
-
-        def divided(x: Any) -> Any:
-            return v.nearest(b.fdiv(x, scales))
-
-        if not fuses():
-            emit(divided)
-            return
-        reciprocals, rests = v.splat(own.reciprocal), v.splat(own.rest)
-
-        def corrected(x: Any) -> Any:
-            first = v.fused(x, reciprocals, b.fmul(x, rests))
-            remainder = v.fused(b.fneg(first), scales, x)
-            return v.fused(remainder, reciprocals, first)
-
-        usual = (
-            b.fcmp_ordered(relation, own.scale, ir.Constant(v.scalar, bound))
-            for relation, bound in zip((">", "<"), _USUAL[v.scalar_bytes], strict=True)
-        )
-        with b.if_else(b.and_(*usual), likely=True) as (then, otherwise):
-            with then:
-                emit(corrected)
-            with otherwise:
-                emit(divided)
+        for k, quotient in enumerate(turned):
+            i = b.add(first, _word(k))
+            # The addition rounds half to even, and leaves an integer in the last bits.
+            step = v.minimum(v.maximum(b.fadd(quotient, shift), least), most)
+            if self.task.grid == "codes":
+                code = step if self.task.symmetric else b.fadd(step, zeros)
+                whole = ir.VectorType(ir.IntType(8 * v.scalar_bytes), v.lanes)
+                self._write_bytes(b.bitcast(code, whole), target, i)
+            else:
+                value = b.fmul(b.fsub(step, shift), scales)
+                at = v.address(target, b.mul(i, _word(v.stored_bytes)))
+                streamed = self.task.streamed
+                v.store_stored(value, at, v.stored_bytes if streamed else 0, streamed)
 
     @property
     def _shift(self) -> Any:
@@ -399,27 +383,24 @@ class _Rows:
         steps = b.fdiv(b.fsub(most, least), two)
         if self.task.symmetric:
             width = high
-            widest = v.maximum([b.fneg(least), most])
+            widest = v.maximum(b.fneg(least), most)
         else:
             width = b.fsub(b.fdiv(high, two), b.fdiv(low, two))
-        scale = v.maximum([b.fdiv(width, steps), tiny])
+        scale = v.maximum(b.fdiv(width, steps), tiny)
         empty = b.and_(b.fcmp_ordered("==", low, nought), b.fcmp_ordered("==", high, nought))
         zero = nought
         if not self.task.symmetric:
             zero = v.nearest(b.fsub(least, b.fdiv(low, scale)))
-            zero = v.minimum([v.maximum([zero, least]), most])
-            widest = v.maximum([b.fsub(zero, least), b.fsub(most, zero)])
+            zero = v.minimum(v.maximum(zero, least), most)
+            widest = v.maximum(b.fsub(zero, least), b.fsub(most, zero))
             zero = b.select(empty, nought, zero)
-        scale = b.select(empty, one, v.minimum([scale, b.fdiv(huge, widest)]))
-        reciprocal = rest = b.fdiv(one, scale)
-        if fuses():
-            rest = b.fmul(v.fused(b.fneg(scale), reciprocal, one), reciprocal)
-        return scale, zero, reciprocal, rest
+        scale = b.select(empty, one, v.minimum(scale, b.fdiv(huge, widest)))
+        return scale, zero, *inverse(v, scale)
 
     def _float4(self, values: Any, target: Any, number: Any) -> None:
         """Scale 2^(floor(log2 max|x|) - 2), at least 2^-127, and codes rounded half to even."""
         b, v = self.b, self.v
-        bits = b.bitcast(self._largest(values), _INT32)
+        bits = b.bitcast(self._range(values)[1], _INT32)
         exponent = b.lshr(bits, ir.Constant(_INT32, 23))
         biased = b.sub(exponent, ir.Constant(_INT32, 2))
         nought = ir.Constant(_INT32, 0)
@@ -445,7 +426,7 @@ class _Rows:
         coarse = b.fadd(v.nearest(b.fmul(magnitude, constant(0.5))), constant(4.0))
         code = b.select(b.fcmp_ordered("<", magnitude, constant(4.0)), middle, coarse)
         code = b.select(b.fcmp_ordered("<", magnitude, constant(2.0)), fine, code)
-        code = v.minimum([code, constant(7.0)])
+        code = v.minimum(code, constant(7.0))
         negative = b.icmp_signed("<", bits, ir.Constant(kind, [0] * v.lanes))
         return b.select(negative, b.fadd(code, constant(8.0)), code)
 

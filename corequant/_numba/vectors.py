@@ -7,6 +7,7 @@ memory and register. Nothing here knows a plan.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -151,7 +152,7 @@ class Vectors:
         """Return a·b + c of vectors or numbers, rounded once; where ``machine.fuses``."""
         lanes = f"v{self.lanes}" if isinstance(a.type, ir.VectorType) else ""
         name = f"llvm.fma.{lanes}f{8 * self.scalar_bytes}"
-        return self.builder.call(self._declared(name, a.type, [a.type] * 3), [a, b, c])
+        return self.builder.call(self.declared(name, a.type, [a.type] * 3), [a, b, c])
 
     def lane_butterfly(self, vector: Any, half: int) -> Any:
         """Replace lanes i and i + half by their sum and difference."""
@@ -218,37 +219,35 @@ class Vectors:
 
     def magnitude(self, vector: Any) -> Any:
         """Drop the signs."""
-        function = self._declared(
+        function = self.declared(
             f"llvm.fabs.v{self.lanes}f{8 * self.scalar_bytes}", vector.type, [vector.type]
         )
         return self.builder.call(function, [vector])
 
-    def minimum(self, values: list[Any]) -> Any:
-        """Smallest of vectors or numbers, none of them NaN, lane by lane."""
-        return self._choose("<", values)
+    def minimum(self, a: Any, b: Any) -> Any:
+        """Smaller of two vectors or numbers, neither of them NaN, lane by lane."""
+        return self.builder.select(self.builder.fcmp_ordered("<", a, b), a, b)
 
-    def maximum(self, values: list[Any]) -> Any:
-        """Largest of vectors or numbers, none of them NaN, lane by lane."""
-        return self._choose(">", values)
+    def maximum(self, a: Any, b: Any) -> Any:
+        """Larger of two vectors or numbers, neither of them NaN, lane by lane."""
+        return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
 
-    def _choose(self, relation: str, values: list[Any]) -> Any:
-        # Pairs first: the value carried from turn to turn comes in last and waits for one step.
+    def reduced(self, values: list[Any], choose: Callable[[Any, Any], Any]) -> Any:
+        """Reduce vectors to one; what is carried from turn to turn comes first."""
         carried, *others = values
+        # Pairs first, so that the carried one waits for one step only.
         while len(others) > 1:
             pairs = zip(others[::2], others[1::2], strict=False)
             left = others[-1:] if len(others) % 2 else []
-            others = [self._better(relation, a, b) for a, b in pairs] + left
-        return self._better(relation, others[0], carried) if others else carried
+            others = [choose(a, b) for a, b in pairs] + left
+        return choose(others[0], carried) if others else carried
 
-    def _better(self, relation: str, a: Any, b: Any) -> Any:
-        return self.builder.select(self.builder.fcmp_ordered(relation, a, b), a, b)
-
-    def across(self, vector: Any, choose: Any) -> Any:
-        """Reduce the lanes of a vector to one number by ``minimum`` or ``maximum``."""
+    def across(self, vector: Any, choose: Callable[[Any, Any], Any]) -> Any:
+        """Reduce the lanes of a vector to one number."""
         half = self.lanes // 2
         while half:
             other = self._shuffle(vector, [i ^ half for i in range(self.lanes)])
-            vector = choose([vector, other])
+            vector = choose(vector, other)
             half //= 2
         return self.builder.extract_element(vector, ir.Constant(_INT32, 0))
 
@@ -256,12 +255,12 @@ class Vectors:
         """Round a vector or a number to integers, half to even."""
         lanes = f"v{self.lanes}" if isinstance(value.type, ir.VectorType) else ""
         name = f"llvm.rint.{lanes}f{8 * self.scalar_bytes}"
-        return self.builder.call(self._declared(name, value.type, [value.type]), [value])
+        return self.builder.call(self.declared(name, value.type, [value.type]), [value])
 
     def prefetch(self, pointer: Any) -> None:
         """Ask for a line of cache, into the second level."""
         parameters = [_BYTE.as_pointer(), _INT32, _INT32, _INT32]
-        function = self._declared("llvm.prefetch.p0", ir.VoidType(), parameters)
+        function = self.declared("llvm.prefetch.p0", ir.VoidType(), parameters)
         read, second_level, data = (ir.Constant(_INT32, k) for k in (0, 2, 1))
         self.builder.call(function, [pointer, read, second_level, data])
 
@@ -283,7 +282,8 @@ class Vectors:
         """Make streamed stores visible before whatever follows."""
         self.builder.fence("seq_cst")
 
-    def _declared(self, name: str, result: Any, parameters: list[Any]) -> Any:
+    def declared(self, name: str, result: Any, parameters: list[Any]) -> Any:
+        """Return one of LLVM's own functions."""
         module = self.builder.module
         known = module.globals.get(name)
         return known or ir.Function(module, ir.FunctionType(result, parameters), name)

@@ -198,8 +198,10 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
         {"NUMBA_DISABLE_JIT": "1"},
         {"NUMBA_CPU_NAME": "haswell"},
         {"NUMBA_CPU_NAME": "x86-64"},
+        {"NUMBA_CPU_NAME": "znver4", "NUMBA_CPU_FEATURES": "-avx512f"},
+        {"NUMBA_CPU_NAME": "znver5", "NUMBA_CPU_FEATURES": "-avx512f"},
     ],
-    ids=["plain", "AVX2", "SSE2"],
+    ids=["plain", "AVX2", "SSE2", "Zen 4's choices", "Zen 5's choices"],
 )
 def test_every_path_gives_the_same_bytes(environment, tmp_path):
     if "NUMBA_CPU_NAME" in environment and os.uname().machine != "x86_64":
