@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any, cast
 
 from corequant._numpy import NumpyBackend
+from corequant._validation import is_plain_type
 from corequant.errors import BackendError
 from corequant.protocols import Backend
 
@@ -69,14 +70,16 @@ def _registered() -> Any:
 
 @cache
 def owner_of(kind: Any) -> Backend:
-    """Return the backend that owns arrays of a type; TypeError where none does."""
+    """Return the backend that owns arrays of a type; TypeError says what was expected."""
+    if not is_plain_type(kind):
+        raise TypeError(f"a plain array, got {kind.__name__}")
     names = [base.__module__.partition(".")[0] for base in kind.__mro__]
     known = available_backends()
     for name in names:
         if name in known:
             return get_backend(name)
     raise TypeError(
-        f"expected an array of one of {', '.join(known)}, got {kind.__module__}.{kind.__qualname__}"
+        f"an array of one of {', '.join(known)}, got {kind.__module__}.{kind.__qualname__}"
     )
 
 
@@ -90,10 +93,13 @@ def backend_for(**arrays: Any) -> Backend:
     # Plain loops: this stands before every call, however small its arrays are.
     found: Backend | None = None
     several = False
-    for array in arrays.values():
+    for name, array in arrays.items():
         if array is None:
             continue
-        owner = owner_of(cast(Any, type(array)))
+        try:
+            owner = owner_of(cast(Any, type(array)))
+        except TypeError as error:
+            raise TypeError(f"{name} must be {error}") from None
         if found is None:
             found = owner
             continue

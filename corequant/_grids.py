@@ -83,7 +83,8 @@ def rule_for(spec: QuantSpec, dtype: np.dtype[Any]) -> Rule:
     if form.kind is FormatKind.INTEGER:
         halves = 2.0 if form.signed or not spec.symmetric else 1.0
         steps = (form.most_code - form.least_code) / halves * unit
-    kind, tiny, lowest = FLOAT, float(info.smallest_subnormal), 1 - int(info.maxexp) + 1
+    # What multiplies a code is the scale times the unit, and mustn't vanish.
+    kind, tiny, lowest = FLOAT, float(info.smallest_subnormal) / unit, 1 - int(info.maxexp) + 1
     highest = int(info.maxexp) - 1 - max(math.frexp(extreme)[1] - 1, 0)
     if spec.scale_format is ScaleFormat.E8M0:
         lowest, highest = -127, min(127, highest)

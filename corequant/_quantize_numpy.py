@@ -91,6 +91,8 @@ def quantize(
     if scales is None:
         scales, zero_points = _choose_and_write(x, spec, global_scale, sink)
     else:
+        if zero_points is not None:
+            zero_points = zero_points.astype(codes.dtype, copy=False)
         _write_given(x, spec, scales, zero_points, global_scale, sink)
     return codes, scales, zero_points
 

@@ -22,7 +22,7 @@ from corequant._numba import scales as rules
 from corequant.formats import FormatKind, NumberFormat, formats
 from corequant.specs import POWERS_OF_TWO, QuantSpec, ScaleFormat, ScaleSearch
 
-__all__ = ["choose", "effective", "global_scale_for", "magnitude_mask", "ranges"]
+__all__ = ["SQUARED", "choose", "effective", "global_scale_for", "magnitude_mask", "ranges"]
 
 Array = npt.NDArray[Any]
 
@@ -33,6 +33,9 @@ SWEEP = np.array([0, *(s * k for k in range(1, 9) for s in (-1, 1))], np.int64)
 """Neighbours of an E4M3 code to try: an octave each way. Twice the scale that covers the range
 loses to it, since its numbers in the range are among the other's; half the scale halves the
 largest magnitude."""
+
+SQUARED = 400
+"""Exponents of float64 up to which sums of squares neither overflow nor vanish."""
 
 FOUR_OVER_SIX_TOP = 256.0
 """The largest block scale that maps to 6, so that 1.5 times as much, for 4, is still in E4M3."""
@@ -116,27 +119,45 @@ def choose(
         return
     if search_kind is ScaleSearch.EXACT:
         magnitudes = np.maximum(np.abs(low), np.abs(high))
-        search.settle_all(_exact(panel, magnitudes, spec.format), rule, scales)
+        found, covering = _exact(panel, magnitudes, spec.format), scales.copy()
+        search.settle_all(found, rule, scales)
+        # Where the best scale would be too large or too small, it may be worse than the first.
+        cut = np.flatnonzero((found > 0) & (np.abs(scales - found) > found * 2.0**-20))
+        if len(cut):
+            trials = np.stack([scales[cut], covering[cut]], axis=1)
+            losses = _losses(panel[cut], trials, np.zeros_like(trials), spec, low[cut], high[cut])
+            scales[cut] = np.take_along_axis(trials, losses.argmin(1)[:, None], 1)[:, 0]
         return
     trials, offsets = _trials(low, high, spec, factor, scales, zeros)
-    steps = effective(trials, divisor)
-    losses = grid_for(spec.format, scales.dtype).losses(panel, steps, offsets)
+    losses = _losses(panel, effective(trials, divisor), offsets, spec, low, high)
     best = np.argmin(losses, axis=1)
     each = np.arange(len(best))
     busy = (low != 0) | (high != 0)
     scales[busy], zeros[busy] = trials[each, best][busy], offsets[each, best][busy]
 
 
+def _losses(
+    panel: Array, steps: Array, offsets: Array, spec: QuantSpec, low: Array, high: Array
+) -> Array:
+    """Return the squared error of each group with each of its trials, up to a factor of its own."""
+    if panel.dtype == np.float64:
+        exponents = np.frexp(np.maximum(-low, high))[1]
+        if np.abs(exponents).max(initial=0) > SQUARED:
+            panel = np.ldexp(panel, -exponents[:, None])
+            steps = np.ldexp(steps, -exponents[:, None])
+    return grid_for(spec.format, panel.dtype).losses(panel, steps, offsets)
+
+
 def _exact(panel: Array, magnitudes: Array, form: NumberFormat) -> Array:
     """Return the scale of least squared error of each group, float64."""
     found = np.empty(len(panel))
-    if form.kind is not FormatKind.INTEGER:
-        exact_search.exact_scales(panel, *levels_of(form), found)
-        return found
     exponents = None
     if panel.dtype == np.float64:
         magnitudes, exponents = np.frexp(magnitudes)
         panel = np.ldexp(panel, -exponents[:, None])
+    if form.kind is not FormatKind.INTEGER:
+        exact_search.exact_scales(panel, *levels_of(form), found)
+        return found if exponents is None else np.ldexp(found, exponents)
     unit = 2.0**-form.fraction_bits
     least, most = (np.float32(v / unit) for v in form.finite_values[[0, -1]])
     room = gain_table.room_for(panel.shape[1])
@@ -187,12 +208,30 @@ def _trials(
 
 def _percentiles(panel: Array, low: Array, high: Array, spec: QuantSpec) -> tuple[Array, Array]:
     """Return ranges that leave out the largest magnitudes; the full ones where nothing is left."""
+    good = np.isfinite(panel)
+    largest = np.maximum(-low, high)
+    if good.all() and largest.max(initial=0) <= np.finfo(panel.dtype).max / 4:
+        return _whole_percentiles(panel, low, high, spec)
+    low, high = low.copy(), high.copy()
+    # Entries that aren't finite have no part in it: what is left of their groups is shorter.
+    for k in np.flatnonzero(good.any(1)):
+        one = slice(k, k + 1)
+        # Differences of neighbours stay finite in a quarter of the unit.
+        unit = panel.dtype.type(0.25 if largest[k] > 1 else 1)
+        rest = panel[one, good[k]] * unit
+        ends = _whole_percentiles(rest, low[one] * unit, high[one] * unit, spec)
+        low[one], high[one] = (end / unit for end in ends)
+    return low, high
+
+
+def _whole_percentiles(
+    finite: Array, low: Array, high: Array, spec: QuantSpec
+) -> tuple[Array, Array]:
     q = np.float64(spec.percentile or 100)
-    finite = np.where(np.isfinite(panel), panel, 0)
     if spec.symmetric:
-        most = np.percentile(np.abs(finite), q, axis=1).astype(panel.dtype)
+        most = np.percentile(np.abs(finite), q, axis=1).astype(finite.dtype)
         return low * 0, np.where(most > 0, most, np.maximum(high, -low))
-    least, most = np.percentile(finite, [100 - q, q], axis=1).astype(panel.dtype)
+    least, most = np.percentile(finite, [100 - q, q], axis=1).astype(finite.dtype)
     least, most = np.minimum(least, 0), np.maximum(most, 0)
     nothing = (least == 0) & (most == 0)
     return np.where(nothing, low, least), np.where(nothing, high, most)

@@ -16,12 +16,16 @@ __all__ = [
     "check_divides",
     "check_finite",
     "check_floating",
+    "check_generator",
     "check_index",
     "check_matrix",
+    "check_number",
+    "check_numpy",
     "check_permutation",
     "check_scores",
     "divisors",
     "is_floating",
+    "is_plain_type",
     "join_some",
 ]
 
@@ -46,6 +50,37 @@ def check_index(name: str, value: Any, minimum: int = 1) -> int:
     if number < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {number}")
     return number
+
+
+def check_number(name: str, value: Any) -> float:
+    """Return ``value`` as float; TypeError unless it is a real number."""
+    if isinstance(value, bool | np.bool_ | str | bytes):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
+
+
+def check_generator(name: str, seed: Any) -> np.random.Generator:
+    """Return the generator that a seed stands for, or the one given: never an unknown state."""
+    if isinstance(seed, np.random.Generator):
+        return seed
+    return np.random.default_rng(check_index(name, seed, 0))
+
+
+def is_plain_type(kind: type) -> bool:
+    """Tell whether arrays of a type mean what they hold: masked ones and np.matrix don't."""
+    return not issubclass(kind, np.ma.MaskedArray | np.matrix)
+
+
+def check_numpy(name: str, value: Any) -> npt.NDArray[Any]:
+    """Return ``value`` if it is a NumPy array, of a type that means what it holds."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} must be a numpy.ndarray, got {type(value).__name__}")
+    if not is_plain_type(type(value)):
+        raise TypeError(f"{name} must be a plain numpy.ndarray, got {type(value).__name__}")
+    return value
 
 
 def check_array(name: str, x: Any) -> None:
@@ -86,24 +121,22 @@ def check_finite(name: str, x: npt.NDArray[Any]) -> None:
 
 def check_matrix(name: str, w: Any) -> npt.NDArray[Any]:
     """Return ``w`` if it is a finite floating NumPy array (out_features, in_features)."""
-    if not isinstance(w, np.ndarray):
-        raise TypeError(f"{name} must be a numpy.ndarray, got {type(w).__name__}")
-    check_floating(name, w)
-    if w.ndim != 2:
-        raise ShapeError(f"{name} must be (out_features, in_features), got shape {w.shape}")
-    check_finite(name, w)
-    return w
+    matrix = check_numpy(name, w)
+    check_floating(name, matrix)
+    if matrix.ndim != 2:
+        raise ShapeError(f"{name} must be (out_features, in_features), got shape {matrix.shape}")
+    check_finite(name, matrix)
+    return matrix
 
 
 def check_scores(name: str, score: Any) -> npt.NDArray[np.float64]:
     """Return a finite, non-negative vector (d,) in float64."""
-    if not isinstance(score, np.ndarray):
-        raise TypeError(f"{name} must be a numpy.ndarray, got {type(score).__name__}")
+    check_numpy(name, score)
     if score.ndim != 1 or score.size == 0:
         raise ShapeError(f"{name} must be a vector (d,) with d at least 1, got {score.shape}")
     check_floating(name, score)
     check_finite(name, score)
-    values = score.astype(np.float64)
+    values: npt.NDArray[np.float64] = score.astype(np.float64)
     if (values < 0).any():
         where = int(np.argmax(values < 0))
         raise ValueError(f"{name} must not be negative, got {values[where]} at index {where}")
@@ -112,8 +145,7 @@ def check_scores(name: str, score: Any) -> npt.NDArray[np.float64]:
 
 def check_permutation(name: str, p: Any, d: int | None = None) -> npt.NDArray[np.int64]:
     """Return ``p`` as int64 if it is a permutation of ``0..len(p)-1`` of length ``d``."""
-    if not isinstance(p, np.ndarray):
-        raise TypeError(f"{name} must be a numpy.ndarray, got {type(p).__name__}")
+    check_numpy(name, p)
     if p.dtype.kind not in "iu":
         raise TypeError(f"{name} must have an integer dtype, got {p.dtype}")
     if p.ndim != 1:
@@ -132,7 +164,8 @@ def check_permutation(name: str, p: Any, d: int | None = None) -> npt.NDArray[np
             f"{name} must hold every index once, got {twice} {counts[twice]} times "
             f"and {never} never"
         )
-    return p.astype(np.int64)
+    order: npt.NDArray[np.int64] = p.astype(np.int64)
+    return order
 
 
 def check_divides(name: str, size: int, d: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,7 +97,8 @@ class ActivationStats:
         self._energy_count = 0
         # The tokens with the smallest random keys are a uniform sample, also of merged streams.
         self._room = check_index("reservoir", reservoir, 0)
-        self._generator = np.random.default_rng(check_index("seed", seed, 0))
+        self._seeds = frozenset({check_index("seed", seed, 0)})
+        self._generator = np.random.default_rng(seed)
         self._keys = np.empty(0)
         self._tokens = np.empty((0, d), np.float32)
 
@@ -155,13 +157,18 @@ class ActivationStats:
         Raises
         ------
         TypeError, ValueError
-            If ``other`` is something else or collects other statistics.
+            If ``other`` is something else, collects other statistics, or drew its sample with a
+            seed that this object's was drawn with: both would have kept the same places.
         """
         if not isinstance(other, ActivationStats):
             raise TypeError(f"other must be ActivationStats, got {type(other).__name__}")
         if self._key() != other._key():
             raise ValueError(
                 f"other must collect the same statistics {self._key()}, got {other._key()}"
+            )
+        if self._room and (both := self._seeds & other._seeds):
+            raise ValueError(
+                f"other must have a seed of its own for its reservoir, got {min(both)} in both"
             )
         merged = ActivationStats(
             self.d,
@@ -171,6 +178,10 @@ class ActivationStats:
             reservoir=self._room,
             token_normalize=self.token_normalize,
             dtype=self._dtype,
+        )
+        merged._seeds = self._seeds | other._seeds
+        merged._generator = np.random.default_rng(
+            [part for one in (self, other) for part in one._words()[:4]]
         )
         merged._count = self._count + other._count
         merged._sum_abs = self._sum_abs + other._sum_abs
@@ -201,11 +212,9 @@ class ActivationStats:
         >>> np.array_equal(whole.tokens, half.update(x[1:]).tokens)
         True
         """
-        state: Any = self._generator.bit_generator.state
-        words = [state["state"][part] >> shift & _WORD for part in _PARTS for shift in (0, 64)]
         arrays = {
             "count": np.array([self._count, self._energy_count]),
-            "generator": np.array([*words, state["has_uint32"], state["uinteger"]], np.uint64),
+            "generator": np.array(self._words(), np.uint64),
             "sum_abs": self._sum_abs.copy(),
             "sum_square": self._sum_square.copy(),
             "absmax": self._absmax.copy(),
@@ -224,7 +233,23 @@ class ActivationStats:
         ----------
         arrays : mapping of str to numpy.ndarray
             Of an object with the same parameters.
+
+        Raises
+        ------
+        ShapeError, ValueError
+            If an array is missing or another's; nothing has been taken over then.
         """
+        shapes: dict[str, tuple[int, ...]] = {"count": (2,), "generator": (6,)}
+        shapes |= dict.fromkeys(("sum_abs", "sum_square", "absmax"), (self.d,))
+        for name, gram in (("gram", self._gram), ("energy_gram", self._energy_gram)):
+            if gram is not None:
+                shapes[name] = (self.d, self.d)
+        if missing := [name for name in (*shapes, "keys", "tokens") if name not in arrays]:
+            raise ValueError(f"arrays must hold {', '.join(missing)}, got {', '.join(arrays)}")
+        kept = min(len(arrays["keys"]), self._room)
+        for name, shape in (shapes | {"keys": (kept,), "tokens": (kept, self.d)}).items():
+            if tuple(arrays[name].shape) != shape:
+                raise ShapeError(f"{name} must have shape {shape}, got {arrays[name].shape}")
         *words, has, rest = (int(word) for word in arrays["generator"])
         self._generator.bit_generator.state = {
             "bit_generator": "PCG64",
@@ -254,6 +279,16 @@ class ActivationStats:
             np.concatenate([self._keys, keys[chosen]]),
             np.concatenate([self._tokens, rows.astype(np.float32)]),
         )
+
+    def _words(self) -> list[int]:
+        """State of the generator, in words of 64 bits."""
+        state: Any = self._generator.bit_generator.state
+        words = [state["state"][part] >> shift & _WORD for part in _PARTS for shift in (0, 64)]
+        return [*words, state["has_uint32"], state["uinteger"]]
+
+    def __copy__(self) -> ActivationStats:
+        """Copy the sums too: ``update`` adds to them where they are."""
+        return copy.deepcopy(self)
 
     @staticmethod
     def _near(total: Any, backend: Backend) -> Any:

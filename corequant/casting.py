@@ -105,11 +105,12 @@ def decode(codes: Any, form: NumberFormat | str) -> Any:
     array([ 0.,  6., -6.], dtype=float32)
     """
     form = _as_format(form)
+    backend = backend_for(codes=codes)
     if str(codes.dtype).rpartition(".")[2] not in ("int8", "uint8"):
         raise TypeError(f"codes must be int8 or uint8, got {codes.dtype}")
     if form.table and codes.size and int(codes.max()) >= len(form.table):
         raise ValueError(f"codes of {form.name} must be below {len(form.table)}, got more")
-    return backend_for(codes=codes).decode(codes, form)
+    return backend.decode(codes, form)
 
 
 def _as_format(form: Any) -> NumberFormat:

@@ -12,6 +12,8 @@ from corequant._validation import (
     check_finite,
     check_floating,
     check_index,
+    check_number,
+    check_numpy,
     check_scores,
 )
 from corequant.errors import ShapeError
@@ -174,7 +176,7 @@ def probable_outlier_bounds(
     >>> round(float(published / sharper), 6)
     2.0
     """
-    if not 0 < epsilon < 1:
+    if not 0 < check_number("epsilon", epsilon) < 1:
         raise ValueError(f"epsilon must lie between 0 and 1, got {epsilon}")
     blocks = _blocks(x, block_size)
     count, size = blocks.shape[-2:]
@@ -226,8 +228,7 @@ def _norms(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _blocks(x: Any, block_size: int | None) -> npt.NDArray[np.float64]:
-    if not isinstance(x, np.ndarray):
-        raise TypeError(f"x must be a numpy.ndarray, got {type(x).__name__}")
+    check_numpy("x", x)
     check_floating("x", x)
     d = x.shape[-1]
     if d == 0:
@@ -235,4 +236,5 @@ def _blocks(x: Any, block_size: int | None) -> npt.NDArray[np.float64]:
     size = d if block_size is None else check_index("block_size", block_size)
     check_divides("block_size", size, d)
     check_finite("x", x)
-    return x.astype(np.float64).reshape(*x.shape[:-1], d // size, size)
+    blocks: npt.NDArray[np.float64] = x.astype(np.float64).reshape(*x.shape[:-1], d // size, size)
+    return blocks

@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._validation import check_finite, check_floating, check_matrix, check_scores
+from corequant._validation import (
+    check_finite,
+    check_floating,
+    check_matrix,
+    check_number,
+    check_numpy,
+    check_scores,
+)
 from corequant.errors import ShapeError
 from corequant.quantization import QuantizedTensor, dequantize
 
@@ -210,7 +217,7 @@ def correct_bias(
 
 
 def _readers(weights: tuple[Any, ...], d: int, alpha: float) -> list[npt.NDArray[Any]]:
-    if not 0 <= alpha <= 1:
+    if not 0 <= check_number("alpha", alpha) <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
     if not weights:
         raise ValueError("weights must hold at least one weight, got none")
@@ -227,10 +234,10 @@ def _range(W: npt.NDArray[Any], axis: int) -> Vector:
 
 
 def _vector(name: str, value: Any, length: int) -> Vector:
-    if not isinstance(value, np.ndarray):
-        raise TypeError(f"{name} must be a numpy.ndarray, got {type(value).__name__}")
+    check_numpy(name, value)
     if value.shape != (length,):
         raise ShapeError(f"{name} must have shape ({length},), got {value.shape}")
     check_floating(name, value)
     check_finite(name, value)
-    return value.astype(np.float64)
+    checked: Vector = value.astype(np.float64)
+    return checked

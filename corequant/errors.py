@@ -7,6 +7,8 @@ argument, the rule that it breaks and the value that was given.
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "AccumulatorError",
     "ArchitectureError",
@@ -72,6 +74,10 @@ class NonFiniteError(CorequantError, ValueError):
             f"{name} must be finite, got {count} non-finite "
             f"{'value' if count == 1 else 'values'}, the first ({value}) at index {index}"
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what it is made from, so that it comes back from a process of a pool."""
+        return type(self), (self.name, self.count, self.index, self.value)
 
 
 class SpecError(CorequantError, ValueError):

@@ -56,6 +56,8 @@ def integer_unit(form: NumberFormat | str) -> float:
     (0.5, 1.0)
     """
     known = find_format(form) if isinstance(form, str) else form
+    if not isinstance(known, NumberFormat):
+        raise TypeError(f"form must be a NumberFormat or its name, got {type(form).__name__}")
     if known.kind is FormatKind.INTEGER:
         return 2.0**-known.fraction_bits
     if known.kind is FormatKind.FLOAT:

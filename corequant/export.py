@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant.errors import CheckpointError
-from corequant.packed import load_scales, store_scales
 from corequant.packing import pack, pack_bytes, packed_bytes, packed_words, unpack, unpack_bytes
 from corequant.quantization import QuantizedTensor
 from corequant.specs import Granularity, QuantSpec, ScaleFormat, qparams_shape
+from corequant.storedscales import load_scales, store_scales
 
 __all__ = ["TARGETS", "from_arrays", "to_arrays"]
 

@@ -387,6 +387,8 @@ def find_format(text: str) -> NumberFormat:
     >>> find_format("e4m3").maximum, find_format("float8_e4m3fn").maximum
     (480.0, 448.0)
     """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a string, got {type(text).__name__}")
     if text in formats:
         return formats[text]
     if match := _MINIFLOAT.fullmatch(text):

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._validation import check_array, check_divides, check_finite
+from corequant._validation import check_array, check_divides, check_finite, check_numpy
 from corequant.errors import ShapeError, SpecError
 from corequant.formats import formats
 from corequant.quantization import QuantizedTensor, quantize
@@ -114,7 +114,7 @@ def to_blocks(quantized: QuantizedTensor) -> tuple[str, Array]:
     >>> kind, blocks[0, :3].tobytes().hex(" ")
     ('MXFP4', '7d 66 66')
     """
-    from corequant.packed import store_scales
+    from corequant.storedscales import store_scales
 
     spec = quantized.spec
     name = block_type_of(spec)
@@ -263,8 +263,7 @@ def quantize_blocks(x: Any, block_type: str) -> Array:
     """
     if block_type not in BLOCK_TYPES:
         raise SpecError(f"block_type must be one of {', '.join(BLOCK_TYPES)}, got {block_type!r}")
-    if not isinstance(x, np.ndarray):
-        raise TypeError(f"x must be a numpy.ndarray, got {type(x).__name__}")
+    check_numpy("x", x)
     check_array("x", x)
     check_divides("group_size", _SIZE, x.shape[-1])
     if block_type == "MXFP4":

@@ -247,7 +247,7 @@ def _require_factors(n: int, function: str) -> tuple[int, int]:
 def _as_integer(value: int, function: str, name: str, minimum: float = 1) -> int:
     """Plain int of any integer type but bool, checked against the bounds."""
     try:
-        if isinstance(value, bool):
+        if isinstance(value, bool | np.bool_):
             raise TypeError
         number = operator.index(value)
     except TypeError:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._validation import check_finite, check_floating, check_permutation
+from corequant._validation import check_finite, check_floating, check_numpy, check_permutation
 from corequant.errors import ShapeError
 from corequant.rotation import block_hadamard
 
@@ -272,8 +272,7 @@ def merge_rotation(
 def _axis(W: Any, side: str) -> int:
     if side not in ("input", "output"):
         raise ValueError(f"side must be 'input' or 'output', got {side!r}")
-    if not isinstance(W, np.ndarray):
-        raise TypeError(f"W must be a numpy.ndarray, got {type(W).__name__}")
+    check_numpy("W", W)
     check_floating("W", W)
     if W.ndim > 2 or (W.ndim == 1 and side == "input"):
         raise ShapeError(
@@ -284,8 +283,7 @@ def _axis(W: Any, side: str) -> int:
 
 
 def _check_weight(name: str, W: Any, ndim: int) -> None:
-    if not isinstance(W, np.ndarray):
-        raise TypeError(f"{name} must be a numpy.ndarray, got {type(W).__name__}")
+    check_numpy(name, W)
     check_floating(name, W)
     if W.ndim != ndim:
         raise ShapeError(f"{name} must have {ndim} axes, got shape {W.shape}")

@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from corequant._dispatch import backend_for
-from corequant._validation import check_array, check_divides
+from corequant._validation import check_array, check_divides, check_index, check_numpy
 from corequant.errors import ShapeError
 from corequant.formats import find_format
 from corequant.packing import packed_bytes, packed_words
-from corequant.quantization import QuantizedTensor, as_spec, choose_global_scale
+from corequant.quantization import (
+    QuantizedTensor,
+    as_spec,
+    check_fit,
+    check_global,
+    choose_global_scale,
+)
 from corequant.specs import Granularity, QuantSpec, ScaleFormat
+from corequant.storedscales import SCALE_BYTES, load_scales, numbers_of, store_scales
 
 __all__ = [
     "PackedTensor",
     "dequantize_packed",
-    "load_scales",
     "pack_quantized",
     "quantize_packed",
-    "store_scales",
     "unpack_quantized",
 ]
 
 Array = npt.NDArray[Any]
-
-_BYTES = {ScaleFormat.E8M0: "float8_e8m0fnu", ScaleFormat.E4M3: "float8_e4m3fn"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +109,7 @@ def quantize_packed(
     from corequant._quantize_numpy import quantize_packed as quantize_array
 
     spec = as_spec(spec)
-    if not isinstance(x, np.ndarray):
-        raise TypeError(f"x must be a numpy.ndarray, got {type(x).__name__}")
+    check_numpy("x", x)
     check_array("x", x)
     d = x.shape[-1]
     if spec.group_size is not None:
@@ -116,15 +117,25 @@ def quantize_packed(
     shape = (*x.shape[:-1], _row_bytes(d, spec))
     if out is None:
         out = np.zeros(shape, np.uint8)
-    elif out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
-        raise ShapeError(f"out must be uint8, C-contiguous and of shape {shape}, got {out.shape}")
+    elif (
+        check_numpy("out", out).shape != shape
+        or out.dtype != np.uint8
+        or not out.flags.c_contiguous
+    ):
+        raise ShapeError(
+            f"out must be uint8, C-contiguous and of shape {shape}, got {out.dtype} {out.shape}"
+        )
+    _check_writeable(out)
+    if global_scale is not None:
+        check_numpy("global_scale", global_scale)
+        check_global(spec, global_scale)
     if spec.granularity is Granularity.TENSOR_GROUP and global_scale is None:
         global_scale = choose_global_scale(x, spec)
     rows_out = out.reshape(math.prod(shape[:-1]), shape[-1])
     scales, zeros = quantize_array(x, spec, global_scale, rows_out)
     if spec.scale_format is ScaleFormat.E4M3:
         # Chosen as numbers of their format: nothing to verify.
-        form = find_format(_BYTES[spec.scale_format])
+        form = find_format(SCALE_BYTES[spec.scale_format])
         stored: Array = backend_for(scales=scales).encode(scales, form)
     else:
         stored = store_scales(scales, spec)
@@ -146,8 +157,8 @@ def dequantize_packed(packed: PackedTensor, *, out: Any = None) -> Array:
 
     Raises
     ------
-    ShapeError, TypeError
-        If ``packed`` isn't a PackedTensor or ``out`` doesn't fit.
+    ShapeError, TypeError, ValueError
+        If ``packed`` isn't a PackedTensor, its arrays don't fit each other, or ``out`` doesn't.
 
     Examples
     --------
@@ -161,13 +172,12 @@ def dequantize_packed(packed: PackedTensor, *, out: Any = None) -> Array:
     from corequant._quantize_numpy import each_panel, flat_qparams
     from corequant._scales import effective
 
-    if not isinstance(packed, PackedTensor):
-        raise TypeError(f"packed must be a PackedTensor, got {type(packed).__name__}")
+    _check_packed(packed)
     spec, d = packed.spec, packed.d
     if out is None:
         out = np.empty(packed.shape, np.float32)
     elif (
-        out.shape != packed.shape
+        check_numpy("out", out).shape != packed.shape
         or out.dtype not in (np.float32, np.float64)
         or not out.flags.c_contiguous
     ):
@@ -175,15 +185,16 @@ def dequantize_packed(packed: PackedTensor, *, out: Any = None) -> Array:
             f"out must be float32 or float64, C-contiguous and of shape {packed.shape}, "
             f"got {out.dtype} {out.shape}"
         )
+    _check_writeable(out)
     if not out.size:
         return out  # type: ignore[no-any-return]
     size = spec.group_size or d
     target = out.reshape(-1, d)
     width = packed.packed.shape[-1]
-    if spec.scale_format in _BYTES and fits_nibbles(spec.format, out.dtype, size, d):
+    if spec.scale_format in SCALE_BYTES and fits_nibbles(spec.format, out.dtype, size, d):
         # Scales are read where they are used: as numbers they would pass through memory twice.
         rounder = rounder_for(spec.format, out.dtype)
-        table = effective(_numbers(spec.scale_format), packed.global_scale)
+        table = effective(numbers_of(spec.scale_format), packed.global_scale)
         stored = np.ascontiguousarray(packed.scales).reshape(-1)
 
         def straight(panel: Array, rows: slice, groups: slice) -> None:
@@ -218,6 +229,7 @@ def pack_quantized(quantized: QuantizedTensor) -> PackedTensor:
     if not isinstance(quantized, QuantizedTensor):
         raise TypeError(f"quantized must be a QuantizedTensor, got {type(quantized).__name__}")
     spec, codes = quantized.spec, quantized.codes
+    check_fit(quantized.shape, quantized)
     if spec.format.least_code:
         packed = pack(codes, spec.format.bits).astype("<i4", copy=False).view(np.uint8)
     else:
@@ -240,6 +252,7 @@ def unpack_quantized(packed: PackedTensor) -> QuantizedTensor:
     """
     from corequant.packing import unpack, unpack_bytes
 
+    _check_packed(packed)
     spec = packed.spec
     if spec.format.least_code:
         words = np.ascontiguousarray(packed.packed).view("<i4").astype(np.int32, copy=False)
@@ -250,64 +263,30 @@ def unpack_quantized(packed: PackedTensor) -> QuantizedTensor:
     return QuantizedTensor(codes, scales, packed.zero_points, spec, packed.global_scale)
 
 
-def store_scales(scales: Array, spec: QuantSpec) -> Array:
-    """Return scales as they are stored: bytes E8M0 or E4M3, float16, otherwise float32.
-
-    Raises ValueError where a scale is not a number of that format.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from corequant.packed import store_scales
-    >>> from corequant.specs import presets
-    >>> store_scales(np.array([[1.0, 0.5]], np.float32), presets["mxfp4"])
-    array([[127, 126]], dtype=uint8)
-    """
-    kind = spec.scale_format
-    if kind is ScaleFormat.E8M0 and scales.dtype == np.float32:
-        # A power of two is its exponent field, except for the subnormal 2**-127.
-        stored: Array = (np.ascontiguousarray(scales).view(np.uint32) >> 23).astype(np.uint8)
-        exact = _numbers(kind)[stored] == scales
-    elif kind in _BYTES:
-        form = find_format(_BYTES[kind])
-        backend = backend_for(scales=scales)
-        stored = backend.encode(scales, form)
-        exact = backend.decode(stored, form) == scales
-    else:
-        with np.errstate(over="ignore"):
-            narrow = np.float16 if kind is ScaleFormat.FLOAT16 else np.float32
-            stored = np.ascontiguousarray(scales, narrow)
-        exact = stored == scales if kind is ScaleFormat.FLOAT16 else np.isfinite(stored)
-    if not exact.all():
-        raise ValueError(f"scales must be numbers of {kind.value}, got {scales[~exact][0]}")
-    return stored
-
-
-def load_scales(stored: Array, spec: QuantSpec) -> Array:
-    """Return stored scales as float32.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from corequant.packed import load_scales
-    >>> from corequant.specs import presets
-    >>> load_scales(np.array([[127, 126]], np.uint8), presets["mxfp4"])
-    array([[1. , 0.5]], dtype=float32)
-    """
-    if spec.scale_format in _BYTES:
-        if isinstance(stored, np.ndarray):
-            return _numbers(spec.scale_format)[stored]
-        decoded: Array = backend_for(stored=stored).decode(
-            stored, find_format(_BYTES[spec.scale_format])
+def _check_packed(packed: Any) -> None:
+    """Raise unless the arrays fit each other: they may come from a file."""
+    if not isinstance(packed, PackedTensor):
+        raise TypeError(f"packed must be a PackedTensor, got {type(packed).__name__}")
+    check_index("d", packed.d, 0)
+    data = check_numpy("packed", packed.packed)
+    width = _row_bytes(packed.d, packed.spec)
+    if data.dtype != np.uint8:
+        raise TypeError(f"packed must have dtype uint8, got {data.dtype}")
+    if data.ndim == 0 or data.shape[-1] != width:
+        raise ShapeError(
+            f"packed must hold {width} bytes a row for d={packed.d}, got shape {data.shape}"
         )
-        return decoded
-    return stored.astype(np.float32)
+    scales = check_numpy("scales", packed.scales)
+    stored = "u" if packed.spec.scale_format in SCALE_BYTES else "f"
+    if scales.dtype.kind != stored or (stored == "u" and scales.dtype != np.uint8):
+        wanted = "uint8" if stored == "u" else "a floating dtype"
+        raise TypeError(f"scales of {packed.spec} must have {wanted}, got {scales.dtype}")
+    check_fit(packed.shape, packed)
 
 
-@cache
-def _numbers(kind: ScaleFormat) -> Array:
-    """Return what each of the 256 bytes of a scale stands for, float32."""
-    return find_format(_BYTES[kind]).values.astype(np.float32)
+def _check_writeable(out: Array) -> None:
+    if not out.flags.writeable:
+        raise ValueError("out must be writeable, got a read-only array")
 
 
 def _row_bytes(d: int, spec: QuantSpec) -> int:

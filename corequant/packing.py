@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant._threads import for_rows
-from corequant._validation import check_index
+from corequant._validation import check_index, check_numpy
 from corequant.errors import ShapeError
 
 __all__ = ["pack", "pack_bytes", "packed_bytes", "packed_words", "unpack", "unpack_bytes"]
@@ -83,8 +83,7 @@ def unpack(packed: Any, bits: int, d: int) -> npt.NDArray[np.int8]:
     """
     half = 1 << (_check_bits(bits) - 1)
     check_index("d", d, 0)
-    if not isinstance(packed, np.ndarray):
-        raise TypeError(f"packed must be a numpy.ndarray, got {type(packed).__name__}")
+    check_numpy("packed", packed)
     if packed.dtype != np.int32:
         raise TypeError(f"packed must have dtype int32, got {packed.dtype}")
     if packed.ndim == 0 or packed.shape[-1] != packed_words(d, bits):
@@ -157,8 +156,7 @@ def unpack_bytes(packed: Any, bits: int, d: int) -> npt.NDArray[np.uint8]:
     """
     _check_bits(bits)
     check_index("d", d, 0)
-    if not isinstance(packed, np.ndarray):
-        raise TypeError(f"packed must be a numpy.ndarray, got {type(packed).__name__}")
+    check_numpy("packed", packed)
     if packed.dtype != np.uint8:
         raise TypeError(f"packed must have dtype uint8, got {packed.dtype}")
     if packed.ndim == 0 or packed.shape[-1] != packed_bytes(d, bits):
@@ -204,8 +202,7 @@ def _unpack_rows(packed: npt.NDArray[np.uint8], bits: int, d: int) -> npt.NDArra
 
 
 def _check_codes(codes: Any, least: int, most: int, bits: int) -> None:
-    if not isinstance(codes, np.ndarray):
-        raise TypeError(f"codes must be a numpy.ndarray, got {type(codes).__name__}")
+    check_numpy("codes", codes)
     if codes.dtype.kind not in "iu":
         raise TypeError(f"codes must have an integer dtype, got {codes.dtype}")
     if codes.ndim == 0:

@@ -15,12 +15,14 @@ import numpy as np
 
 from corequant._dispatch import backend_for
 from corequant._validation import check_array, check_divides
-from corequant.errors import ShapeError, SpecError
+from corequant.errors import NonFiniteError, ShapeError, SpecError
 from corequant.protocols import Backend
 from corequant.specs import Granularity, QuantSpec, qparams_shape
+from corequant.storedscales import SCALE_BYTES, store_scales
 
 __all__ = [
     "QuantizedTensor",
+    "check_fit",
     "check_global",
     "check_qparams",
     "choose_global_scale",
@@ -165,7 +167,8 @@ def quantize(
     spec : QuantSpec or str
         The quantizer.
     scales, zero_points : arrays, optional
-        As ``choose_qparams`` returns them. Zero points go with scales, and with asymmetric specs.
+        As ``choose_qparams`` returns them. Zero points go with scales, and with asymmetric specs;
+        any integers that are codes will do.
     global_scale : array (1,), optional
         Of granularity ``tensor_group``; must come with scales, and may come without.
 
@@ -218,8 +221,8 @@ def dequantize(quantized: QuantizedTensor) -> Any:
 
     Raises
     ------
-    TypeError
-        If ``quantized`` is not a QuantizedTensor.
+    ShapeError, TypeError, ValueError
+        If ``quantized`` is not a QuantizedTensor, or its arrays don't fit each other and its spec.
 
     Examples
     --------
@@ -229,7 +232,8 @@ def dequantize(quantized: QuantizedTensor) -> Any:
     """
     if not isinstance(quantized, QuantizedTensor):
         raise TypeError(f"quantized must be a QuantizedTensor, got {type(quantized).__name__}")
-    backend = backend_for(codes=quantized.codes)
+    backend = backend_for(codes=quantized.codes, scales=quantized.scales)
+    check_fit(tuple(quantized.codes.shape), quantized)
     return backend.dequantize(
         quantized.codes,
         quantized.spec,
@@ -286,6 +290,11 @@ def fake_quantize(
         raise ValueError(f"nonfinite must be one of {', '.join(_POLICIES)}, got {nonfinite!r}")
     if out is not None:
         _check_out(x, out)
+        if nonfinite == "raise" and isinstance(out, np.ndarray) and np.may_share_memory(x, out):
+            # Looked for first: a result in the place of x would leave half of it.
+            bad = backend.first_nonfinite(x)
+            if bad is not None:
+                raise NonFiniteError("x", *bad)
     return backend.fake_quantize(x, spec, global_scale, out=out, propagate=nonfinite == "propagate")
 
 
@@ -322,8 +331,26 @@ def _check_out(x: Any, out: Any) -> None:
             raise ValueError("out must be x itself or share no memory with it, got an overlap")
 
 
-def check_qparams(shape: tuple[int, ...], spec: QuantSpec, scales: Any, zeros: Any) -> None:
-    """Raise unless scales and zero points fit a spec and the shape of what they are for."""
+def check_fit(shape: tuple[int, ...], quantized: Any) -> None:
+    """Raise unless a quantized or packed tensor's arrays are what its spec asks for a shape.
+
+    What they hold is not looked at.
+    """
+    spec = quantized.spec
+    _check_shapes(shape, spec, quantized.scales, quantized.zero_points)
+    shared = quantized.global_scale
+    if (spec.granularity is Granularity.TENSOR_GROUP) != (shared is not None):
+        given = "none" if shared is None else "some"
+        raise ValueError(
+            f"global_scale must be given exactly for granularity 'tensor_group', got {given}"
+        )
+    if shared is not None and tuple(shared.shape) != (1,):
+        raise ShapeError(f"global_scale must have shape (1,), got {tuple(shared.shape)}")
+
+
+def _check_shapes(shape: tuple[int, ...], spec: QuantSpec, scales: Any, zeros: Any) -> None:
+    if spec.group_size is not None:
+        check_divides("group_size", spec.group_size, shape[-1])
     wanted = qparams_shape(shape, spec)
     for name, value in (("scales", scales), ("zero_points", zeros)):
         if value is not None and tuple(value.shape) != wanted:
@@ -331,9 +358,27 @@ def check_qparams(shape: tuple[int, ...], spec: QuantSpec, scales: Any, zeros: A
     if spec.symmetric != (zeros is None):
         given = "none" if zeros is None else "some"
         raise ValueError(f"zero_points must be given exactly for asymmetric specs, got {given}")
+    if zeros is not None and "int" not in str(zeros.dtype):
+        raise TypeError(f"zero_points must have an integer dtype, got {zeros.dtype}")
+
+
+def check_qparams(shape: tuple[int, ...], spec: QuantSpec, scales: Any, zeros: Any) -> None:
+    """Raise unless scales and zero points fit a spec and the shape of what they are for."""
+    _check_shapes(shape, spec, scales, zeros)
     check_array("scales", scales)
-    if 0 not in wanted and not bool((scales > 0).all() and (scales < float("inf")).all()):
-        raise ValueError(f"scales must be positive and finite, got {float(scales.min())}")
+    if 0 in qparams_shape(shape, spec):
+        return
+    good = (scales > 0) & (scales < float("inf"))
+    if not bool(good.all()):
+        raise ValueError(f"scales must be positive and finite, got {float(scales[~good][0])}")
+    if spec.scale_format in SCALE_BYTES:
+        store_scales(scales, spec)
+    if zeros is not None:
+        least, most = int(spec.format.minimum), int(spec.format.maximum)
+        good = (zeros >= least) & (zeros <= most)
+        if not bool(good.all()):
+            wrong = int(zeros[~good][0])
+            raise ValueError(f"zero_points must lie in [{least}, {most}], got {wrong}")
 
 
 def check_global(spec: QuantSpec, global_scale: Any) -> None:

@@ -16,7 +16,9 @@ from corequant._validation import (
     check_divides,
     check_finite,
     check_floating,
+    check_generator,
     check_index,
+    check_numpy,
     check_permutation,
 )
 from corequant.errors import ShapeError
@@ -83,7 +85,7 @@ def rangediff(
         return order
     from corequant._numba.ranges import search_exchanges
 
-    generator = np.random.default_rng(seed)
+    generator = check_generator("seed", seed)
     draws = generator.integers(0, 2**31 - 1, (wanted, 4))
     state = _state(np.ascontiguousarray(tokens[:, order]), b, symmetric)
     search_exchanges(*state, draws, symmetric, order)
@@ -135,8 +137,8 @@ def sign_descent(
     tokens, b = _check(x, block_size)
     signs = np.ones(tokens.shape[1], np.int8)
     if start is not None:
-        if not isinstance(start, np.ndarray) or start.shape != signs.shape:
-            raise ShapeError(f"start must be an array ({len(signs)},), got {np.shape(start)}")
+        if check_numpy("start", start).shape != signs.shape:
+            raise ShapeError(f"start must have shape ({len(signs)},), got {start.shape}")
         if (np.abs(start) != 1).any():
             raise ValueError("start must be +1 or -1 everywhere, got other values")
         signs = start.astype(np.int8)
@@ -153,8 +155,7 @@ def sign_descent(
 
 
 def _check(x: Any, block_size: Any) -> tuple[npt.NDArray[np.float32], int]:
-    if not isinstance(x, np.ndarray):
-        raise TypeError(f"x must be a numpy.ndarray, got {type(x).__name__}")
+    check_numpy("x", x)
     check_floating("x", x)
     if x.ndim != 2 or x.shape[1] == 0:
         raise ShapeError(f"x must be (tokens, d) with d at least 1, got shape {x.shape}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -166,6 +166,35 @@ class Recipe:
     sequence_length: int = 2048
     seed: int = 0
 
+    if TYPE_CHECKING:
+        # Specs are taken as strings too, which a field's type doesn't tell.
+        def __init__(
+            self,
+            block_size: int | Sequence[int] | str | None = ...,
+            rotation: str = ...,
+            head_block_size: int | None = ...,
+            tolerance: float = ...,
+            permutation: str = ...,
+            factors: str = ...,
+            weights: QuantSpec | str = ...,
+            activations: QuantSpec | str | None = ...,
+            random_signs: bool = ...,
+            sign_trials: int = ...,
+            rounding: str = ...,
+            damping: float | None = ...,
+            reference: str = ...,
+            act_order: bool = ...,
+            correction: float = ...,
+            refit: bool = ...,
+            fit_scales: bool = ...,
+            magr: float = ...,
+            accumulator: int | str | None = ...,
+            steps: int = ...,
+            samples: int = ...,
+            sequence_length: int = ...,
+            seed: int = ...,
+        ) -> None: ...
+
     def __post_init__(self) -> None:
         """Parse specs that are strings and refuse values without a meaning."""
         try:
@@ -321,8 +350,12 @@ class Recipe:
 
     def to_toml(self) -> str:
         """Write the recipe as TOML (needs tomli-w, of the extra ``transformers``)."""
-        import tomli_w
-
+        try:
+            import tomli_w
+        except ImportError as error:
+            raise ImportError(
+                'to_toml needs tomli-w; install it with: pip install "corequant[transformers]"'
+            ) from error
         return tomli_w.dumps(self.to_dict())
 
     @classmethod

@@ -16,7 +16,9 @@ from corequant._repeated import repeat
 from corequant._validation import (
     check_array,
     check_divides,
+    check_generator,
     check_index,
+    check_numpy,
     divisors,
     join_some,
 )
@@ -120,7 +122,10 @@ def block_hadamard(
 
 
 def _repeat_of(kind: type) -> Any:
-    return getattr(owner_of(kind), "repeat_rotation", None)
+    try:
+        return getattr(owner_of(kind), "repeat_rotation", None)
+    except TypeError:
+        return None  # ``backend_for`` says of what argument
 
 
 def check_axis(name: str, axis: Any, ndim: int) -> int:
@@ -168,15 +173,17 @@ def check_signs(name: str, signs: Any, d: int) -> npt.NDArray[np.int8] | None:
     """Return signs as int8 (d,), or None; raise unless all are ±1."""
     if signs is None:
         return None
-    if not isinstance(signs, np.ndarray):
-        raise TypeError(f"{name} must be a numpy.ndarray, got {type(signs).__name__}")
+    check_numpy(name, signs)
     if signs.shape != (d,):
         raise ShapeError(f"{name} must have shape ({d},), got {signs.shape}")
+    if signs.dtype.kind not in "iuf":
+        raise TypeError(f"{name} must have a real dtype, got {signs.dtype}")
     wrong = np.abs(signs) != 1
     if wrong.any():
         where = int(np.argmax(wrong))
         raise ValueError(f"{name} must be +1 or -1, got {signs[where]} at index {where}")
-    return signs.astype(np.int8)
+    checked: npt.NDArray[np.int8] = signs.astype(np.int8)
+    return checked
 
 
 def random_signs(d: int, seed: int | np.random.Generator) -> npt.NDArray[np.int8]:
@@ -188,5 +195,5 @@ def random_signs(d: int, seed: int | np.random.Generator) -> npt.NDArray[np.int8
     >>> cq.random_signs(4, seed=0).shape
     (4,)
     """
-    generator = np.random.default_rng(seed)
+    generator = check_generator("seed", seed)
     return generator.choice(np.array([-1, 1], np.int8), check_index("d", d))

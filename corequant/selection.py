@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._validation import check_divides, check_index, check_matrix
+from corequant._validation import check_divides, check_generator, check_index, check_matrix
 from corequant.calibration import ActivationStats
 from corequant.equalization import balanced_scales
 from corequant.errors import CalibrationError
@@ -163,7 +163,7 @@ def make_permutation(
     check_divides("heads", check_index("heads", heads), d)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    generator = np.random.default_rng(seed)
+    generator = check_generator("seed", seed)
     parts = [slice(k * d // heads, (k + 1) * d // heads) for k in range(heads)]
     width = d // heads
     # The whole matrix is scaled by the number of tokens when it is asked for: once is enough.

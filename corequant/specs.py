@@ -17,8 +17,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from corequant._validation import check_index
 from corequant.errors import SpecError
 from corequant.formats import FormatKind, NumberFormat, find_format, formats
 
@@ -153,6 +154,20 @@ class QuantSpec:
     scale_rounding: ScaleRounding | None = None
     percentile: float | None = None
 
+    if TYPE_CHECKING:
+        # Names are taken as well as what they name, which a field's type doesn't tell.
+        def __init__(
+            self,
+            format: NumberFormat | str,
+            granularity: Granularity | str = ...,
+            group_size: int | None = ...,
+            symmetric: bool = ...,
+            scale_search: ScaleSearch | str = ...,
+            scale_format: ScaleFormat | str = ...,
+            scale_rounding: ScaleRounding | str | None = ...,
+            percentile: float | None = ...,
+        ) -> None: ...
+
     def __post_init__(self) -> None:
         """Look names up and refuse combinations without a meaning."""
         if isinstance(self.format, str):
@@ -162,6 +177,12 @@ class QuantSpec:
             if isinstance(value, str):
                 members = {m.value: m for m in kind}
                 object.__setattr__(self, field, _lookup(field, value, members))
+            elif not isinstance(value, kind) and not (field == "scale_rounding" and value is None):
+                raise SpecError(f"{field} must be a {kind.__name__} or its name, got {value!r}")
+        if not isinstance(self.format, NumberFormat):
+            raise SpecError(f"format must be a NumberFormat or its name, got {self.format!r}")
+        if not isinstance(self.symmetric, bool):
+            raise SpecError(f"symmetric must be True or False, got {self.symmetric!r}")
         power = self.scale_format in POWERS_OF_TWO
         if self.scale_rounding is None:
             rounding = ScaleRounding.FLOOR if power else ScaleRounding.NEAREST
@@ -178,9 +199,14 @@ class QuantSpec:
                 f"group_size must be given exactly for granularities 'group' and 'tensor_group', "
                 f"got group_size={self.group_size!r} with granularity {self.granularity.value!r}"
             )
-        size = self.group_size
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise SpecError(f"group_size must be a positive integer, got {size!r}")
+        if self.group_size is None:
+            return
+        try:
+            size = check_index("group_size", self.group_size)
+        except (TypeError, ValueError):
+            message = f"group_size must be a positive integer, got {self.group_size!r}"
+            raise SpecError(message) from None
+        object.__setattr__(self, "group_size", size)
 
     def _check_format(self) -> None:
         if self.format.kind is FormatKind.POWER:
@@ -224,8 +250,11 @@ class QuantSpec:
             raise SpecError("scale_search 'four_over_six' is for nvfp4 only")
         if self.percentile is not None and search is not ScaleSearch.PERCENTILE:
             raise SpecError(f"percentile goes with scale_search 'percentile', got {search.value!r}")
-        if self.percentile is not None and not 0 < self.percentile <= 100:
-            raise SpecError(f"percentile must be in (0, 100], got {self.percentile!r}")
+        number = self.percentile
+        if number is None:
+            return
+        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= 100:
+            raise SpecError(f"percentile must be a number in (0, 100], got {number!r}")
 
     @classmethod
     def parse(cls, text: str, **defaults: Any) -> QuantSpec:

@@ -21,6 +21,7 @@ from corequant.exact import integer_unit
 from corequant.formats import FormatKind
 from corequant.protocols import Backend
 from corequant.quantization import QuantizedTensor, check_global, check_qparams
+from corequant.rounding.accumulators import ensure_certified
 from corequant.rounding.columns import column_grid
 from corequant.rounding.loop import BLOCK
 from corequant.specs import Granularity, QuantSpec
@@ -160,7 +161,13 @@ class ColumnLoop:
         back = torch.empty_like(values)
         back[:, torch.from_numpy(self.order.copy()).to(values.device)] = values
         share = None if self.tiles is None else self.tiles.moved_share(rows * d)
-        return self.scales.encode(back), share
+        rounded = self.scales.encode(back)
+        if self.tiles is not None:
+            arrays = (rounded.codes, rounded.scales, rounded.zero_points)
+            home = [None if a is None else a.cpu().numpy() for a in arrays]
+            at_home = QuantizedTensor(home[0], home[1], home[2], rounded.spec)
+            ensure_certified(at_home, self.tiles.accumulator, self.name)
+        return rounded, share
 
     def _block(
         self,

@@ -190,7 +190,7 @@ class CpuKernels:
         given = (to_numpy_or_none(t) for t in (scales, zero_points, global_scale))
         codes, chosen, zeros = self._numpy.quantize(to_numpy(x), spec, *given)
         if scales is not None:
-            return to_torch(codes), scales, zero_points
+            return to_torch(codes), scales, to_torch_or_none(zeros)
         return to_torch(codes), to_torch(chosen), to_torch_or_none(zeros)
 
     def dequantize(

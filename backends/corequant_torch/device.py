@@ -200,6 +200,8 @@ class DeviceKernels:
         grid = Grid(spec.format, panel.dtype, panel.device)
         steps = effective(flat, divisor)
         codes = grid.encode(panel, steps[: len(panel), None], zeros[: len(panel), None])
+        if zero_points is not None:
+            zero_points = zero_points.to(codes.dtype)
         return codes.reshape(x.shape), scales, zero_points
 
     def dequantize(

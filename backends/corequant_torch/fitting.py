@@ -51,10 +51,11 @@ def fit_scales(
 def _leading(H: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return eigenvectors scaled by roots of eigenvalues (d, rank), and what is left of diag(H)."""
     d, wide = len(H), H.double()
+    wide = torch.ldexp(wide, -torch.frexp(wide.abs().max())[1])
     if rank < d:
 
-        def product(vector: Any) -> Any:
-            there = torch.from_numpy(np.array(vector)).to(H.device)
+        def product(block: Any) -> Any:
+            there = torch.from_numpy(np.array(block)).to(H.device)
             return (wide @ there).cpu().numpy()
 
         found = leading_pairs(product, d, rank)
@@ -81,9 +82,10 @@ def _trials(
     squares = U.new_empty(len(FACTORS), rows, blocks)
     projected = U.new_empty(len(FACTORS), rows, blocks, U.shape[1])
     directions = U.reshape(blocks, size, -1)
+    exponent = torch.frexp(W.abs().max().double())[1]
     for k, factor in enumerate(FACTORS):
         codes, tried, _ = kernels.quantize(W, spec, scales * float(factor), zeros)
-        E = (kernels.dequantize(codes, spec, tried, zeros) - W).float()
+        E = torch.ldexp(kernels.dequantize(codes, spec, tried, zeros) - W, -exponent).float()
         squares[k] = (E.square() * diagonal).reshape(rows, blocks, size).sum(-1)
         split = E.reshape(rows, blocks, size).transpose(0, 1)
         projected[k] = (split @ directions).transpose(0, 1)

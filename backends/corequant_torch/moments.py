@@ -178,18 +178,22 @@ def damped_factor(
     return hessian.damped(attempt, value, mean, torch.finfo(dtype).eps, name)
 
 
-def largest_eigenvalue(H: Tensor, tolerance: float = 1e-4, steps: int = 30) -> float:
-    """Return the largest eigenvalue of H by power iteration from the row sums of |H|."""
-    if not len(H):
+def largest_eigenvalue(H: Tensor) -> float:
+    """Return the largest eigenvalue of H; see ``corequant.rounding.hessian``."""
+    if not bool(H.any()):
         return 0.0
-    vector = H.abs().sum(1, dtype=torch.float64)
-    value = 0.0
-    for _ in range(steps):
-        norm = vector.norm()
-        if not bool(norm):
-            return 0.0
-        vector = (H @ (vector / norm).to(H.dtype)).double()
-        before, value = value, float(vector.norm())
-        if abs(value - before) <= tolerance * value:
+    sums = H.abs().sum(1, dtype=torch.float64) / H.abs().max()
+    start = hessian.lanczos_start((sums / sums.norm()).cpu().numpy())
+    vector = torch.from_numpy(start).to(H.device)
+    basis = vector.new_empty(0, len(H))
+    found = hessian.Ritz()
+    while len(basis) < len(H):
+        basis = torch.vstack([basis, vector])
+        product = (H @ vector.to(H.dtype)).double()
+        along = float(vector @ product)
+        for _ in range(2):
+            product = product - basis.T @ (basis @ product)
+        if found.settled(along, rest := float(product.norm())):
             break
-    return value
+        vector = product / rest
+    return found.largest

@@ -9,7 +9,7 @@ import torch
 
 from corequant._grids import rounder_for, rule_for
 from corequant._numba.scales import POWER, ROUNDED, Rule
-from corequant._scales import FOUR_OVER_SIX_TOP, SHRINKS, SWEEP
+from corequant._scales import FOUR_OVER_SIX_TOP, SHRINKS, SQUARED, SWEEP
 from corequant.errors import BackendError
 from corequant.formats import formats
 from corequant.specs import POWERS_OF_TWO, QuantSpec, ScaleFormat, ScaleSearch
@@ -101,7 +101,10 @@ def choose_by_rule(low: Tensor, high: Tensor, rule: Rule, factor: Tensor) -> tup
     scale = torch.minimum(scale, _number(rule.huge, low) / widest)
     if rule.kind == ROUNDED:
         scale = nearest_value(scale, rule.rounder).clamp(min=tiny)
-        zero = torch.round(least + a / scale).clamp(least, most)
+        moved = torch.round(least + a / scale).clamp(least, most)
+        # A zero point further from the middle may make the largest number infinite.
+        fits = scale * torch.maximum(moved - least, most - moved) <= float(rule.huge)
+        zero = torch.where(fits, moved, zero)
     return torch.where(largest == 0, idle, scale), torch.where(largest == 0, none, zero)
 
 
@@ -132,7 +135,12 @@ def choose(
         panel = torch.where(panel.isfinite(), panel, 0)
     trials, offsets = _trials(low, high, spec, factor, scales)
     grid = Grid(spec.format, panel.dtype, panel.device)
-    losses = grid.losses(panel, effective(trials, divisor), offsets)
+    steps = effective(trials, divisor)
+    if panel.dtype == torch.float64:
+        exponents = torch.frexp(torch.maximum(-low, high))[1][:, None]
+        if int(exponents.abs().max()) > SQUARED:
+            panel, steps = torch.ldexp(panel, -exponents), torch.ldexp(steps, -exponents)
+    losses = grid.losses(panel, steps, offsets)
     # The first of equals, as in NumPy; argmin promises none.
     least = losses.amin(1, keepdim=True)
     order = torch.arange(losses.shape[1], device=losses.device)
@@ -186,8 +194,26 @@ def _percentile(sorted_rows: Tensor, q: float) -> Tensor:
 def _percentiles(
     panel: Tensor, low: Tensor, high: Tensor, spec: QuantSpec
 ) -> tuple[Tensor, Tensor]:
+    good = panel.isfinite()
+    largest = torch.maximum(-low, high)
+    if bool(good.all()) and float(largest.max()) <= torch.finfo(panel.dtype).max / 4:
+        return _whole_percentiles(panel, low, high, spec)
+    low, high = low.clone(), high.clone()
+    # Entries that aren't finite have no part in it: what is left of their groups is shorter.
+    for k in good.any(1).nonzero()[:, 0].tolist():
+        one = slice(k, k + 1)
+        # Differences of neighbours stay finite in a quarter of the unit.
+        unit = 0.25 if float(largest[k]) > 1 else 1.0
+        rest = panel[one, good[k]] * unit
+        ends = _whole_percentiles(rest, low[one] * unit, high[one] * unit, spec)
+        low[one], high[one] = (end / unit for end in ends)
+    return low, high
+
+
+def _whole_percentiles(
+    finite: Tensor, low: Tensor, high: Tensor, spec: QuantSpec
+) -> tuple[Tensor, Tensor]:
     q = float(spec.percentile or 100)
-    finite = torch.where(panel.isfinite(), panel, 0)
     if spec.symmetric:
         most = _percentile(finite.abs().sort(1).values, q)
         full = torch.maximum(high, -low)

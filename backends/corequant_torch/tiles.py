@@ -54,6 +54,7 @@ class Tiles:
         spec, form = scales.spec, scales.spec.format
         self.tile = min(accumulator.tile or d, max(1, d))
         check_tile(accumulator, self.tile, spec)
+        self.accumulator = accumulator
         self.diffuse = accumulator.diffuse
         self._least, self._most = accumulator.range
         self._largest = accumulator.limit

@@ -100,7 +100,10 @@ def scale_and_zero(a, b, rule, factor):  # type: ignore[no-untyped-def]
     scale = min(scale, rule.huge / widest)
     if rule.kind == ROUNDED:
         scale = max(nearest_value(scale, rule.rounder), rule.tiny)
-        zero = like(min(max(np.rint(rule.least + a / scale), rule.least), rule.most), rule.tiny)
+        moved = like(min(max(np.rint(rule.least + a / scale), rule.least), rule.most), rule.tiny)
+        # A zero point further from the middle may make the largest number infinite.
+        if scale * max(moved - rule.least, rule.most - moved) <= rule.huge:
+            zero = moved
     return scale, zero
 
 

@@ -64,6 +64,10 @@ def half_quadratic(x, rule, unit, scales, zeros):  # type: ignore[no-untyped-def
             if moved == zero and square > 0 and product > 0:
                 fitted = product / square
             fitted = np.float64(settle(like(fitted / unit, rule.tiny), rule)) * unit
+            if not rule.symmetric:
+                # The zero point says how far the codes reach.
+                reach = max(moved - least, most - moved)
+                fitted = np.float64(like(min(fitted, rule.huge / reach), rule.tiny))
             loss = _norm(x[g], fitted, moved, least, most)
             if not loss < best:
                 break

@@ -141,7 +141,10 @@ def solve_block(  # type: ignore[no-untyped-def]
                     tile = tiles[c]
                     cut = shrink[r, tile] * step
                     if cut > 0:
-                        argument = max(argument - cut, step * 0) + min(argument + cut, step * 0)
+                        # A product with an int would make all of it float64: another rounding
+                        # than that of the codes, and sums of codes that aren't there.
+                        nought = type(step)(0)
+                        argument = max(argument - cut, nought) + min(argument + cut, nought)
                     unit = type(step)(limits.unit)
                     least, most = _room(positive[r, tile], negative[r, tile], limits)
                     least = least * limits.unit

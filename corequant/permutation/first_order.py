@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._validation import check_divides, check_index, check_permutation, check_scores
+from corequant._validation import (
+    check_divides,
+    check_generator,
+    check_index,
+    check_permutation,
+    check_scores,
+)
 
 __all__ = [
     "absmax",
@@ -178,7 +184,8 @@ def random_permutation(d: int, seed: int | np.random.Generator) -> Permutation:
     >>> sorted(cq.random_permutation(4, seed=1).tolist())
     [0, 1, 2, 3]
     """
-    return np.random.default_rng(seed).permutation(check_index("d", d)).astype(np.int64)
+    generator = check_generator("seed", seed)
+    return generator.permutation(check_index("d", d)).astype(np.int64)
 
 
 def identity_permutation(d: int) -> Permutation:

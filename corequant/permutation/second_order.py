@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._validation import check_finite, check_floating, check_index
+from corequant._validation import check_finite, check_floating, check_index, check_numpy
 from corequant.errors import ShapeError
 from corequant.permutation.first_order import Permutation, block_count, descending
 
@@ -79,8 +79,7 @@ def energydiff(energy_gram: npt.NDArray[Any], block_size: int, *, refine: int = 
 
 
 def _check_gram(gram: Any) -> npt.NDArray[np.float32]:
-    if not isinstance(gram, np.ndarray):
-        raise TypeError(f"energy_gram must be a numpy.ndarray, got {type(gram).__name__}")
+    check_numpy("energy_gram", gram)
     check_floating("energy_gram", gram)
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.size == 0:
         raise ShapeError(f"energy_gram must be (d, d) with d at least 1, got {gram.shape}")
@@ -92,4 +91,4 @@ def _check_gram(gram: Any) -> npt.NDArray[np.float32]:
     if scale and float(np.abs(gram - gram.T).max()) > 1e-3 * scale:
         raise ValueError("energy_gram must be symmetric, got a matrix that is not")
     # Scaled to 1, so that sums of huge statistics stay finite; the partition doesn't change.
-    return np.ascontiguousarray(gram, dtype=np.float32) / np.float32(scale or 1)
+    return np.ascontiguousarray(gram / gram.dtype.type(scale or 1), dtype=np.float32)

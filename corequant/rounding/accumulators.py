@@ -28,6 +28,7 @@ __all__ = [
     "Certificate",
     "certify",
     "check_tile",
+    "ensure_certified",
     "integer_codes",
 ]
 
@@ -216,13 +217,16 @@ def certify(quantized: QuantizedTensor | Any, accumulator: AccumulatorSpec) -> C
         raise ShapeError(
             f"quantized must be (out_features, in_features), not empty, got {codes.shape}"
         )
-    whole = codes.astype(np.int64)
+    whole = codes.astype(object if _is_wide(codes) else np.int64)
     tile = min(accumulator.tile or whole.shape[1], whole.shape[1])
     low, high = accumulator.range
     starts = np.arange(0, whole.shape[1], tile)
     alpha = np.add.reduceat(np.maximum(whole, 0), starts, axis=1)
     beta = np.add.reduceat(np.minimum(whole, 0), starts, axis=1)
-    if int(alpha.max() - beta.min()) * (high - low) * len(starts) >= 2**62:
+    if (
+        whole.dtype != object
+        and int(alpha.max() - beta.min()) * (high - low) * len(starts) >= 2**62
+    ):
         alpha, beta = alpha.astype(object), beta.astype(object)
     top, bottom = alpha * high + beta * low, -(alpha * low + beta * high)
     worst = np.maximum(top, bottom)
@@ -244,3 +248,21 @@ def certify(quantized: QuantizedTensor | Any, accumulator: AccumulatorSpec) -> C
         tile=column,
         witness=witness,
     )
+
+
+def ensure_certified(quantized: QuantizedTensor, accumulator: AccumulatorSpec, name: str) -> None:
+    """Raise unless codes that were rounded for an accumulator keep within it."""
+    if not quantized.codes.size:
+        return
+    found = certify(quantized, accumulator)
+    if not found.safe:
+        raise AccumulatorError(
+            f"codes of {name} must stay within {accumulator.limit} but reach {found.largest} in "
+            f"tile {found.tile} of row {found.row}: a fault of this library, please report it"
+        )
+
+
+def _is_wide(codes: Array) -> bool:
+    """Tell whether sums of the codes might leave int64."""
+    largest = max(int(codes.max()), -int(codes.min()))
+    return bool(largest * codes.shape[1] >= 2**62)

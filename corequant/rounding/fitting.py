@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,9 @@ FACTORS = np.concatenate([[1.0], np.linspace(0.75, 1.25, 41)]).astype(np.float32
 
 SWEEPS = 2
 """Visits to each group of a row."""
+
+_SPARE, _BLOCKS, _RESTARTS = 8, 5, 8
+"""Directions beyond those asked for, blocks that are added to the first, and how often."""
 
 CHUNK = 2**24
 """Numbers that the projected errors of some rows may take."""
@@ -113,35 +117,57 @@ def _leading(H: Array, rank: int) -> tuple[Array, Array]:
     """Return eigenvectors scaled by roots of eigenvalues (d, rank), and what is left of diag(H)."""
     from scipy.linalg import eigh
 
-    d, wide = len(H), H.astype(np.float64)
+    d, wide = len(H), in_unit(H.astype(np.float64))
     if rank < d:
-        values, vectors = leading_pairs(lambda vector: wide @ vector, d, rank)
+        values, vectors = leading_pairs(lambda block: wide @ block, d, rank)
     else:
         values, vectors = eigh(wide)
     U = vectors * np.sqrt(np.maximum(values, 0))
-    rest = np.maximum(np.diagonal(H) - np.square(U).sum(1), 0)
+    rest = np.maximum(np.diagonal(wide) - np.square(U).sum(1), 0)
     return U.astype(np.float32), rest.astype(np.float32)
+
+
+def in_unit(H: Array) -> Array:
+    """Scale by a power of two, so that squares in float32 neither overflow nor vanish."""
+    scaled: Array = np.ldexp(H, -int(np.frexp(np.abs(H).max(initial=0))[1]))
+    return scaled
 
 
 def leading_pairs(product: Callable[[Array], Array], d: int, rank: int) -> tuple[Array, Array]:
     """Return the largest eigenvalues (rank,) of a matrix H (d, d) and their vectors (d, rank).
 
+    Block Lanczos with restarts, from a start of its own: the same matrix gives the same vectors,
+    also where eigenvalues are equal.
+
     Parameters
     ----------
     product : callable
-        Returns ``H v`` of a vector v (d,), float64.
+        Returns ``H V`` of vectors V (d, k), float64; H is positive semidefinite.
     d, rank : int
         ``rank < d``.
     """
-    from scipy.sparse.linalg import LinearOperator, eigsh
-
-    # A start of eigsh's own would come from the global generator; one without a pattern is not
-    # orthogonal to anything that an H has in practice.
-    start = np.random.default_rng(0).standard_normal(d)
-    if not product(start).any():
-        return np.zeros(rank), np.zeros((d, rank))
-    operator = LinearOperator((d, d), matvec=product, dtype=np.float64)
-    values, vectors = eigsh(operator, rank, v0=start)
+    drawn = np.random.default_rng(0).standard_normal((d, min(d, rank + _SPARE)))
+    block = np.linalg.qr(drawn)[0]
+    values, vectors = np.zeros(rank), np.zeros((d, rank))
+    for _ in range(_RESTARTS):
+        basis, images = block, product(block)
+        for _ in range(_BLOCKS):
+            fresh = images[:, -block.shape[1] :]
+            for _ in range(2):
+                fresh = fresh - basis @ (basis.T @ fresh)
+            axes, sizes, _ = np.linalg.svd(fresh, full_matrices=False)
+            # What is left of a space that H maps to itself is rounding.
+            block = axes[:, sizes > 1e-9 * np.abs(images).max()][:, : d - basis.shape[1]]
+            if not block.shape[1]:
+                break
+            basis = np.hstack([basis, block])
+            images = np.hstack([images, product(block)])
+        small = basis.T @ images
+        found, turns = np.linalg.eigh((small + small.T) / 2)
+        before, values = values, found[-rank:]
+        vectors, block = basis @ turns[:, -rank:], basis @ turns[:, -drawn.shape[1] :]
+        if np.abs(values - before).max() <= 1e-10 * values[-1]:
+            break
     return values, vectors
 
 
@@ -159,9 +185,10 @@ def _trials(
     squares = np.empty((len(FACTORS), rows, blocks), np.float32)
     projected = np.empty((len(FACTORS), rows, blocks, U.shape[1]), np.float32)
     directions = U.reshape(blocks, size, -1)
+    exponent = math.frexp(float(np.abs(W).max()))[1]
     for k, factor in enumerate(FACTORS):
         tried = quantize(W, spec, scales * factor, zeros)
-        E = (dequantize(tried) - W).astype(np.float32, copy=False)
+        E = np.ldexp(dequantize(tried) - W, -exponent).astype(np.float32, copy=False)
         squares[k] = (np.square(E) * diagonal).reshape(rows, blocks, size).sum(-1)
         split = E.reshape(rows, blocks, size).swapaxes(0, 1)
         projected[k] = (split @ directions).swapaxes(0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,8 @@ def gpfq(
     array([[ 2, -3],
            [ 1,  3]], dtype=int8)
     """
+    if isinstance(accumulator, AccumulatorSpec):
+        accumulator = replace(accumulator, diffuse=True)
     if is_elsewhere(W):
         rounded: RoundedTensor = solve_elsewhere("gpfq", locals())
         return rounded

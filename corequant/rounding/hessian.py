@@ -12,7 +12,7 @@ import numpy.typing as npt
 from corequant._numba.second_moments import first_fault
 from corequant._numba.triangular import factor_and_invert
 from corequant._threads import for_rows
-from corequant._validation import check_finite, check_floating
+from corequant._validation import check_finite, check_floating, check_numpy
 from corequant.errors import HessianError, ShapeError
 from corequant.rounding.report import Damping
 
@@ -108,8 +108,7 @@ def check_cross_moment(G: Any, H: Array, name: str) -> Array:
 
 
 def _check_square(argument: str, matrix: Any, d: int, name: str) -> Array:
-    if not isinstance(matrix, np.ndarray):
-        raise TypeError(f"{argument} must be a numpy.ndarray, got {type(matrix).__name__}")
+    check_numpy(argument, matrix)
     check_floating(argument, matrix)
     if matrix.shape != (d, d):
         raise misshapen(argument, name, matrix.shape, d)
@@ -148,21 +147,62 @@ def column_order_within(score: Array) -> Array:
     return order
 
 
-def largest_eigenvalue(H: Array, tolerance: float = 1e-4, steps: int = 30) -> float:
-    """Return the largest eigenvalue of H by power iteration from the row sums of |H|."""
-    if not len(H):
+def largest_eigenvalue(H: Array) -> float:
+    """Return the largest eigenvalue of a positive semidefinite H, to about 1e-4 of itself.
+
+    By Lanczos' method, all vectors kept orthogonal. The first one has something of every
+    direction: row sums alone can be orthogonal to the eigenvector that is looked for.
+    """
+    if not H.any():
         return 0.0
-    vector = np.abs(H).sum(1, dtype=np.float64)
-    value = 0.0
-    for _ in range(steps):
-        norm = float(np.linalg.norm(vector))
-        if norm == 0:
-            return 0.0
-        vector = (H @ (vector / norm).astype(H.dtype)).astype(np.float64)
-        before, value = value, float(np.linalg.norm(vector))
-        if abs(value - before) <= tolerance * value:
+    largest = float(np.abs(H).max())
+    vector = np.abs(H).sum(1, dtype=np.float64) / largest
+    vector = lanczos_start(vector / np.linalg.norm(vector))
+    basis = np.empty((0, len(H)))
+    found = Ritz()
+    while len(basis) < len(H):
+        basis = np.vstack([basis, vector])
+        product = (H @ vector.astype(H.dtype)).astype(np.float64)
+        along = float(vector @ product)
+        for _ in range(2):
+            product -= basis.T @ (basis @ product)
+        if found.settled(along, rest := float(np.linalg.norm(product))):
             break
-    return value
+        vector = product / rest
+    return found.largest
+
+
+def lanczos_start(vector: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the direction half-way to one that is drawn with a seed of its own."""
+    drawn = np.random.default_rng(0).standard_normal(len(vector))
+    mixed = vector + drawn / np.linalg.norm(drawn)
+    normalized: npt.NDArray[np.float64] = mixed / np.linalg.norm(mixed)
+    return normalized
+
+
+class Ritz:
+    """The small matrix of Lanczos' method, tridiagonal, and its largest eigenvalue."""
+
+    _LEAST, _MOST, _TOLERANCE = 12, 48, 1e-4
+
+    def __init__(self) -> None:
+        self.diagonal: list[float] = []
+        self.beside: list[float] = []
+        self.largest = 0.0
+
+    def settled(self, along: float, rest: float) -> bool:
+        """Add a vector's part along itself and what is left; tell whether that was enough."""
+        from scipy.linalg import eigvalsh_tridiagonal
+
+        self.diagonal.append(along)
+        before, self.largest = (
+            self.largest,
+            float(eigvalsh_tridiagonal(np.array(self.diagonal), np.array(self.beside))[-1]),
+        )
+        self.beside.append(rest)
+        steps = len(self.diagonal)
+        still = steps >= self._LEAST and self.largest - before <= self._TOLERANCE * self.largest
+        return rest <= 1e-12 * abs(self.largest) or still or steps >= self._MOST
 
 
 @dataclass(frozen=True, eq=False)

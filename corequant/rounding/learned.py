@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._validation import check_index, check_matrix
+from corequant._validation import check_index, check_matrix, check_number
 from corequant.rounding.elsewhere import is_elsewhere, solve_elsewhere
 from corequant.rounding.report import RoundedTensor, RoundingReport
 from corequant.specs import QuantSpec
@@ -19,6 +19,7 @@ Array = npt.NDArray[Any]
 
 _STRETCH = 1.2
 _OFFSET = -0.1
+_SETTLED = 30.0
 _CHECKS = 10
 _RATES = {"adaround": 0.02, "signround": 0.005}
 
@@ -82,7 +83,8 @@ def learned_rounding(
     -----
     The gradient of the output error by Q is ``2 (Q H - W G)``, so nothing has to be traced.
     AdaRound, arXiv 2004.10568, equations 21 to 25, interpolating between a format's neighbouring
-    numbers; SignRound, arXiv 2309.05516. Gradients are taken relative to H's diagonal.
+    numbers; SignRound, arXiv 2309.05516. Gradients are taken in steps of the grid and relative to
+    H's diagonal, so that neither the unit of W nor that of the inputs matters.
 
     Examples
     --------
@@ -166,9 +168,9 @@ class Search:
     ) -> None:
         self.xp, self.w, self.H, self.pull = xp, w, H, pull
         self.low, self.high = neighbours
-        # Outside of the grid both neighbours are its end.
-        gap = self.high - self.low
-        self.gap = xp.where(gap > 0, gap, xp.ones_like(gap))
+        # Outside of the grid both neighbours are its end, and on it the number itself.
+        self.reach = self.high - self.low
+        self.gap = xp.where(self.reach > 0, self.reach, xp.ones_like(self.reach))
         diagonal = xp.diagonal(H)
         living = diagonal > 0
         ones = xp.ones_like(diagonal)
@@ -209,7 +211,7 @@ class Descent:
         if objective not in _RATES:
             raise ValueError(f"objective must be one of {', '.join(_RATES)}, got {objective!r}")
         count = check_index("steps", steps, 0)
-        pace = _RATES[objective] if rate is None else float(rate)
+        pace = _RATES[objective] if rate is None else check_number("rate", rate)
         if not 0 < pace < float("inf"):
             raise ValueError(f"rate must be positive and finite, got {rate!r}")
         return cls(objective, count, pace)
@@ -231,8 +233,7 @@ class Descent:
             slope = xp.where(
                 (h > 0) & (h < 1), _STRETCH * sigmoid * (1 - sigmoid), xp.zeros_like(V)
             )
-            gradient = search.gradient(search.low + h * search.gap, False)
-            gradient *= search.gap**2
+            gradient = search.gradient(search.low + h * search.reach, False)
             done = t / steps
             if done > 0.2:
                 beta = 20 - 18 * (done - 0.2) / 0.8
@@ -243,6 +244,8 @@ class Descent:
             second += (gradient**2 - second) * 0.001
             scale = xp.sqrt(second / (1 - 0.999**t)) + float(xp.finfo(V.dtype).tiny)
             V -= (self.rate / (1 - 0.9**t)) * first / scale
+            # Further out a choice is made, and the exponential function overflows.
+            xp.clip(V, -_SETTLED, _SETTLED, out=V)
             if t % max(1, steps // _CHECKS) == 0 or t == steps:
                 search.keep(xp.where(V >= 0, search.high, search.low))
 

@@ -13,7 +13,7 @@ from corequant._numba.solvers import solve_block
 from corequant._threads import for_rows
 from corequant.errors import NonFiniteError
 from corequant.quantization import QuantizedTensor
-from corequant.rounding.accumulators import AccumulatorSpec
+from corequant.rounding.accumulators import AccumulatorSpec, ensure_certified
 from corequant.rounding.bounds import Budget
 from corequant.rounding.columns import Scales, column_grid
 
@@ -92,7 +92,10 @@ class ColumnLoop:
         self._check(values)
         back = np.take(values, np.argsort(self.order), axis=1)
         share = float(moved.sum()) / max(1, rows * d) if self.accumulator else None
-        return self.scales.encode(back), share
+        rounded = self.scales.encode(back)
+        if self.accumulator is not None:
+            ensure_certified(rounded, self.accumulator, self.name)
+        return rounded, share
 
     @property
     def _length(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._validation import check_matrix
+from corequant._validation import check_matrix, check_number
 from corequant.quantization import as_spec, dequantize, quantize
 from corequant.rounding.accumulators import AccumulatorSpec
 from corequant.rounding.columns import Scales
@@ -134,7 +134,7 @@ def working_dtype(W: Array, dtype: npt.DTypeLike | None) -> np.dtype[Any]:
 
 def check_damping(value: Any, name: str = "damping") -> float:
     """Return a damping factor, finite and not negative."""
-    number = float(value)
+    number = check_number(name, value)
     if not 0 <= number < float("inf"):
         raise ValueError(f"{name} must be finite and not negative, got {value!r}")
     return number

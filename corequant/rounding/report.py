@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant._validation import check_matrix
+from corequant.errors import ShapeError
 from corequant.quantization import QuantizedTensor, dequantize
 from corequant.rounding.elsewhere import is_elsewhere, solve_elsewhere
 
@@ -129,6 +130,8 @@ def reconstruction_loss(W: Any, quantized: QuantizedTensor | Any, H: Any, G: Any
     Q = check_matrix(
         "quantized", dequantize(quantized) if isinstance(quantized, QuantizedTensor) else quantized
     )
+    if Q.shape != W.shape:
+        raise ShapeError(f"quantized must have W's shape {W.shape}, got {Q.shape}")
     H = check_hessian(H, W.shape[1], "W")
     return loss_of(W, Q, H, None if G is None else check_cross_moment(G, H, "W"))
 

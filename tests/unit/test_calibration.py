@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -96,3 +98,44 @@ def test_bad_use(rng):
     with pytest.raises(ValueError, match="at least 1"):
         cq.ActivationStats(0)
     assert cq.ActivationStats(4).update(np.empty((0, 4))).count == 0
+
+
+def sampled(seed, start):
+    stats = cq.ActivationStats(1, reservoir=64, seed=seed)
+    return stats.update(start + np.arange(1000.0)[:, None])
+
+
+def test_a_merged_sample_goes_on_at_other_places():
+    merged = sampled(0, 0).merge(sampled(1, 1000))
+    again = sampled(0, 0).merge(sampled(1, 1000))
+    for stats in (merged, again):
+        stats.update(2000 + np.arange(1000.0)[:, None])
+    np.testing.assert_array_equal(merged.tokens, again.tokens)
+    kept = merged.tokens[:, 0].astype(int)
+    first, last = {k for k in kept if k < 1000}, {k - 2000 for k in kept if k >= 2000}
+    assert len(first) > 8
+    assert len(last) > 8
+    assert len(first & last) < min(len(first), len(last)) / 2
+    with pytest.raises(ValueError, match="a seed of its own for its reservoir, got 1 in both"):
+        merged.merge(sampled(1, 0))
+
+
+def test_statistics_of_another_kind_are_not_taken_over(rng):
+    x = rng.normal(size=(8, 16))
+    stats = cq.ActivationStats(16, gram=True, reservoir=4).update(x)
+    before = stats.to_arrays()
+    other = cq.ActivationStats(32, gram=True, reservoir=4).update(rng.normal(size=(8, 32)))
+    missing = {name: array for name, array in before.items() if name != "absmax"}
+    for arrays, error in ((other.to_arrays(), cq.ShapeError), (missing, ValueError)):
+        with pytest.raises(error):
+            stats.restore(arrays)
+    after = stats.to_arrays()
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array)
+
+
+def test_a_copy_has_sums_of_its_own(rng):
+    stats = cq.ActivationStats(16).update(rng.normal(size=(8, 16)))
+    mean = stats.mean_abs
+    copy.copy(stats).update(100 * np.ones((1, 16)))
+    np.testing.assert_array_equal(stats.mean_abs, mean)

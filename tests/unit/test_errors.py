@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 
 import corequant as cq
@@ -33,3 +36,16 @@ def test_non_finite_error_tells_where():
     assert (error.name, error.count, error.index) == ("x", 2, (1, 3))
     assert "x must be finite" in str(error)
     assert "(1, 3)" in str(error)
+
+
+def pickled(error):
+    return pickle.loads(pickle.dumps(error))
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, pickled])
+def test_errors_come_back_from_other_processes(again):
+    error = cq.NonFiniteError("x", 2, (1, 3), float("inf"))
+    back = again(error)
+    assert type(back) is cq.NonFiniteError
+    assert str(back) == str(error)
+    assert (back.name, back.count, back.index, back.value) == ("x", 2, (1, 3), float("inf"))

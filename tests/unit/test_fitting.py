@@ -9,7 +9,7 @@ import pytest
 
 import corequant as cq
 from corequant.rounding import RoundingOptions, round_together
-from corequant.rounding.fitting import FACTORS
+from corequant.rounding.fitting import FACTORS, leading_pairs
 
 
 def inputs(rng, tokens, d, mean=2.0):
@@ -144,3 +144,23 @@ def test_inputs_whose_channels_add_up_to_nothing():
     nearest = cq.quantize(W, "int4:channel:symmetric:mse")
     fitted = cq.fit_scales(W, H, "int4:channel:symmetric:mse")
     assert cq.reconstruction_loss(W, fitted, H) < cq.reconstruction_loss(W, nearest, H)
+
+
+@pytest.mark.parametrize("kind", ["identity", "zeros and ones", "low rank", "noise"])
+def test_the_same_matrix_gives_the_same_scales(kind):
+    generator, d = np.random.default_rng(0), 64
+    H = {
+        "identity": np.eye(d),
+        "zeros and ones": np.diag(generator.integers(0, 2, d)).astype(float),
+        "low rank": np.cov(generator.normal(size=(d, 4))),
+        "noise": np.cov(generator.normal(size=(d, 200))),
+    }[kind]
+    values, vectors = leading_pairs(lambda block: H @ block, d, 8)
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(H)[-8:], atol=1e-8 * values[-1])
+    np.testing.assert_allclose(H @ vectors, vectors * values, atol=1e-5 * values[-1])
+    W = generator.normal(size=(4, d))
+    scales = {cq.fit_scales(W, H, "int4:channel:mse").scales.tobytes() for _ in range(4)}
+    assert len(scales) == 1
+    for weight, moment in ((2.0**-70, 2.0**-70), (2.0**100, 2.0**90)):
+        found = cq.fit_scales(W * weight, H * moment, "int4:channel:mse")
+        np.testing.assert_array_equal(found.codes, cq.fit_scales(W, H, "int4:channel:mse").codes)

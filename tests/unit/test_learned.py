@@ -126,3 +126,17 @@ def test_the_proximal_map_of_the_largest_magnitude(radius):
         limit = np.abs(v).max()
         np.testing.assert_array_equal(v, np.clip(u, -limit, limit))
         assert np.abs(u - v).sum() == pytest.approx(radius)
+
+
+@pytest.mark.parametrize("objective", ["adaround", "signround"])
+def test_units_do_not_matter(objective):
+    generator = np.random.default_rng(0)
+    X, W = generator.normal(size=(300, 48)), generator.normal(size=(8, 48))
+    H = X.T @ X / 300
+    # Scales of least squared error clip weights, which then have one neighbour only.
+    spec = "int3:channel:mse"
+    expected = cq.learned_rounding(W, H, spec, objective=objective, steps=100)
+    assert expected.report.loss < expected.report.nearest_loss
+    for weight, moment in ((2.0**20, 1), (2.0**-20, 2.0**9), (2.0, 2.0**-9)):
+        found = cq.learned_rounding(W * weight, H * moment, spec, objective=objective, steps=100)
+        np.testing.assert_array_equal(found.codes, expected.codes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -133,3 +135,46 @@ def test_shards_cut_between_groups_are_parts_of_the_whole(text):
         np.testing.assert_array_equal(part.codes, whole.codes[:, start : start + 96])
     with pytest.raises(cq.BlockSizeError, match="group_size must divide d=72"):
         cq.quantize(x[:, :72], text)
+
+
+@pytest.mark.parametrize("text", ["mxfp4", "nvfp4", "int4:channel:asymmetric", "int3:group32"])
+def test_packed_arrays_that_do_not_fit_each_other_are_not_read(text):
+    x = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    p = cq.quantize_packed(x, text)
+    wrong = [
+        {"d": 128},
+        {"d": 56},
+        {"packed": p.packed[:, :8]},
+        {"packed": p.packed.astype(np.int32)},
+        {"scales": p.scales[:1]},
+        {"scales": p.scales.astype(np.int64)},
+        {"zero_points": None if p.zero_points is not None else np.zeros((4, 1), np.int8)},
+        {"global_scale": None if p.global_scale is not None else np.ones(1, np.float32)},
+    ]
+    for changes in wrong:
+        other = dataclasses.replace(p, **changes)
+        for read in (cq.dequantize_packed, cq.unpack_quantized):
+            with pytest.raises((TypeError, ValueError)):
+                read(other)
+
+
+def test_what_packing_is_given_is_checked():
+    x = np.random.default_rng(0).normal(size=(4, 32)).astype(np.float32)
+    for wrong in (np.nan, -5.0):
+        with pytest.raises(ValueError, match="global_scale must be one positive finite number"):
+            cq.quantize_packed(x, "nvfp4", global_scale=np.array([wrong], np.float32))
+    with pytest.raises(ValueError, match="global_scale goes with granularity 'tensor_group'"):
+        cq.quantize_packed(x, "int4:group16", global_scale=np.ones(1, np.float32))
+    with pytest.raises(TypeError, match="global_scale must be a numpy.ndarray, got float"):
+        cq.quantize_packed(x, "nvfp4", global_scale=3.0)
+    fixed = np.zeros((4, 16), np.uint8)
+    fixed.flags.writeable = False
+    with pytest.raises(ValueError, match="out must be writeable"):
+        cq.quantize_packed(x, "int4:group16", out=fixed)
+    numbers = np.zeros((4, 32), np.float32)
+    numbers.flags.writeable = False
+    packed = cq.quantize_packed(x, "int4:group16")
+    with pytest.raises(ValueError, match="out must be writeable"):
+        cq.dequantize_packed(packed, out=numbers)
+    with pytest.raises(TypeError, match="packed must be a PackedTensor"):
+        cq.unpack_quantized(None)

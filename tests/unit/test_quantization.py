@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -66,6 +69,12 @@ def test_propagated_entries_spoil_nothing_else(text):
     x[3, 70], x[0, 5] = np.nan, -np.inf
     rounded = cq.fake_quantize(x, text, nonfinite="propagate")
     expected = cq.fake_quantize(clean, text)
+    if "percentile" in text:
+        # Zeros in their places would count.
+        for row, bad in ((3, 70), (0, 5)):
+            first = bad // 32 * 32
+            rest = np.delete(np.arange(first, first + 32), bad - first)
+            expected[row, rest] = cq.fake_quantize(clean[row, rest], "int4:token:percentile99")
     expected[3, 70], expected[0, 5] = np.nan, -np.inf
     np.testing.assert_array_equal(rounded, expected)
 
@@ -225,7 +234,7 @@ def test_empty_arrays_stay_empty(shape, text):
         (np.ones((2, 4), bool), "int4:channel", TypeError, "real floating dtype, got bool"),
         (np.ones((2, 4), object), "int4:channel", TypeError, "real floating dtype, got object"),
         (np.ones((2, 4), complex), "int4:channel", TypeError, "got complex128"),
-        ([[1.0]], "int4:channel", TypeError, "expected an array of one of numpy"),
+        ([[1.0]], "int4:channel", TypeError, "x must be an array of one of numpy"),
         (np.ones((2, 250)), "int4:group128", ValueError, "group_size must divide d=250, got 128"),
         (np.ones((2, 250)), "mxfp4", ValueError, "these do: 2, 5, 10, 25, 50, 125, 250"),
         (np.ones((2, 4)), 4, TypeError, "spec must be a QuantSpec or its string form, got int"),
@@ -272,3 +281,132 @@ def test_a_shared_global_scale_fits_all_of_its_tensors():
         assert quantized.global_scale is shared
         error = np.abs(x - cq.dequantize(quantized)).max()
         assert error < 0.2 * np.abs(x).max()
+
+
+def test_percentiles_are_those_of_finite_entries(rng):
+    x = rng.normal(size=(3, 64)).astype(np.float32)
+    y = np.concatenate([x, np.full_like(x, np.nan), np.full_like(x, np.inf)], axis=1)
+    for text in ("int4:token:percentile90", "int4:token:asymmetric:percentile90"):
+        rounded = cq.fake_quantize(y, text, nonfinite="propagate")
+        np.testing.assert_array_equal(rounded[:, :64], cq.fake_quantize(x, text))
+
+
+def test_given_zero_points_become_codes_or_are_refused(rng):
+    x, spec = rng.normal(size=(4, 32)).astype(np.float32), "int4:channel:asymmetric"
+    scales, zeros = cq.choose_qparams(x, spec)
+    expected = cq.quantize(x, spec)
+    for dtype in (np.int8, np.int32, np.int64):
+        found = cq.quantize(x, spec, scales, zeros.astype(dtype))
+        np.testing.assert_array_equal(found.codes, expected.codes)
+        assert found.zero_points.dtype == np.int8
+    for wrong, error, message in (
+        (np.full((4, 1), np.nan), TypeError, "zero_points must have an integer dtype, got float64"),
+        (np.full((4, 1), 1000), ValueError, r"zero_points must lie in \[-8, 7\], got 1000"),
+        (np.zeros((4, 2), np.int8), cq.ShapeError, r"zero_points must have shape \(4, 1\)"),
+    ):
+        with pytest.raises(error, match=message):
+            cq.quantize(x, spec, scales, wrong)
+
+
+def test_given_scales_must_be_numbers_of_their_format(rng):
+    x = rng.normal(size=(2, 32)).astype(np.float32)
+    with pytest.raises(ValueError, match=r"scales must be numbers of e8m0, got 3\.0"):
+        cq.quantize(x, "mxfp4", np.full((2, 1), 3, np.float32))
+    wrong = np.array([[1], [np.inf]], np.float32)
+    with pytest.raises(ValueError, match="scales must be positive and finite, got inf"):
+        cq.quantize(x, "int4:channel", wrong)
+
+
+@pytest.mark.parametrize("text", ["int4:channel:asymmetric", "nvfp4", "mxfp4"])
+def test_arrays_that_do_not_fit_each_other_are_not_read(rng, text):
+    q = cq.quantize(rng.normal(size=(4, 64)).astype(np.float32), text)
+    wrong = [{"scales": q.scales[:1]}, {"scales": q.scales.repeat(2, 1)}]
+    wrong.append({"codes": q.codes[:, :48]} if q.spec.group_size else {"codes": q.codes[:2]})
+    if q.zero_points is not None:
+        wrong += [{"zero_points": None}, {"zero_points": q.zero_points[:2]}]
+        wrong.append({"zero_points": q.zero_points.astype(float)})
+    if q.global_scale is not None:
+        wrong += [{"global_scale": None}, {"global_scale": np.ones((1, 1), np.float32)}]
+    else:
+        wrong.append({"global_scale": np.ones(1, np.float32)})
+    for changes in wrong:
+        with pytest.raises((ValueError, TypeError)):
+            cq.dequantize(dataclasses.replace(q, **changes))
+
+
+def test_rounding_in_place_leaves_what_it_refuses(rng):
+    x = rng.normal(size=(4, 32)).astype(np.float32)
+    x[3, 0] = np.nan
+    before = x.copy()
+    with pytest.raises(cq.NonFiniteError):
+        cq.fake_quantize(x, "int4:token", out=x)
+    np.testing.assert_array_equal(x, before)
+
+
+def test_extreme_numbers_decode_to_finite_ones():
+    top = np.finfo(np.float32).max
+    generator = np.random.default_rng(1)
+    for bits in range(2, 9):
+        x = (generator.uniform(-1, 1, (40, 6)) * top).astype(np.float32)
+        x[:, :2] = top, -top
+        for rest in ("", ":hqo", ":mse", ":bfloat16", ":float16", ":percentile90"):
+            assert np.isfinite(cq.fake_quantize(x, f"int{bits}:channel:asymmetric{rest}")).all()
+    # Steps are subnormal here, and as coarse as that.
+    small = np.array([[1e-44, 0, 3e-44, -2e-43]], np.float32)
+    assert np.abs(cq.fake_quantize(small, "int8f6:channel") - small).max() <= 2.5e-44
+
+
+@pytest.mark.parametrize("factor", [2.0**665, 2.0**-565, 2.0**-1000])
+def test_searches_do_not_depend_on_the_unit(rng, factor):
+    x = rng.normal(size=(3, 64))
+    for text in (
+        "int8:channel:mse",
+        "int4:channel:exact",
+        "e2m1:channel:exact",
+        "e2m1:channel:mse",
+    ):
+        expected = cq.dequantize(cq.quantize(x, text))
+        np.testing.assert_array_equal(
+            cq.dequantize(cq.quantize(x * factor, text)), expected * factor
+        )
+
+
+def test_an_exact_scale_that_is_too_large_is_not_worse_than_the_first():
+    x = np.array([[1.1414755e37, 0, 1.2752436e36]], np.float32)
+    errors = [
+        np.square(cq.dequantize(cq.quantize(x, f"e5m2:channel:{kind}")).astype(float) - x).sum()
+        for kind in ("absmax", "exact")
+    ]
+    assert errors[1] <= errors[0]
+
+
+def masked(x):
+    return np.ma.MaskedArray(x)
+
+
+def old_matrix(x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PendingDeprecationWarning)
+        return np.matrix(x)
+
+
+@pytest.mark.parametrize("kind", [masked, old_matrix])
+def test_arrays_that_mean_something_else_are_refused(rng, kind):
+    W, H = kind(rng.normal(size=(4, 8))), np.eye(8)
+    calls = [
+        lambda: cq.quantize(W, "int4:channel"),
+        lambda: cq.fake_quantize(W, "int4:channel"),
+        lambda: cq.quantize_packed(W, "int4:channel"),
+        lambda: cq.encode(W, "int4"),
+        lambda: cq.block_hadamard(W, 4),
+        lambda: cq.rotate_quantize(W, 4, "int4:token"),
+        lambda: cq.round_to_nearest(W, "int4:channel"),
+        lambda: cq.gptq(W, H, "int4:channel"),
+        lambda: cq.merge_rotation(W, 4, side="input"),
+        lambda: cq.fold_norm(W, np.ones(8)),
+        lambda: cq.block_mass(W, 4),
+        lambda: cq.ActivationStats(8).update(W),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"must be a plain .*, got (MaskedArray|matrix)"):
+            call()

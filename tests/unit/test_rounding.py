@@ -278,8 +278,51 @@ def test_the_factor_and_its_solves(d):
 def test_the_largest_eigenvalue():
     x = np.random.default_rng(0).normal(size=(300, 40)) * np.arange(1, 41)
     H = x.T @ x
-    assert largest_eigenvalue(H) == pytest.approx(np.linalg.eigvalsh(H)[-1], rel=0.01)
+    assert largest_eigenvalue(H) == pytest.approx(np.linalg.eigvalsh(H)[-1], rel=1e-3)
     assert largest_eigenvalue(np.zeros((3, 3))) == 0
+    assert largest_eigenvalue(np.eye(5)) == pytest.approx(1)
+    # Its eigenvector is orthogonal to the row sums of magnitudes.
+    opposed = np.array([[1, -0.9], [-0.9, 1]])
+    assert largest_eigenvalue(opposed) == pytest.approx(1.9)
+    rotated = cq.merge_rotation(np.diag([1e-4] * 5 + [1.0] + [1e-4] * 58), None, side="input")
+    H = rotated.T @ rotated
+    assert largest_eigenvalue(H) == pytest.approx(1, rel=1e-6)
+    weights = cq.magr(np.array([[1.0, 0.2]]), opposed, alpha=0.02, steps=300)
+    assert np.abs(weights).max() <= 1
+
+
+@pytest.mark.parametrize(("spec", "bits"), [("e2m1:channel", 14), ("int8:channel", 16)])
+def test_float32_weights_keep_within_accumulators(spec, bits):
+    generator, accumulator = np.random.default_rng(0), cq.AccumulatorSpec(bits, 64, "int8")
+    W = generator.normal(size=(2048, 512)).astype(np.float32)
+    H = np.eye(512, dtype=np.float32)
+    for rounded in (
+        cq.gptq(W, H, spec, accumulator=accumulator),
+        cq.gpfq(W, H, H, spec, accumulator=accumulator),
+        cq.qronos(W, H, H, spec, accumulator=accumulator),
+    ):
+        found = cq.certify(rounded, accumulator)
+        assert found.safe
+        assert found.largest > 0.9 * accumulator.limit
+
+
+def test_gpfq_always_diffuses(problem):
+    W, H, G = problem
+    given = (cq.AccumulatorSpec(9, None, "int4", diffuse) for diffuse in (True, False))
+    one, other = (cq.gpfq(W, H, G, "int4:channel", accumulator=a).codes for a in given)
+    np.testing.assert_array_equal(one, other)
+
+
+def test_certificates_of_huge_integers_are_exact():
+    for codes in (np.array([[2**62] * 4]), np.array([[2**63] * 2], np.uint64)):
+        found = cq.certify(codes, cq.AccumulatorSpec(16))
+        assert not found.safe
+        assert found.largest == sum(map(int, codes[0])) * 128
+
+
+def test_losses_of_other_shapes_are_refused():
+    with pytest.raises(cq.ShapeError, match=r"must have W's shape \(2, 2\), got \(1, 2\)"):
+        cq.reconstruction_loss(np.ones((2, 2)), np.ones((1, 2)), np.eye(2))
 
 
 def test_a_rounded_tensor_is_a_quantized_tensor(problem):

@@ -108,7 +108,7 @@ def test_presets_are_those_of_the_specification():
         ("mxfp4:four_over_six", "'four_over_six' is for nvfp4 only"),
         ("int4:asymmetric:exact", "'exact' has no zero points"),
         ("e2m1:hqo", "'hqo' is for integers, got e2m1"),
-        ("int4:percentile0", r"percentile must be in \(0, 100\], got 0.0"),
+        ("int4:percentile0", r"percentile must be a number in \(0, 100\], got 0.0"),
         ("codebook(1,0)", "a codebook needs 2 to 256 finite numbers, strictly ascending"),
         ("codebook(a)", "a codebook lists numbers between commas"),
         ("", "unknown format ''"),
@@ -134,3 +134,25 @@ def test_unknown_types_are_refused():
         QuantSpec("int4", "group", True)
     with pytest.raises(cq.SpecError, match=r"unknown granularity 'tensr'.*did you mean 'tensor'"):
         QuantSpec("int4", "tensr")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"format": None}, "format must be a NumberFormat or its name, got None"),
+        ({"granularity": 3}, "granularity must be a Granularity or its name, got 3"),
+        ({"symmetric": "asymmetric"}, "symmetric must be True or False, got 'asymmetric'"),
+        ({"symmetric": None}, "symmetric must be True or False, got None"),
+        ({"scale_search": "percentile", "percentile": True}, "percentile must be a number"),
+        ({"granularity": "group", "group_size": 2.0}, "group_size must be a positive integer"),
+    ],
+)
+def test_fields_of_another_type_are_refused(fields, message):
+    with pytest.raises(cq.SpecError, match=message):
+        QuantSpec(**{"format": "int4", **fields})
+
+
+def test_group_sizes_may_be_any_integers():
+    spec = QuantSpec("int4", "group", np.int64(32))
+    assert spec == QuantSpec.parse("int4:group32")
+    assert type(spec.group_size) is int
