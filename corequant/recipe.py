@@ -212,6 +212,10 @@ class Recipe:
         _check_choice("rotation", self.rotation, ROTATIONS)
         _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_choice("reference", self.reference, REFERENCES)
+        if isinstance(self.block_size, str) and self.block_size != "auto":
+            raise RecipeError(
+                f"block_size must be a number, several of them or 'auto', got {self.block_size!r}"
+            )
         if isinstance(self.block_size, list):
             object.__setattr__(self, "block_size", tuple(self.block_size))
         whole = [(name, getattr(self, name), least) for name, least in _LEAST.items()]
@@ -244,6 +248,8 @@ class Recipe:
             )
         if isinstance(self.accumulator, int) and not isinstance(self.accumulator, bool):
             object.__setattr__(self, "accumulator", str(self.accumulator))
+        if self.reference != "block" and self.rounding == "nearest":
+            raise RecipeError(f"reference goes with adaptive rounding, got {self.reference!r}")
         self.rounding_options()
 
     def _check_online(self) -> None:
@@ -283,7 +289,7 @@ class Recipe:
         if damping is None and self.rounding == "qronos" and self.activations is None:
             damping = _WEIGHT_ONLY_DAMPING
         try:
-            return RoundingOptions(
+            options = RoundingOptions(
                 self.rounding,
                 damping,
                 self.act_order,
@@ -294,10 +300,12 @@ class Recipe:
                 self._accumulator(),
                 self.steps,
             )
+            options.check_spec(self.weights)
         except AccumulatorError:
             raise
         except (TypeError, ValueError) as error:
             raise RecipeError(str(error)) from error
+        return options
 
     def _accumulator(self) -> AccumulatorSpec | None:
         from corequant.rounding.accumulators import AccumulatorSpec, check_tile

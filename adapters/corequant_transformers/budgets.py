@@ -83,7 +83,9 @@ def _resident() -> float:
 
 
 def peak_bytes(plan: ModelPlan, memory: int | None = None) -> int:
-    """Return the estimated peak memory of quantizing a model on disk; depth has no part in it.
+    """Return the estimated peak memory of quantizing a model on disk.
+
+    Depth has no part in it where the model is read a part at a time.
 
     Parameters
     ----------
@@ -140,7 +142,7 @@ def _peak(plan: ModelPlan, held: int) -> int:
     rounding = _BLOCK_BYTES * block
     if recipe.rounding_options().needs_moments:
         rounding += moments + window + held
-    return _BASE + max(running, rounding, _VOCABULARY_BYTES * edge + logits)
+    return _BASE + plan.whole_bytes + max(running, rounding, _VOCABULARY_BYTES * edge + logits)
 
 
 def limit_memory(size: str, plan: ModelPlan) -> int:

@@ -129,6 +129,11 @@ def save(
         tokenizer=tokenizer,
         copied_files=copied_files,
     ) as folder:
+        generation = getattr(model, "generation_config", None)
+        file = folder / "generation_config.json"
+        # One that was made from the config says nothing that this doesn't.
+        if generation is not None and not file.exists() and not generation._from_model_config:
+            file.write_text(generation.to_json_string(), encoding="utf-8")
         safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         compare(folder / WEIGHTS, tensors)
     return Path(output).absolute()
@@ -205,7 +210,26 @@ def load(path: str | Path) -> Any:
     standardize(model, plan)
     restructure(model, plan)
     tensors = _read_tensors(folder / WEIGHTS)
+    model.generation_config = read_generation(folder) or model.generation_config
     return place_tensors(model, plan, tensors, folder / WEIGHTS)
+
+
+def read_generation(folder: Path) -> Any:
+    """Return what a directory says about generating text; None where it says nothing.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is malformed.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
+    try:
+        with quiet_transformers():
+            return transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{file} can't be loaded: {error}") from error
 
 
 def place_tensors(
@@ -248,7 +272,22 @@ def place_tensors(
     expected = {k: v for k, v in model.state_dict().items() if not _belongs(k, plan)}
     _check_same(where, expected, tensors)
     model.load_state_dict(tensors, strict=False, assign=True)
+    model.save_pretrained = refuse_to_save
     return model.eval().requires_grad_(False)
+
+
+def refuse_to_save(*given: Any, **options: Any) -> None:
+    """Stand in for ``save_pretrained``, which would write the layers that it knows, and no other.
+
+    Raises
+    ------
+    OutputError
+        Always.
+    """
+    raise OutputError(
+        "save_pretrained would lose the quantized layers; write what quantize returned with its "
+        "method save, or export the directory with corequant_transformers.export"
+    )
 
 
 def load_tokenizer(path: str | Path) -> Any:

@@ -40,6 +40,7 @@ KeyValue = tuple[str, Any, Any, Any]
 """Key, value, its type, and the type of an array's entries."""
 
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_ACTIVATION = "silu"
 PERMUTED = ("llama",)
 """Architectures whose queries and keys have their channels in another order."""
 
@@ -74,6 +75,16 @@ def architecture_name(config: Any) -> str:
         raise ArchitectureError(
             f"llama.cpp's {_ARCHITECTURES[kind]!r} attends to everything, so sliding_window must "
             f"be null, got {config.sliding_window}"
+        )
+    activation = getattr(config, "hidden_act", _ACTIVATION)
+    if activation != _ACTIVATION:
+        raise ArchitectureError(
+            f"llama.cpp's {_ARCHITECTURES[kind]!r} computes {_ACTIVATION}, so hidden_act must be "
+            f"that, got {activation!r}"
+        )
+    if kind == "qwen3" and getattr(config, "attention_bias", False):
+        raise ArchitectureError(
+            "llama.cpp's 'qwen3' reads no biases of attention, so attention_bias must be false"
         )
     return _ARCHITECTURES[kind]
 

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy.typing as npt
 import torch
 
-from corequant.errors import BackendError
+from corequant.errors import BackendError, CheckpointError
 from corequant.recipe import Recipe
 from corequant_torch.quick import QuickForward
 from corequant_transformers.budgets import held_bytes, peak_bytes, peak_rss_mib
-from corequant_transformers.checkpoint import check_output, load, place_tensors, save
+from corequant_transformers.checkpoint import (
+    check_output,
+    load,
+    place_tensors,
+    read_generation,
+    save,
+)
 from corequant_transformers.choosing import Calibration
 from corequant_transformers.descriptions import check_described
 from corequant_transformers.devices import check_device, device_of
@@ -31,7 +38,7 @@ from corequant_transformers.saving import begin_run, describe_run, save_run
 from corequant_transformers.shards import FileWeights
 from corequant_transformers.sources import Source
 from corequant_transformers.streaming import Job
-from corequant_transformers.texts import check_tokens, token_windows
+from corequant_transformers.texts import check_positions, check_tokens, token_windows
 from corequant_transformers.transforming import Choices, restructure
 from corequant_transformers.verifying import Verification
 
@@ -128,9 +135,23 @@ def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
     """
     source = Source(model) if isinstance(model, str | Path) else None
     config = source.config() if source else cast(Any, model).config
+    quantizer = getattr(config, "quantization_config", None)
+    if quantizer is not None and not (source and source.is_gguf):
+        where = source.path if source else type(model).__name__
+        raise CheckpointError(
+            f"{where} has a quantization_config, so it is quantized already; quantize the float "
+            "model instead"
+        )
     names = source.tensor_names if source else lambda: list(cast(Any, model).state_dict())
     check_described(config, names)
-    return plan_model(config, recipe)
+    table = plan_model(config, recipe)
+    if source is None or not source.is_gguf:
+        return table
+    shapes = [m.shape for m in table.matrices]
+    count = sum(rows * columns for rows, columns in shapes)
+    if table.dimensions.tied:
+        count -= table.dimensions.vocabulary * table.dimensions.hidden
+    return replace(table, whole_bytes=4 * count)
 
 
 def calibrate(
@@ -172,6 +193,7 @@ def calibrate(
     else:
         tokens = check_tokens(calibration)
     table = plan_model(model.config, recipe)
+    check_positions(table.dimensions, tokens)
     parts = Parts(skeleton(model), table, ModelWeights(model), device_of(model))
     with QuickForward():
         return gather(parts, table, tokens, progress)
@@ -284,6 +306,7 @@ def quantize(
         calibration = token_windows(calibration, tokenizer, recipe.sequence_length, recipe.samples)
     found = calibration if isinstance(calibration, Calibration) else None
     tokens = found.tokens if found is not None else check_tokens(calibration)
+    check_positions(table.dimensions, tokens)
 
     def make(ledger: Ledger, after: Callable[[str, float], None] = lambda step, s: None) -> _Made:
         given = model if source is None else source
@@ -322,7 +345,7 @@ def quantize(
 
     if output is None or source is None or found is not None:
         made = make(MemoryLedger())
-        done = result(made, _assemble(made.job))
+        done = result(made, _with_generation(_assemble(made.job), source or model))
         if output is not None:
             progress("save", 0, 1)
             done.save(output)
@@ -396,6 +419,16 @@ def _assemble(job: Job) -> Any:
         for name, tensor in job.ledger.tensors(step).items()
     }
     return place_tensors(model, job.plan, tensors, "the result").to(job.parts.device)
+
+
+def _with_generation(model: Any, origin: Any) -> Any:
+    """Give a model what the float one says about generating text."""
+    if isinstance(origin, Source):
+        if not origin.is_gguf:
+            model.generation_config = read_generation(origin.path) or model.generation_config
+    elif getattr(origin, "generation_config", None) is not None:
+        model.generation_config = copy.deepcopy(origin.generation_config)
+    return model
 
 
 def _report(job: Job, started: float) -> dict[str, Any]:

@@ -47,6 +47,8 @@ class ModelPlan:
         and LayerNorms become RMSNorms; otherwise they are permuted with the residual stream.
     notes : tuple of str
         What the model's structure keeps the recipe from doing, why, and what is done instead.
+    whole_bytes : int
+        Of the float32 model, where its file can't be read a part at a time.
     """
 
     architecture: Architecture
@@ -55,6 +57,7 @@ class ModelPlan:
     matrices: tuple[MatrixPlan, ...]
     norms: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    whole_bytes: int = 0
 
     def draw_signs(self, draw: int = 0) -> dict[str, npt.NDArray[np.float64]]:
         """Return the residual stream's random signs by their name.
@@ -71,7 +74,7 @@ class ModelPlan:
         """Return what the plan costs: run-time additions and bytes, sizes in MiB, block sizes.
 
         ``peak_mib`` is the estimated peak memory of ``quantize`` for a model on disk, whatever its
-        depth.
+        depth unless it is a GGUF file, which is decoded as a whole.
         """
         rotations = [(self.share(m), m) for m in self.online]
         additions = sum(

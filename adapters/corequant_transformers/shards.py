@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ from corequant_transformers.sources import Source, quiet_transformers
 
 __all__ = ["FileWeights"]
 
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_COMPUTED = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.masked_bias$")
+"""Buffers that older releases of Transformers wrote."""
+
 
 class FileWeights:
     """The weights in a directory's files.
@@ -41,7 +46,8 @@ class FileWeights:
     Raises
     ------
     CheckpointError
-        If a file is malformed, or lacks weights, or has them in another shape.
+        If a file is malformed, lacks weights, has them in another shape or as codes of a quantizer,
+        or holds tensors that the model has no place for.
     """
 
     def __init__(self, source: Source, model: Any, plan: ModelPlan) -> None:
@@ -61,6 +67,7 @@ class FileWeights:
         renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         covered = set()
+        strangers: list[str] = []
         for file in self.source.shards():
             with _opened(file) as tensors:
                 for name in tensors.keys():
@@ -73,6 +80,7 @@ class FileWeights:
                         name, renamings, converters, model.base_model_prefix, state
                     )
                     if key not in state:
+                        strangers += [] if _is_ignored(name, model) else [name]
                         continue
                     self._places[name] = (file, name)
                     self._sources.setdefault(key, []).append(name)
@@ -81,6 +89,12 @@ class FileWeights:
                         raise CheckpointError(
                             f"{name} of {file} must have shape {tuple(state[key].shape)}, "
                             f"got {shape}"
+                        )
+                    kind = tensors.get_slice(name).get_dtype()
+                    if kind not in _FLOATS:
+                        raise CheckpointError(
+                            f"{name} of {file} must be one of {', '.join(_FLOATS)}, got {kind}: "
+                            "weights that were quantized already are not read as numbers"
                         )
                     covered.add(key)
                     if pattern is not None:
@@ -91,6 +105,11 @@ class FileWeights:
         if missing:
             raise CheckpointError(
                 f"{self.source.path} lacks {len(missing)} weights, the first is {missing[0]}"
+            )
+        if strangers:
+            raise CheckpointError(
+                f"{self.source.path} holds {len(strangers)} tensors that {type(model).__name__} "
+                f"has no place for, the first is {min(strangers)}"
             )
 
     def fill(self, model: Any, keys: Sequence[str]) -> None:
@@ -121,6 +140,12 @@ class FileWeights:
         with _opened(file) as tensors:
             tensor: torch.Tensor = tensors.get_tensor(stored)
         return tensor
+
+
+def _is_ignored(name: str, model: Any) -> bool:
+    """Tell whether a tensor is one that files may hold in vain: what modules compute anew."""
+    patterns = (*_COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 class _opened:

@@ -13,7 +13,7 @@ import torch
 from corequant._validation import check_index
 from corequant.errors import CalibrationError
 from corequant_torch.quick import QuickForward
-from corequant_transformers.architectures import architecture_of
+from corequant_transformers.architectures import Dimensions, architecture_of, dimensions_of
 
 __all__ = ["Evaluation", "evaluate", "token_windows"]
 
@@ -136,6 +136,7 @@ def evaluate(
         tokens = token_windows(text, tokenizer, sequence_length, windows)
     else:
         tokens = check_tokens(text)[:windows]
+    check_positions(dimensions_of(model.config), tokens)
     total = 0.0
     for done, window in enumerate(tokens):
         with QuickForward():
@@ -155,6 +156,16 @@ def check_tokens(tokens: Any) -> Tokens:
             f"tokens, got dtype {array.dtype} and shape {array.shape}"
         )
     return array.astype(np.int64)
+
+
+def check_positions(dimensions: Dimensions, tokens: Tokens) -> None:
+    """Raise CalibrationError for windows longer than a model with learned positions can read."""
+    length, most = tokens.shape[1], dimensions.most_positions
+    if most and length > most:
+        raise CalibrationError(
+            f"sequence_length must be at most {most}, the model's max_position_embeddings, "
+            f"got {length}"
+        )
 
 
 @torch.no_grad()

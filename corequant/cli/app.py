@@ -15,7 +15,7 @@ import typer
 
 from corequant._dispatch import available_backends, get_backend
 from corequant.cli import show
-from corequant.errors import BackendError, CalibrationError, CorequantError
+from corequant.errors import BackendError, CalibrationError, CorequantError, RecipeError
 from corequant.export import TARGETS
 from corequant.recipe import FACTORS, PERMUTATIONS, REFERENCES, ROTATIONS, ROUNDINGS, Recipe
 
@@ -74,8 +74,8 @@ Accumulator = Annotated[
     typer.Option(help="Width that no sum may overflow, or tile and width.", metavar="[TILEx]BITS"),
 ]
 Steps = Annotated[int, typer.Option(help="Of learned rounding.")]
-Samples = Annotated[int, typer.Option(help="Calibration windows.")]
-Length = Annotated[int, typer.Option(help="Tokens per window.")]
+Samples = Annotated[int, typer.Option(help="Calibration windows.", min=1)]
+Length = Annotated[int, typer.Option(help="Tokens per window.", min=2)]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.")]
 SignTrials = Annotated[
     int, typer.Option(help="Draws of the residual rotation's signs; the least lossy is kept.")
@@ -88,6 +88,7 @@ RecipeFile = Annotated[
 
 @app.command()
 def plan(
+    context: typer.Context,
     model: Model,
     recipe: RecipeFile = None,
     block_size: BlockSize = None,
@@ -101,6 +102,7 @@ def plan(
 ) -> None:
     """Print what quantize would do to each matrix, and what it costs, before any work."""
     wanted = _recipe(
+        context,
         recipe,
         block_size=block_size,
         rotation=rotation,
@@ -121,6 +123,7 @@ def plan(
 
 @app.command()
 def quantize(
+    context: typer.Context,
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="A new or empty directory.")],
     calibration: Annotated[Path, typer.Option(help="A text file (UTF-8) to calibrate on.")],
@@ -161,6 +164,7 @@ def quantize(
 ) -> None:
     """Calibrate, permute, rotate, verify, quantize and save a model."""
     wanted = _recipe(
+        context,
         recipe,
         block_size=block_size,
         rotation=rotation,
@@ -217,7 +221,9 @@ def quantize(
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A quantized or float model.")],
     text: Annotated[Path, typer.Option(help="A text file (UTF-8).")],
-    windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
+    windows: Annotated[
+        int | None, typer.Option(help="Only the first so many windows.", min=1)
+    ] = None,
     sequence_length: Length = 2048,
     device: Device = "cpu",
     as_json: Json = False,
@@ -275,7 +281,7 @@ def inspect(
         Path | None, typer.Option(help="Text to run a float model on; Python's help by default.")
     ] = None,
     block_size: Annotated[int, typer.Option(help="Block length to look at.")] = 16,
-    windows: Annotated[int, typer.Option(help="Windows of text; the last one judges.")] = 3,
+    windows: Annotated[int, typer.Option(help="Windows of text; the last one judges.", min=2)] = 3,
     sequence_length: Length = 2048,
     report: Annotated[Path, typer.Option(help="Where a float model's report goes.")] = Path(
         "inspection.html"
@@ -382,7 +388,12 @@ def run() -> int:
     return status
 
 
-def _recipe(file: Path | None, **options: Any) -> Recipe:
+def _recipe(context: typer.Context, file: Path | None, **options: Any) -> Recipe:
+    sources = {name: context.get_parameter_source(name) for name in options}
+    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    if file is not None and given:
+        listed = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise RecipeError(f"--recipe says all of it, and goes without {listed}")
     if file is None:
         size = options["block_size"]
         if size is not None and size.lstrip("-").isdigit():

@@ -14,7 +14,7 @@ from corequant.errors import ShapeError, SpecError
 from corequant.quantization import QuantizedTensor, as_spec, dequantize, quantize
 from corequant.rounding.accumulators import AccumulatorSpec
 from corequant.rounding.elsewhere import is_elsewhere
-from corequant.rounding.fitting import fit_scales
+from corequant.rounding.fitting import check_fitted, fit_scales
 from corequant.rounding.hessian import check_cross_moment, check_hessian
 from corequant.rounding.nearest import round_to_nearest
 from corequant.rounding.report import (
@@ -23,12 +23,13 @@ from corequant.rounding.report import (
     losses_of,
     reconstruction_loss,
 )
-from corequant.specs import Granularity, QuantSpec
+from corequant.specs import GROUPED, Granularity, QuantSpec
 
 __all__ = ["METHODS", "RoundingOptions", "round_together"]
 
 Array = npt.NDArray[Any]
 
+_STEPS = 400
 METHODS = ("nearest", "gptq", "gpfq", "qronos", "learned")
 """Names that ``RoundingOptions.method`` takes."""
 
@@ -72,7 +73,7 @@ class RoundingOptions:
     fit_scales: bool = False
     magr: float = 0.0
     accumulator: AccumulatorSpec | None = None
-    steps: int = 400
+    steps: int = _STEPS
 
     def __post_init__(self) -> None:
         """Refuse what the method doesn't know."""
@@ -102,6 +103,15 @@ class RoundingOptions:
                 raise SpecError(
                     f"{name} goes with {', '.join(allowed)}, got it with {self.method!r}"
                 )
+        if self.steps != _STEPS and self.method != "learned":
+            raise SpecError(f"steps go with learned, got {self.steps} with {self.method!r}")
+
+    def check_spec(self, spec: QuantSpec) -> None:
+        """Raise SpecError unless the options are of use for weights of a spec."""
+        if self.refit and spec.granularity not in GROUPED:
+            raise SpecError(f"refit is for scales of groups, got {spec}")
+        if self.fit_scales:
+            check_fitted(spec)
 
     @property
     def needs_moments(self) -> bool:

@@ -179,7 +179,7 @@ NAME = "model.layers.0.mlp.down_proj"
         ),
         (lambda f: (f / "float_config.json").unlink(), "float_config.json is missing"),
         (lambda f: (f / "recipe.toml").unlink(), "recipe.toml can't be read"),
-        (lambda f: (f / "recipe.toml").write_text("block_size = 'x'"), "must be an integer"),
+        (lambda f: (f / "recipe.toml").write_text("block_size = 'x'"), "must be a number"),
         (lambda f: edit_tensors(f, lambda t: t.pop(f"{NAME}.weight_packed")), "is missing"),
         (lambda f: edit_tensors(f, lambda t: t.pop("model.norm.weight")), "lacks the tensor"),
         (lambda f: edit_tensors(f, lambda t: t.update(x=torch.ones(1))), "unexpected tensor x"),
@@ -392,3 +392,103 @@ def test_a_link_may_not_lead_out_of_the_directory(tmp_path):
     weights.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(cq.CheckpointError, match="own folder"):
         cqhf.Source(tmp_path / "model")
+
+
+def other_files(folder, change):
+    """Save a tiny model with its tensors changed by ``change``."""
+    cqhf.tiny_model("llama").save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    word_level(folder)
+    return folder
+
+
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+def test_codes_of_another_quantizer_are_not_read_as_numbers(kind, tokens, tmp_path):
+    def change(tensors):
+        tensors[QUERY] = (tensors[QUERY] * 50).to(kind)
+
+    folder = other_files(tmp_path / "model", change)
+    with pytest.raises(cq.CheckpointError, match=f"{QUERY} of .* must be one of F64, F32"):
+        cqhf.quantize(folder, Recipe(block_size=16), tokens)
+
+
+def test_a_model_that_is_quantized_already_is_refused(tokens, tmp_path):
+    folder = other_files(tmp_path / "model", lambda tensors: None)
+    edit_json(folder / "config.json", quantization_config={"quant_method": "fp8"})
+    for call in (cqhf.plan, lambda m, r: cqhf.quantize(m, r, tokens)):
+        with pytest.raises(cq.CheckpointError, match="quantized already"):
+            call(folder, Recipe(block_size=16))
+    model = cqhf.tiny_model("llama")
+    model.config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(cq.CheckpointError, match="LlamaForCausalLM has a quantization_config"):
+        cqhf.quantize(model, Recipe(block_size=16), tokens)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "model.extra.weight"])
+def test_a_tensor_that_the_model_has_no_place_for_is_named(name, tokens, tmp_path):
+    def change(tensors):
+        tensors[name] = torch.zeros(8)
+
+    folder = other_files(tmp_path / "model", change)
+    with pytest.raises(cq.CheckpointError, match=f"has no place for, the first is {name}"):
+        cqhf.quantize(folder, Recipe(block_size=16), tokens)
+
+
+def test_buffers_of_older_files_are_no_obstacle(tokens, tmp_path):
+    def change(tensors):
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    folder = other_files(tmp_path / "model", change)
+    plain = cqhf.quantize(cqhf.tiny_model("llama"), Recipe(block_size=16), tokens)
+    found = cqhf.quantize(folder, Recipe(block_size=16), tokens)
+    assert torch.equal(logits(plain.model, tokens), logits(found.model, tokens))
+
+
+def test_what_is_said_about_generation_is_kept(tokens, tmp_path):
+    model = cqhf.tiny_model("llama")
+    wanted = transformers.GenerationConfig(
+        do_sample=True, temperature=0.7, top_p=0.9, eos_token_id=[1, 5], max_new_tokens=17
+    )
+    model.generation_config = wanted
+    model.save_pretrained(tmp_path / "source")
+    word_level(tmp_path / "source")
+    results = []
+    for number, source in enumerate((model, tmp_path / "source")):
+        results.append(cqhf.quantize(source, Recipe(block_size=16), tokens))
+        results[-1].save(tmp_path / f"memory{number}")
+        cqhf.quantize(source, Recipe(block_size=16), tokens, tmp_path / f"disk{number}")
+    models = [result.model for result in results]
+    models += [cqhf.load(tmp_path / f"{k}{n}") for k in ("memory", "disk") for n in (0, 1)]
+    for found in models:
+        config = found.generation_config
+        assert (config.temperature, config.top_p, config.max_new_tokens) == (0.7, 0.9, 17)
+        assert config.eos_token_id == [1, 5]
+    (tmp_path / "disk1" / "generation_config.json").write_text("{")
+    with pytest.raises(cq.CheckpointError, match="generation_config.json can't be loaded"):
+        cqhf.load(tmp_path / "disk1")
+
+
+def test_save_pretrained_does_not_lose_layers(saved, tmp_path):
+    for model in (saved[0].model, cqhf.load(saved[1])):
+        with pytest.raises(cq.OutputError, match="would lose the quantized layers"):
+            model.save_pretrained(tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()
+
+
+def test_windows_longer_than_learned_positions_are_refused():
+    model = cqhf.tiny_model("gpt2")
+    most = model.config.max_position_embeddings
+    long = np.zeros((2, most + 1), np.int64)
+    for call in (
+        lambda: cqhf.quantize(model, Recipe(block_size=16), long),
+        lambda: cqhf.evaluate(model, long),
+        lambda: cqhf.inspect(model, long, 16),
+    ):
+        with pytest.raises(cq.CalibrationError, match=f"sequence_length must be at most {most}"):
+            call()
+    assert cqhf.evaluate(model, long[:1, :-1]).predicted == most - 1

@@ -74,13 +74,13 @@ def test_plan_of_an_online_model(folder):
 def test_quantize_with_rounding_options(folder, tmp_path):
     out = tmp_path / "out"
     options = ("--rounding", "gptq", "--damping", "0.05", "--no-act-order", "--correction", "0.25")
-    more = ("--reference", "model", "--magr", "0.001", "--accumulator", "16x16", "--steps", "3")
+    more = ("--reference", "model", "--magr", "0.001", "--accumulator", "16x16")
     arguments = ("quantize", "model", "-o", out, "--calibration", "text.txt", *SMALL)
     done = run(*arguments, *options, *more, "--json", cwd=folder)
     report = json.loads(done.stdout)
     wanted = {
         "rounding": "gptq", "damping": 0.05, "act_order": False, "correction": 0.25,
-        "reference": "model", "magr": 0.001, "accumulator": "16x16", "steps": 3,
+        "reference": "model", "magr": 0.001, "accumulator": "16x16",
     }  # fmt: skip
     assert {k: report["recipe"][k] for k in wanted} == wanted
     assert {row["method"] for row in report["matrices"]} == {"gptaq"}
@@ -233,3 +233,30 @@ def test_the_readmes_commands(smollm2_path, tmp_path):
         done = run(*shlex.split(command)[1:], cwd=tmp_path)
         assert done.stdout
     assert (tmp_path / "smollm2-int4" / "corequant.safetensors").is_file()
+
+
+def test_a_recipe_file_goes_without_options(folder, tmp_path):
+    (tmp_path / "r.toml").write_text(Recipe(block_size=16).to_toml())
+    done = run(
+        "plan", "model", "--recipe", tmp_path / "r.toml", "--weights", "int8", "--block-size", "8",
+        cwd=folder, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "--recipe says all of it, and goes without --block-size, --weights" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("evaluate", "model", "--text", "text.txt", "--windows", "0"),
+        ("evaluate", "model", "--text", "text.txt", "--sequence-length", "1"),
+        ("inspect", "model", "--windows", "0"),
+        ("plan", "model", "--block-size", "abc"),
+    ],
+)
+def test_numbers_out_of_range_are_one_line(folder, options):
+    done = run(*options, cwd=folder, check=False)
+    assert done.returncode in (1, 2)
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert options[-2].lstrip("-").replace("-", "_") in done.stderr.replace("-", "_")

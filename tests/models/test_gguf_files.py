@@ -234,6 +234,8 @@ def test_what_llama_cpp_lacks_is_refused_and_nothing_is_left(recipe, error, word
     [
         ("olmo2", {}, "GGUF files are written for llama, mistral, qwen2, qwen3, got 'olmo2'"),
         ("mistral", {"sliding_window": 16}, "sliding_window must be null, got 16"),
+        ("llama", {"hidden_act": "gelu"}, "computes silu, so hidden_act must be that, got 'gelu'"),
+        ("qwen3", {"attention_bias": True}, "attention_bias must be false"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},

@@ -47,7 +47,7 @@ def test_weights_search_their_scales_unless_told_otherwise():
         ({"weights": "int4:chanel"}, "unknown part 'chanel'.*did you mean 'channel'"),
         ({"weights": "int4:token"}, "weights have no tokens"),
         ({"block_size": (16, 0)}, "block_size must be at least 1"),
-        ({"block_size": "many"}, "block_size must be an integer"),
+        ({"block_size": "many"}, "block_size must be a number, several of them or 'auto'"),
         ({"tolerance": -1}, "tolerance must be finite"),
         ({"tolerance": "x"}, "tolerance must be a number"),
         ({"factors": "some"}, "factors must be one of"),
@@ -110,3 +110,18 @@ def test_bad_files():
         Recipe.from_toml("= 3")
     with pytest.raises(cq.RecipeError, match="unknown recipe key 'blocksize'"):
         Recipe.from_toml("blocksize = 16")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rounding": "qronos", "refit": True}, "refit is for scales of groups"),
+        ({"fit_scales": True, "weights": "mxfp4"}, "to fit"),
+        ({"reference": "model"}, "reference goes with adaptive rounding"),
+        ({"rounding": "qronos", "steps": 5}, "steps go with learned, got 5 with 'qronos'"),
+        ({"block_size": "abc"}, "block_size must be a number, several of them or 'auto'"),
+    ],
+)
+def test_options_without_a_use_are_refused_at_once(fields, message):
+    with pytest.raises(cq.RecipeError, match=message):
+        Recipe(**fields)
