@@ -157,7 +157,18 @@ class RunDirectory:
             found = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RunError(f"{file} can't be read: {error}") from error
-        _refuse_other(found, manifest)
+        self._refuse_other(found, manifest)
+
+    def _refuse_other(self, found: dict[str, Any], wanted: dict[str, Any], field: str = "") -> None:
+        for key in sorted(set(found) | set(wanted)):
+            name, before, now = f"{field}{key}", found.get(key), wanted.get(key)
+            if isinstance(before, dict) and isinstance(now, dict):
+                self._refuse_other(before, now, f"{name}.")
+            elif before != now:
+                raise RunError(
+                    f"{name} must be as when the run was begun, {before!r}, to go on, got {now!r}; "
+                    f"remove {self.path} to begin anew"
+                )
 
     # ---- the ledger
 
@@ -333,14 +344,3 @@ class RunDirectory:
         self.path.rename(rest)
         shutil.rmtree(rest, ignore_errors=True)
         self.close()
-
-
-def _refuse_other(found: dict[str, Any], wanted: dict[str, Any], field: str = "") -> None:
-    for key in sorted(set(found) | set(wanted)):
-        name, before, now = f"{field}{key}", found.get(key), wanted.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            _refuse_other(before, now, f"{name}.")
-        elif before != now:
-            raise RunError(
-                f"{name} must be as when the run was begun, {before!r}, to go on, got {now!r}"
-            )

@@ -128,6 +128,12 @@ def test_a_recipe_file(folder, tmp_path):
     assert Recipe.from_dict(json.loads(done.stdout)["recipe"]) == recipe
 
 
+def test_the_package_is_the_command():
+    command = [sys.executable, "-m", "corequant", "backends", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == run("backends", "--json").stdout
+
+
 def test_backends():
     rows = json.loads(run("backends", "--json").stdout)
     assert set(rows) == {"numpy", "torch"}

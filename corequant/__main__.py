@@ -1,0 +1,6 @@
+"""The ``corequant`` command as ``python -m corequant``."""
+
+from corequant.cli import main
+
+if __name__ == "__main__":
+    main()
