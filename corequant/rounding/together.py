@@ -29,7 +29,6 @@ __all__ = ["METHODS", "RoundingOptions", "round_together"]
 
 Array = npt.NDArray[Any]
 
-_STEPS = 400
 METHODS = ("nearest", "gptq", "gpfq", "qronos", "learned")
 """Names that ``RoundingOptions.method`` takes."""
 
@@ -73,7 +72,7 @@ class RoundingOptions:
     fit_scales: bool = False
     magr: float = 0.0
     accumulator: AccumulatorSpec | None = None
-    steps: int = _STEPS
+    steps: int = 400
 
     def __post_init__(self) -> None:
         """Refuse what the method doesn't know."""
@@ -103,8 +102,6 @@ class RoundingOptions:
                 raise SpecError(
                     f"{name} goes with {', '.join(allowed)}, got it with {self.method!r}"
                 )
-        if self.steps != _STEPS and self.method != "learned":
-            raise SpecError(f"steps go with learned, got {self.steps} with {self.method!r}")
 
     def check_spec(self, spec: QuantSpec) -> None:
         """Raise SpecError unless the options are of use for weights of a spec."""

@@ -118,7 +118,6 @@ def test_bad_files():
         ({"rounding": "qronos", "refit": True}, "refit is for scales of groups"),
         ({"fit_scales": True, "weights": "mxfp4"}, "to fit"),
         ({"reference": "model"}, "reference goes with adaptive rounding"),
-        ({"rounding": "qronos", "steps": 5}, "steps go with learned, got 5 with 'qronos'"),
         ({"block_size": "abc"}, "block_size must be a number, several of them or 'auto'"),
     ],
 )
