@@ -204,8 +204,6 @@ class Dimensions:
         Whether embedding and head share one matrix.
     positions : int
         Rows of the embedding of positions; 0 without one.
-    most_positions : int
-        Tokens that they are enough for; 0 without one.
     experts, experts_chosen, expert_intermediate : int
         Experts in a sparse block, how many of them a token visits, their width; 0 without any.
     """
@@ -219,7 +217,6 @@ class Dimensions:
     vocabulary: int
     tied: bool
     positions: int = 0
-    most_positions: int = 0
     experts: int = 0
     experts_chosen: int = 0
     expert_intermediate: int = 0
@@ -386,11 +383,6 @@ def dimensions_of(config: Any) -> Dimensions:
         tied=bool(getattr(config, "tie_word_embeddings", False)),
         positions=(
             _positive(config, "max_position_embeddings") + architecture.extra_positions
-            if architecture.positions is not None
-            else 0
-        ),
-        most_positions=(
-            _positive(config, "max_position_embeddings")
             if architecture.positions is not None
             else 0
         ),

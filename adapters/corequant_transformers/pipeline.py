@@ -193,7 +193,7 @@ def calibrate(
     else:
         tokens = check_tokens(calibration)
     table = plan_model(model.config, recipe)
-    check_positions(table.dimensions, tokens)
+    check_positions(table.architecture, table.dimensions, tokens)
     parts = Parts(skeleton(model), table, ModelWeights(model), device_of(model))
     with QuickForward():
         return gather(parts, table, tokens, progress)
@@ -306,7 +306,7 @@ def quantize(
         calibration = token_windows(calibration, tokenizer, recipe.sequence_length, recipe.samples)
     found = calibration if isinstance(calibration, Calibration) else None
     tokens = found.tokens if found is not None else check_tokens(calibration)
-    check_positions(table.dimensions, tokens)
+    check_positions(table.architecture, table.dimensions, tokens)
 
     def make(ledger: Ledger, after: Callable[[str, float], None] = lambda step, s: None) -> _Made:
         given = model if source is None else source

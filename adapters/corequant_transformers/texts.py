@@ -13,7 +13,12 @@ import torch
 from corequant._validation import check_index
 from corequant.errors import CalibrationError
 from corequant_torch.quick import QuickForward
-from corequant_transformers.architectures import Dimensions, architecture_of, dimensions_of
+from corequant_transformers.architectures import (
+    Architecture,
+    Dimensions,
+    architecture_of,
+    dimensions_of,
+)
 
 __all__ = ["Evaluation", "evaluate", "token_windows"]
 
@@ -136,7 +141,7 @@ def evaluate(
         tokens = token_windows(text, tokenizer, sequence_length, windows)
     else:
         tokens = check_tokens(text)[:windows]
-    check_positions(dimensions_of(model.config), tokens)
+    check_positions(architecture_of(model.config), dimensions_of(model.config), tokens)
     total = 0.0
     for done, window in enumerate(tokens):
         with QuickForward():
@@ -158,10 +163,10 @@ def check_tokens(tokens: Any) -> Tokens:
     return array.astype(np.int64)
 
 
-def check_positions(dimensions: Dimensions, tokens: Tokens) -> None:
+def check_positions(architecture: Architecture, dimensions: Dimensions, tokens: Tokens) -> None:
     """Raise CalibrationError for windows longer than a model with learned positions can read."""
-    length, most = tokens.shape[1], dimensions.most_positions
-    if most and length > most:
+    length, most = tokens.shape[1], dimensions.positions - architecture.extra_positions
+    if architecture.positions is not None and length > most:
         raise CalibrationError(
             f"sequence_length must be at most {most}, the model's max_position_embeddings, "
             f"got {length}"
