@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from corequant import _forks
 from corequant.errors import (
     AccumulatorError,
     ArchitectureError,
@@ -307,6 +308,9 @@ __all__ = [
     "zigzag",
 ]
 
+
+# From the first import on: what is loaded later may be under way when another thread forks.
+_forks.register()
 
 if not TYPE_CHECKING:  # with it, any name would have a type
 

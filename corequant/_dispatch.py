@@ -9,12 +9,14 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, cast
 
+import numpy as np
+
 from corequant._numpy import NumpyBackend
-from corequant._validation import is_plain_type
-from corequant.errors import BackendError
+from corequant._validation import check_writeable, is_plain_type
+from corequant.errors import BackendError, ShapeError
 from corequant.protocols import Backend
 
-__all__ = ["available_backends", "backend_for", "get_backend", "owner_of"]
+__all__ = ["available_backends", "backend_for", "check_out", "get_backend", "owner_of"]
 
 _GROUP = "corequant.backends"
 _EXTRAS = {"torch": "torch"}
@@ -113,3 +115,34 @@ def backend_for(**arrays: Any) -> Backend:
     if several and (check := getattr(found, "check_together", None)) is not None:
         check(**arrays)
     return found
+
+
+def check_out(x: Any, out: Any, dtype: Any = None) -> None:
+    """Raise unless ``out`` may take a result of the shape of ``x``; None may.
+
+    It must be an array of x's kind, of x's shape and of ``dtype`` (x's own by default), writeable,
+    and either the very array ``x``, itself or as another view of all of it, or apart from it.
+    """
+    if out is None:
+        return
+    backend_for(x=x, out=out)
+    wanted = x.dtype if dtype is None else dtype
+    if tuple(out.shape) != tuple(x.shape) or _kind(out.dtype) != _kind(wanted):
+        raise ShapeError(
+            f"out must have x's shape {tuple(x.shape)} and dtype {wanted}, "
+            f"got {tuple(out.shape)} and {out.dtype}"
+        )
+    if not isinstance(out, np.ndarray):
+        return
+    check_writeable(out)
+    same = (
+        out.dtype == x.dtype
+        and out.__array_interface__["data"][0] == x.__array_interface__["data"][0]
+        and out.strides == x.strides
+    )
+    if out is not x and not same and np.shares_memory(out, x):
+        raise ValueError("out must be x itself or share no memory with it, got an overlap")
+
+
+def _kind(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -155,24 +154,31 @@ def _run(
     return (scales, zeros) if finite else None
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def can_fuse(d: int, block_size: int, group: int, dtype: np.dtype[Any]) -> bool:
     """Tell whether there is a fused kernel: rows and groups must be whole vectors."""
-    if compiled_away():
-        return False
+    name = name_of(dtype)
+    return (
+        not compiled_away()
+        and group % lanes_of(name) == 0
+        and _plan(name, block_size, d, "none") is not None
+    )
+
+
+@lru_cache(maxsize=4096)
+def _plan(name: str, block_size: int, d: int, signs: str) -> Plan | None:
+    """Return the plan whose units make up a row; None if there is none."""
     core, power = hadamard_factors(block_size)
-    lanes = lanes_of(name_of(dtype))
-    if group % lanes or (core > 1 and power < lanes):
-        return False
-    plan = plan_rows(name_of(dtype), core, power, False, "none", "ordinary")
-    return fitted(plan, d) is not None
+    if core > 1 and power < lanes_of(name):
+        return None
+    return fitted(plan_rows(name, core, power, False, signs, "ordinary"), d)
 
 
 @dataclass(frozen=True)
 class _Kernel:
     """A fused kernel, and all of it that a call needs."""
 
-    call: Callable[..., None]
+    call: Any
     plan: Plan
     scratch: int
     real: np.dtype[Any]
@@ -181,18 +187,30 @@ class _Kernel:
     huge: float
 
 
-@lru_cache(maxsize=256)
-def _kernel(name: str, block_size: int, task: Task, signs: str) -> _Kernel:
-    real = np.dtype(compute_dtype(name))
-    whole = plan_rows(name, *hadamard_factors(block_size), False, signs, "ordinary")
-    plan = fitted(whole, task.length) or whole
-    if task.permuted:
+@lru_cache(maxsize=1024)
+def _kernel(
+    name: str,
+    block_size: int,
+    d: int,
+    group: int,
+    grid: str,
+    symmetric: bool,
+    permuted: bool,
+    streamed: bool,
+    signs: str,
+) -> _Kernel:
+    """Return what a shape needs; many shapes share one compiled kernel."""
+    plan = _plan(name, block_size, d, signs)
+    assert plan is not None  # ``can_fuse`` has been asked
+    if permuted:
         # The gather fetches the next row; what the rotation reads is in the cache already.
         plan = replace(plan, ahead=0)
+    task = Task.of(plan.lanes, d, group, grid, symmetric, permuted, streamed)
+    real = np.dtype(compute_dtype(name))
     return _Kernel(
         fused_kernel(plan, task),
         plan,
-        fused_scratch(plan, task),
+        fused_scratch(plan, d, group),
         real,
         float(scale_of(name, block_size)),
         float(np.finfo(real).smallest_subnormal),
@@ -224,7 +242,12 @@ def fuse(
     found = _kernel(
         name_of(x.dtype),
         block_size,
-        Task(d, group, grid, symmetric, permutation is not None, streamed),
+        d,
+        group,
+        grid,
+        symmetric,
+        permutation is not None,
+        streamed,
         where_signs(signs, inverse=False),
     )
     bits = np.zeros(0, np.uint8) if signs is None else repeated_bits(found.plan, signs)
@@ -235,9 +258,9 @@ def fuse(
     if permutation is not None:
         indices = permutation.astype(index_dtype(d))
     status = np.zeros(1, np.int64)
-    arrays = (x, out, scales, zeros, indices, bits, status)
+    arrays = (x, out, scales, zeros, indices, bits, status, found.call.choices)
     numbers = (found.scale, float(limits[0]), float(limits[1]), found.tiny, found.huge)
-    context = fused_context([address_of(a) for a in arrays], numbers)
+    context = fused_context(d, group, [address_of(a) for a in arrays], numbers)
     room = found.scratch
     Units(found.call, rows, d, room, threads).run(context, scratch.at_least(room))
     return scales, zeros, not status[0]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -170,7 +169,7 @@ def _factors_of(signs: Signs, scale: Any, inverse: bool) -> Array:
 class _RowKernel:
     """A plan for rows, and all of it that a call needs."""
 
-    call: Callable[[int, int, bytes], None]
+    call: Any
     plan: Plan
     unit: int
     scratch: int
@@ -204,11 +203,12 @@ def _rotate_rows(
 
     def settings_of(kernel: _RowKernel, bits: Array | None, first: int, count: int) -> bytes:
         room = scratch.at_least(kernel.scratch)
+        table = address_of(kernel.call.choices)
         if bits is None:
-            return settings(count, kernel.scale, room)
+            return settings(count, kernel.scale, room, choices=table)
         period = 8 * bits.size
-        table = (address_of(bits), period, first % period)
-        return settings(count, kernel.scale, room, signs=table)
+        own = (address_of(bits), period, first % period)
+        return settings(count, kernel.scale, room, choices=table, signs=own)
 
     given = settings_of(kernel, bits, 0, units)
     alone = one_part(units, kernel.unit, threads, _PER_THREAD)
@@ -269,7 +269,7 @@ def _rotate_columns(
     lead = -address_of(out) % VECTOR_BYTES // size if whole_lines else 0
     streamed = whole_lines and _stores(x, out) != "ordinary"
     plan = plan_columns(name, core, power, inverse, where, "streamed" if streamed else "ordinary")
-    kernel = kernel_for(plan)
+    kernel: Any = kernel_for(plan)
     width = plan.strip * plan.lanes
     strips = max(0, columns - lead) // width
     covered = lead + strips * width if strips else 0
@@ -280,7 +280,9 @@ def _rotate_columns(
 
     def turn(src: int, dst: int, row: int, block: int, count: int, room: int) -> None:
         table = factors_at + block % per_axis * block_size * multipliers.dtype.itemsize
-        given = settings(count, float(scale), room, steps=(row, row), signs=(table, 0, 0))
+        at = address_of(kernel.choices)
+        signs = (table, 0, 0)
+        given = settings(count, float(scale), room, choices=at, steps=(row, row), signs=signs)
         kernel(src, dst, given)
 
     def work(first: int, last: int) -> None:

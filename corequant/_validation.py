@@ -23,6 +23,7 @@ __all__ = [
     "check_numpy",
     "check_permutation",
     "check_scores",
+    "check_writeable",
     "divisors",
     "is_floating",
     "is_plain_type",
@@ -81,6 +82,16 @@ def check_numpy(name: str, value: Any) -> npt.NDArray[Any]:
     if not is_plain_type(type(value)):
         raise TypeError(f"{name} must be a plain numpy.ndarray, got {type(value).__name__}")
     return value
+
+
+def check_writeable(out: npt.NDArray[Any]) -> None:
+    """Raise unless results can be written to ``out``, each of them to a place of its own."""
+    if not out.flags.writeable:
+        raise ValueError("out must be writeable, got a read-only array")
+    if any(step == 0 and n > 1 for step, n in zip(out.strides, out.shape, strict=True)):
+        raise ValueError(
+            f"out must have a place for each number, got strides {out.strides} for {out.shape}"
+        )
 
 
 def check_array(name: str, x: Any) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._dispatch import backend_for
+from corequant._dispatch import backend_for, check_out
 from corequant._validation import check_array, check_divides, check_index, check_permutation
-from corequant.errors import NonFiniteError, ShapeError
+from corequant.errors import NonFiniteError
 from corequant.protocols import Backend
 from corequant.quantization import QuantizedTensor, as_spec, fake_quantize, quantize
 from corequant.rotation import check_block_size, check_signs
@@ -81,8 +81,7 @@ def rotate_quantize(
     True
     """
     backend, how, spec = _prepare(x, block_size, spec, permutation, signs, threads)
-    if out is not None:
-        _check_out(backend, x, out, str(spec.format.code_dtype))
+    check_out(x, out, spec.format.code_dtype)
     fused = backend.rotate_quantize(x, spec=spec, out=out, **how)
     if fused is not None:
         return QuantizedTensor(*fused, spec)
@@ -136,8 +135,7 @@ def rotate_fake_quantize(
     array([[ 4.666667 , -1.3333334, -2.       ,  0.       ]], dtype=float32)
     """
     backend, how, spec = _prepare(x, block_size, spec, permutation, signs, threads)
-    if out is not None:
-        _check_out(backend, x, out, str(x.dtype))
+    check_out(x, out)
     fused = backend.rotate_fake_quantize(x, spec=spec, out=out, **how)
     if fused is not None:
         return fused
@@ -196,19 +194,3 @@ def _prepare(
         "threads": threads if threads is None else check_index("threads", threads),
     }
     return backend, how, spec
-
-
-def _check_out(backend: Backend, x: Any, out: Any, dtype: str) -> None:
-    if backend_for(out=out) is not backend:
-        raise TypeError(f"out must be an array of x's kind, got {type(out).__name__}")
-    kind = str(out.dtype).removeprefix("torch.")
-    if tuple(out.shape) != tuple(x.shape) or kind != dtype.removeprefix("torch."):
-        raise ShapeError(
-            f"out must have x's shape {tuple(x.shape)} and dtype {dtype}, "
-            f"got {tuple(out.shape)} and {out.dtype}"
-        )
-    if isinstance(out, np.ndarray):
-        if not out.flags.writeable:
-            raise ValueError("out must be writeable, got a read-only array")
-        if out is not x and np.shares_memory(out, x):
-            raise ValueError("out must be x itself or share no memory with it, got an overlap")

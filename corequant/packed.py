@@ -10,7 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant._dispatch import backend_for
-from corequant._validation import check_array, check_divides, check_index, check_numpy
+from corequant._validation import (
+    check_array,
+    check_divides,
+    check_index,
+    check_numpy,
+    check_writeable,
+)
 from corequant.errors import ShapeError
 from corequant.formats import find_format
 from corequant.packing import packed_bytes, packed_words
@@ -86,7 +92,7 @@ def quantize_packed(
     global_scale : numpy.ndarray (1,), optional
         As for ``quantize``.
     out : numpy.ndarray (..., bytes), uint8, optional
-        Where the packed codes go; C-contiguous.
+        Where the packed codes go; C-contiguous, and apart from ``x``.
 
     Returns
     -------
@@ -116,22 +122,17 @@ def quantize_packed(
         check_divides("group_size", spec.group_size, d)
     shape = (*x.shape[:-1], _row_bytes(d, spec))
     if out is None:
-        out = np.zeros(shape, np.uint8)
-    elif (
-        check_numpy("out", out).shape != shape
-        or out.dtype != np.uint8
-        or not out.flags.c_contiguous
-    ):
-        raise ShapeError(
-            f"out must be uint8, C-contiguous and of shape {shape}, got {out.dtype} {out.shape}"
-        )
-    _check_writeable(out)
+        out = np.empty(shape, np.uint8)
+    else:
+        _check_packed_out(out, shape, ("uint8",), x)
     if global_scale is not None:
         check_numpy("global_scale", global_scale)
-        check_global(spec, global_scale)
+        global_scale = check_global(spec, global_scale)
     if spec.granularity is Granularity.TENSOR_GROUP and global_scale is None:
         global_scale = choose_global_scale(x, spec)
     rows_out = out.reshape(math.prod(shape[:-1]), shape[-1])
+    # Rows are padded to whole words, and the kernels write what holds codes.
+    rows_out[:, packed_bytes(d, spec.format.bits) :] = 0
     scales, zeros = quantize_array(x, spec, global_scale, rows_out)
     if spec.scale_format is ScaleFormat.E4M3:
         # Chosen as numbers of their format: nothing to verify.
@@ -149,7 +150,8 @@ def dequantize_packed(packed: PackedTensor, *, out: Any = None) -> Array:
     ----------
     packed : PackedTensor
     out : numpy.ndarray (..., d), float32 or float64, optional
-        Where the numbers go; C-contiguous. A new float32 array by default.
+        Where the numbers go; C-contiguous, and apart from ``packed``. A new float32 array by
+        default.
 
     Returns
     -------
@@ -172,20 +174,12 @@ def dequantize_packed(packed: PackedTensor, *, out: Any = None) -> Array:
     from corequant._quantize_numpy import each_panel, flat_qparams
     from corequant._scales import effective
 
-    _check_packed(packed)
+    scales, zero_points = _check_packed(packed)
     spec, d = packed.spec, packed.d
     if out is None:
         out = np.empty(packed.shape, np.float32)
-    elif (
-        check_numpy("out", out).shape != packed.shape
-        or out.dtype not in (np.float32, np.float64)
-        or not out.flags.c_contiguous
-    ):
-        raise ShapeError(
-            f"out must be float32 or float64, C-contiguous and of shape {packed.shape}, "
-            f"got {out.dtype} {out.shape}"
-        )
-    _check_writeable(out)
+    else:
+        _check_packed_out(out, packed.shape, ("float32", "float64"), packed.packed)
     if not out.size:
         return out  # type: ignore[no-any-return]
     size = spec.group_size or d
@@ -195,7 +189,7 @@ def dequantize_packed(packed: PackedTensor, *, out: Any = None) -> Array:
         # Scales are read where they are used: as numbers they would pass through memory twice.
         rounder = rounder_for(spec.format, out.dtype)
         table = effective(numbers_of(spec.scale_format), packed.global_scale)
-        stored = np.ascontiguousarray(packed.scales).reshape(-1)
+        stored = np.ascontiguousarray(scales).reshape(-1)
 
         def straight(panel: Array, rows: slice, groups: slice) -> None:
             own = stored[groups]
@@ -204,8 +198,8 @@ def dequantize_packed(packed: PackedTensor, *, out: Any = None) -> Array:
         whole = np.dtype(np.uint8)
         each_panel(packed.packed, width, whole, straight, d // size, d, whole=True)
         return out  # type: ignore[no-any-return]
-    scales = load_scales(packed.scales, spec)
-    flat, zeros = flat_qparams(scales, packed.zero_points, out.dtype, target.size // size)
+    loaded = load_scales(scales, spec)
+    flat, zeros = flat_qparams(loaded, zero_points, out.dtype, target.size // size)
     steps, grid = effective(flat, packed.global_scale), grid_for(spec.format, out.dtype)
 
     def work(panel: Array, rows: slice, groups: slice) -> None:
@@ -229,15 +223,13 @@ def pack_quantized(quantized: QuantizedTensor) -> PackedTensor:
     if not isinstance(quantized, QuantizedTensor):
         raise TypeError(f"quantized must be a QuantizedTensor, got {type(quantized).__name__}")
     spec, codes = quantized.spec, quantized.codes
-    check_fit(quantized.shape, quantized)
+    scales, zero_points = check_fit(quantized.shape, quantized)
     if spec.format.least_code:
         packed = pack(codes, spec.format.bits).astype("<i4", copy=False).view(np.uint8)
     else:
         packed = pack_bytes(codes, spec.format.bits)
-    scales = store_scales(quantized.scales, spec)
-    return PackedTensor(
-        packed, scales, quantized.zero_points, spec, codes.shape[-1], quantized.global_scale
-    )
+    stored = store_scales(scales, spec)
+    return PackedTensor(packed, stored, zero_points, spec, codes.shape[-1], quantized.global_scale)
 
 
 def unpack_quantized(packed: PackedTensor) -> QuantizedTensor:
@@ -252,19 +244,22 @@ def unpack_quantized(packed: PackedTensor) -> QuantizedTensor:
     """
     from corequant.packing import unpack, unpack_bytes
 
-    _check_packed(packed)
+    scales, zero_points = _check_packed(packed)
     spec = packed.spec
     if spec.format.least_code:
         words = np.ascontiguousarray(packed.packed).view("<i4").astype(np.int32, copy=False)
         codes: Array = unpack(words, spec.format.bits, packed.d)
     else:
         codes = unpack_bytes(packed.packed, spec.format.bits, packed.d)
-    scales = load_scales(packed.scales, spec)
-    return QuantizedTensor(codes, scales, packed.zero_points, spec, packed.global_scale)
+    loaded = load_scales(scales, spec)
+    return QuantizedTensor(codes, loaded, zero_points, spec, packed.global_scale)
 
 
-def _check_packed(packed: Any) -> None:
-    """Raise unless the arrays fit each other: they may come from a file."""
+def _check_packed(packed: Any) -> tuple[Array, Array | None]:
+    """Return scales and zero points in full; raise unless all arrays fit each other.
+
+    They may come from a file.
+    """
     if not isinstance(packed, PackedTensor):
         raise TypeError(f"packed must be a PackedTensor, got {type(packed).__name__}")
     check_index("d", packed.d, 0)
@@ -281,12 +276,22 @@ def _check_packed(packed: Any) -> None:
     if scales.dtype.kind != stored or (stored == "u" and scales.dtype != np.uint8):
         wanted = "uint8" if stored == "u" else "a floating dtype"
         raise TypeError(f"scales of {packed.spec} must have {wanted}, got {scales.dtype}")
-    check_fit(packed.shape, packed)
+    return check_fit(packed.shape, packed)
 
 
-def _check_writeable(out: Array) -> None:
-    if not out.flags.writeable:
-        raise ValueError("out must be writeable, got a read-only array")
+def _check_packed_out(
+    out: Any, shape: tuple[int, ...], dtypes: tuple[str, ...], source: Array
+) -> None:
+    """Raise unless a result of another shape and dtype than its source can go to ``out``."""
+    check_numpy("out", out)
+    if out.shape != shape or str(out.dtype) not in dtypes or not out.flags.c_contiguous:
+        raise ShapeError(
+            f"out must be {' or '.join(dtypes)}, C-contiguous and of shape {shape}, "
+            f"got {out.dtype} {out.shape}"
+        )
+    check_writeable(out)
+    if np.shares_memory(out, source):
+        raise ValueError("out must share no memory with what is read, got an overlap")
 
 
 def _row_bytes(d: int, spec: QuantSpec) -> int:

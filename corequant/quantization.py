@@ -8,12 +8,13 @@ with a global scale G the scale that multiplies is ``scale / G``.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from corequant._dispatch import backend_for
+from corequant._dispatch import backend_for, check_out
 from corequant._validation import check_array, check_divides
 from corequant.errors import NonFiniteError, ShapeError, SpecError
 from corequant.protocols import Backend
@@ -145,7 +146,7 @@ def choose_qparams(x: Any, spec: QuantSpec | str, *, global_scale: Any = None) -
     (array([[0.2]]), array([[-3]], dtype=int8))
     """
     backend, spec = _prepare(x, spec, global_scale)
-    check_global(spec, global_scale)
+    global_scale = check_global(spec, global_scale)
     scales, zero_points = backend.choose_qparams(x, spec, global_scale)
     return scales, zero_points
 
@@ -167,8 +168,9 @@ def quantize(
     spec : QuantSpec or str
         The quantizer.
     scales, zero_points : arrays, optional
-        As ``choose_qparams`` returns them. Zero points go with scales, and with asymmetric specs;
-        any integers that are codes will do.
+        As ``choose_qparams`` returns them. A number without axes, shape (), for all of them, and
+        shapes that lack leading axes of length 1 will do too. Zero points go with scales, and with
+        asymmetric specs; any integers that are codes will do.
     global_scale : array (1,), optional
         Of granularity ``tensor_group``; must come with scales, and may come without.
 
@@ -194,13 +196,13 @@ def quantize(
     if scales is None:
         if zero_points is not None:
             raise ValueError("zero_points must come with scales, got zero_points alone")
-        check_global(spec, global_scale)
+        global_scale = check_global(spec, global_scale)
         if spec.granularity is Granularity.TENSOR_GROUP and global_scale is None:
             global_scale = backend.choose_global_scale(x, spec)
     else:
         backend_for(x=x, scales=scales, zero_points=zero_points, global_scale=global_scale)
-        check_qparams(tuple(x.shape), spec, scales, zero_points)
-        check_global(spec, global_scale)
+        scales, zero_points = check_qparams(tuple(x.shape), spec, scales, zero_points)
+        global_scale = check_global(spec, global_scale)
         if spec.granularity is Granularity.TENSOR_GROUP and global_scale is None:
             raise ValueError("global_scale must come with scales, got scales alone")
     codes, scales, zero_points = backend.quantize(x, spec, scales, zero_points, global_scale)
@@ -233,14 +235,11 @@ def dequantize(quantized: QuantizedTensor) -> Any:
     if not isinstance(quantized, QuantizedTensor):
         raise TypeError(f"quantized must be a QuantizedTensor, got {type(quantized).__name__}")
     backend = backend_for(codes=quantized.codes, scales=quantized.scales)
-    check_fit(tuple(quantized.codes.shape), quantized)
-    return backend.dequantize(
-        quantized.codes,
-        quantized.spec,
-        quantized.scales,
-        quantized.zero_points,
-        quantized.global_scale,
-    )
+    scales, zero_points = check_fit(tuple(quantized.codes.shape), quantized)
+    divisor = quantized.global_scale
+    if divisor is not None:
+        divisor = divisor.reshape((1,))
+    return backend.dequantize(quantized.codes, quantized.spec, scales, zero_points, divisor)
 
 
 def fake_quantize(
@@ -285,16 +284,15 @@ def fake_quantize(
     array([[-8.,  0.,  2.]], dtype=float32)
     """
     backend, spec = _prepare(x, spec, global_scale)
-    check_global(spec, global_scale)
+    global_scale = check_global(spec, global_scale)
     if nonfinite not in _POLICIES:
         raise ValueError(f"nonfinite must be one of {', '.join(_POLICIES)}, got {nonfinite!r}")
-    if out is not None:
-        _check_out(x, out)
-        if nonfinite == "raise" and isinstance(out, np.ndarray) and np.may_share_memory(x, out):
-            # Looked for first: a result in the place of x would leave half of it.
-            bad = backend.first_nonfinite(x)
-            if bad is not None:
-                raise NonFiniteError("x", *bad)
+    check_out(x, out)
+    if nonfinite == "raise" and isinstance(out, np.ndarray) and np.may_share_memory(x, out):
+        # Looked for first: a result in the place of x would leave half of it.
+        bad = backend.first_nonfinite(x)
+        if bad is not None:
+            raise NonFiniteError("x", *bad)
     return backend.fake_quantize(x, spec, global_scale, out=out, propagate=nonfinite == "propagate")
 
 
@@ -316,58 +314,71 @@ def _prepare(x: Any, spec: QuantSpec | str, global_scale: Any = None) -> tuple[B
     return backend, spec
 
 
-def _check_out(x: Any, out: Any) -> None:
-    backend_for(x=x, out=out)
-    if tuple(out.shape) != tuple(x.shape) or out.dtype != x.dtype:
-        raise ShapeError(
-            f"out must have x's shape {tuple(x.shape)} and dtype {x.dtype}, "
-            f"got {tuple(out.shape)} and {out.dtype}"
-        )
-    if isinstance(out, np.ndarray):
-        if not out.flags.writeable:
-            raise ValueError("out must be writeable, got a read-only array")
-        same = out.ctypes.data == x.ctypes.data and out.strides == x.strides
-        if not same and np.shares_memory(out, x):
-            raise ValueError("out must be x itself or share no memory with it, got an overlap")
+def check_fit(shape: tuple[int, ...], quantized: Any) -> tuple[Any, Any]:
+    """Return a quantized or packed tensor's scales and zero points in full.
 
-
-def check_fit(shape: tuple[int, ...], quantized: Any) -> None:
-    """Raise unless a quantized or packed tensor's arrays are what its spec asks for a shape.
-
-    What they hold is not looked at.
+    Raises unless its arrays are what its spec asks for a shape. What they hold is not looked at.
     """
     spec = quantized.spec
-    _check_shapes(shape, spec, quantized.scales, quantized.zero_points)
+    scales, zeros = _full(shape, spec, quantized.scales, quantized.zero_points)
     shared = quantized.global_scale
     if (spec.granularity is Granularity.TENSOR_GROUP) != (shared is not None):
         given = "none" if shared is None else "some"
         raise ValueError(
             f"global_scale must be given exactly for granularity 'tensor_group', got {given}"
         )
-    if shared is not None and tuple(shared.shape) != (1,):
+    if shared is not None and tuple(shared.shape) not in ((), (1,)):
         raise ShapeError(f"global_scale must have shape (1,), got {tuple(shared.shape)}")
+    return scales, zeros
 
 
-def _check_shapes(shape: tuple[int, ...], spec: QuantSpec, scales: Any, zeros: Any) -> None:
+def _full(shape: tuple[int, ...], spec: QuantSpec, scales: Any, zeros: Any) -> tuple[Any, Any]:
+    """Return scales and zero points in the shape that a spec asks for, or raise.
+
+    Only what can't be meant in two ways is brought into shape: a number without axes stands for
+    all, and leading axes of length 1 may be missing or too many.
+    """
     if spec.group_size is not None:
         check_divides("group_size", spec.group_size, shape[-1])
     wanted = qparams_shape(shape, spec)
+    found = []
     for name, value in (("scales", scales), ("zero_points", zeros)):
         if value is not None and tuple(value.shape) != wanted:
-            raise ShapeError(f"{name} must have shape {wanted}, got {tuple(value.shape)}")
+            value = _shaped(name, value, wanted)
+        found.append(value)
     if spec.symmetric != (zeros is None):
         given = "none" if zeros is None else "some"
         raise ValueError(f"zero_points must be given exactly for asymmetric specs, got {given}")
     if zeros is not None and "int" not in str(zeros.dtype):
         raise TypeError(f"zero_points must have an integer dtype, got {zeros.dtype}")
+    return found[0], found[1]
 
 
-def check_qparams(shape: tuple[int, ...], spec: QuantSpec, scales: Any, zeros: Any) -> None:
-    """Raise unless scales and zero points fit a spec and the shape of what they are for."""
-    _check_shapes(shape, spec, scales, zeros)
+def _shaped(name: str, value: Any, wanted: tuple[int, ...]) -> Any:
+    given = tuple(value.shape)
+    if not given:
+        one = value.reshape((1,) * len(wanted))
+        if isinstance(one, np.ndarray):
+            return np.ascontiguousarray(np.broadcast_to(one, wanted))
+        return one.expand(wanted).contiguous()
+    if _trimmed(given) == _trimmed(wanted):
+        return value.reshape(wanted)
+    raise ShapeError(f"{name} must have shape {wanted}, got {given}")
+
+
+def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape without leading axes of length 1."""
+    return tuple(itertools.dropwhile(lambda n: n == 1, shape))
+
+
+def check_qparams(
+    shape: tuple[int, ...], spec: QuantSpec, scales: Any, zeros: Any
+) -> tuple[Any, Any]:
+    """Return scales and zero points in full; raise unless they fit a spec and a shape."""
+    scales, zeros = _full(shape, spec, scales, zeros)
     check_array("scales", scales)
     if 0 in qparams_shape(shape, spec):
-        return
+        return scales, zeros
     good = (scales > 0) & (scales < float("inf"))
     if not bool(good.all()):
         raise ValueError(f"scales must be positive and finite, got {float(scales[~good][0])}")
@@ -379,15 +390,18 @@ def check_qparams(shape: tuple[int, ...], spec: QuantSpec, scales: Any, zeros: A
         if not bool(good.all()):
             wrong = int(zeros[~good][0])
             raise ValueError(f"zero_points must lie in [{least}, {most}], got {wrong}")
+    return scales, zeros
 
 
-def check_global(spec: QuantSpec, global_scale: Any) -> None:
-    """Raise unless a global scale, where there is one, is a number that the spec has use for."""
+def check_global(spec: QuantSpec, global_scale: Any) -> Any:
+    """Return a global scale in full, or None; raise unless it is a number of use for the spec."""
     if global_scale is None:
-        return
+        return None
     if spec.granularity is not Granularity.TENSOR_GROUP:
         raise ValueError(f"global_scale goes with granularity 'tensor_group', got {spec}")
-    if tuple(global_scale.shape) != (1,) or not 0 < float(global_scale[0]) < float("inf"):
+    shape = tuple(global_scale.shape)
+    if shape not in ((), (1,)) or not 0 < float(global_scale.max()) < float("inf"):
         raise ValueError(
             f"global_scale must be one positive finite number of shape (1,), got {global_scale}"
         )
+    return global_scale if shape else global_scale.reshape((1,))

@@ -116,8 +116,8 @@ class Recipe:
         Strength of MagR, which shrinks the range of weights beforehand; its authors take 0.001 for
         scales by channel, 0.0001 for groups.
     accumulator : str, optional
-        Accumulator that no dot product of codes may overflow: its width in bits, or tile and width
-        as in ``128x16``.
+        Accumulator that no dot product of stored codes may overflow: its width in bits, or tile and
+        width as in ``128x16``. What zero points of activations contribute is added outside of it.
     steps : int
         Of ``learned``.
     samples, sequence_length : int

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._dispatch import backend_for, owner_of
+from corequant._dispatch import backend_for, check_out, owner_of
 from corequant._repeated import repeat
 from corequant._validation import (
     check_array,
@@ -105,16 +105,7 @@ def block_hadamard(
     d = int(x.shape[place])
     size = check_block_size("block_size", block_size, d)
     sign = check_signs("signs", signs, d)
-    if out is not None and out is not x:
-        check_array("out", out)
-        if tuple(out.shape) != tuple(x.shape) or out.dtype != x.dtype:
-            raise ShapeError(
-                f"out must have x's shape {tuple(x.shape)} and dtype {x.dtype}, "
-                f"got {tuple(out.shape)} and {out.dtype}"
-            )
-        _check_apart(x, out)
-    if isinstance(out, np.ndarray) and not out.flags.writeable:
-        raise ValueError("out must be writeable, got a read-only array")
+    check_out(x, out)
     count = None if threads is None else check_index("threads", threads)
     return backend.block_hadamard(
         x, size, axis=place, inverse=bool(inverse), signs=sign, out=out, threads=count
@@ -134,14 +125,6 @@ def check_axis(name: str, axis: Any, ndim: int) -> int:
     if place >= ndim:
         raise ValueError(f"{name} must be less than the number of axes {ndim}, got {place}")
     return place % ndim
-
-
-def _check_apart(x: Any, out: Any) -> None:
-    if not isinstance(out, np.ndarray):
-        return
-    same = out.ctypes.data == x.ctypes.data and out.strides == x.strides
-    if not same and np.shares_memory(out, x):
-        raise ValueError("out must be x itself or share no memory with it, got an overlap")
 
 
 def check_block_size(name: str, block_size: Any, d: int) -> int:

@@ -63,13 +63,13 @@ class TensorScales:
         if scales is None:
             if zeros is not None:
                 raise ValueError("zero_points must come with scales, got zero_points alone")
-            check_global(spec, divisor)
+            divisor = check_global(spec, divisor)
             if whole and divisor is None:
                 divisor = kernels.choose_global_scale(W, spec)
             scales, zeros = kernels.choose_qparams(W, spec, divisor)
             return cls(kernels, spec, scales, zeros, divisor, group)
-        check_qparams(tuple(W.shape), spec, scales, zeros)
-        check_global(spec, divisor)
+        scales, zeros = check_qparams(tuple(W.shape), spec, scales, zeros)
+        divisor = check_global(spec, divisor)
         if whole and divisor is None:
             raise ValueError("global_scale must come with scales, got scales alone")
         kept = None if zeros is None else zeros.detach().clone()

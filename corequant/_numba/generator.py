@@ -50,11 +50,12 @@ class Body:
     """A rotation under construction.
 
     Its arguments are ``src, twin, dst, src_step, dst_step, units, signs, period, phase, scale,
-    scratch``. It rotates ``units`` units of ``src`` into ``dst``, addresses that may be the same.
-    ``twin`` equals ``src``. The steps are bytes from row to row, used for columns only. ``signs``
-    is the address of ``period`` bits as ``sign_bits`` puts them, of which the first unit uses those
-    from ``phase`` on. For columns it is that of a factor for each row of the block, which after
-    the rotation takes the place of ``scale``. ``see`` is given the vectors that are written.
+    scratch, choices``. It rotates ``units`` units of ``src`` into ``dst``, addresses that may be
+    the same. ``twin`` equals ``src``. The steps are bytes from row to row, used for columns only.
+    ``signs`` is the address of ``period`` bits as ``sign_bits`` puts them, of which the first unit
+    uses those from ``phase`` on. For columns it is that of a factor for each row of the block,
+    which after the rotation takes the place of ``scale``. ``see`` is given the vectors that are
+    written. ``choices`` is the address of what the core's function of that name returns.
     """
 
     def __init__(
@@ -69,11 +70,11 @@ class Body:
         self.see = see
         self.v = Vectors(builder, plan.dtype)
         self.half = Vectors(builder, plan.dtype, VECTOR_BYTES // 2)
-        (src, twin, dst, src_step, dst_step, units, signs, period, phase, scale, scratch) = (
-            arguments
-        )
+        (src, twin, dst, src_step, dst_step, units, signs, period, phase, scale) = arguments[:10]
+        scratch, choices = arguments[10:]
         self.src, self.twin, self.dst = map(self._pointer, (src, twin, dst))
         self.signs, self.scratch = self._pointer(signs), self._pointer(scratch)
+        self.choices = self._pointer(choices)
         self.steps = (src_step, dst_step)
         self.units, self.period, self.phase = units, period, phase
         self.factor = scale
@@ -202,7 +203,7 @@ class Body:
         with self._loop(distance) as inner, self._loop(width) as at:
             number = self._number((inner, width), at)
 
-            def meanwhile(part: int, parts: int) -> None:
+            def meanwhile(part: Any, parts: int) -> None:
                 self._prefetch(over, number, distance * width, part, parts)
 
             def load(k: Any) -> Any:
@@ -213,7 +214,7 @@ class Body:
                 chunk = self._chunk(inner, k, distance)
                 self._store_some(self.v, [mixed], target, chunk, at, over.last)
 
-            mix(self.v, plan.core, plan.inverse, load, store, meanwhile, tables)
+            mix(self.v, plan.core, plan.inverse, load, store, meanwhile, tables, self.choices)
 
     def _chunk(self, inner: Any, k: Any, distance: int) -> Any:
         step = _word(k * distance) if isinstance(k, int) else self.b.mul(k, _word(distance))
@@ -289,21 +290,28 @@ class Body:
         return self.b.add(self.b.mul(chunk, _word(place.step)), _word(within))
 
     def _prefetch(
-        self, over: _Stretch, number: Any, tiles: int, piece: int = 0, pieces: int = 1
+        self, over: _Stretch, number: Any, tiles: int, piece: Any = 0, pieces: int = 1
     ) -> Any:
         """Fetch this tile's share of what comes next, so that all passes overlap with memory.
 
         It may be fetched in ``pieces``. Returns the number of the tile in the unit.
         """
-        plan = self.plan
-        tile = self.b.add(self.b.mul(over.part, _word(tiles)), number)
+        plan, b = self.plan, self.b
+        tile = b.add(b.mul(over.part, _word(tiles)), number)
         if plan.ahead and not plan.strip:
             parts = plan.chunks // over.chunks
             each = -(-self.share // (tiles * parts))
-            start = self.b.mul(tile, _word(each * VECTOR_BYTES))
-            for k in range(each * piece // pieces, each * (piece + 1) // pieces):
-                offset = (over.number * self.share + k) * VECTOR_BYTES
-                self.v.prefetch(self.v.address(self.ahead, self.b.add(start, _word(offset))))
+            start = b.mul(tile, _word(each * VECTOR_BYTES))
+            offset = over.number * self.share * VECTOR_BYTES
+            if isinstance(piece, int):
+                lines = range(each * piece // pieces, each * (piece + 1) // pieces)
+            else:
+                # As many each time, even if the last pieces then fetch a few lines too many.
+                lines = range(-(-each // pieces))
+                start = b.add(start, b.mul(piece, _word(len(lines) * VECTOR_BYTES)))
+            for k in lines:
+                at = b.add(start, _word(offset + k * VECTOR_BYTES))
+                self.v.prefetch(self.v.address(self.ahead, at))
         return tile
 
     def _number(self, *parts: Any) -> Any:

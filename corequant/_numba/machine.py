@@ -138,6 +138,10 @@ def saturates() -> bool:
 
 @cache
 def _machine() -> Any:
+    return _new_machine()
+
+
+def _new_machine() -> Any:
     # Newer releases of llvmlite initialise the core by themselves and refuse to be asked.
     with contextlib.suppress(RuntimeError):
         binding.initialize()
@@ -150,14 +154,11 @@ def _machine() -> Any:
     )
 
 
-_engines: list[Any] = []  # Code lives as long as its engine.
-
-
 def _load(code: bytes, kinds: str) -> Callable[..., None]:
-    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _machine())
+    # An engine destroys its machine when it is destroyed, so that each has one of its own.
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _new_machine())
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    _engines.append(engine)
     # Integers pass as pointers, which ctypes converts three times faster.
     types: dict[str, Any] = {
         "i": ctypes.c_void_p,
@@ -167,7 +168,10 @@ def _load(code: bytes, kinds: str) -> Callable[..., None]:
     }
     # ctypes releases the interpreter lock while the function runs.
     prototype = ctypes.CFUNCTYPE(None, *(types[k] for k in kinds))
-    return prototype(engine.get_function_address(_NAME))
+    function: Any = prototype(engine.get_function_address(_NAME))
+    # Code lives as long as its engine: until nobody holds the function any more.
+    function.engine = engine
+    return function  # type: ignore[no-any-return]
 
 
 def address_of_code(function: Any) -> int:

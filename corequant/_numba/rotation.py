@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 
+from corequant._numba.cores import choices
 from corequant._numba.generator import Body
 from corequant._numba.machine import address_of_code, build
 from corequant._numba.plans import Plan
@@ -19,15 +20,20 @@ from corequant._numba.vectors import Vectors
 __all__ = ["Context", "kernel_for", "piece", "settings", "sign_bits"]
 
 _WORD = ir.IntType(64)
-_WORDS = struct.Struct("8qd")
+_WORDS = struct.Struct("9qd")
 _UNITS, _PERIOD, _PHASE, _SCRATCH = 0, 4, 5, 6
 _BEFORE = struct.Struct("5q")
 
 
 @lru_cache(maxsize=512)
 def kernel_for(plan: Plan) -> Callable[[int, int, bytes], None]:
-    """Return the kernel of a plan. It takes the addresses of source and result, and settings."""
-    return build(f"rotate {plan}", "iis", lambda builder, given: _emit(builder, plan, given))
+    """Return the kernel of a plan. It takes the addresses of source and result, and settings.
+
+    Its attribute ``choices`` is what the settings ask for under that name.
+    """
+    kernel: Any = build(f"rotate {plan}", "iis", lambda b, given: _emit(b, plan, given))
+    kernel.choices = choices(plan.core, plan.inverse)
+    return kernel  # type: ignore[no-any-return]
 
 
 def settings(
@@ -35,6 +41,7 @@ def settings(
     scale: float,
     scratch: int,
     *,
+    choices: int,
     steps: tuple[int, int] = (0, 0),
     signs: tuple[int, int, int] = (0, 0, 0),
 ) -> bytes:
@@ -48,13 +55,15 @@ def settings(
         Factor of the result.
     scratch : int
         Address of the plan's bytes of scratch.
+    choices : int
+        Address of what ``choices`` returns for the core.
     steps : tuple of int
         Bytes from row to row of source and result, for a rotation down columns.
     signs : tuple of int
         Address of ``sign_bits``, how many there are, and the first to be used; for columns the
         address of the rows' factors.
     """
-    return _WORDS.pack(units, *steps, *signs, scratch, 0, scale)
+    return _WORDS.pack(units, *steps, *signs, scratch, 0, choices, scale)
 
 
 class Context:
@@ -69,7 +78,8 @@ class Context:
     """
 
     def __init__(self, kernel: Callable[..., None], step: int, numbers: int) -> None:
-        self.address = address_of_code(kernel)
+        # The address alone wouldn't keep the code.
+        self.kernel, self.address = kernel, address_of_code(kernel)
         self.step, self.numbers = step, numbers
 
     def __call__(self, source: int, target: int, given: bytes) -> bytes:
@@ -122,11 +132,11 @@ def _emit(b: Any, plan: Plan, given: Any) -> None:
     """Emit the reading of the settings, and the rotation."""
     src, dst, place = given
     words = b.inttoptr(place, _WORD.as_pointer())
-    read = [b.load(b.gep(words, [ir.Constant(_WORD, i)])) for i in range(8)]
-    units, src_step, dst_step, signs, period, phase, scratch, nothing = read
-    end = b.inttoptr(b.add(place, ir.Constant(_WORD, 64)), ir.DoubleType().as_pointer())
+    read = [b.load(b.gep(words, [ir.Constant(_WORD, i)])) for i in range(9)]
+    units, src_step, dst_step, signs, period, phase, scratch, nothing, choices = read
+    end = b.inttoptr(b.add(place, ir.Constant(_WORD, 72)), ir.DoubleType().as_pointer())
     scale = Vectors(b, plan.dtype).narrow(b.load(end))
     # LLVM doesn't know that it adds zero: see Vectors.load_butterfly.
     twin = b.add(src, nothing)
-    arguments = (src, twin, dst, src_step, dst_step, units, signs, period, phase, scale, scratch)
-    Body(b, plan, arguments).emit()
+    numbers = (src_step, dst_step, units, signs, period, phase, scale, scratch, choices)
+    Body(b, plan, (src, twin, dst, *numbers)).emit()

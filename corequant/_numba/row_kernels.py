@@ -9,6 +9,7 @@ would be.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir
 
+from corequant._numba.cores import choices
 from corequant._numba.extremes import Extremes
 from corequant._numba.generator import Body
 from corequant._numba.loops import counted
@@ -35,25 +37,38 @@ _WORD = ir.IntType(64)
 _INT32 = ir.IntType(32)
 _BYTE = ir.IntType(8)
 
-_CONTEXT = struct.Struct("7q5d")
+_CONTEXT = struct.Struct("10q5d")
 
 _FUSED = ("contract",)
 """Products with zero are exact, so that fusing them with a sum changes no bit."""
 
 _LINE = 16
-"""Numbers gathered in one turn; rows are a multiple of it, since they are whole units of a plan."""
+"""Numbers gathered in one turn, at most. Rows are whole vectors: 8 numbers each in float64."""
+
+_MOST_COUNTED = 16
+"""Vectors of a group up to which their number is part of the code: loops over a few vectors that
+LLVM can't count cost more than the work in them."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What to do with a row of ``length`` numbers, besides rotating it.
+    """What to do with a row besides rotating it.
+
+    The length of a row and that of a large group are told at run time: there are as many kernels as
+    there are ways to work, not as many as there are shapes. ``of`` finds the task of a shape.
 
     Attributes
     ----------
-    length : int
-        d, a multiple of the plan's unit.
     group : int
-        Numbers that share a scale; whole vectors, dividing d.
+        Numbers that share a scale, in whole vectors; 0 where that is told at run time.
+    whole : bool
+        A row is one group.
+    together : int
+        Vectors of a group that are worked on side by side; divides their number.
+    line : int
+        Numbers that are gathered in one turn; divides a row.
+    wide : bool
+        Indices take 32 bits instead of 16.
     grid : {"codes", "values", "float4"}
         Write int8 codes of an affine grid, the values they stand for, or codes of float4_e2m1fn,
         one a byte, with a scale of float8_e8m0fnu for each group.
@@ -65,17 +80,47 @@ class Task:
         Values bypass the cache; they start on a line of it.
     """
 
-    length: int
     group: int
+    whole: bool
+    together: int
+    line: int
+    wide: bool
     grid: str
     symmetric: bool
     permuted: bool
     streamed: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        lanes: int,
+        length: int,
+        group: int,
+        grid: str,
+        symmetric: bool = True,
+        permuted: bool = False,
+        streamed: bool = False,
+    ) -> Task:
+        """Return the task of rows of ``length`` numbers in groups, both whole vectors of lanes."""
+        vectors = group // lanes
+        return cls(
+            group if vectors <= _MOST_COUNTED and group < length else 0,
+            group == length,
+            next(n for n in (TOGETHER, 3, 2, 1) if vectors % n == 0),
+            math.gcd(_LINE, length) if permuted else 0,
+            permuted and index_dtype(length).itemsize == 4,
+            grid,
+            symmetric,
+            permuted,
+            streamed,
+        )
 
-def fused_scratch(plan: Plan, task: Task) -> int:
-    """Bytes of scratch that a fused kernel needs, 64-aligned."""
-    return _row_bytes(plan, task) + _parameter_bytes(plan, task) + plan.scratch
+
+def fused_scratch(plan: Plan, length: int, group: int) -> int:
+    """Bytes of scratch that a fused kernel needs for rows of ``length``, 64-aligned."""
+    row = length * (Vectors(None, plan.dtype).stored_bytes // plan.lanes) + 2 * VECTOR_BYTES
+    each = -(-(length // group) // plan.lanes) * VECTOR_BYTES
+    return row + len(_Parameters._fields) * each + plan.scratch
 
 
 def index_dtype(length: int) -> np.dtype[Any]:
@@ -88,36 +133,32 @@ def fused_kernel(plan: Plan, task: Task) -> Callable[..., None]:
     """Return the kernel.
 
     Its parameters are the address of what ``fused_context`` returns, the first row, how many rows,
-    and a scratch.
+    and a scratch. Its attribute ``choices`` belongs into the context.
     """
     key = f"fused {plan} {sorted(asdict(task).items())}"
-    return build(key, "siii", lambda b, given: _Rows(b, plan, task, given).emit())
+    kernel: Any = build(key, "siii", lambda b, given: _Rows(b, plan, task, given).emit())
+    kernel.choices = choices(plan.core, plan.inverse)
+    return kernel  # type: ignore[no-any-return]
 
 
-def fused_context(addresses: Sequence[int], numbers: Sequence[float]) -> bytes:
+def fused_context(
+    length: int, group: int, addresses: Sequence[int], numbers: Sequence[float]
+) -> bytes:
     """Put together what a fused kernel needs besides its rows.
 
     Parameters
     ----------
+    length, group : int
+        Numbers in a row, a multiple of the plan's unit, and in a group, which divides it.
     addresses : sequence of int
-        Of the array, the codes, scales and zero points of all rows, the permutation, ``sign_bits``
-        and an int64 that becomes 1 if a rotated number is not finite. The permutation holds d
-        numbers of ``index_dtype(d)``.
+        Of the array, the codes, scales and zero points of all rows, the permutation, ``sign_bits``,
+        an int64 that becomes 1 if a rotated number is not finite, and the core's ``choices``. The
+        permutation holds d numbers of ``index_dtype(d)``.
     numbers : sequence of float
         The scale of the rotation, the ends of the grid, the smallest scale, and the largest number
         that a code may stand for.
     """
-    return _CONTEXT.pack(*addresses, *numbers)
-
-
-def _row_bytes(plan: Plan, task: Task) -> int:
-    return task.length * (Vectors(None, plan.dtype).stored_bytes // plan.lanes) + VECTOR_BYTES
-
-
-def _parameter_bytes(plan: Plan, task: Task) -> int:
-    """Bytes of what a row's groups have of their own, of whole vectors each."""
-    groups = task.length // task.group
-    return len(_Parameters._fields) * -(-groups // plan.lanes) * VECTOR_BYTES
+    return _CONTEXT.pack(*addresses, length, group, *numbers)
 
 
 class _Parameters(NamedTuple):
@@ -143,55 +184,62 @@ class _Rows:
         context, self.first, self.rows, self.scratch = arguments
         words, reals = (self._given(context, kind) for kind in (_WORD, ir.DoubleType()))
         (self.src, self.out, self.scales, self.zeros) = words[:4]
-        (self.permutation, self.signs, self.status) = words[4:7]
-        self.scale, self.least, self.most, self.tiny, self.huge = map(self.v.narrow, reals[7:])
+        (self.permutation, self.signs, self.status, self.choices, self.length) = words[4:9]
+        self.scale, self.least, self.most, self.tiny, self.huge = map(self.v.narrow, reals[10:])
+        self.group = _word(task.group) if task.group else words[9]
+        self.vectors = builder.udiv(self.group, _word(self.v.lanes))
+        self.groups = _word(1) if task.whole else builder.udiv(self.length, self.group)
+        """Numbers in a row and in a group, vectors in a group, groups in a row."""
 
     def emit(self) -> None:
         """Emit the loop over rows."""
         b, v, task = self.b, self.v, self.task
         stored = v.stored_bytes // v.lanes
-        row_bytes = _row_bytes(self.plan, task)
+        row_bytes = self._times(self.length, stored)
+        lines = b.and_(b.add(row_bytes, _word(2 * VECTOR_BYTES - 1)), _word(-VECTOR_BYTES))
         zero = ir.Constant(v.scalar, 0.0)
         self.doubt = self._variable(zero)
         self.extremes = Extremes(v, task.symmetric)
         # What is rounded to the array's dtype after the rotation has another range, and ``see``
         # takes whole vectors only.
         whole = v.stored_bytes == VECTOR_BYTES and not self.plan.halved
-        self.seen = whole and task.group == task.length
+        self.seen = whole and task.whole
         rotated = self.scratch
-        kept = b.add(rotated, _word(row_bytes))
-        rest = b.add(kept, _word(_parameter_bytes(self.plan, task)))
-        groups = task.length // task.group
-        each = -(-groups // v.lanes) * VECTOR_BYTES
+        kept = b.add(rotated, lines)
+        self.beside = b.udiv(b.add(self.groups, _word(v.lanes - 1)), _word(v.lanes))
+        each = b.mul(self.beside, _word(VECTOR_BYTES))
+        count = len(_Parameters._fields)
+        rest = b.add(kept, b.mul(each, _word(count)))
         own = _Parameters(
-            *(self._pointer(b.add(kept, _word(i * each))) for i in range(len(_Parameters._fields)))
+            *(self._pointer(b.add(kept, b.mul(each, _word(i)))) for i in range(count))
         )
+        units = b.udiv(self.length, _word(self.plan.unit))
         written = stored if task.grid == "values" else 1
         with counted(b, self.rows) as turn:
             row = b.add(self.first, turn)
-            source = b.add(self.src, b.mul(row, _word(task.length * stored)))
+            source = b.add(self.src, b.mul(row, row_bytes))
             if task.permuted:
                 self._gather(source, rotated)
                 source = rotated
             if self.seen:
                 self.extremes.begin()
-            units = _word(task.length // self.plan.unit)
             nothing = _word(0)
             Body(
                 b,
                 self.plan,
                 (
                     *(source, source, rotated, nothing, nothing, units, self.signs),
-                    *(_word(task.length), nothing, self.scale, rest),
+                    *(self.length, nothing, self.scale, rest, self.choices),
                 ),
                 self.extremes.see if self.seen else None,
             ).emit()
-            target = self._pointer(b.add(self.out, b.mul(row, _word(task.length * written))))
+            width = self._times(self.length, written)
+            target = self._pointer(b.add(self.out, b.mul(row, width)))
             values = self._pointer(rotated)
             if task.grid == "float4":
-                with counted(b, groups) as group:
-                    here = v.address(target, b.mul(group, _word(task.group)))
-                    number = b.add(b.mul(row, _word(groups)), group)
+                with counted(b, self.groups) as group:
+                    here = v.address(target, b.mul(group, self.group))
+                    number = b.add(b.mul(row, self.groups), group)
                     self._float4(self._group(values, group), here, number)
             else:
                 self._affine(values, target, row, own, self._following(source))
@@ -204,16 +252,17 @@ class _Rows:
     def _gather(self, source: Any, target: Any) -> None:
         """Copy the channels in their new order, and fetch the next row meanwhile."""
         b, v = self.b, self.v
+        line = self.task.line
         stored = v.stored_bytes // v.lanes
         number = ir.IntType(8 * stored)
         base, to = (b.inttoptr(a, number.as_pointer()) for a in (source, target))
-        next_row = v.address(self._pointer(source), self.task.length * stored)
+        next_row = v.address(self._pointer(source), self._times(self.length, stored))
         # By plain registers; gather instructions take 18 cycles for 16 numbers. Written one by one
         # they take 13 on Zen 5, put together in a vector first 10.5.
-        put_together = ir.VectorType(number, _LINE)
-        with counted(b, self.task.length // _LINE) as line:
-            start = b.mul(line, _word(_LINE))
-            for k in range(0, _LINE * stored, VECTOR_BYTES):
+        put_together = ir.VectorType(number, line)
+        with counted(b, b.udiv(self.length, _word(line))) as turn:
+            start = b.mul(turn, _word(line))
+            for k in range(0, line * stored, VECTOR_BYTES):
                 v.prefetch(v.address(next_row, b.add(b.mul(start, _word(stored)), _word(k))))
             gathered = ir.Constant(put_together, ir.Undefined)
             for k, chosen in enumerate(self._indices(start)):
@@ -228,10 +277,10 @@ class _Rows:
     def _indices(self, start: Any) -> Iterator[Any]:
         """Read the indices of a line, several at a time: loads are what gathering is short of."""
         b = self.b
-        bits = 8 * index_dtype(self.task.length).itemsize
+        bits = 32 if self.task.wide else 16
         words = b.inttoptr(self.permutation, _WORD.as_pointer())
         each = 64 // bits
-        for k in range(0, _LINE, each):
+        for k in range(0, self.task.line, each):
             word = b.load(b.gep(words, [b.udiv(b.add(start, _word(k)), _word(each))]))
             for _ in range(each):
                 yield b.and_(word, _word((1 << bits) - 1))
@@ -260,9 +309,8 @@ class _Rows:
         As much is fetched from the address ``ahead``.
         """
         b, v = self.b, self.v
-        vectors = self.task.group // v.lanes
-        together = next(n for n in (4, 3, 2, 1) if vectors % n == 0)
-        with counted(b, vectors, step=together) as first:
+        together = self.task.together
+        with counted(b, self.vectors, step=together) as first:
             start = b.mul(first, _word(v.stored_bytes))
             places = [b.add(start, _word(k * v.stored_bytes)) for k in range(together)]
             if ahead is not None:
@@ -278,12 +326,12 @@ class _Rows:
         if self.task.permuted or self.plan.ahead:
             return None
         stored = self.v.stored_bytes // self.v.lanes
-        return self._pointer(self.b.add(source, _word(self.task.length * stored)))
+        return self._pointer(self.b.add(source, self._times(self.length, stored)))
 
     def _group(self, values: Any, group: Any) -> Any:
         """Address of a group of the row."""
         stored = self.v.stored_bytes // self.v.lanes
-        return self.v.address(values, self.b.mul(group, _word(self.task.group * stored)))
+        return self.v.address(values, self.b.mul(group, self._times(self.group, stored)))
 
     def _affine(self, values: Any, target: Any, row: Any, own: _Parameters, ahead: Any) -> None:
         """Measure all groups of a row, find their scales beside each other, then round them.
@@ -291,26 +339,26 @@ class _Rows:
         One group after the other, each step would wait for the one before.
         """
         b, v, task = self.b, self.v, self.task
-        groups = task.length // task.group
+        groups = self.groups
         stored = v.stored_bytes // v.lanes
         written = stored if task.grid == "values" else 1
         with counted(b, groups) as group:
             low, high = self._range(None if self.seen else self._group(values, group))
             self._put(own.low, group, low)
             self._put(own.high, group, high)
-        with counted(b, -(-groups // v.lanes)) as i:
+        with counted(b, self.beside) as i:
             # Where groups are no whole vector, the rest of the last one is never looked at.
             at = [v.address(array, b.mul(i, _word(VECTOR_BYTES))) for array in own]
             wanted = self._parameters(v.load(at[0]), v.load(at[1]))
             for place, value in zip(at[2:], wanted, strict=True):
                 v.store(value, place)
         with counted(b, groups) as group:
-            number = b.add(b.mul(row, _word(groups)), group)
+            number = b.add(b.mul(row, groups), group)
             found = _Parameters(*(self._get(array, group) for array in own))
             self._keep(self.scales, number, found.scale)
             if not task.symmetric:
                 self._keep(self.zeros, number, found.zero)
-            there = v.address(target, b.mul(group, _word(task.group * written)))
+            there = v.address(target, b.mul(group, self._times(self.group, written)))
             following = None if ahead is None else self._group(ahead, group)
             self._round(self._group(values, group), there, found, following)
 
@@ -409,7 +457,7 @@ class _Rows:
         b.store(b.trunc(biased, _BYTE), v.address(scales, number))
         inverse = b.shl(b.sub(ir.Constant(_INT32, 254), biased), ir.Constant(_INT32, 23))
         factor = v.splat(b.bitcast(inverse, v.scalar))
-        with counted(b, self.task.group // v.lanes) as i:
+        with counted(b, self.vectors) as i:
             x = v.load_stored(v.address(values, b.mul(i, _word(v.stored_bytes))))
             code = self._float4_code(b.fmul(x, factor))
             self._write_bytes(b.fptosi(code, ir.VectorType(_INT32, v.lanes)), target, i)
@@ -436,6 +484,9 @@ class _Rows:
         small = b.trunc(codes, ir.VectorType(_BYTE, v.lanes))
         at = v.address(target, b.mul(i, _word(v.lanes)))
         b.store(small, b.bitcast(at, small.type.as_pointer())).align = 1
+
+    def _times(self, value: Any, factor: int) -> Any:
+        return self.b.mul(value, _word(factor))
 
     def _keep(self, array: Any, number: Any, value: Any) -> None:
         self._put(self._pointer(array), number, value)

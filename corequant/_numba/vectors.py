@@ -264,19 +264,10 @@ class Vectors:
         read, second_level, data = (ir.Constant(_INT32, k) for k in (0, 2, 1))
         self.builder.call(function, [pointer, read, second_level, data])
 
-    def constant_words(self, words: list[int]) -> Any:
-        """Put a table of numbers below 2^63 into the module."""
-        kind = ir.ArrayType(_WORD, len(words))
-        module = self.builder.module
-        table = ir.GlobalVariable(module, kind, module.get_unique_name("corequant_table"))
-        table.linkage = "internal"
-        table.global_constant = True
-        table.initializer = ir.Constant(kind, words)
-        return table
-
     def word(self, table: Any, row: Any) -> Any:
-        """Read a number of ``constant_words``."""
-        return self.builder.load(self.builder.gep(table, [ir.Constant(_WORD, 0), row]))
+        """Read a 64-bit integer of a table."""
+        words = self.builder.bitcast(table, _WORD.as_pointer())
+        return self.builder.load(self.builder.gep(words, [row]))
 
     def fence(self) -> None:
         """Make streamed stores visible before whatever follows."""

@@ -1,9 +1,9 @@
 """Narrow accumulators: bounds while rounding, and proofs about weights that are rounded already.
 
-A dot product sums integer weights q_i times integer inputs x_i ∈ [μ, ν], μ ≤ 0 ≤ ν, the codes as
-they are stored; minifloats are integers times a power of two. With α the sum of a tile's positive
-weights and β that of its negative ones, every partial sum lies between αμ + βν and αν + βμ, in
-whatever order the products are added.
+A dot product sums integer weights q_i times integer inputs x_i ∈ [μ, ν], μ ≤ 0 ≤ ν: codes as they
+are stored, or codes less their zero points; minifloats are integers times a power of two. With α
+the sum of a tile's positive weights and β that of its negative ones, every partial sum lies between
+αμ + βν and αν + βμ, in whatever order the products are added.
 
 Source: AXE, arXiv 2409.17092; A2Q+, arXiv 2401.10432 for the ℓ1 radius of centred weights.
 """
@@ -49,11 +49,17 @@ class AccumulatorSpec:
         Products that are summed before the sum is handed to a wider accumulator; all of a row's by
         default. Weights of a tile must share one scale, so a tile lies within a group.
     activation : NumberFormat
-        Format of the other factor, or its name, or a QuantSpec: ``int8`` means codes -128..127,
-        ``uint8`` 0..255. Any code may meet any weight.
+        Format of the other factor, or its name, whose codes are multiplied as they are stored:
+        ``int8`` means -128..127, ``uint8`` 0..255. Any code may meet any weight. Of a QuantSpec
+        the format, and whether there are zero points.
     diffuse : bool
         Whether columns rounded later also make up for what the bounds cut off (True), or only for
         rounding, as published (False). GPFQ always does.
+    zero_points : bool
+        Whether what is multiplied are codes less a zero point, which may be any code: the integers
+        then reach from -255 to 255 for 8 bits, and what holds them holds the codes themselves too.
+        True for an asymmetric QuantSpec. With the format in its place the products of stored codes
+        are meant, to whose sum a kernel adds the zero points' share elsewhere.
 
     Raises
     ------
@@ -65,12 +71,15 @@ class AccumulatorSpec:
     >>> import corequant as cq
     >>> cq.AccumulatorSpec(16, 128, "int8").range
     (-128, 127)
+    >>> cq.AccumulatorSpec(16, 128, "int8:token:asymmetric").range
+    (-255, 255)
     """
 
     bits: int
     tile: int | None = None
     activation: NumberFormat = formats["int8"]
     diffuse: bool = True
+    zero_points: bool = False
 
     def __post_init__(self) -> None:
         """Look names up and refuse widths out of range."""
@@ -78,6 +87,7 @@ class AccumulatorSpec:
         if isinstance(activation, str):
             activation = QuantSpec.parse(activation)
         if isinstance(activation, QuantSpec):
+            object.__setattr__(self, "zero_points", self.zero_points or not activation.symmetric)
             activation = activation.format
         if not isinstance(activation, NumberFormat):
             raise TypeError(
@@ -94,8 +104,9 @@ class AccumulatorSpec:
 
     @property
     def range(self) -> tuple[int, int]:
-        """Smallest and largest integer that an activation's code stands for."""
-        return integer_range(self.activation)
+        """Smallest and largest integer that an activation is multiplied as."""
+        low, high = integer_range(self.activation)
+        return (low - high, high - low) if self.zero_points else (low, high)
 
     @property
     def limit(self) -> int:
@@ -114,9 +125,10 @@ def check_tile(accumulator: AccumulatorSpec, tile: int, spec: QuantSpec) -> None
     integer_unit(spec.format)
     low, high = accumulator.range
     if accumulator.limit < max(-low, high):
+        what = accumulator.activation.name + " less a zero point" * accumulator.zero_points
         raise AccumulatorError(
-            f"bits must leave room for one weight of 1: {accumulator.activation.name} reaches "
-            f"{max(-low, high)}, got {accumulator.bits} bits, which hold ±{accumulator.limit}"
+            f"bits must leave room for one weight of 1: {what} reaches {max(-low, high)}, "
+            f"got {accumulator.bits} bits, which hold ±{accumulator.limit}"
         )
 
 

@@ -82,7 +82,9 @@ class Scales:
             scales, zero_points = choose_qparams(W, spec, global_scale=global_scale)
         else:
             # Rounding once checks shapes, signs and that everything belongs together.
-            quantize(W, spec, scales, zero_points, global_scale=global_scale)
+            fitted = quantize(W, spec, scales, zero_points, global_scale=global_scale)
+            scales, zero_points = fitted.scales, fitted.zero_points
+            global_scale = fitted.global_scale
             zero_points = None if zero_points is None else np.array(zero_points)
         return cls(spec, np.array(scales), zero_points, global_scale, spec.group_size or W.shape[1])
 

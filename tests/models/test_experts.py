@@ -91,7 +91,7 @@ def test_an_expert_that_no_token_visits_keeps_within_an_accumulator(tokens):
     model = cqhf.tiny_model("mixtral")
     model.model.layers[0].mlp.gate.register_forward_hook(without_expert_2)
     made = run(model, tokens, rounding="gptq", accumulator="16x10")
-    bound = AccumulatorSpec(10, 16, made.plan.recipe.activations)
+    bound = AccumulatorSpec(10, 16, made.plan.recipe.activations.format)
     layer = made.model.get_submodule("model.layers.0.mlp.experts.2.down_proj")
     assert cq.certify(layer.quantized, bound).safe
     row = next(

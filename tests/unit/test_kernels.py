@@ -324,7 +324,7 @@ def test_remembered_calls_work_in_the_scratch_that_there_is(rng):
         # As a larger call asks for more; how large that is depends on the processor's plans.
         assert _rotation.scratch.at_least(2 * _rotation.scratch.size) != before
         cq.block_hadamard(x, order)
-        addresses = {struct.unpack("8qd", given)[6] for _, given in _repeated._calls.known.values()}
+        addresses = {struct.unpack("9qd", given)[6] for _, given in _repeated._calls.known.values()}
         found.append((addresses, {_rotation.scratch.address}))
         np.testing.assert_array_equal(cq.block_hadamard(x, order), first)
 
