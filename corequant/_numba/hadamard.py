@@ -40,9 +40,11 @@ def _mix(y: Array, inverse: bool) -> Array:
     signs = (matrix.T if inverse else matrix).astype(y.dtype)
     mixed = np.empty_like(y)
     for k in range(y.shape[1]):
-        signed = y * signs[:, k, None]
-        pairs = signed[:, 0::2] + signed[:, 1::2]
-        fours = pairs[:, 0::2] + pairs[:, 1::2]
+        # As the kernels do it: of two numbers or sums the first as it is, then both negated.
+        sign = signs[:, k, None]
+        pairs = y[:, 0::2] + y[:, 1::2] * (sign[0::2] * sign[1::2])
+        sign = sign[0::2]
+        fours = (pairs[:, 0::2] + pairs[:, 1::2] * (sign[0::2] * sign[1::2])) * sign[0::2]
         total = fours[:, 0]
         for i in range(1, fours.shape[1]):
             total = total + fours[:, i]

@@ -175,3 +175,37 @@ def test_minifloat_dot_products_are_integer_ones(weight, activation):
 def integer_unit(form):
     values = form.finite_values
     return values[values > 0].min()
+
+
+@pytest.mark.parametrize("text", ["int4:token:asymmetric", "uint4:token:asymmetric"])
+def test_zero_points_of_activations_are_certified(text):
+    """Sums of codes less their zero points leave an accumulator that holds those of the codes."""
+    generator = np.random.default_rng(0)
+    weights = cq.quantize(generator.normal(size=(8, 32)).astype(np.float32), "int4:channel")
+    spec = cq.AccumulatorSpec(12, None, text)
+    assert spec.zero_points
+    assert spec.range == (-15, 15)
+    stored = cq.AccumulatorSpec(12, None, cq.QuantSpec.parse(text).format)
+    assert not stored.zero_points
+    bound = cq.certify(weights, spec).largest
+    assert bound > cq.certify(weights, stored).largest
+    # Ranges include zero, so that an all positive token's zero point is the least code.
+    x = np.abs(generator.normal(size=(200, 32))).astype(np.float32)
+    tokens = cq.quantize(np.concatenate([x, -x]), text)
+    whole = tokens.codes.astype(np.int64) - tokens.zero_points
+    sums = np.abs(np.cumsum(whole[:, None, :] * integer_codes(weights)[None], axis=2))
+    assert sums.max() <= bound
+    for codes in (tokens.codes.astype(np.int64), whole):
+        assert np.abs(codes @ integer_codes(weights).T).max() <= bound
+    worst = cq.certify(weights, spec).witness
+    assert np.abs(integer_codes(weights) @ worst).max() == bound
+
+
+@pytest.mark.parametrize("method", ["gptq", "gpfq", "qronos"])
+def test_weights_keep_within_accumulators_of_asymmetric_activations(method):
+    W, x, q = layer(0, 8, 32)
+    H, G = moments(x, q)
+    spec = cq.AccumulatorSpec(10, 16, "int4:token:asymmetric")
+    arguments = (W, H) if method == "gptq" else (W, H, G)
+    codes = getattr(cq, method)(*arguments, "int4:channel", accumulator=spec)
+    assert cq.certify(codes, spec).safe

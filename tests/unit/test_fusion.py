@@ -217,3 +217,49 @@ def test_quotients_next_to_the_middle_of_two_codes(rng, dtype, spec, size):
     if size == "one":
         hasty = np.rint(x * (dtype(1) / apart.scales.reshape(-1, 1))) + zeros
         assert (hasty != apart.codes).any()
+
+
+PLACES = [
+    lambda x, out: cq.block_hadamard(x, 8, out=out),
+    lambda x, out: cq.fake_quantize(x, "int4:token", out=out),
+    lambda x, out: cq.rotate_fake_quantize(x, 8, "int4:token", out=out),
+]
+
+
+@pytest.mark.parametrize("call", PLACES)
+def test_one_rule_decides_where_results_may_go(call, rng):
+    values = rng.normal(size=(4, 24)).astype(np.float32)
+    expected = call(values, None)
+    for x in (values.copy(), np.asfortranarray(values), values.copy()[::-1]):
+        right = call(x, None)
+        assert call(x, x[:]).shape == x.shape
+        np.testing.assert_array_equal(x, right)
+    memory = np.zeros(200, np.float32)
+    x = memory[:96].reshape(4, 24)
+    x[...] = values
+    with pytest.raises(ValueError, match="share no memory"):
+        call(x, memory[24:120].reshape(4, 24))
+    with pytest.raises(ValueError, match="share no memory"):
+        call(x, x[::-1])
+    with pytest.raises(ValueError, match="share no memory"):
+        call(x[:, :8], x[:, 4:12])
+    np.testing.assert_array_equal(call(x[:, :8], x[:, 8:16]), call(values[:, :8], None))
+    fixed = np.empty_like(values)
+    fixed.flags.writeable = False
+    with pytest.raises(ValueError, match="out must be writeable"):
+        call(values, fixed)
+    with pytest.raises(ValueError, match="a place for each number"):
+        call(values, np.lib.stride_tricks.as_strided(np.zeros(24, np.float32), (4, 24), (0, 4)))
+    for wrong in (np.zeros((4, 23), np.float32), np.zeros((4, 24)), np.zeros((4, 24), ">f4")):
+        with pytest.raises(cq.ShapeError, match="out must have x's shape"):
+            call(values, wrong)
+    with pytest.raises(TypeError):
+        call(values, [[0.0] * 24] * 4)
+    np.testing.assert_array_equal(call(values, None), expected)
+
+
+def test_codes_may_not_go_where_x_lies(rng):
+    x = rng.normal(size=(4, 32)).astype(np.float32)
+    inside = x.view(np.int8).reshape(-1)[:128].reshape(4, 32)
+    with pytest.raises(ValueError, match="share no memory"):
+        cq.rotate_quantize(x, 8, "int4:token", out=inside)

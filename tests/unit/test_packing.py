@@ -178,3 +178,27 @@ def test_what_packing_is_given_is_checked():
         cq.dequantize_packed(packed, out=numbers)
     with pytest.raises(TypeError, match="packed must be a PackedTensor"):
         cq.unpack_quantized(None)
+
+
+@pytest.mark.parametrize("d", [1, 3, 5, 7, 9, 15, 31, 33])
+@pytest.mark.parametrize(
+    "spec", ["int4:token", "int3:token:asymmetric", "e2m1:token", "int8:tensor"]
+)
+def test_padding_of_a_given_place_is_zero_bits(d, spec):
+    x = np.random.default_rng(d).normal(size=(3, d)).astype(np.float32)
+    expected = cq.pack_quantized(cq.quantize(x, spec)).packed
+    out = np.full(expected.shape, 0xA7, np.uint8)
+    assert cq.quantize_packed(x, spec, out=out).packed is out
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_packing_refuses_to_write_into_what_it_reads():
+    x = np.ones((4, 32), np.float32)
+    inside = x.view(np.uint8).reshape(-1)[: 4 * 16].reshape(4, 16)
+    with pytest.raises(ValueError, match="out must share no memory"):
+        cq.quantize_packed(x, "mxfp4", out=inside)
+    packed = cq.quantize_packed(np.ones((4, 64), np.float32), "int8:token")
+    with pytest.raises(ValueError, match="out must share no memory"):
+        view = packed.packed.reshape(-1).view(np.float32)[:64].reshape(1, 64)
+        part = dataclasses.replace(packed, packed=packed.packed[:1], scales=packed.scales[:1])
+        cq.dequantize_packed(part, out=view)

@@ -410,3 +410,34 @@ def test_arrays_that_mean_something_else_are_refused(rng, kind):
     for call in calls:
         with pytest.raises(TypeError, match=r"must be a plain .*, got (MaskedArray|matrix)"):
             call()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 1, 1)])
+def test_scales_of_a_tensor_may_have_any_axes_of_length_1(shape):
+    x = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
+    scales, zeros = cq.choose_qparams(x, "int4:tensor:asymmetric")
+    expected = cq.quantize(x, "int4:tensor:asymmetric", scales, zeros)
+    given = scales.reshape(shape), zeros.reshape(shape)
+    found = cq.quantize(x, "int4:tensor:asymmetric", *given)
+    np.testing.assert_array_equal(found.codes, expected.codes)
+    assert found.scales.shape == found.zero_points.shape == (1, 1)
+    other = dataclasses.replace(expected, scales=given[0], zero_points=given[1])
+    np.testing.assert_array_equal(cq.dequantize(other), cq.dequantize(expected))
+    np.testing.assert_array_equal(cq.pack_quantized(other).scales, expected.scales)
+
+
+def test_one_number_stands_for_all_scales_and_nothing_else_is_repeated():
+    x = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    for spec, shape in (("int4:channel:symmetric", (4, 1)), ("int4:group32:symmetric", (4, 2))):
+        found = cq.quantize(x, spec, np.float32(0.25))
+        expected = cq.quantize(x, spec, np.full(shape, 0.25, np.float32))
+        np.testing.assert_array_equal(found.codes, expected.codes)
+        assert found.scales.shape == shape
+        for wrong in ((1,), (1, 1), (4,), (2,), (4, 1, 1), (2, 4)):
+            if wrong != shape:
+                with pytest.raises(cq.ShapeError, match="scales must have shape"):
+                    cq.quantize(x, spec, np.ones(wrong, np.float32))
+    shared = cq.choose_global_scale(x, "nvfp4")
+    found = cq.quantize(x, "nvfp4", global_scale=shared.reshape(()))
+    assert found.global_scale.shape == (1,)
+    np.testing.assert_array_equal(found.codes, cq.quantize(x, "nvfp4").codes)

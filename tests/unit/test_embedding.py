@@ -1,0 +1,163 @@
+"""Processes that live long: kernels are few and are freed, forks work at any moment."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import corequant as cq
+from corequant import _forks, _rotate_quantize
+from corequant._numba import cores, row_kernels
+from corequant._numba.machine import compiled_away
+from corequant._numba.plans import plan_rows
+from corequant._numba.rotation import kernel_for
+
+PROGRAM = str(Path(__file__).parents[2] / "bench" / "bench_embedding.py")
+
+compiled = pytest.mark.skipif(compiled_away(), reason="nothing is compiled")
+
+
+def run(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", PROGRAM, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_forks_work_while_threads_compile():
+    assert "12 forks" in run("forks", "--count", "12")
+
+
+def test_shapes_leave_nothing_behind():
+    assert "files" in run("shapes", "--calls", "8000", "--shapes", "300")
+
+
+def test_the_locks_of_numba_and_llvm_are_found():
+    import llvmlite.binding  # noqa: F401
+    import numba.core.compiler_lock  # noqa: F401
+
+    # A release that hides them elsewhere must be seen here.
+    found = list(_forks.locks())
+    assert len(found) == 2
+    for lock in found:
+        assert lock.acquire(timeout=60)
+        lock.release()
+        assert hasattr(lock, "_at_fork_reinit")
+
+
+def test_a_lock_whose_owner_is_gone_is_made_anew(monkeypatch):
+    """Where waiting for a lock is in vain, the child still gets one that is free."""
+    lock = threading.RLock()
+    monkeypatch.setattr(_forks, "locks", lambda: iter([lock]))
+    monkeypatch.setattr(_forks, "_PATIENCE", 0.05)
+    taken, done = threading.Event(), threading.Event()
+
+    def hold():
+        with lock:
+            taken.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    taken.wait()
+    child = os.fork()
+    if not child:
+        os._exit(0 if lock.acquire(timeout=5) else 1)
+    _, status = os.waitpid(child, 0)
+    done.set()
+    thread.join()
+    assert status == 0
+
+
+@compiled
+def test_kernels_are_freed_with_their_last_reference():
+    plan = plan_rows("float32", 1, 32, False, "none", "ordinary")
+    kernel = kernel_for.__wrapped__(plan)
+    engine = weakref.ref(kernel.engine)
+    del kernel
+    gc.collect()
+    assert engine() is None
+
+
+@compiled
+def test_a_call_that_is_remembered_keeps_its_kernel():
+    x = np.random.default_rng(0).normal(size=(3, 96)).astype(np.float32)
+    first = cq.block_hadamard(x, 32)
+    from corequant import _rotation
+
+    kernel_for.cache_clear()
+    _rotation._row_kernel.cache_clear()
+    gc.collect()
+    np.testing.assert_array_equal(cq.block_hadamard(x, 32), first)
+
+
+@compiled
+@pytest.mark.parametrize("spec", ["int4:token:asymmetric", "int8:group64:symmetric", "mxfp4"])
+def test_row_lengths_share_kernels(spec, monkeypatch):
+    built = []
+
+    def build(key, kinds, emit):
+        built.append(key)
+        return original(key, kinds, emit)
+
+    original = row_kernels.build
+    monkeypatch.setattr(row_kernels, "build", build)
+    row_kernels.fused_kernel.cache_clear()
+    _rotate_quantize._kernel.cache_clear()
+    for blocks in range(1, 60):
+        x = np.ones((2, 64 * blocks), np.float32)
+        cq.rotate_quantize(x, 64, spec)
+    # One for each number of vectors that are worked on side by side.
+    assert len(built) <= 3
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("order", [92, 228, 492])
+def test_words_choose_the_sums_of_the_core(order, inverse):
+    words = cores.choices(order, inverse)
+    matrix = cq.hadamard_matrix(order).astype(int)
+    matrix = matrix.T if inverse else matrix
+    each = cores._batch(order)
+    generator = np.random.default_rng(0)
+    for four, k in zip(*(generator.integers(0, n, 200) for n in (order // 4, order)), strict=True):
+        word = int(words[four // each, k]) // 64
+        signs = cores._SIGNS[word >> 4 * (four % each) & 15]
+        assert signs == tuple(matrix[4 * four : 4 * four + 4, k])
+
+
+@compiled
+def test_code_does_not_grow_with_the_core(monkeypatch):
+    """Order 4108 was 2.8 MB of code and took 16 s to compile."""
+    from corequant._numba import machine
+
+    sizes = []
+
+    def compile_anew(kinds, emit):
+        code = compile(kinds, emit)
+        sizes.append(len(code))
+        return code
+
+    compile = machine._compile
+    monkeypatch.setattr(machine, "_compile", compile_anew)
+    monkeypatch.setattr(machine, "_read", lambda file: None)
+    monkeypatch.setattr(machine, "_write", lambda file, code: None)
+    kernel_for.cache_clear()
+    for order in (492, 4108):
+        x = np.random.default_rng(0).normal(size=(1, order))
+        turned = cq.block_hadamard(x, order)
+        expected = x @ cq.hadamard_matrix(order) / np.sqrt(order)
+        np.testing.assert_allclose(turned, expected, atol=1e-12)
+    assert len(sizes) == 2
+    assert max(sizes) < 24 << 10, sizes
