@@ -348,19 +348,19 @@ def _round(
 ) -> dict[str, RoundedTensor]:
     H, G = moments.H, moments.G
     if not H.is_cpu and spec.scale_search not in _SEARCHED_AT_HOME:
-        return _round_on_device(weights, H, G, spec, divisor, options)
+        return _round_on_device(weights, moments, spec, divisor, options)
     H, G = to_host(H), None if G is None else to_host(G)
     # One by one in any case: products of all rows together would be summed in another order, and
     # the codes would depend on the executor. What they could share is little beside the work on
     # the widest layer of a block, which shares with none.
+    shared = {"global_scale": divisor, "tokens": moments.count}
     if executor is None:
         found = [
-            round_together({name: W}, spec, options, H, G, global_scale=divisor)
-            for name, W in weights.items()
+            round_together({name: W}, spec, options, H, G, **shared) for name, W in weights.items()
         ]
     else:
         waiting = [
-            executor.submit(round_together, {name: W}, spec, options, H, G, global_scale=divisor)
+            executor.submit(round_together, {name: W}, spec, options, H, G, **shared)
             for name, W in weights.items()
         ]
         found = [future.result() for future in waiting]
@@ -387,18 +387,19 @@ def _round_idle(
 
 def _round_on_device(
     weights: Mapping[str, npt.NDArray[Any]],
-    H: torch.Tensor,
-    G: torch.Tensor | None,
+    moments: InputMoments,
     spec: cq.QuantSpec,
     divisor: npt.NDArray[np.float32] | None,
     options: RoundingOptions,
 ) -> dict[str, RoundedTensor]:
     """Round where the moments are; codes and scales come home."""
+    H, G = moments.H, moments.G
     there = None if divisor is None else torch.from_numpy(divisor).to(H.device)
     result = {}
     for name, W in weights.items():
         given = {name: torch.from_numpy(W).to(H.device)}
-        found = round_together(given, spec, options, H, G, global_scale=there)[name]
+        shared = {"global_scale": there, "tokens": moments.count}
+        found = round_together(given, spec, options, H, G, **shared)[name]
         arrays = (found.codes, found.scales, found.zero_points, found.global_scale)
         codes, scales, zeros, own = (None if t is None else to_host(t) for t in arrays)
         quantized = cq.QuantizedTensor(codes, scales, zeros, found.spec, own)
@@ -430,6 +431,7 @@ def _report(row: MatrixPlan, rounded: RoundedTensor, tokens: int, seconds: float
         "damping_tries": None if damping is None else damping.tries,
         "dead_columns": len(report.dead_columns),
         "bounded_share": report.bounded_share,
+        "shrinkage": report.shrinkage,
         "tokens": tokens,
         "seconds": round(seconds, 3),
         "peak_rss_mib": round(peak_rss_mib()),

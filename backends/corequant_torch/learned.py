@@ -37,12 +37,13 @@ def learned_rounding(
     zero_points: Any,
     global_scale: Any,
     dtype: Any,
+    tokens: Any,
     name: str,
 ) -> RoundedTensor:
     """Learn which neighbour each weight takes; see ``corequant.learned_rounding``."""
     W, spec = check_matrix(kernels, "W", W), as_spec(spec)
     working = working_dtype(W, dtype)
-    moments = Moments.of(kernels, H, G, W.shape[1], name)
+    moments = Moments.of(kernels, H, G, W.shape[1], name, tokens)
     descent = Descent.of(objective, steps, rate)
     chosen = TensorScales.choose(kernels, W, spec, scales, zero_points, global_scale)
     nearest = values_of(kernels, chosen.encode(W))
@@ -58,6 +59,7 @@ def learned_rounding(
         moments.loss(W, nearest),
         None,
         tuple(int(j) for j in np.flatnonzero(moments.dead)),
+        shrinkage=moments.shrinkage,
     )
     return RoundedTensor.of(quantized, report)
 

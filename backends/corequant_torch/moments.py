@@ -14,6 +14,15 @@ from corequant.protocols import Backend
 from corequant.quantization import QuantizedTensor
 from corequant.rounding import hessian
 from corequant.rounding.report import Damping
+from corequant.rounding.shrinkage import (
+    ENOUGH,
+    LEAST_CHANNELS,
+    added,
+    check_tokens,
+    probes,
+    rank_of,
+    rank_tolerance,
+)
 from corequant_torch.plain_rotation import working
 
 __all__ = [
@@ -82,7 +91,12 @@ class Moments:
     Attributes
     ----------
     H : torch.Tensor (d, d)
+        What a method works with; so is G.
     G : torch.Tensor (d, d) or None
+    measured : tuple of torch.Tensor
+        H and G as they were given, which losses are computed with.
+    shrinkage : float
+        What was added for want of tokens, as in ``corequant.rounding.shrinkage``.
     diagonal : numpy.ndarray (d,), float64
         Of H.
     dead : numpy.ndarray (d,), bool
@@ -91,11 +105,15 @@ class Moments:
 
     H: Tensor
     G: Tensor | None
+    measured: tuple[Tensor, Tensor | None]
+    shrinkage: float
     diagonal: Any
     dead: Any
 
     @classmethod
-    def of(cls, kernels: Backend, H: Any, G: Any, d: int, name: str) -> Moments:
+    def of(
+        cls, kernels: Backend, H: Any, G: Any, d: int, name: str, tokens: Any = ENOUGH
+    ) -> Moments:
         """Check both; the errors are those of ``corequant.rounding``."""
         matrix = check_hessian(kernels, H, d, name)
         diagonal = matrix.diagonal().double().cpu().numpy()
@@ -103,11 +121,14 @@ class Moments:
         cross = None
         if G is not None:
             cross = check_cross_moment(kernels, G, dead, d, name)
-        return cls(matrix, cross, diagonal, dead)
+        used, moved, shrinkage = shrunk(matrix, cross, diagonal, check_tokens(tokens))
+        if shrinkage:
+            diagonal = used.diagonal().double().cpu().numpy()
+        return cls(used, moved, (matrix, cross), shrinkage, diagonal, dead)
 
     def loss(self, W: Tensor, Q: Tensor) -> float:
         """Return the loss of Q for W; products in H's dtype, sums in float64, as NumPy's."""
-        H, G = self.H, self.G
+        H, G = self.measured
         total = torch.zeros((), dtype=torch.float64, device=W.device)
         for start in range(0, len(W), _ROWS):
             rows = slice(start, start + _ROWS)
@@ -118,6 +139,48 @@ class Moments:
                 P += 2 * (w @ G.to(H.dtype) - w @ H)
             total += (D.double() * P).sum()
         return float(total)
+
+
+def shrunk(
+    H: Tensor, G: Tensor | None, diagonal: Any, tokens: int | None
+) -> tuple[Tensor, Tensor | None, float]:
+    """Return H and G with what is added for want of tokens; see NumPy's of the same name."""
+    living = diagonal > 0
+    count, trace = int(living.sum()), float(diagonal.sum())
+    if not count or tokens == ENOUGH:
+        return H, G, 0.0
+    place = torch.from_numpy(np.flatnonzero(living)).to(H.device)
+    known = _tokens_of(H, place) if tokens is None else tokens
+    if known is None:
+        return H, G, 0.0
+    parts = (H[i : i + _ROWS].double().square().sum() for i in range(0, len(H), _ROWS))
+    squares = float(torch.stack([*parts]).sum())
+    value = added(trace, squares, count, known, torch.finfo(H.dtype).max)
+    if not value:
+        return H, G, 0.0
+    moved = [None if M is None else M.clone() for M in (H, G)]
+    for matrix in moved:
+        if matrix is not None:
+            matrix[place, place] += value * (trace / count)
+    assert moved[0] is not None
+    return moved[0], moved[1], value
+
+
+def _tokens_of(H: Tensor, place: Tensor) -> int | None:
+    """Return the rank of H where it lacks more than one direction."""
+    count = len(place)
+    if count < LEAST_CHANNELS:
+        return None
+    A = H[place][:, place].float()
+    root = A.diagonal().rsqrt()
+    A = A * root * root[:, None]
+    A.diagonal().fill_(1 + rank_tolerance(count))
+    L, info = torch.linalg.cholesky_ex(A)
+    if int(info):
+        return None
+    z = torch.from_numpy(probes(count)).to(H.device)
+    solved = torch.linalg.solve_triangular(L.T, z, upper=True, left=False)
+    return rank_of(float(solved.double().square().sum()), count)
 
 
 def check_hessian(kernels: Backend, H: Any, d: int, name: str) -> Tensor:

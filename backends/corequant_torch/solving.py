@@ -73,7 +73,8 @@ class _Problem:
             )
         dead = tuple(int(j) for j in np.flatnonzero(self.moments.dead))
         name = self.loop.name
-        report = RoundingReport(method, name, loss, nearest, damping, dead, share)
+        added = self.moments.shrinkage
+        report = RoundingReport(method, name, loss, nearest, damping, dead, share, added)
         return RoundedTensor.of(quantized, report)
 
     def factored_pull(self, L: Tensor, echo: Tensor | None = None) -> Pull:
@@ -108,6 +109,7 @@ def round_columns(
     accumulator: Any,
     dtype: Any,
     losses: bool,
+    tokens: Any,
     name: str,
     damping: float = 0.01,
     correction: float = 0.25,
@@ -117,7 +119,7 @@ def round_columns(
     if G is None and method != "gptq":
         raise TypeError("G must be a torch.Tensor, got None; gptq does without")
     working = working_dtype(W, dtype)
-    moments = Moments.of(kernels, H, G, W.shape[1], name)
+    moments = Moments.of(kernels, H, G, W.shape[1], name, tokens)
     check_options(spec, scales, refit, accumulator)
     chosen = TensorScales.choose(kernels, W, spec, scales, zero_points, global_scale)
     order = hessian.column_order(

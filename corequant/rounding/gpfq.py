@@ -32,6 +32,7 @@ def gpfq(
     accumulator: AccumulatorSpec | None = None,
     dtype: npt.DTypeLike | None = None,
     losses: bool = True,
+    tokens: int | None = None,
     name: str = "W",
 ) -> RoundedTensor:
     """Quantize a weight column by column, following the float layer's output.
@@ -47,7 +48,7 @@ def gpfq(
         are the same.
     spec : QuantSpec or str
         The quantizer; any.
-    act_order, scales, zero_points, global_scale, refit, accumulator, dtype, losses, name
+    act_order, scales, zero_points, global_scale, refit, accumulator, dtype, losses, tokens, name
         As for ``gptq``.
 
     Returns
@@ -69,6 +70,8 @@ def gpfq(
     Column t is rounded at ``(Σ_{j≤t} w_j G_jt - Σ_{j<t} q_j H_jt) / H_tt``, the covariance form of
     greedy path following (Lybrand and Saab, arXiv 2010.11979; arXiv 2201.11113). It needs no
     inverse and no damping. A dead column, H_tt = 0, is rounded to nearest, and reported.
+
+    With few tokens H and G get the same addition as GPTQ's.
 
     Examples
     --------
@@ -101,6 +104,7 @@ def gpfq(
         accumulator=accumulator,
         dtype=dtype,
         losses=losses,
+        tokens=tokens,
         name=name,
     )
     assert problem.G is not None

@@ -37,6 +37,7 @@ def gptq(
     accumulator: AccumulatorSpec | None = None,
     dtype: npt.DTypeLike | None = None,
     losses: bool = True,
+    tokens: int | None = None,
     name: str = "W",
 ) -> RoundedTensor:
     """Quantize a weight so that ``tr((W - Q) H (W - Q)ᵀ)``, the output error, is small.
@@ -68,6 +69,10 @@ def gptq(
         Float32 or float64 for all arithmetic; by default float64 for a float64 W.
     losses : bool
         Compute the losses of the report, which takes two more products with H.
+    tokens : int, optional
+        How many tokens H and G are the moments of: what too few for the channels can't tell is
+        made up for, see Notes. By default H's rank stands for it where that is lacking; to give
+        the number spares that look.
     name : str
         The layer's name, for errors and the report.
 
@@ -91,6 +96,11 @@ def gptq(
     rounded at ``w_j + Σ_{i>j} D_i L_ij / L_jj``: GPTQ (arXiv 2210.17323, algorithm 1) without the
     inverse of H, in Babai's form. A dead column, H_jj = 0, is rounded to nearest, and reported;
     where the factorization fails, the damping is raised, and reported. GPTAQ: arXiv 2504.02692.
+
+    What few tokens can't tell: with ρ the weight that oracle approximating shrinkage (arXiv
+    0907.4698, equation 23) gives to the identity, ``ρ/(1-ρ)`` times the mean of the diagonal is
+    added to H and G beforehand, where that is more than a hundredth of it; ``report.shrinkage``
+    has it. With one token all weights are rounded to nearest.
 
     Examples
     --------
@@ -120,6 +130,7 @@ def gptq(
         accumulator=accumulator,
         dtype=dtype,
         losses=losses,
+        tokens=tokens,
         name=name,
     )
     loop = problem.loop

@@ -41,6 +41,7 @@ def learned_rounding(
     zero_points: Any = None,
     global_scale: Any = None,
     dtype: npt.DTypeLike | None = None,
+    tokens: int | None = None,
     name: str = "W",
 ) -> RoundedTensor:
     """Quantize a weight by learning, for each entry, which of its two neighbours to take.
@@ -67,6 +68,10 @@ def learned_rounding(
         As ``choose_qparams`` returns them; by default the spec's search on W.
     dtype : numpy dtype, optional
         Float32 or float64 for all arithmetic; by default float64 for a float64 W.
+    tokens : int, optional
+        How many tokens H and G are the moments of: what too few for the channels can't tell is
+        made up for, see Notes. By default H's rank stands for it where that is lacking; to give
+        the number spares that look.
     name : str
         The layer's name, for errors and the report.
 
@@ -90,6 +95,11 @@ def learned_rounding(
     numbers; SignRound, arXiv 2309.05516. Gradients are taken in steps of the grid and relative to
     H's diagonal, so that neither the unit of W nor that of the inputs matters.
 
+    What few tokens can't tell: with ρ the weight that oracle approximating shrinkage (arXiv
+    0907.4698, equation 23) gives to the identity, ``ρ/(1-ρ)`` times the mean of the diagonal is
+    added to H and G beforehand, where that is more than a hundredth of it; ``report.shrinkage``
+    has it. With one token all weights are rounded to nearest.
+
     Examples
     --------
     >>> import numpy as np, corequant as cq
@@ -107,17 +117,19 @@ def learned_rounding(
     from corequant.rounding.hessian import check_cross_moment, check_hessian
     from corequant.rounding.problem import working_dtype
     from corequant.rounding.report import loss_of
+    from corequant.rounding.shrinkage import check_tokens, shrunk
 
     W, spec = check_matrix("W", W), as_spec(spec)
     working = working_dtype(W, dtype)
     H = check_hessian(H, W.shape[1], name)
     G = None if G is None else check_cross_moment(G, H, name)
+    used, cross, shrinkage = shrunk(H, G, check_tokens(tokens))
     descent = Descent.of(objective, steps, rate)
     chosen = Scales.choose(W, spec, scales, zero_points, global_scale)
     nearest = chosen.encode(W)
     w = np.ascontiguousarray(W, dtype=working)
-    curvature = H.astype(working, copy=False)
-    pull = w @ (curvature if G is None else G.astype(working, copy=False))
+    curvature = used.astype(working, copy=False)
+    pull = w @ (curvature if cross is None else cross.astype(working, copy=False))
     start = np.asarray(dequantize(nearest), working)
     search = Search(np, w, curvature, pull, _neighbours(w, chosen), start)
     quantized = chosen.encode(descent.run(search))
@@ -128,6 +140,7 @@ def learned_rounding(
         loss_of(W, dequantize(nearest), H, G),
         None,
         tuple(int(j) for j in np.flatnonzero(np.diagonal(H) == 0)),
+        shrinkage=shrinkage,
     )
     return RoundedTensor.of(quantized, report)
 

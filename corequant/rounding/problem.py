@@ -21,6 +21,7 @@ from corequant.rounding.report import (
     gap_product,
     loss_of,
 )
+from corequant.rounding.shrinkage import check_tokens, shrunk
 from corequant.specs import QuantSpec
 
 __all__ = ["Problem", "check_damping", "check_options"]
@@ -30,11 +31,16 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A weight, the moments of its inputs, and how to round it; all of it checked."""
+    """A weight, the moments of its inputs, and how to round it; all of it checked.
+
+    ``H`` and ``G`` are what a method works with, ``measured`` what it was given.
+    """
 
     W: Array
     H: Array
     G: Array | None
+    measured: tuple[Array, Array | None]
+    shrinkage: float
     dead: npt.NDArray[np.bool_]
     losses: bool
     loop: ColumnLoop
@@ -55,6 +61,7 @@ class Problem:
         accumulator: AccumulatorSpec | None,
         dtype: npt.DTypeLike | None,
         losses: bool,
+        tokens: Any,
         name: str,
     ) -> Problem:
         """Check every argument; raises as the public functions say."""
@@ -68,7 +75,8 @@ class Problem:
         dead = np.diagonal(H) == 0
         order = column_order(np.diagonal(H), dead, act_order, chosen.group if refit else 0)
         loop = ColumnLoop(order, chosen, refit, accumulator, working, name)
-        return cls(W, H, G, dead, bool(losses), loop)
+        used, cross, shrinkage = shrunk(H, G, check_tokens(tokens))
+        return cls(W, used, cross, (H, G), shrinkage, dead, bool(losses), loop)
 
     @property
     def ordered(self) -> Array:
@@ -82,9 +90,9 @@ class Problem:
         quantized, share = self.loop.run(self.W, values, centers, pull)
         loss = nearest = None
         if self.losses:
-            loss = loss_of(self.W, dequantize(quantized), self.H, self.G)
+            loss = loss_of(self.W, dequantize(quantized), *self.measured)
             plain = quantize(self.W, self.loop.scales.spec)
-            nearest = loss_of(self.W, dequantize(plain), self.H, self.G)
+            nearest = loss_of(self.W, dequantize(plain), *self.measured)
         report = RoundingReport(
             method,
             self.loop.name,
@@ -93,6 +101,7 @@ class Problem:
             damping,
             tuple(int(j) for j in np.flatnonzero(self.dead)),
             share,
+            self.shrinkage,
         )
         return RoundedTensor.of(quantized, report)
 

@@ -30,6 +30,7 @@ def qronos(
     accumulator: AccumulatorSpec | None = None,
     dtype: npt.DTypeLike | None = None,
     losses: bool = True,
+    tokens: int | None = None,
     name: str = "W",
 ) -> RoundedTensor:
     """Quantize a weight so that quantized inputs give the outputs of the float layer on float ones.
@@ -48,7 +49,7 @@ def qronos(
         Added to the diagonal of H, times its largest eigenvalue: 1e-3 where activations are
         quantized to 4 bits; 1e-6 was published for weights alone, where at 2 bits 1e-4 is
         better.
-    act_order, scales, zero_points, global_scale, refit, accumulator, dtype, losses, name
+    act_order, scales, zero_points, global_scale, refit, accumulator, dtype, losses, tokens, name
         As for ``gptq``.
 
     Returns
@@ -73,6 +74,8 @@ def qronos(
     H, the refit is ``W + W (G - H) H⁻¹`` without the first column, since what the first column's
     rounding does to it is what the column loop does anyway: one factorization and two triangular
     solves. With G = H it is GPTQ.
+
+    With few tokens H and G get the same addition as GPTQ's.
 
     Examples
     --------
@@ -104,6 +107,7 @@ def qronos(
         accumulator=accumulator,
         dtype=dtype,
         losses=losses,
+        tokens=tokens,
         name=name,
     )
     loop = problem.loop

@@ -60,6 +60,9 @@ class RoundingReport:
         Columns that no input reached: H_jj = 0.
     bounded_share : float or None
         Share of the weights that an accumulator's bound moved; None without an accumulator.
+    shrinkage : float
+        What was added to the diagonals of H and G for want of tokens, divided by the mean of H's;
+        0 where they sufficed.
     """
 
     method: str
@@ -69,6 +72,7 @@ class RoundingReport:
     damping: Damping | None = None
     dead_columns: tuple[int, ...] = ()
     bounded_share: float | None = None
+    shrinkage: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -129,6 +129,7 @@ def round_together(
     G: Any = None,
     *,
     global_scale: Any = None,
+    tokens: int | None = None,
 ) -> dict[str, RoundedTensor]:
     """Quantize the weights of layers that read the same input.
 
@@ -144,6 +145,8 @@ def round_together(
         ``options.needs_moments``, G where ``options.needs_float``.
     global_scale : array (1,), optional
         Of granularity ``tensor_group``: what all the weights share. By default each has its own.
+    tokens : int, optional
+        How many tokens H and G are the moments of, such as ``InputMoments.count``.
 
     Returns
     -------
@@ -176,7 +179,7 @@ def round_together(
         raise TypeError(f"G must be given for {options.method}, got None")
     if any(is_elsewhere(W) for W in weights.values()):
         return {
-            name: _round_elsewhere(W, spec, options, H, G, global_scale, name)
+            name: _round_elsewhere(W, spec, options, H, G, global_scale, name, tokens)
             for name, W in weights.items()
         }
     for matrix in weights.values():
@@ -195,7 +198,7 @@ def round_together(
         W = np.concatenate([weights[name] for name in names])
         nearest = quantize(W, spec, global_scale=global_scale)
         start = fit_scales(W, H, spec) if options.fit_scales else nearest
-        rounded = _round(W, start, options, H, G, ", ".join(names))
+        rounded = _round(W, start, options, H, G, ", ".join(names), tokens)
         first = 0
         for name in names:
             part = slice(first, first + len(weights[name]))
@@ -210,12 +213,19 @@ def round_together(
 
 
 def _round_elsewhere(
-    W: Any, spec: QuantSpec, options: RoundingOptions, H: Any, G: Any, divisor: Any, name: str
+    W: Any,
+    spec: QuantSpec,
+    options: RoundingOptions,
+    H: Any,
+    G: Any,
+    divisor: Any,
+    name: str,
+    tokens: int | None,
 ) -> RoundedTensor:
     """Round one weight by functions that know its array's backend."""
     nearest = round_to_nearest(W, spec, H=H, G=G, global_scale=divisor, name=name)
     start = fit_scales(W, H, spec) if options.fit_scales else nearest
-    rounded = _round(W, start, options, H, G, name)
+    rounded = _round(W, start, options, H, G, name, tokens)
     if H is None:
         return rounded
     loss = reconstruction_loss(W, rounded, H, G)
@@ -224,7 +234,13 @@ def _round_elsewhere(
 
 
 def _round(
-    W: Array, start: QuantizedTensor, options: RoundingOptions, H: Any, G: Any, name: str
+    W: Array,
+    start: QuantizedTensor,
+    options: RoundingOptions,
+    H: Any,
+    G: Any,
+    name: str,
+    tokens: int | None,
 ) -> RoundedTensor:
     from corequant.rounding.gpfq import gpfq
     from corequant.rounding.gptq import gptq
@@ -241,6 +257,7 @@ def _round(
     elif not options.refit:
         # The search for scales is done already.
         shared["scales"], shared["zero_points"] = start.scales, start.zero_points
+    shared["tokens"] = tokens
     if options.method == "learned":
         return learned_rounding(W, H, spec, G=G, steps=options.steps, **shared)
     shared |= {

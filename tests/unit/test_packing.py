@@ -198,7 +198,7 @@ def test_packing_refuses_to_write_into_what_it_reads():
     with pytest.raises(ValueError, match="out must share no memory"):
         cq.quantize_packed(x, "mxfp4", out=inside)
     packed = cq.quantize_packed(np.ones((4, 64), np.float32), "int8:token")
+    view = packed.packed.reshape(-1).view(np.float32)[:64].reshape(1, 64)
+    part = dataclasses.replace(packed, packed=packed.packed[:1], scales=packed.scales[:1])
     with pytest.raises(ValueError, match="out must share no memory"):
-        view = packed.packed.reshape(-1).view(np.float32)[:64].reshape(1, 64)
-        part = dataclasses.replace(packed, packed=packed.packed[:1], scales=packed.scales[:1])
         cq.dequantize_packed(part, out=view)

@@ -143,20 +143,47 @@ def test_inputs_that_reached_nothing_leave_round_to_nearest(rows):
 def test_fewer_tokens_than_channels(dtype, tokens):
     W, x, q = layer(3, tokens=tokens, dtype=dtype)
     H, G = moments(x, q)
-    for name, found in methods(W, H, G, SPEC).items():
-        assert np.isfinite(cq.dequantize(found)).all()
+    for given in (tokens, None):
+        for name, found in methods(W, H, G, SPEC, tokens=given).items():
+            assert np.isfinite(cq.dequantize(found)).all()
+            assert found.report.shrinkage > 0.1, name
+            # The report is about the moments that were given.
+            cross = None if name == "gptq" else G
+            loss = cq.reconstruction_loss(W, cq.dequantize(found), H, cross)
+            assert found.report.loss == pytest.approx(loss)
+    for name, found in methods(W, H, G, SPEC, tokens=10**9).items():
+        assert not found.report.shrinkage
         assert found.report.loss < found.report.nearest_loss, name
-    bare = cq.gptq(W, H, SPEC, damping=0)
+    bare = cq.gptq(W, H, SPEC, damping=0, tokens=10**9)
     assert bare.report.damping.tries > 1
     assert bare.report.damping.value > 0
     assert bare.report.loss < bare.report.nearest_loss
 
 
+def test_one_token_is_round_to_nearest():
+    W, x, q = layer(3, tokens=1, dtype=np.float32)
+    H, G = moments(x, q)
+    nearest = cq.round_to_nearest(W, SPEC)
+    steps = W.astype(np.float64) / nearest.scales
+    # A row's largest weight lies in the middle between two codes, and may take either.
+    tied = np.abs(np.abs(steps - np.floor(steps)) - 0.5) < 1e-5
+    found = [*methods(W, H, G, SPEC, tokens=1).values()]
+    found.append(cq.learned_rounding(W, H, SPEC, G=G, tokens=1))
+    for one in found:
+        np.testing.assert_array_equal(one.codes[~tied], nearest.codes[~tied])
+
+
 def test_constant_activations():
     W = np.random.default_rng(0).normal(size=(16, 32))
     H = np.full((32, 32), 4.0)
-    for found in methods(W, H, H, SPEC).values():
+    for found in methods(W, H, H, SPEC, tokens=10_000).values():
         assert found.report.loss < 0.1 * found.report.nearest_loss
+
+
+@pytest.mark.parametrize("tokens", [-1, 1.5, True, "many"])
+def test_numbers_of_tokens_are_checked(tokens, problem):
+    with pytest.raises((TypeError, ValueError), match="tokens must be"):
+        cq.gptq(*problem[:2], SPEC, tokens=tokens)
 
 
 def test_extreme_magnitudes():

@@ -252,7 +252,7 @@ def test_what_belongs_elsewhere_is_refused():
 def test_an_indefinite_factor_raises_the_damping():
     W, H, _ = problem(4, 32)
     flat = np.ones_like(H)
-    arguments = {"W": W, "H": flat, "spec": "int4:channel", "damping": 0.0}
+    arguments = {"W": W, "H": flat, "spec": "int4:channel", "damping": 0.0, "tokens": 10**9}
     expected, found = cq.gptq(**arguments), rounded(DeviceKernels(), cq.gptq, arguments)
     assert found.report.damping.tries == expected.report.damping.tries > 1
 
@@ -389,3 +389,25 @@ def test_bad_arguments_of_the_others_are_refused_as_numpys_are(function, change,
         with pytest.raises(error) as found:
             call()
         assert str(found.value).split(" got ")[0] == str(expected.value).split(" got ")[0]
+
+
+@pytest.mark.parametrize("tokens", [None, 1, 6, 40, 10**9])
+@pytest.mark.parametrize("method", ["gptq", "gpfq", "qronos", "learned_rounding"])
+def test_few_tokens_are_made_up_for_as_on_numpy(method, tokens):
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(6 if tokens is None else min(tokens, 500), 48)).astype(np.float32)
+    q = x + 0.1 * generator.normal(size=x.shape).astype(np.float32)
+    H, G = q.T @ q / len(x), x.T @ q / len(x)
+    W = generator.normal(size=(16, 48)).astype(np.float32)
+    arguments = {"W": W, "H": H, "spec": "int4:channel", "tokens": tokens}
+    if method != "gptq":
+        arguments["G"] = G
+    function = getattr(cq, method)
+    expected, found = function(**arguments), rounded(DeviceKernels(), function, arguments)
+    assert found.report.shrinkage == pytest.approx(expected.report.shrinkage, rel=1e-3)
+    assert (found.report.shrinkage > 0) == (tokens != 10**9)
+    if tokens == 1:
+        # Rounded to nearest, but for ties.
+        assert np.abs(to_numpy(found.codes) - expected.codes).mean() < 0.02
+    else:
+        assert found.report.loss == pytest.approx(expected.report.loss, rel=0.02, abs=1e-6)
