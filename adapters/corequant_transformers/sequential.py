@@ -353,7 +353,7 @@ def _round(
     # One by one in any case: products of all rows together would be summed in another order, and
     # the codes would depend on the executor. What they could share is little beside the work on
     # the widest layer of a block, which shares with none.
-    shared = {"global_scale": divisor, "tokens": moments.count}
+    shared: dict[str, Any] = {"global_scale": divisor, "tokens": moments.count}
     if executor is None:
         found = [
             round_together({name: W}, spec, options, H, G, **shared) for name, W in weights.items()
@@ -398,7 +398,7 @@ def _round_on_device(
     result = {}
     for name, W in weights.items():
         given = {name: torch.from_numpy(W).to(H.device)}
-        shared = {"global_scale": there, "tokens": moments.count}
+        shared: dict[str, Any] = {"global_scale": there, "tokens": moments.count}
         found = round_together(given, spec, options, H, G, **shared)[name]
         arrays = (found.codes, found.scales, found.zero_points, found.global_scale)
         codes, scales, zeros, own = (None if t is None else to_host(t) for t in arrays)

@@ -100,6 +100,8 @@ def error(W, Q, x, q):
 
 
 def ours(name, W, H, G, spec, **options):
+    # Errors are those of the tokens themselves, and the peers trust any number of tokens.
+    options = {"tokens": 10**12, **options}
     if name == "gptq":
         return cq.gptq(W, H, spec, **options)
     if name == "gpfq":
