@@ -15,7 +15,7 @@ import torch
 from corequant._repeated import repeat
 from corequant.errors import BackendError
 from corequant.formats import NumberFormat
-from corequant.protocols import Moments
+from corequant.protocols import Moments, Quantized
 from corequant.quantization import QuantizedTensor
 from corequant.specs import QuantSpec
 from corequant_torch import operators, tracing
@@ -118,8 +118,8 @@ class TorchBackend:
         signs: Signs,
         out: Tensor | None,
         threads: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Return codes, scales and zero points in one pass, or None where it can't."""
+    ) -> Quantized | None:
+        """Return codes, scales, zero points and a global scale in one pass, None where it can't."""
         check_devices(x, "x", out=out)
         return engine_for(x).rotate_quantize(
             x.detach(),

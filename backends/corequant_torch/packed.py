@@ -17,7 +17,8 @@ from corequant.rotation import check_block_size, check_signs
 from corequant.specs import QuantSpec, ScaleFormat, qparams_shape
 from corequant_torch import launch
 from corequant_torch.engines import engine_for
-from corequant_torch.runtime import device_table, has_triton
+from corequant_torch.runtime import has_triton
+from corequant_torch.tables import device_table
 
 __all__ = ["rotate_quantize_packed"]
 

@@ -71,7 +71,7 @@ def _whole(v):  # type: ignore[no-untyped-def]
     return (tl.minimum(tl.maximum(v, -1048576.0), 1048576.0) + _MAGIC) - _MAGIC
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "per_row", "d"])
 def rotate_quantize_tiles(  # type: ignore[no-untyped-def]
     x,
     order,
