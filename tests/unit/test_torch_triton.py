@@ -11,7 +11,7 @@ import torch
 from triton.runtime import autotuner
 
 import corequant as cq
-from corequant.specs import QuantSpec
+from corequant.specs import Granularity, QuantSpec
 from corequant_torch import (
     device,
     launch,
@@ -248,6 +248,25 @@ def test_captured_launches_count_instead_of_asking(kernels, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(cq.NonFiniteError):
         kernels.fake_quantize(x, QuantSpec.parse("nvfp4"))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("text", FUSED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_is_not_a_number_in_a_replay(kernels, monkeypatch, dtype, text, bad):
+    x, spec = sample(dtype), QuantSpec.parse(text)
+    expected = kernels.fake_quantize(x, spec)
+    x[2, 7] = bad
+    monkeypatch.setattr(runtime, "capturing", lambda device: True)
+    found = kernels.fake_quantize(x, spec)
+    _, scales, *_ = kernels.rotate_quantize(
+        x, 1, spec, permutation=None, signs=None, out=None, threads=None
+    )
+    size = spec.group_size or 96
+    assert bool(found[2, :size].isnan().all())
+    assert bool(scales[2, 0].isnan())
+    if spec.granularity is not Granularity.TENSOR_GROUP:
+        assert torch.equal(found[:2], expected[:2])
 
 
 def refused(tensor):
