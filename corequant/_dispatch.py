@@ -97,7 +97,8 @@ def backend_for(**arrays: Any) -> Backend:
 
     A backend with devices may have a method ``check_together(**arrays)`` that refuses mixtures, and
     any ``repeat_rotation``, which takes the arguments of ``block_hadamard`` without signs, not yet
-    checked, and returns the result where it has seen the like, otherwise None.
+    checked, and returns the result where it has seen the like, otherwise None; and
+    ``permute_channels(x, permutation)``, which stands for ``x[..., permutation]``.
     """
     # Plain loops: this stands before every call, however small its arrays are.
     found: Backend | None = None

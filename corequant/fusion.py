@@ -159,7 +159,7 @@ def _in_steps(
     threads: int | None,
 ) -> Any:
     """Permute and rotate ``x``, then call ``function``, which refuses what isn't finite."""
-    chosen = x if permutation is None else x[..., permutation]
+    chosen = x if permutation is None else _permuted(backend, x, permutation)
     y = backend.block_hadamard(
         chosen, block_size, axis=x.ndim - 1, inverse=False, signs=signs, out=None, threads=threads
     )
@@ -171,6 +171,12 @@ def _in_steps(
         if bad is not None:
             raise NonFiniteError("x", *bad) from None
         raise NonFiniteError("the rotated x", error.count, error.index, error.value) from None
+
+
+def _permuted(backend: Backend, x: Any, permutation: npt.NDArray[np.int64]) -> Any:
+    # A backend may have indices where x is, and need not copy them for each call.
+    own = getattr(backend, "permute_channels", None)
+    return x[..., permutation] if own is None else own(x, permutation)
 
 
 def _prepare(

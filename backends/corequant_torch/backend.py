@@ -22,6 +22,7 @@ from corequant_torch import operators, tracing
 from corequant_torch.bridge import quick_array, quick_tensor, to_numpy, to_torch
 from corequant_torch.cpu import CpuKernels
 from corequant_torch.engines import check_apart, check_devices, engine_for, is_plain_call
+from corequant_torch.tables import device_table
 
 __all__ = ["TorchBackend"]
 
@@ -107,6 +108,11 @@ class TorchBackend:
             return rotated
         y = operators.block_hadamard(x, block_size, axis, inverse, _tensor(signs))
         return y if out is None else out.copy_(y)
+
+    def permute_channels(self, x: Tensor, permutation: npt.NDArray[np.int64]) -> Tensor:
+        """Return ``x[..., permutation]``; the indices stay on a device for the next call."""
+        chosen: Tensor = x[..., device_table(permutation, x)]
+        return chosen
 
     def rotate_quantize(
         self,

@@ -32,8 +32,8 @@ Permutation = npt.NDArray[np.int64] | None
 class DeviceKernels:
     """Kernels for tensors that are not on the CPU; right on the CPU too, only slower.
 
-    Codes, scales and rotated numbers are those of NumPy bit for bit, except that the sums of
-    ``moments`` and ``gram``, and with Triton those of ``block_hadamard``, may be rounded otherwise.
+    Codes, scales and rotated numbers are those of NumPy bit for bit, with Triton and without; the
+    sums of ``moments`` and ``gram`` may be rounded otherwise.
 
     Parameters
     ----------

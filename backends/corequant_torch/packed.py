@@ -48,7 +48,9 @@ def rotate_quantize_packed(
     -------
     PackedTensor
         Of tensors on the device of ``x``: bytes (..., d/2) as ``pack_quantized`` makes them, scales
-        in their stored form. On CUDA one kernel writes it all.
+        in their stored form. On CUDA one kernel permutes, rotates, rounds and packs (with a global
+        scale, a second one before it finds the largest magnitude); torch operations bring scales
+        to their stored form.
 
     Raises
     ------

@@ -11,6 +11,7 @@ import torch
 from triton.runtime import autotuner
 
 import corequant as cq
+from corequant._dispatch import get_backend
 from corequant.specs import Granularity, QuantSpec
 from corequant_torch import (
     device,
@@ -51,6 +52,12 @@ FUSED = [
 def kernels():
     assert runtime.interpreted()
     return DeviceKernels(triton=True)
+
+
+@pytest.fixture(autouse=True)
+def counted_anew(monkeypatch):
+    """What a test leaves in the counts of replays is no other's business."""
+    monkeypatch.setattr(runtime, "_counters", {})
 
 
 def sample(dtype, rows=3, d=96):
@@ -234,18 +241,17 @@ def test_captured_launches_count_instead_of_asking(kernels, monkeypatch):
         kernels.fake_quantize(x, QuantSpec.parse(text))
     nonfinite_replays("cpu")
     monkeypatch.setattr(runtime, "capturing", lambda device: True)
-    monkeypatch.setattr(torch.Tensor, "__bool__", refused)
-    found = {text: kernels.fake_quantize(x, QuantSpec.parse(text)) for text in texts}
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__bool__", refused)
+        found = {text: kernels.fake_quantize(x, QuantSpec.parse(text)) for text in texts}
     assert all(torch.equal(found[text], values) for text, values in expected.items())
     assert nonfinite_replays("cpu") == 0
     x[2, 7] = float("nan")
-    monkeypatch.setattr(runtime, "capturing", lambda device: True)
     for text in texts:
         kernels.fake_quantize(x, QuantSpec.parse(text))
     assert nonfinite_replays("cpu") == len(texts)
     assert nonfinite_replays("cpu") == 0
-    monkeypatch.undo()
+    monkeypatch.setattr(runtime, "capturing", lambda device: False)
     with pytest.raises(cq.NonFiniteError):
         kernels.fake_quantize(x, QuantSpec.parse("nvfp4"))
 
@@ -274,7 +280,6 @@ def refused(tensor):
 
 
 def test_a_call_that_is_captured_first_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(runtime, "_counters", {})
     monkeypatch.setattr(runtime, "capturing", lambda device: True)
     with pytest.raises(cq.BackendError, match="call the function once with the same arguments"):
         runtime.all_good(torch.ones((), dtype=torch.bool))
@@ -308,6 +313,18 @@ def test_tables_are_kept_on_a_device():
     assert tables.device_table(-signs, there) is not found
     assert tables.device_table(None, there) is None
     assert tables.device_table(signs, torch.ones(1)).data_ptr() == signs.ctypes.data
+
+
+def test_indices_are_kept_on_a_device_too(monkeypatch):
+    p, given = cq.random_permutation(96, 0), []
+    real = tables.KeptTables.find
+    monkeypatch.setattr(tables.KeptTables, "find", lambda *a: given.append(real(*a)) or given[-1])
+    x, backend = sample(torch.float32), get_backend("torch")
+    there = x.to("meta")
+    for _ in range(2):
+        assert backend.permute_channels(there, p).shape == x.shape
+    assert given[0] is given[1]
+    assert torch.equal(backend.permute_channels(x, p), x[:, p])
 
 
 def test_the_tables_of_a_large_model_stay_where_they_are():
