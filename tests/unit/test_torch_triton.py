@@ -60,6 +60,10 @@ def counted_anew(monkeypatch):
     monkeypatch.setattr(runtime, "_counters", {})
 
 
+def astuple(q):
+    return q.codes, q.scales, q.zero_points
+
+
 def sample(dtype, rows=3, d=96):
     x = heavy_tailed(np.random.default_rng(5), rows, d)
     x[1, :32] = 0
@@ -165,6 +169,25 @@ def test_fused_codes_do_not_differ(kernels, dtype, text):
     if spec.format.bits == 4:
         packed = launch.fused(x, 16, spec, *tables, launch.PACKED)
         assert torch.equal(packed.out, rotate_quantize_packed(x, 16, spec, **how).packed)
+
+
+@pytest.mark.parametrize("text", [*FUSED, "e3m2:group32"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [32, 12])
+def test_one_rotation_for_all_functions(kernels, dtype, text, block_size):
+    spec, x = QuantSpec.parse(text), sample(dtype)
+    p, signs = cq.random_permutation(96, 0), cq.random_signs(96, 1)
+    how = {"signs": signs, "out": None, "threads": None}
+    y = kernels.block_hadamard(x[:, p], block_size, axis=1, inverse=False, **how)
+    codes, scales, zeros = kernels.quantize(y, spec)
+    fused = kernels.rotate_quantize(x, block_size, spec, permutation=p, **how)
+    assert (fused is None) == (block_size == 12 or text.startswith("e3m2"))
+    expected = cq.rotate_quantize(x, block_size, spec, permutation=p, signs=signs)
+    for ours in ((codes, scales, zeros), fused[:3] if fused else ()):
+        for found, wanted in zip(ours, astuple(expected), strict=False):
+            assert found is wanted is None or torch.equal(found, wanted)
+    if fused and expected.global_scale is not None:
+        assert torch.equal(fused[3], expected.global_scale)
 
 
 @pytest.mark.parametrize("text", ["int4:group32", "mxfp4", "nvfp4", "int8:token:asymmetric"])
