@@ -7,7 +7,6 @@ There the device counts what was not, at each replay, and ``nonfinite_replays`` 
 from __future__ import annotations
 
 from functools import cache
-from threading import Lock
 from typing import Any
 
 import torch
@@ -54,8 +53,10 @@ class _Counter:
     """How often replays on a device met what was not finite."""
 
     def __init__(self, device: torch.device) -> None:
-        self.count = torch.zeros(1, dtype=torch.int32, device=device)
-        self.place = torch.zeros(1, dtype=torch.int64, device=device)
+        # What inference mode makes may not be changed outside of it.
+        with torch.inference_mode(False):
+            self.count = torch.zeros(1, dtype=torch.int32, device=device)
+            self.place = torch.zeros(1, dtype=torch.int64, device=device)
 
     def add(self, good: Tensor) -> None:
         """Count one unless ``good``; atomically, since graphs may run on several streams."""
@@ -63,7 +64,6 @@ class _Counter:
 
 
 _counters: dict[torch.device, _Counter] = {}
-_counting = Lock()
 
 
 def all_good(good: Tensor) -> bool:
@@ -80,8 +80,7 @@ def all_good(good: Tensor) -> bool:
         return True
     if device not in _counters:
         # Not while capturing: each replay would begin by clearing it.
-        with _counting:
-            _counters.setdefault(device, _Counter(device))
+        _counters.setdefault(device, _Counter(device))
     return bool(good)
 
 

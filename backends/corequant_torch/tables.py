@@ -7,6 +7,7 @@ has captured for good, since its replays read that memory whenever they are run.
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from threading import Lock
@@ -39,6 +40,10 @@ class KeptTables:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, as the child of a fork must: the devices' memory is its parent's."""
         self._lock = Lock()
         self._captured: dict[Key, Tensor] = {}
         self._recent: OrderedDict[Key, Tensor] = OrderedDict()
@@ -77,8 +82,11 @@ class KeptTables:
                     f"a CUDA graph is being captured, and signs, a permutation or another table is "
                     f"not on {device} yet; call the function once with the same arguments before"
                 )
-            # In C order, whatever made it: kernels read memory.
-            table = self._add(key, torch.from_numpy(np.array(make(), order="C")).to(device))
+            # In C order, whatever made it: kernels read memory. And what inference mode makes
+            # can't index a tensor that records gradients.
+            with torch.inference_mode(False):
+                made = torch.from_numpy(np.array(make(), order="C")).to(device)
+            table = self._add(key, made)
         if device.type == "cuda" and not captured:
             # Dropped while another stream still reads it, its memory must not be given away.
             table.record_stream(torch.cuda.current_stream(device))
@@ -100,6 +108,8 @@ class KeptTables:
 
 
 _kept = KeptTables(_BYTES)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_kept.forget)
 
 
 def kept_table(

@@ -68,13 +68,12 @@ def test_help_and_wrong_arguments_of_the_command_load_no_framework(arguments):
 def test_what_is_for_gpus_needs_torch_alone(path):
     """A machine with a GPU often has torch, and nothing else that we need."""
     absent = ["gguf", "greenlet", "platformdirs", "tomli_w", "transformers", "typer"]
-    assert (
-        run(
-            f"import sys, runpy; sys.modules.update(dict.fromkeys({absent})); "
-            f"sys.path.insert(0, {str(ROOT)!r}); runpy.run_path({str(ROOT / path)!r}); print('it runs')"
-        )
-        == "it runs"
+    code = (
+        f"import sys, runpy; sys.modules.update(dict.fromkeys({absent}))\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"runpy.run_path({str(ROOT / path)!r}); print('it runs')"
     )
+    assert run(code) == "it runs"
 
 
 @pytest.mark.parametrize("missing", ["typer", "transformers"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -377,6 +378,35 @@ def test_tables_that_a_graph_reads_are_never_dropped(monkeypatch):
     assert int(find(1)[0]) == 1
     assert find(1) is not second
     assert kept.nbytes <= 1100
+
+
+def test_what_is_kept_in_inference_mode_serves_outside_of_it(monkeypatch):
+    kept, p = tables.KeptTables(limit=1000), np.array([1, 0, 2])
+    with torch.inference_mode():
+        runtime.all_good(torch.ones((), dtype=torch.bool))
+        table = kept.find("p", torch.device("cpu"), lambda: p)
+    x = torch.ones(3, requires_grad=True)
+    x[table].sum().backward()
+    assert torch.equal(x.grad, torch.ones(3))
+    monkeypatch.setattr(runtime, "capturing", lambda device: True)
+    assert runtime.all_good(torch.zeros((), dtype=torch.bool))
+    with torch.inference_mode():
+        assert runtime.all_good(torch.zeros((), dtype=torch.bool))
+    assert nonfinite_replays("cpu") == 2
+
+
+def test_tables_are_kept_once_by_several_threads():
+    kept, where, made = tables.KeptTables(limit=1 << 20), torch.device("cpu"), []
+
+    def find(k):
+        return kept.find(k % 7, where, lambda: made.append(k) or np.full(64, k % 7))
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(find, range(700)))
+    assert all(int(t[0]) == k % 7 for k, t in enumerate(found))
+    assert kept.nbytes == 7 * 64 * 8
+    kept.forget()
+    assert kept.nbytes == 0
 
 
 def test_triton_that_cant_run_says_what_to_do(monkeypatch):
