@@ -20,9 +20,9 @@ from corequant_torch import launch, triton_columns, triton_fused, triton_rotatio
 from corequant_torch import launch_rotation
 from corequant.specs import QuantSpec
 
-def build(name, kernel, constants, integers=(), floats=(), warps=8, **pointers):
+def build(name, kernel, constants, integers=(), floats=(), warps=8, kind="i32", **pointers):
     kinds = dict.fromkeys(kernel.arg_names, "*fp32")
-    kinds |= dict.fromkeys(integers, "i32") | dict.fromkeys(floats, "fp32") | pointers
+    kinds |= dict.fromkeys(integers, kind) | dict.fromkeys(floats, "fp32") | pointers
     kinds |= dict.fromkeys(constants, "constexpr")
     places = {(kernel.arg_names.index(k),): v for k, v in constants.items()}
     source = ASTSource(kernel, kinds, constexprs=places)
@@ -69,6 +69,13 @@ for power, kind, signs in [*turned, (16384, "*fp32", 1), (512, "*bf16", 2)]:
         constants | dict(SIGNS=signs, INTERPRETED=False),
         ("blocks", "per_row"), ("scale",), warps, x=kind, out=kind, sign_table="*i8",
     )
+constants, warps = launch_rotation.turning_tile(64)
+build(
+    "rotate more than 2**31 blocks",
+    triton_rotation.rotate_powers,
+    constants | dict(SIGNS=1, INTERPRETED=False),
+    ("blocks", "per_row"), ("scale",), warps, "i64", x="*bf16", out="*bf16", sign_table="*i8",
+)
 for core, power, kind in [(12, 1, "*fp16"), (28, 512, "*bf16"), (172, 64, "*fp32")]:
     constants, warps = launch_rotation.mixing_tile(core, power)
     build(
@@ -78,15 +85,16 @@ for core, power, kind in [(12, 1, "*fp16"), (28, 512, "*bf16"), (172, 64, "*fp32
         ("columns", "per_row"), ("scale",), warps,
         out=kind, sign_table="*i8", core_table="*i8",
     )
-for text, kind, out in [
-    ("mxfp4", "*bf16", "*u8"),
-    ("nvfp4", "*fp32", "*u8"),
-    ("int4:group128:asymmetric", "*fp16", "*i8"),
+for text, kind, out, what in [
+    ("mxfp4", "*bf16", "*u8", launch.PACKED),
+    ("nvfp4", "*fp32", "*u8", launch.NOTHING),
+    ("nvfp4", "*fp32", "*u8", launch.PACKED),
+    ("int4:group128:asymmetric", "*fp16", "*i8", launch.CODES),
+    ("int4:group32", "*bf16", "*bf16", launch.VALUES),
 ]:
     spec = QuantSpec.parse(text)
-    what = launch.PACKED if out == "*u8" else launch.CODES
     build(
-        f"fused {text}",
+        f"fused {text}, {what}",
         triton_fused.rotate_quantize_tiles,
         dict(R=32, T=128, BLOCK=128, GROUP=spec.group_size, PERMUTED=True, SIGNED=True,
              **launch._scheme(spec), OUT=what, INTERPRETED=False),
@@ -105,7 +113,7 @@ def test_kernels_compile_and_round_as_numpy_does():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = dict(json.loads(line) for line in done.stdout.splitlines())
-    assert len(found) == 15
+    assert len(found) == 18
     for name, counts in found.items():
         assert counts["cubin"], name
         assert counts["specialized"] == 0, name
