@@ -2,13 +2,17 @@
 
 Usage: python bench/bench_gpu.py [--rounds 50] [--json FILE] [--peer PATH]
 
-Needs a GPU that torch can use, and says so without one; nothing is built beforehand. Before
-anything is timed, codes and scales are compared with NumPy's (no difference is allowed) and
-rotations with float64 (twice the naive error is). Each candidate is captured in CUDA graphs, one
-for each of several inputs that together exceed the second-level cache four times, so that launches
-from Python don't count; they are shown apart for decode shapes. Candidates take turns; times are
-medians of CUDA events. A ratio is the time of a device copy of the same bytes over the kernel's
-own, in the same run.
+Needs a GPU that torch can use, and says so without one; nothing is built or installed beforehand,
+so that a source tree on PYTHONPATH will do. First codes, scales and rotations are compared with
+NumPy's: no difference is allowed. One is reported, and the exit status tells of it at the end; the
+times are taken all the same. Figures come in order of importance, and each is printed and written
+to the file of ``--json`` at once. One that fails is written as an error; if it has broken CUDA for
+this process, another one begins with the next.
+
+Each candidate is captured in CUDA graphs, one for each of several inputs that together exceed the
+second-level cache four times, so that launches from Python don't count; they are shown apart for
+decode shapes. Candidates take turns; times are medians of CUDA events. A ratio is the time of a
+device copy of the same bytes over the kernel's own, in the same run.
 
 ``--peer`` names a checkout of Dao-AILab's fast-hadamard-transform, built in this environment.
 """
@@ -19,15 +23,17 @@ import argparse
 import importlib.util
 import json
 import math
+import os
 import statistics
 import sys
+import traceback
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 
 import corequant as cq
-from corequant.testing import check_error
 from corequant_torch import rotate_quantize_packed
 
 ROWS = 8192
@@ -67,8 +73,9 @@ class Captured:
 
     def __init__(self, call, given) -> None:
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            # Compiles, tunes, and brings tables to the device.
+            # Compiles, and brings tables to the device.
             for _ in range(2):
                 call(given[0])
         side.synchronize()
@@ -111,24 +118,31 @@ def copied(size: int, x: torch.Tensor) -> torch.Tensor:
     return x.view(torch.uint8).reshape(-1)[: size // 2].clone()
 
 
-def verify() -> None:
-    """Compare with NumPy and float64 at every width that is timed."""
+def verify() -> list[str]:
+    """Compare with NumPy at every width that is timed; return what differs."""
+    found = []
+
+    def compare(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        differing = int((ours.cpu() != theirs).sum())
+        if differing:
+            found.append(f"{what}: {differing} numbers differ")
+            print(found[-1], flush=True)
+
     for d in WIDTHS:
         x = sample(64, d)
-        host = x.cpu()
         moved = {"permutation": cq.random_permutation(d, 0), "signs": cq.random_signs(d, 1)}
-        for b in (*(b for b in TARGETS if b <= 128), *WIDE[d]):
-            turned = (cq.block_hadamard(t, b) for t in (x, host, host.double()))
-            check_error(f"d={d}, b={b}", *(t.double().cpu().numpy() for t in turned))
+        for given in (x, x.float()):
+            for b in (*(b for b in TARGETS if b <= 128), *WIDE[d]):
+                turned = (cq.block_hadamard(t, b) for t in (given, given.cpu()))
+                compare(f"rotate, {given.dtype}, d={d}, b={b}", *turned)
         for text in SHARES:
             for b in (16, 64, 128):
                 for how in ({}, moved):
-                    ours, theirs = (rotate_quantize_packed(t, b, text, **how) for t in (x, host))
+                    ours, theirs = (rotate_quantize_packed(t, b, text, **how) for t in (x, x.cpu()))
                     for name in ("packed", "scales"):
-                        found, expected = getattr(ours, name).cpu(), getattr(theirs, name)
-                        differing = int((found != expected).sum())
-                        if differing:
-                            sys.exit(f"{text}, d={d}, b={b}: {differing} of the {name} differ")
+                        what = f"{text}, d={d}, b={b}, {name}"
+                        compare(what, getattr(ours, name), getattr(theirs, name))
+    return found
 
 
 def dense(b: int):
@@ -142,46 +156,40 @@ def peer(b: int):
     return lambda x: hadamard_transform(x.reshape(-1, b), 1 / math.sqrt(b))
 
 
-def rotations(d: int, given, rounds: int) -> list[dict]:
-    found = []
-    for b in (*(b for b in TARGETS if b <= 128), *WIDE[d]):
-        calls = {"copy": torch.clone, "ours": lambda x, b=b: cq.block_hadamard(x, b)}
-        if b <= 512:
-            calls["torch.matmul"] = dense(b)
-        if importlib.util.find_spec("fast_hadamard_transform") and b & (b - 1) == 0:
-            calls["fast-hadamard-transform"] = peer(b)
-        t = medians({name: Captured(call, given) for name, call in calls.items()}, rounds)
-        found.append(figure("rotate", d, b, t, t["copy"] / t["ours"], TARGETS[b]))
-    return found
+def rotation(d: int, b: int, given, rounds: int) -> list[dict]:
+    calls = {"copy": torch.clone, "ours": lambda x: cq.block_hadamard(x, b)}
+    half = given[0].dtype == torch.bfloat16
+    if half and b <= 512:
+        calls["torch.matmul"] = dense(b)
+    if importlib.util.find_spec("fast_hadamard_transform") and b & (b - 1) == 0:
+        calls["fast-hadamard-transform"] = peer(b)
+    t = medians({name: Captured(call, given) for name, call in calls.items()}, rounds)
+    what = "rotate" if half else "rotate float32"
+    return [figure(what, d, b, t, t["copy"] / t["ours"], TARGETS[b] if half else None)]
 
 
-def fused(d: int, given, rounds: int) -> list[dict]:
-    found = []
+def fused(d: int, b: int, text: str, given, rounds: int) -> list[dict]:
     moved = {"permutation": cq.random_permutation(d, 0), "signs": cq.random_signs(d, 1)}
-    for text, share in SHARES.items():
-        for b in (16, 64, 128):
 
-            def separately(x, b=b, text=text):
-                y = cq.block_hadamard(x, b)
-                return y, rotate_quantize_packed(y, 1, text)
+    def separately(x):
+        return rotate_quantize_packed(cq.block_hadamard(x, b), 1, text)
 
-            calls = {
-                "copy": partial(copied, int(ROWS * d * (2 + share))),
-                "ours": lambda x, b=b, s=text: rotate_quantize_packed(x, b, s),
-                "permuted": lambda x, b=b, s=text: rotate_quantize_packed(x, b, s, **moved),
-                "separately": separately,
-            }
-            t = medians({name: Captured(call, given) for name, call in calls.items()}, rounds)
-            what = f"rotate + {text}"
-            found += [
-                figure(what, d, b, t, t["copy"] / t["ours"], FUSED),
-                figure(f"{what} / apart", d, b, t, t["separately"] / t["ours"], TWICE),
-                figure(f"{what}, permuted", d, b, t, t["ours"] / t["permuted"], PERMUTED),
-            ]
-    return found
+    calls = {
+        "copy": partial(copied, int(ROWS * d * (2 + SHARES[text]))),
+        "ours": lambda x: rotate_quantize_packed(x, b, text),
+        "permuted": lambda x: rotate_quantize_packed(x, b, text, **moved),
+        "separately": separately,
+    }
+    t = medians({name: Captured(call, given) for name, call in calls.items()}, rounds)
+    what = f"rotate + {text}"
+    return [
+        figure(what, d, b, t, t["copy"] / t["ours"], FUSED),
+        figure(f"{what} / apart", d, b, t, t["separately"] / t["ours"], TWICE),
+        figure(f"{what}, permuted", d, b, t, t["ours"] / t["permuted"], PERMUTED),
+    ]
 
 
-def decoding(rows: int, rounds: int) -> dict:
+def decoding(rows: int, rounds: int) -> list[dict]:
     """Time rows of one token: launched from Python, and many in one CUDA graph."""
     x = sample(rows, 4096)
     out = torch.empty_like(x)
@@ -197,7 +205,37 @@ def decoding(rows: int, rounds: int) -> dict:
     jobs = {name: Captured(partial(many, call), [x]) for name, call in calls.items()}
     jobs |= {f"{name}, launched": partial(many, call, x) for name, call in calls.items()}
     t = {name: us / LAUNCHES for name, us in medians(jobs, rounds).items()}
-    return figure(f"{rows} rows", 4096, 64, t, t["copy"] / t["rotate"], None)
+    return [figure(f"{rows} rows", 4096, 64, t, t["copy"] / t["rotate"], None)]
+
+
+def jobs(rounds: int) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
+    """Yield what is to be timed, the most important first, with its name."""
+    for d in WIDTHS:
+        given: list[torch.Tensor] = []
+
+        def ready(d=d, given=given) -> list[torch.Tensor]:
+            if not given:
+                given.extend(inputs(d))
+            return given
+
+        def wide(ready=ready) -> list[torch.Tensor]:
+            return [x.float() for x in ready()[:3]]
+
+        sizes = (*(b for b in TARGETS if b <= 128), *WIDE[d])
+        for b in sizes:
+            yield f"rotate d={d} b={b}", lambda d=d, b=b, r=ready: rotation(d, b, r(), rounds)
+        for text in SHARES:
+            for b in (16, 64, 128):
+                yield (
+                    f"{text} d={d} b={b}",
+                    lambda d=d, b=b, text=text, r=ready: fused(d, b, text, r(), rounds),
+                )
+        for b in sizes:
+            yield f"float32 d={d} b={b}", lambda d=d, b=b, w=wide: rotation(d, b, w(), rounds)
+        if d == WIDTHS[0]:
+            for rows in DECODE:
+                yield f"{rows} rows", lambda rows=rows: decoding(rows, rounds)
+        given.clear()
 
 
 def figure(what: str, d: int, b: int, times, ratio: float, target: float | None) -> dict:
@@ -208,11 +246,31 @@ def figure(what: str, d: int, b: int, times, ratio: float, target: float | None)
     return {"what": what, "d": d, "b": b, "ratio": ratio, "target": target, "us": times}
 
 
+def attempt(name: str, job: Callable[[], list[dict]]) -> list[dict]:
+    """Return a job's figures, or its error in place of them."""
+    try:
+        return job()
+    except Exception as error:
+        traceback.print_exc()
+        print(f"{name}: {type(error).__name__}", flush=True)
+        return [{"what": name, "error": f"{type(error).__name__}: {error}"}]
+
+
+def is_broken() -> bool:
+    """Tell whether CUDA refuses everything in this process from now on."""
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--peer", type=Path, help="a checkout of fast-hadamard-transform")
+    parser.add_argument("--first", type=int, default=-1, help="job to begin with; -1 compares")
     options = parser.parse_args()
     require_gpu()
     if options.peer is not None:
@@ -220,19 +278,42 @@ def main() -> None:
     import triton
 
     name = torch.cuda.get_device_properties(0).name
-    machine = f"{name}, torch {torch.__version__}, triton {triton.__version__}"
-    print(machine)
-    verify()
-    print("codes and scales: no difference; rotations: within twice the naive error")
-    found = []
-    for d in WIDTHS:
-        given = inputs(d)
-        found += rotations(d, given, options.rounds) + fused(d, given, options.rounds)
-    found += [decoding(rows, options.rounds) for rows in DECODE]
-    missed = [f for f in found if f["target"] is not None and f["ratio"] < f["target"]]
-    print(f"{len(found)} figures, {len(missed)} below their target")
-    if options.json is not None:
-        options.json.write_text(json.dumps({"machine": machine, "figures": found}, indent=1) + "\n")
+    record = {
+        "machine": f"{name}, torch {torch.__version__}, triton {triton.__version__}",
+        "differences": [],
+        "figures": [],
+    }
+    if options.first >= 0 and options.json is not None:
+        record = json.loads(options.json.read_text())
+
+    def write() -> None:
+        if options.json is not None:
+            options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+    def go_on_if_broken(what: str, following: int) -> None:
+        if is_broken():
+            print(f"CUDA is broken after {what}; another process goes on", flush=True)
+            given = [a for a in sys.argv if not a.startswith("--first")]
+            os.execv(sys.executable, [sys.executable, *given, f"--first={following}"])
+
+    print(record["machine"])
+    if options.first < 0:
+        compared = attempt("comparison with NumPy", verify)
+        record["differences"] = [d["error"] if isinstance(d, dict) else d for d in compared]
+        print(f"{len(record['differences'])} comparisons with NumPy that differ", flush=True)
+        write()
+        go_on_if_broken("the comparison", 0)
+    for at, (what, job) in enumerate(jobs(options.rounds)):
+        if at >= options.first:
+            record["figures"] += attempt(what, job)
+            write()
+            go_on_if_broken(what, at + 1)
+    found = record["figures"]
+    missed = [f for f in found if f.get("target") is not None and f["ratio"] < f["target"]]
+    failed = [f for f in found if "error" in f]
+    print(f"{len(found)} figures, {len(missed)} below their target, {len(failed)} failed")
+    if record["differences"] or failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

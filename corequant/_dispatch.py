@@ -1,7 +1,8 @@
 """Which backend owns an array: the root module of the array's type is the backend's name.
 
 NumPy's is built in. Any other is found through the entry point group ``corequant.backends`` the
-first time that one of its arrays is seen, so that no framework is imported to ask.
+first time that one of its arrays is seen, so that no framework is imported to ask. A source tree
+that is only on the path has no entry points; there the package of our own backend is looked for.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ __all__ = ["available_backends", "backend_for", "check_out", "get_backend", "own
 
 _GROUP = "corequant.backends"
 _EXTRAS = {"torch": "torch"}
+_BUNDLED = {"torch": ("corequant_torch", "TorchBackend")}
+"""Backends of this project, by name: package and class, as pyproject.toml registers them."""
 
 
 def available_backends() -> tuple[str, ...]:
@@ -63,11 +66,17 @@ def get_backend(name: str) -> Backend:
     return backend
 
 
-def _registered() -> Any:
+def _registered() -> list[Any]:
     # Imported here because it would double the time that importing corequant takes.
     import importlib.metadata
+    import importlib.util
 
-    return importlib.metadata.entry_points(group=_GROUP)
+    found = list(importlib.metadata.entry_points(group=_GROUP))
+    for name, (package, kind) in _BUNDLED.items():
+        registered = any(e.name == name for e in found)
+        if not registered and importlib.util.find_spec(package) is not None:
+            found.append(importlib.metadata.EntryPoint(name, f"{package}:{kind}", _GROUP))
+    return found
 
 
 @cache
@@ -90,7 +99,8 @@ def backend_for(**arrays: Any) -> Backend:
 
     A backend with devices may have a method ``check_together(**arrays)`` that refuses mixtures, and
     any ``repeat_rotation``, which takes the arguments of ``block_hadamard`` without signs, not yet
-    checked, and returns the result where it has seen the like, otherwise None.
+    checked, and returns the result where it has seen the like, otherwise None; and
+    ``permute_channels(x, permutation)``, which stands for ``x[..., permutation]``.
     """
     # Plain loops: this stands before every call, however small its arrays are.
     found: Backend | None = None

@@ -84,9 +84,9 @@ def rotate_quantize(
     check_out(x, out, spec.format.code_dtype)
     fused = backend.rotate_quantize(x, spec=spec, out=out, **how)
     if fused is not None:
-        return QuantizedTensor(*fused, spec)
-    y = _rotated(backend, x, **how)
-    quantized: QuantizedTensor = _named("the rotated x", quantize, y, spec)
+        codes, scales, zeros, *divisor = fused
+        return QuantizedTensor(codes, scales, zeros, spec, *divisor)
+    quantized: QuantizedTensor = _in_steps(backend, x, quantize, spec, **how)
     if out is None:
         return quantized
     out[...] = quantized.codes
@@ -139,36 +139,42 @@ def rotate_fake_quantize(
     fused = backend.rotate_fake_quantize(x, spec=spec, out=out, **how)
     if fused is not None:
         return fused
-    values = _named("the rotated x", fake_quantize, _rotated(backend, x, **how), spec)
+    values = _in_steps(backend, x, fake_quantize, spec, **how)
     if out is None:
         return values
     out[...] = values
     return out
 
 
-def _rotated(
+def _in_steps(
     backend: Backend,
     x: Any,
+    function: Callable[[Any, QuantSpec], Any],
+    spec: QuantSpec,
     block_size: int,
     permutation: npt.NDArray[np.int64] | None,
     signs: npt.NDArray[np.int8] | None,
     threads: int | None,
 ) -> Any:
-    bad = backend.first_nonfinite(x)
-    if bad is not None:
-        raise NonFiniteError("x", *bad)
-    chosen = x if permutation is None else x[..., permutation]
-    return backend.block_hadamard(
+    """Permute and rotate ``x``, then call ``function``, which refuses what isn't finite."""
+    chosen = x if permutation is None else _permuted(backend, x, permutation)
+    y = backend.block_hadamard(
         chosen, block_size, axis=x.ndim - 1, inverse=False, signs=signs, out=None, threads=threads
     )
-
-
-def _named(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function whose argument x goes by another name with our caller."""
     try:
-        return function(*arguments)
+        return function(y, spec)
     except NonFiniteError as error:
-        raise NonFiniteError(name, error.count, error.index, error.value) from None
+        # Looked for only now: on a device each look is a wait. No rotation makes it finite again.
+        bad = backend.first_nonfinite(x)
+        if bad is not None:
+            raise NonFiniteError("x", *bad) from None
+        raise NonFiniteError("the rotated x", error.count, error.index, error.value) from None
+
+
+def _permuted(backend: Backend, x: Any, permutation: npt.NDArray[np.int64]) -> Any:
+    # A backend may have indices where x is, and need not copy them for each call.
+    own = getattr(backend, "permute_channels", None)
+    return x[..., permutation] if own is None else own(x, permutation)
 
 
 def _prepare(

@@ -10,13 +10,16 @@ import numpy.typing as npt
 from corequant.formats import NumberFormat
 from corequant.specs import QuantSpec
 
-__all__ = ["Array", "Backend", "ColumnSolver", "Moments"]
+__all__ = ["Array", "Backend", "ColumnSolver", "Moments", "Quantized"]
 
 Array = Any
 """An array of the backend's own type: numpy.ndarray, torch.Tensor, ..."""
 
 Moments = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]
 """Sums of |x| and of x² and the largest |x| of each channel, float64, shape (d,)."""
+
+Quantized = tuple[Array, Array, Array | None] | tuple[Array, Array, Array | None, Array | None]
+"""Codes, scales and zero points, and the global scale of a spec that has one."""
 
 
 @runtime_checkable
@@ -59,11 +62,11 @@ class Backend(Protocol):
         signs: npt.NDArray[np.int8] | None,
         out: Array | None,
         threads: int | None,
-    ) -> tuple[Array, Array, Array | None] | None:
+    ) -> Quantized | None:
         """Return codes of the permuted and rotated ``x``, scales and zero points, in one pass.
 
-        None where there is no kernel for that, or something is not finite: the caller then takes
-        separate steps.
+        A spec with a global scale has that too. None where there is no kernel for that, or
+        something is not finite: the caller then takes separate steps.
         """
 
     def rotate_fake_quantize(

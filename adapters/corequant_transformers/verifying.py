@@ -314,13 +314,19 @@ def _run(
 
 
 class KeepFloat64(TorchFunctionMode):
-    """While entered, tensors in float64 stay so when they are asked to become float32."""
+    """While entered, tensors in float64 stay so when they are asked to become float32.
+
+    Integers become float64 where they are asked to become float32: positions are multiplied by
+    rotary frequencies, which are float64 here.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
         tensor = args[0] if args else kwargs.get("input")
+        if func is torch.Tensor.float and not tensor.is_floating_point():
+            return tensor.double()
         if func in _CASTS and tensor.dtype == torch.float64:
             if func is torch.Tensor.float:
                 return tensor

@@ -2,5 +2,6 @@
 
 from corequant_torch.backend import TorchBackend
 from corequant_torch.packed import rotate_quantize_packed
+from corequant_torch.runtime import nonfinite_replays
 
-__all__ = ["TorchBackend", "rotate_quantize_packed"]
+__all__ = ["TorchBackend", "nonfinite_replays", "rotate_quantize_packed"]

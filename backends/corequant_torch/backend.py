@@ -15,13 +15,14 @@ import torch
 from corequant._repeated import repeat
 from corequant.errors import BackendError
 from corequant.formats import NumberFormat
-from corequant.protocols import Moments
+from corequant.protocols import Moments, Quantized
 from corequant.quantization import QuantizedTensor
 from corequant.specs import QuantSpec
 from corequant_torch import operators, tracing
 from corequant_torch.bridge import quick_array, quick_tensor, to_numpy, to_torch
 from corequant_torch.cpu import CpuKernels
 from corequant_torch.engines import check_apart, check_devices, engine_for, is_plain_call
+from corequant_torch.tables import device_table
 
 __all__ = ["TorchBackend"]
 
@@ -108,6 +109,11 @@ class TorchBackend:
         y = operators.block_hadamard(x, block_size, axis, inverse, _tensor(signs))
         return y if out is None else out.copy_(y)
 
+    def permute_channels(self, x: Tensor, permutation: npt.NDArray[np.int64]) -> Tensor:
+        """Return ``x[..., permutation]``; the indices stay on a device for the next call."""
+        chosen: Tensor = x[..., device_table(permutation, x)]
+        return chosen
+
     def rotate_quantize(
         self,
         x: Tensor,
@@ -118,8 +124,8 @@ class TorchBackend:
         signs: Signs,
         out: Tensor | None,
         threads: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Return codes, scales and zero points in one pass, or None where it can't."""
+    ) -> Quantized | None:
+        """Return codes, scales, zero points and a global scale in one pass, None where it can't."""
         check_devices(x, "x", out=out)
         return engine_for(x).rotate_quantize(
             x.detach(),

@@ -97,7 +97,7 @@ class CpuKernels:
         )
         if fused is None:
             return None
-        codes, scales, zeros = fused
+        codes, scales, zeros = fused[:3]
         return (
             to_torch(codes) if out is None else out,
             to_torch(scales),

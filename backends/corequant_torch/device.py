@@ -12,14 +12,15 @@ import torch
 from corequant._grids import rule_for
 from corequant.errors import NonFiniteError
 from corequant.formats import FormatKind, NumberFormat
-from corequant.protocols import Moments
+from corequant.protocols import Moments, Quantized
 from corequant.specs import Granularity, QuantSpec, qparams_shape
-from corequant_torch import launch, launch_streams, plain_rotation
+from corequant_torch import launch, launch_rotation, launch_streams, plain_rotation
 from corequant_torch.grams import token_products
 from corequant_torch.plain_grids import Grid, encode_powers, numpy_dtype, table_of
 from corequant_torch.plain_rotation import working
 from corequant_torch.plain_scales import choose, effective, global_scale_for, ranges
-from corequant_torch.runtime import all_good, device_table, has_triton
+from corequant_torch.runtime import all_good, has_triton
+from corequant_torch.tables import device_table
 
 __all__ = ["DeviceKernels", "triton_version"]
 
@@ -31,8 +32,8 @@ Permutation = npt.NDArray[np.int64] | None
 class DeviceKernels:
     """Kernels for tensors that are not on the CPU; right on the CPU too, only slower.
 
-    Codes, scales and rotated numbers are those of NumPy bit for bit, except that the sums of
-    ``moments`` and ``gram``, and with Triton those of ``block_hadamard``, may be rounded otherwise.
+    Codes, scales and rotated numbers are those of NumPy bit for bit, with Triton and without; the
+    sums of ``moments`` and ``gram`` may be rounded otherwise.
 
     Parameters
     ----------
@@ -78,7 +79,7 @@ class DeviceKernels:
         """Rotate blocks of one axis."""
         table = device_table(signs, x)
         if axis == x.ndim - 1 and self._triton(x):
-            turned = launch.rotate(x.detach(), block_size, inverse, table, out)
+            turned = launch_rotation.rotate(x.detach(), block_size, inverse, table, out)
             if turned is not None:
                 return turned
         y = plain_rotation.rotate(x.detach(), block_size, axis, inverse, table)
@@ -94,10 +95,9 @@ class DeviceKernels:
         signs: Signs,
         out: Tensor | None,
         threads: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Return codes, scales and zero points in one pass, or None where it can't."""
-        # A global scale depends on the whole rotated tensor: separate steps report it.
-        if spec.granularity is Granularity.TENSOR_GROUP or not self._triton(x):
+    ) -> Quantized | None:
+        """Return codes, scales, zero points and a global scale in one pass, None where it can't."""
+        if not self._triton(x):
             return None
         tables = device_table(permutation, x), device_table(signs, x)
         found = launch.fused(x.detach(), block_size, spec, *tables, launch.CODES, out)
@@ -105,7 +105,7 @@ class DeviceKernels:
             return None
         shape = qparams_shape(tuple(x.shape), spec)
         scales = found.scales.reshape(shape)
-        return found.out, scales, _stored(found.zeros, spec, shape)
+        return found.out, scales, _stored(found.zeros, spec, shape), found.global_scale
 
     def rotate_fake_quantize(
         self,
@@ -168,7 +168,8 @@ class DeviceKernels:
 
     def choose_global_scale(self, x: Tensor, spec: QuantSpec) -> Tensor:
         """Return the divisor of all scales of a tensor, float32 (1,)."""
-        return _global_scale(working(x.detach()), spec, False, self)
+        self._refuse_nonfinite(x.detach())
+        return _global_scale(working(x.detach()), spec, False)
 
     def choose_qparams(
         self, x: Tensor, spec: QuantSpec, global_scale: Tensor | None = None
@@ -287,7 +288,7 @@ class DeviceKernels:
             idle = float(rule_for(spec, numpy_dtype(panel.dtype)).idle)
             return panel, panel.new_full((count,), idle), panel.new_zeros(count), global_scale
         if spec.granularity is Granularity.TENSOR_GROUP and global_scale is None:
-            global_scale = _global_scale(panel, spec, propagate, self)
+            global_scale = _global_scale(panel, spec, propagate)
         low, high = ranges(panel, spec.symmetric and spec.format.minimum < 0, propagate)
         scales, zeros = choose(panel, low, high, spec, global_scale, propagate)
         return panel, scales, zeros, global_scale
@@ -321,9 +322,7 @@ def _stored(zeros: Tensor, spec: QuantSpec, shape: tuple[int, ...]) -> Tensor | 
     return zeros.to(torch.int8 if spec.format.signed else torch.uint8).reshape(shape)
 
 
-def _global_scale(x: Tensor, spec: QuantSpec, skip: bool, kernels: DeviceKernels) -> Tensor:
-    if not skip:
-        kernels._refuse_nonfinite(x)
+def _global_scale(x: Tensor, spec: QuantSpec, skip: bool) -> Tensor:
     if not x.numel():
         return torch.ones(1, device=x.device)
     whole = x.reshape(1, -1)

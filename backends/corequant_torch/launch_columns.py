@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from corequant_torch.launch import power_of_two
-from corequant_torch.runtime import interpreted, on_device
+from corequant_torch.launch_rotation import power_of_two
+from corequant_torch.runtime import on_device
 
 if TYPE_CHECKING:
     from corequant_torch.columns import Levels
@@ -38,7 +38,6 @@ def solve_block(
 
     rows, width = values.shape
     size = len(groups)
-    options = {} if interpreted() else {"num_warps": 4, "enable_fp_fusion": False}
     count = len(levels.thresholds)
     with on_device(values):
         round_block[(-(-rows // _ROWS),)](
@@ -66,5 +65,6 @@ def solve_block(
             LEAST=levels.least,
             MOST=levels.most,
             STEPS=count.bit_length(),
-            **options,
+            num_warps=4,
+            enable_fp_fusion=False,
         )

@@ -9,7 +9,7 @@ from corequant.formats import FormatKind
 from corequant.specs import Granularity, QuantSpec
 from corequant_torch.plain_grids import table_of
 from corequant_torch.plain_scales import effective
-from corequant_torch.runtime import interpreted, on_device
+from corequant_torch.runtime import on_device
 
 __all__ = ["dequantize", "moments"]
 
@@ -64,19 +64,19 @@ def dequantize(
     zeros = steps if zero_points is None else zero_points.reshape(-1).to(steps.dtype)
     source = codes.contiguous()
     out = torch.empty(source.shape, dtype=scales.dtype, device=codes.device)
-    options = {} if interpreted() else {"enable_fp_fusion": False}
+    table = steps if whole else table_of(spec.format, scales.dtype, codes.device)
     with on_device(codes):
         decode_groups[(-(-codes.numel() // _DECODED),)](
             source,
             steps,
             zeros,
-            steps if whole else table_of(spec.format, scales.dtype, codes.device),
+            table,
             out,
             codes.numel(),
             size,
             WHOLE=whole,
             SHIFTED=zero_points is not None,
             N=_DECODED,
-            **options,
+            enable_fp_fusion=False,
         )
     return out

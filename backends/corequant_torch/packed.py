@@ -17,7 +17,8 @@ from corequant.rotation import check_block_size, check_signs
 from corequant.specs import QuantSpec, ScaleFormat, qparams_shape
 from corequant_torch import launch
 from corequant_torch.engines import engine_for
-from corequant_torch.runtime import device_table, has_triton
+from corequant_torch.runtime import has_triton
+from corequant_torch.tables import device_table
 
 __all__ = ["rotate_quantize_packed"]
 
@@ -47,7 +48,9 @@ def rotate_quantize_packed(
     -------
     PackedTensor
         Of tensors on the device of ``x``: bytes (..., d/2) as ``pack_quantized`` makes them, scales
-        in their stored form. On CUDA one kernel writes it all.
+        in their stored form. On CUDA one kernel permutes, rotates, rounds and packs (with a global
+        scale, a second one before it finds the largest magnitude); torch operations bring scales
+        to their stored form.
 
     Raises
     ------

@@ -7,15 +7,17 @@ its reciprocal, which rounds twice.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from corequant._grids import codebook_thresholds, rounder_for
 from corequant._numba.minifloat import Rounder
 from corequant.formats import FormatKind, NumberFormat
+from corequant_torch.tables import kept_table
 
 __all__ = ["Grid", "encode_powers", "integers_of", "nearest_value", "numpy_dtype", "table_of"]
 
@@ -60,17 +62,20 @@ def nearest_code(v: Tensor, r: Rounder) -> Tensor:
     return (code + sign * int(r.sign_bit)).to(torch.uint8)
 
 
-@lru_cache(maxsize=256)
 def table_of(form: NumberFormat, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return what every byte stands for, NaN where it is no code."""
-    table = np.full(256, np.nan, numpy_dtype(dtype))
-    table[: len(form.values)] = form.values
-    return torch.from_numpy(table).to(device)
+
+    def make() -> npt.NDArray[Any]:
+        table = np.full(256, np.nan, numpy_dtype(dtype))
+        table[: len(form.values)] = form.values
+        return table
+
+    return kept_table(("values", form, dtype), device, make)
 
 
-@lru_cache(maxsize=256)
 def _thresholds(form: NumberFormat, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.from_numpy(codebook_thresholds(form.table, numpy_dtype(dtype))).to(device)
+    make = partial(codebook_thresholds, form.table, numpy_dtype(dtype))
+    return kept_table(("thresholds", form, dtype), device, make)
 
 
 class Grid:

@@ -7,11 +7,13 @@ results are NumPy's bit for bit.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import partial
 
 import torch
 
-from corequant.hadamard import hadamard_factors, hadamard_matrix
+from corequant.hadamard import hadamard_factors
+from corequant_torch.launch_rotation import core_signs
+from corequant_torch.tables import kept_table
 
 __all__ = ["moments", "rotate", "token_normalize", "working"]
 
@@ -21,13 +23,6 @@ Tensor = torch.Tensor
 def working(x: Tensor) -> Tensor:
     """Return ``x`` in float32, or float64 for float64."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-@lru_cache(maxsize=64)
-def _core(order: int, inverse: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    matrix = hadamard_matrix(order)
-    signs = torch.from_numpy((matrix.T if inverse else matrix).copy())
-    return signs.to(device, dtype)
 
 
 def rotate(x: Tensor, block_size: int, axis: int, inverse: bool, signs: Tensor | None) -> Tensor:
@@ -48,7 +43,7 @@ def rotate(x: Tensor, block_size: int, axis: int, inverse: bool, signs: Tensor |
         half *= 2
     if core > 1:
         blocks = y.reshape(-1, core, power)
-        y = _mix(blocks, _core(core, inverse, y.dtype, y.device)).reshape(-1, block_size)
+        y = _mix(blocks, inverse).reshape(-1, block_size)
     # Filled there: a copy from the host would wait for the device.
     scale = torch.full((), 1 / math.sqrt(block_size), dtype=y.dtype, device=y.device)
     y = y.reshape(shape)
@@ -56,14 +51,18 @@ def rotate(x: Tensor, block_size: int, axis: int, inverse: bool, signs: Tensor |
     return y.to(x.dtype).movedim(-1, axis).contiguous()
 
 
-def _mix(y: Tensor, signs: Tensor) -> Tensor:
+def _mix(y: Tensor, inverse: bool) -> Tensor:
+    """Multiply axis 1 by the core, as ``triton_rotation.mix_cores``."""
+    order = y.shape[1]
+    make = partial(core_signs, order, inverse)
+    signs = kept_table(("core's fours", order, inverse), y.device, make).to(y.dtype)
     mixed = torch.empty_like(y)
-    for k in range(y.shape[1]):
-        signed = y * signs[:, k, None]
-        pairs = signed[:, 0::2] + signed[:, 1::2]
-        fours = pairs[:, 0::2] + pairs[:, 1::2]
+    a, b, c, d = y[:, 0::4], y[:, 1::4], y[:, 2::4], y[:, 3::4]
+    for k in range(order):
+        whole, second, right, fourth = signs[:, :, k, None].unbind(1)
+        fours = whole * ((a + second * b) + right * (c + fourth * d))
         total = fours[:, 0]
-        for i in range(1, fours.shape[1]):
+        for i in range(1, order // 4):
             total = total + fours[:, i]
         mixed[:, k] = total
     return mixed

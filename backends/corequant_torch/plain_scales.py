@@ -21,7 +21,7 @@ from corequant_torch.plain_grids import (
     numpy_dtype,
     table_of,
 )
-from corequant_torch.runtime import device_table
+from corequant_torch.tables import device_table
 
 __all__ = ["choose", "effective", "global_scale_for", "ranges"]
 

@@ -1,22 +1,26 @@
 """Where Triton's kernels run: on which device, captured in a graph or not, or not at all.
 
 A captured launch can't ask the device whether everything was finite and choose what to do then.
-There the question becomes an assertion on the device: what is not finite stops a replay with
-CUDA's error "device-side assert triggered", and never passes in silence.
+There the device counts what was not, at each replay, and ``nonfinite_replays`` asks later.
 """
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from corequant.errors import BackendError
+from corequant.errors import BackendError, CorequantError
 
-__all__ = ["all_good", "capturing", "device_table", "has_triton", "interpreted", "on_device"]
+__all__ = [
+    "all_good",
+    "capturing",
+    "has_triton",
+    "interpreted",
+    "nonfinite_replays",
+    "on_device",
+]
 
 Tensor = torch.Tensor
 
@@ -37,35 +41,83 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def capturing(x: Tensor) -> bool:
-    """Tell whether the work on ``x`` is being recorded in a CUDA graph."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+def capturing(device: torch.device) -> bool:
+    """Tell whether the stream that is current on ``device`` is recorded in a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+class _Counter:
+    """How often replays on a device met what was not finite."""
+
+    def __init__(self, device: torch.device) -> None:
+        # What inference mode makes may not be changed outside of it.
+        with torch.inference_mode(False):
+            self.count = torch.zeros(1, dtype=torch.int32, device=device)
+            self.place = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def add(self, good: Tensor) -> None:
+        """Count one unless ``good``; atomically, since graphs may run on several streams."""
+        self.count.scatter_add_(0, self.place, good.logical_not().reshape(1).int())
+
+
+_counters: dict[torch.device, _Counter] = {}
 
 
 def all_good(good: Tensor) -> bool:
-    """Return whether a flag on a device is set; while a graph is captured, assert it and go on."""
-    if capturing(good):
-        torch._assert_async(good, "corequant: NaN or infinity in a captured call")
+    """Return whether a flag on a device is set; while a graph is captured, let it count, go on."""
+    device = good.device
+    if capturing(device):
+        counter = _counters.get(device)
+        if counter is None:
+            raise BackendError(
+                f"a CUDA graph is being captured, and nothing has been checked on {device} before; "
+                "call the function once with the same arguments before capturing it"
+            )
+        counter.add(good)
         return True
+    if device not in _counters:
+        # Not while capturing: each replay would begin by clearing it.
+        _counters.setdefault(device, _Counter(device))
     return bool(good)
 
 
-def device_table(values: npt.NDArray[Any] | None, x: Tensor) -> Any:
-    """Return signs, a permutation or another table on the device of ``x``; None for None.
+def nonfinite_replays(device: torch.device | str | None = None) -> int:
+    """Return how many captured calls met NaN or infinity in replays, and begin to count anew.
 
-    Recent ones are kept there, known by their bytes: a copy from the host would wait for the
-    device, and can't be captured.
+    A call that is replayed in a CUDA graph can't raise ``NonFiniteError``: it writes codes and
+    values that mean nothing, and counts. Asking waits for the device.
+
+    Parameters
+    ----------
+    device : torch.device or str, optional
+        The device of the replays; by default the current CUDA device.
+
+    Returns
+    -------
+    int
+        Calls since the last time; 0 if every number was finite.
+
+    Examples
+    --------
+    >>> from corequant_torch import nonfinite_replays
+    >>> nonfinite_replays("cpu")
+    0
     """
-    if values is None:
-        return None
-    if x.is_cpu:
-        return torch.from_numpy(values)
-    return _kept(values.tobytes(), values.dtype.str, x.device)
-
-
-@lru_cache(maxsize=64)
-def _kept(data: bytes, kind: str, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.frombuffer(data, kind).copy()).to(device)
+    where = torch.device("cuda" if device is None else device)
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    counter = _counters.get(where)
+    if counter is None:
+        return 0
+    if where.type == "cuda":
+        # Replays may have run on any stream.
+        torch.cuda.synchronize(where)
+    found = int(counter.count)
+    counter.count.scatter_add_(0, counter.place, torch.full_like(counter.count, -found))
+    return found
 
 
 class on_device:
@@ -75,10 +127,12 @@ class on_device:
     ------
     BackendError
         In place of what Triton raises where it can't compile or launch: a missing C compiler, an
-        unknown GPU, a driver that is too old. Memory that runs out stays torch's own error.
+        unknown GPU, a driver that is too old. Memory that runs out, and what earlier work on the
+        device has broken, stay torch's own errors.
     """
 
     def __init__(self, x: Tensor) -> None:
+        self._x = x
         self._guard: Any = torch.cuda.device(x.device) if x.is_cuda else None
 
     def __enter__(self) -> None:
@@ -90,10 +144,17 @@ class on_device:
         """Leave the device, and say what to do about a kernel that can't run."""
         if self._guard is not None:
             self._guard.__exit__(kind, error, trace)
-        if error is None or isinstance(error, torch.OutOfMemoryError):
+        if not isinstance(error, Exception) or isinstance(error, _OTHERS):
             return
-        if isinstance(error, Exception):
-            raise BackendError(
-                f"Triton can't run a kernel here ({kind.__name__}: {error}); mend what it names, "
-                "or uninstall triton: torch operations then do the same, only slower"
-            ) from error
+        device = self._x.device
+        if device.type == "cuda" and not capturing(device):
+            # Whatever ran before may have failed since, and launching is only what noticed.
+            torch.cuda.synchronize(device)
+        raise BackendError(
+            f"Triton can't run a kernel here ({kind.__name__}: {error}); mend what it names, "
+            "or uninstall triton: torch operations then do the same, only slower"
+        ) from error
+
+
+_OTHERS = (CorequantError, torch.OutOfMemoryError, torch.AcceleratorError)
+"""Errors that say themselves what is wrong; the last is for what CUDA reports."""

@@ -42,7 +42,7 @@ def _nearest(  # type: ignore[no-untyped-def]
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "width", "start", "size", "per_row", "count"])
 def round_block(  # type: ignore[no-untyped-def]
     values,
     centers,

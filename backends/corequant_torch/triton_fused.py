@@ -71,7 +71,7 @@ def _whole(v):  # type: ignore[no-untyped-def]
     return (tl.minimum(tl.maximum(v, -1048576.0), 1048576.0) + _MAGIC) - _MAGIC
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "per_row", "d"])
 def rotate_quantize_tiles(  # type: ignore[no-untyped-def]
     x,
     order,
@@ -109,6 +109,8 @@ def rotate_quantize_tiles(  # type: ignore[no-untyped-def]
 ):
     """Quantize runs; ``largest_bits`` gets each program's largest magnitude, as bits.
 
+    Scales and numbers of a group that isn't finite are NaN.
+
     SCALE: 0 symmetric floats, 1 asymmetric ones, 2 powers of two, 3 bytes E4M3; the constants
     after it are those of ``corequant._numba.scales.Rule``. INTEGERS: integers from LEAST to MOST,
     otherwise E2M1. OUT: 0 nothing but the magnitudes, 1 codes, 2 packed nibbles, 3 numbers.
@@ -135,7 +137,6 @@ def rotate_quantize_tiles(  # type: ignore[no-untyped-def]
         largest = tops.to(tl.float32, bitcast=True)
         zero = tl.zeros_like(largest)
         unit = zero + 1.0
-        step = unit
         if SCALE == 1:
             above = tl.maximum(tl.max(z, 1), 0.0)
             below = tl.maximum(tl.max(-z, 1), 0.0)
@@ -147,11 +148,9 @@ def rotate_quantize_tiles(  # type: ignore[no-untyped-def]
             scale = tl.minimum(scale, tl.div_rn(unit * TOP, widest))
             scale = tl.where(largest == 0, unit * IDLE, scale)
             zero = tl.where(largest == 0, 0.0, zero)
-            step = scale
         elif SCALE == 2:
             scale = _power_scale(largest, OFFSET, THRESHOLD, LOWEST, HIGHEST)
             scale = tl.where(largest == 0, unit * IDLE, scale)
-            step = scale
         else:
             scale = tl.div_rn(largest, unit * STEPS)
             if SCALE == 3:
@@ -159,11 +158,16 @@ def rotate_quantize_tiles(  # type: ignore[no-untyped-def]
                 scale = tl.minimum(scale * whole, unit * TOP)
                 _, scale = _field(scale, 448.0, 7, 3)
                 scale = tl.where(largest == 0, unit * IDLE, tl.maximum(scale, unit * TINY))
-                step = tl.div_rn(scale, unit * whole)
             else:
                 scale = tl.maximum(tl.minimum(scale, unit * TOP), unit * TINY)
                 scale = tl.where(largest == 0, unit * IDLE, scale)
-                step = scale
+        # Nobody may be there to say so: a replayed graph asks nothing.
+        infinite = tops >= 0x7F800000
+        scale = tl.where(infinite, 0x7FC00000, scale.to(tl.int32, bitcast=True))
+        scale = scale.to(tl.float32, bitcast=True)
+        step = scale
+        if SCALE == 3:
+            step = tl.div_rn(scale, unit * whole)
         group = (program * R * (T // GROUP)) + tl.arange(0, R * T // GROUP)
         known = group < tiles * (T // GROUP)
         tl.store(scales + group, scale, mask=known)
@@ -196,9 +200,12 @@ def rotate_quantize_tiles(  # type: ignore[no-untyped-def]
             tl.store(out + row * (d // 2) + column2, packed.to(tl.uint8), mask=held)
         else:
             wide = tl.reshape(number, (R, T))
+            # Cutting would make a number of NaN.
             if x.dtype.element_ty == tl.float16:
-                wide = tl.minimum(tl.maximum(wide, -65504.0), 65504.0)
+                cut = tl.minimum(tl.maximum(wide, -65504.0), 65504.0)
+                wide = tl.where(wide == wide, cut, wide)
             elif x.dtype.element_ty == tl.bfloat16:
-                wide = tl.minimum(tl.maximum(wide, -3.3895313892515355e38), 3.3895313892515355e38)
+                cut = tl.minimum(tl.maximum(wide, -3.3895313892515355e38), 3.3895313892515355e38)
+                wide = tl.where(wide == wide, cut, wide)
             kept = narrowed(wide, out.dtype.element_ty, INTERPRETED)
             tl.store(out + row * d + column, kept, mask=inside)

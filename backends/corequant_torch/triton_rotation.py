@@ -1,19 +1,17 @@
-"""Triton kernel of block rotations: a tile is turned by products with ±1 on the tensor cores.
+"""Triton kernels of block rotations: NumPy's sums in NumPy's order, in float32.
 
-A block of ``K·A·B`` numbers is a tensor (K, A, B); ``core ⊗ H_A ⊗ H_B`` acts on its axes one after
-another, and for K = 1 the first axis holds several blocks. Factors of ±1 are exact in bfloat16, and
-so is a float32 as the sum of three bfloat16: products are exact, sums are float32, and nothing is
-rounded to half precision between the steps.
+A block of K·p numbers is turned by butterflies at the distances 1, 2, 4, ..., p/2, then by the core
+of order K, as ``corequant._numba.hadamard`` says. There is no product of matrices: tensor cores cut
+off what their sums can't hold instead of rounding it, and sum in an order of their own. So the
+results are NumPy's bit for bit, whether a block is rotated by itself or on the way to its codes.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-__all__ = ["butterflies", "narrowed", "rotate_blocks", "split_dot", "sylvester"]
+__all__ = ["butterflies", "mix_cores", "narrowed", "rotate_powers"]
 
 
 @triton.jit
@@ -32,38 +30,6 @@ def narrowed(y, kind: tl.constexpr, interpreted: tl.constexpr):  # type: ignore[
 
 
 @triton.jit
-def _factor(y, interpreted: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return what the tensor cores multiply: bfloat16, in the interpreter the same in float32."""
-    half = narrowed(y, tl.bfloat16, interpreted)
-    return half.to(tl.float32) if interpreted else half
-
-
-@triton.jit
-def sylvester(order: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return Sylvester's matrix, ±1: the parity of the ones that two indices share."""
-    i = tl.arange(0, order)
-    shared = i[:, None] & i[None, :]
-    shared = shared ^ (shared >> 4)
-    shared = shared ^ (shared >> 2)
-    shared = shared ^ (shared >> 1)
-    return (1 - 2 * (shared & 1)).to(tl.float32)
-
-
-@triton.jit
-def split_dot(x, signs, parts: tl.constexpr, interpreted: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return float32 ``x @ signs`` with ``x`` as the sum of so many bfloat16."""
-    right = _factor(signs, interpreted)
-    left = _factor(x, interpreted)
-    total = tl.dot(left, right)
-    rest = x
-    for _ in tl.static_range(parts - 1):
-        rest = rest - left.to(tl.float32)
-        left = _factor(rest, interpreted)
-        total += tl.dot(left, right)
-    return total
-
-
-@triton.jit
 def butterflies(y, rows: tl.constexpr, order: tl.constexpr):  # type: ignore[no-untyped-def]
     """Multiply the rows (rows, order) by Sylvester's matrix, in NumPy's order of sums."""
     for stage in tl.static_range(15):
@@ -75,62 +41,84 @@ def butterflies(y, rows: tl.constexpr, order: tl.constexpr):  # type: ignore[no-
     return y
 
 
-@triton.jit
-def rotate_blocks(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["blocks", "per_row"])
+def rotate_powers(  # type: ignore[no-untyped-def]
     x,
     out,
     sign_table,
-    core_table,
     blocks,
     per_row,
     scale,
-    K: tl.constexpr,
     L: tl.constexpr,
-    A: tl.constexpr,
-    B: tl.constexpr,
+    P: tl.constexpr,
     SIGNS: tl.constexpr,
-    FIRST: tl.constexpr,
-    LATER: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Rotate contiguous blocks of K·A·B; ``SIGNS`` 0 none, 1 before, 2 after the rotation.
+    """Rotate contiguous blocks of P numbers, a power of two; L of them a program.
 
-    For K = 1 a program takes L blocks; otherwise one, with L ≥ K rows, those from K on empty.
-    FIRST and LATER are the numbers of bfloat16 that numbers are split into.
+    ``SIGNS``: 0 none, 1 before, 2 after the rotation.
     """
     program = tl.program_id(0).to(tl.int64)
-    lead = tl.arange(0, L)[:, None]
-    inner = tl.arange(0, A * B)[None, :]
-    if K == 1:
-        block = program * L + lead
-        at = block * (A * B) + inner
-        channel = (block % per_row) * (A * B) + inner
-        inside = (block < blocks) & (inner < A * B)
-    else:
-        at = program * (K * A * B) + lead * (A * B) + inner
-        channel = (program % per_row) * (K * A * B) + lead * (A * B) + inner
-        inside = (lead < K) & (inner < A * B)
+    block = program * L + tl.arange(0, L)[:, None]
+    inner = tl.arange(0, P)[None, :]
+    at = block * P + inner
+    channel = (block % per_row) * P + inner
+    inside = (block < blocks) & (inner < P)
     y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if SIGNS == 1:
         y = y * tl.load(sign_table + channel, mask=inside, other=1).to(tl.float32)
-    y = split_dot(tl.reshape(y, (L * A, B)), sylvester(B), FIRST, INTERPRETED)
-    if A > 1:
-        y = tl.permute(tl.reshape(y, (L, A, B)), (0, 2, 1))
-        y = split_dot(tl.reshape(y, (L * B, A)), sylvester(A), LATER, INTERPRETED)
-        y = tl.permute(tl.reshape(y, (L, B, A)), (0, 2, 1))
-    y = tl.reshape(y, (L, A * B))
-    if K > 1:
-        i = tl.arange(0, L)
-        known = (i[:, None] < K) & (i[None, :] < K)
-        core = tl.load(core_table + i[:, None] * K + i[None, :], mask=known, other=0)
-        turned = split_dot(tl.trans(y), core.to(tl.float32), LATER, INTERPRETED)
-        y = tl.trans(turned)
-    y = y * scale
+    y = butterflies(y, L, P) * scale
     if SIGNS == 2:
         y = y * tl.load(sign_table + channel, mask=inside, other=1).to(tl.float32)
     tl.store(out + at, narrowed(y, out.dtype.element_ty, INTERPRETED), mask=inside)
 
 
-def configurations() -> list[Any]:
-    """Return what the autotuner tries."""
-    return [triton.Config({}, num_warps=w, num_stages=1) for w in (4, 8)]
+@triton.jit(do_not_specialize=["columns", "per_row"])
+def mix_cores(  # type: ignore[no-untyped-def]
+    x,
+    out,
+    sign_table,
+    core_table,
+    columns,
+    per_row,
+    scale,
+    K: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    C: tl.constexpr,
+    SIGNS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Multiply columns of K numbers, P apart, by a core; C columns a program, and L ≥ K.
+
+    Inputs are added in fours, two and two, then from left to right. ``core_table`` (K/4, 4, K) has
+    the signs of each four as ``core_signs`` puts them; ``x`` is float32, ``SIGNS`` 2 multiplies
+    signs afterwards.
+    """
+    k = tl.arange(0, L)
+    column = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
+    block = column // P
+    first = block * (K * P) + column % P
+    known = column < columns
+    total = tl.zeros((L, C), tl.float32)
+    for four in range(K // 4):
+        source = x + first + four * (4 * P)
+        a = tl.load(source, mask=known, other=0.0)[None, :]
+        b = tl.load(source + P, mask=known, other=0.0)[None, :]
+        c = tl.load(source + 2 * P, mask=known, other=0.0)[None, :]
+        d = tl.load(source + 3 * P, mask=known, other=0.0)[None, :]
+        table = core_table + four * (4 * K) + k
+        whole = tl.load(table, mask=k < K, other=1).to(tl.float32)[:, None]
+        second = tl.load(table + K, mask=k < K, other=1).to(tl.float32)[:, None]
+        right = tl.load(table + 2 * K, mask=k < K, other=1).to(tl.float32)[:, None]
+        fourth = tl.load(table + 3 * K, mask=k < K, other=1).to(tl.float32)[:, None]
+        term = whole * ((a + second * b) + right * (c + fourth * d))
+        # The first is not added to zero: that would change -0.0.
+        total = tl.where(four == 0, term, total + term)
+    y = total * scale
+    at = first[None, :] + (k * P)[:, None]
+    inside = (k < K)[:, None] & known[None, :]
+    if SIGNS == 2:
+        channel = ((block % per_row) * (K * P) + column % P)[None, :] + (k * P)[:, None]
+        y = y * tl.load(sign_table + channel, mask=inside, other=1).to(tl.float32)
+    tl.store(out + at, narrowed(y, out.dtype.element_ty, INTERPRETED), mask=inside)

@@ -8,7 +8,7 @@ import triton.language as tl
 __all__ = ["channel_moments", "decode_groups"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "d", "length"])
 def channel_moments(  # type: ignore[no-untyped-def]
     x,
     parts,
@@ -43,7 +43,7 @@ def channel_moments(  # type: ignore[no-untyped-def]
     tl.store(at + 2 * d, tl.max(tops, 0), mask=channel < d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "size"])
 def decode_groups(  # type: ignore[no-untyped-def]
     codes,
     steps,

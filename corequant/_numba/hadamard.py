@@ -35,16 +35,19 @@ def rotate_blocks(blocks: Array, inverse: bool, scale: Array) -> Array:
 
 
 def _mix(y: Array, inverse: bool) -> Array:
-    """Multiply axis 1 by the core: inputs in fours, two and two, then from left to right."""
-    matrix = hadamard_matrix(y.shape[1])
+    """Multiply axis 1 by the core: inputs in fours, two and two, then from left to right.
+
+    Each four is added with its first input's sign taken out, as in ``cores.py``, so that sums that
+    are zero have the same sign as there.
+    """
+    order = y.shape[1]
+    matrix = hadamard_matrix(order)
     signs = (matrix.T if inverse else matrix).astype(y.dtype)
+    a, b, c, d = (y[:, i::4] for i in range(4))
     mixed = np.empty_like(y)
-    for k in range(y.shape[1]):
-        # As the kernels do it: of two numbers or sums the first as it is, then both negated.
-        sign = signs[:, k, None]
-        pairs = y[:, 0::2] + y[:, 1::2] * (sign[0::2] * sign[1::2])
-        sign = sign[0::2]
-        fours = (pairs[:, 0::2] + pairs[:, 1::2] * (sign[0::2] * sign[1::2])) * sign[0::2]
+    for k in range(order):
+        s, t, u, v = (signs[i::4, k, None] for i in range(4))
+        fours = s * ((a + s * t * b) + s * u * (c + u * v * d))
         total = fours[:, 0]
         for i in range(1, fours.shape[1]):
             total = total + fours[:, i]

@@ -12,6 +12,7 @@ import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import PERMUTATIONS, Recipe
 from corequant_transformers.transforming import OnlineRotation, transform_model, untie
+from corequant_transformers.verifying import KeepFloat64
 from tests.models.conftest import ARCHITECTURES
 
 
@@ -90,6 +91,19 @@ def test_float32_is_lifted_only_while_verifying(tokens):
     logits = model(torch.from_numpy(tokens)).logits
     # The model's own norms and attention round to float32.
     assert 1e-9 < float((logits - reference.logits).abs().max()) < 1e-4
+
+
+def test_positions_meet_rotary_frequencies_in_float64():
+    """As ``inv_freq @ position_ids.float()``, which Transformers 5.17 computes."""
+    frequencies, positions = torch.rand(4, 1, dtype=torch.float64), torch.arange(3)[None]
+    with KeepFloat64():
+        angles = frequencies @ positions.float()
+        assert (positions == 1).float().dtype == torch.float64
+        assert frequencies.float() is frequencies
+        # What is none of float64's business stays as it is.
+        assert torch.ones(1, dtype=torch.bfloat16).float().dtype == torch.float32
+    assert torch.equal(angles, frequencies @ positions.double())
+    assert positions.float().dtype == torch.float32
 
 
 def test_a_correct_transform_passes(tokens):

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 
 import numpy as np
 import pytest
 import torch
 
 import corequant as cq
-from corequant._dispatch import backend_for, get_backend
+from corequant._dispatch import backend_for, get_backend, owner_of
 from corequant.protocols import Backend
 
 
@@ -53,3 +54,29 @@ def test_a_backend_that_cant_be_imported_says_how_to_get_it(monkeypatch):
     with pytest.raises(cq.BackendError, match=r'pip install "corequant\[torch\]"'):
         get_backend("torch")
     get_backend.cache_clear()
+
+
+@pytest.fixture
+def nothing_registered(monkeypatch):
+    """As where the source tree is on the path and no distribution is installed."""
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: ())
+    for cached in (get_backend, owner_of):
+        cached.cache_clear()
+    yield
+    for cached in (get_backend, owner_of):
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_registered")
+def test_a_source_tree_on_the_path_finds_its_own_backend():
+    assert cq.available_backends() == ("numpy", "torch")
+    x = torch.arange(8.0)
+    np.testing.assert_array_equal(cq.block_hadamard(x, 4), cq.block_hadamard(x.numpy(), 4))
+
+
+@pytest.mark.usefixtures("nothing_registered")
+def test_a_backend_that_is_not_there_is_not_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cq.available_backends() == ("numpy",)
+    with pytest.raises(cq.BackendError, match="installed are: numpy$"):
+        get_backend("torch")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(code: str) -> str:
@@ -59,6 +62,18 @@ def test_help_and_wrong_arguments_of_the_command_load_no_framework(arguments):
     status, frameworks = loaded.splitlines()[-2:]
     assert frameworks == "[]"
     assert status == ("0" if "--help" in arguments else "1")
+
+
+@pytest.mark.parametrize("path", ["tests/conformance/test_cuda.py", "bench/bench_gpu.py"])
+def test_what_is_for_gpus_needs_torch_alone(path):
+    """A machine with a GPU often has torch, and nothing else that we need."""
+    absent = ["gguf", "greenlet", "platformdirs", "tomli_w", "transformers", "typer"]
+    code = (
+        f"import sys, runpy; sys.modules.update(dict.fromkeys({absent}))\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"runpy.run_path({str(ROOT / path)!r}); print('it runs')"
+    )
+    assert run(code) == "it runs"
 
 
 @pytest.mark.parametrize("missing", ["typer", "transformers"])
