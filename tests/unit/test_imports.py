@@ -40,7 +40,7 @@ def test_import_loads_only_what_names_need_at_once():
         "import sys, corequant; "
         "print(sorted(m for m in sys.modules if m.partition('.')[0] == 'corequant'))"
     )
-    assert loaded == "['corequant', 'corequant.errors', 'corequant.formats']"
+    assert loaded == "['corequant', 'corequant._forks', 'corequant.errors', 'corequant.formats']"
 
 
 @pytest.mark.parametrize(
