@@ -23,15 +23,22 @@ import torch
 import transformers
 
 import corequant as cq
+from corequant._files import json_text, read_text
 from corequant.errors import CheckpointError, OutputError, RecipeError
 from corequant.export import from_arrays, to_arrays
 from corequant.recipe import Recipe
+from corequant_transformers.configs import (
+    as_config_errors,
+    check_config,
+    read_json,
+    settle_config,
+)
 from corequant_transformers.durable import compare, sync, umask
 from corequant_transformers.layers import QuantizedLinear
 from corequant_transformers.layouts import standardize
 from corequant_transformers.parts import Part, part_of, part_plan
 from corequant_transformers.planning import ModelPlan, plan_model
-from corequant_transformers.sources import check_config, quiet_transformers, read_json
+from corequant_transformers.sources import quiet_transformers
 from corequant_transformers.transforming import restructure
 
 __all__ = [
@@ -178,7 +185,7 @@ def writing(
         (folder / "float_config.json").write_text(float_config, encoding="utf-8")
         (folder / "config.json").write_text(_config(name, plan, float_config), encoding="utf-8")
         (folder / "recipe.toml").write_text(plan.recipe.to_toml(), encoding="utf-8")
-        (folder / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+        (folder / "report.json").write_text(json_text(report), encoding="utf-8")
         yield folder
         # The writer makes files that only their owner can read.
         (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)
@@ -205,7 +212,8 @@ def load(path: str | Path) -> Any:
     folder = Path(path)
     plan, config = read_plan(folder)
     config.tie_word_embeddings = False
-    with quiet_transformers():
+    file = folder / "float_config.json"
+    with as_config_errors(file, read_json(file)), quiet_transformers():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     standardize(model, plan)
     restructure(model, plan)
@@ -313,7 +321,7 @@ def read_recipe(path: str | Path) -> Recipe:
     """Read the recipe of a directory that ``quantize`` wrote."""
     file = Path(path) / "recipe.toml"
     try:
-        return Recipe.from_toml(file.read_text(encoding="utf-8"))
+        return Recipe.from_toml(read_text(file))
     except (OSError, UnicodeDecodeError, RecipeError) as error:
         raise CheckpointError(f"{file} can't be read: {error}") from error
 
@@ -322,7 +330,9 @@ def read_plan(folder: Path) -> tuple[ModelPlan, Any]:
     """Read a directory's recipe and float config, and return the plan and the config."""
     if not folder.is_dir():
         raise CheckpointError(f"MODEL must be a directory that corequant wrote, got {folder}")
-    settings = read_json(folder / "config.json").get("quantization_config")
+    own = read_json(folder / "config.json")
+    check_config(own, folder / "config.json")
+    settings = own.get("quantization_config")
     if not isinstance(settings, dict) or settings.get("quant_method") != "corequant":
         raise CheckpointError(f"{folder / 'config.json'} must be of quant_method corequant")
     version = settings.get("format_version")
@@ -337,6 +347,7 @@ def read_plan(folder: Path) -> tuple[ModelPlan, Any]:
     except Exception as error:
         # Transformers validates configs with errors of several kinds.
         raise CheckpointError(f"{folder / 'float_config.json'}: {error}") from error
+    settle_config(config, folder / "float_config.json")
     return plan_model(config, read_recipe(folder)), config
 
 
@@ -356,7 +367,7 @@ def _config(name: str, plan: ModelPlan, float_config: str) -> str:
             "recipe": plan.recipe.to_dict(),
         },
     )
-    return json.dumps(values, indent=2)
+    return json_text(values)
 
 
 def _version() -> str:

@@ -15,6 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from corequant._files import json_text
 from corequant.errors import CorequantError, OutputError
 
 __all__ = [
@@ -86,7 +87,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object, whole or not at all."""
-    text = json.dumps(value, indent=2)
+    text = json_text(value)
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
         if part.read_text(encoding="utf-8") != text:

@@ -21,8 +21,9 @@ import numpy.typing as npt
 
 from corequant.errors import ArchitectureError, CheckpointError
 from corequant_transformers.checkpoint import load_tokenizer
+from corequant_transformers.configs import read_json
 from corequant_transformers.planning import ModelPlan
-from corequant_transformers.sources import Source, read_json
+from corequant_transformers.sources import Source
 from corequant_transformers.stored import Stored
 
 __all__ = [

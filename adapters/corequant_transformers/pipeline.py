@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy.typing as npt
 import torch
 
+from corequant._files import read_text
 from corequant.errors import BackendError, CheckpointError
 from corequant.recipe import Recipe
 from corequant_torch.quick import QuickForward
@@ -35,7 +36,7 @@ from corequant_transformers.pacing import Pace, efforts
 from corequant_transformers.parts import ModelWeights, Parts, skeleton
 from corequant_transformers.planning import ModelPlan, plan_model
 from corequant_transformers.saving import begin_run, describe_run, save_run
-from corequant_transformers.shards import FileWeights
+from corequant_transformers.shards import FileWeights, make_skeleton
 from corequant_transformers.sources import Source
 from corequant_transformers.streaming import Job
 from corequant_transformers.texts import check_positions, check_tokens, token_windows
@@ -145,6 +146,9 @@ def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
     names = source.tensor_names if source else lambda: list(cast(Any, model).state_dict())
     check_described(config, names)
     table = plan_model(config, recipe)
+    if source is not None:
+        # What the config can't be made into should be known before any work.
+        make_skeleton(source)
     if source is None or not source.is_gguf:
         return table
     shapes = [m.shape for m in table.matrices]
@@ -325,7 +329,7 @@ def quantize(
             after=after,
         )
         job.run()
-        name = None if source is None else source.path.name
+        name = None if source is None else source.name
         return _Made(job, float_config, {"source": name, **_report(job, started)})
 
     def result(made: _Made, model: Any = None, path: Path | None = None) -> Quantized:
@@ -396,9 +400,9 @@ def _parts(
 ) -> tuple[Parts, str]:
     """Return a model's parts, and the text of its config."""
     if isinstance(model, Source) and not model.is_gguf:
-        bare = skeleton(model.config())
+        bare = make_skeleton(model)
         weights = FileWeights(model, bare, table)
-        text = (model.path / "config.json").read_text(encoding="utf-8")
+        text = read_text(model.config_file)
         return Parts(bare, table, weights, device, spare), text
     if isinstance(model, Source):
         progress("load", 0, 1)

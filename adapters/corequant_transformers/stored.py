@@ -9,8 +9,9 @@ from corequant.errors import CheckpointError
 from corequant.export import from_arrays
 from corequant.tensorfile import RawTensor, TensorFile
 from corequant_transformers.checkpoint import WEIGHTS, read_plan
+from corequant_transformers.configs import read_json
 from corequant_transformers.rows import MatrixPlan
-from corequant_transformers.sources import is_copied, read_json
+from corequant_transformers.sources import files_to_copy
 
 __all__ = ["Stored"]
 
@@ -66,4 +67,4 @@ class Stored:
 
     def copied_files(self) -> list[Path]:
         """Return the tokenizer's and generation's files."""
-        return sorted(f for f in self.folder.iterdir() if f.is_file() and is_copied(f.name))
+        return files_to_copy(self.folder)
