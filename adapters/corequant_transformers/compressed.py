@@ -19,9 +19,10 @@ from corequant.schemes import Scheme
 from corequant.shardindex import read_index
 from corequant.specs import Granularity
 from corequant.tensorfile import RawTensor, TensorFile, write_tensors
-from corequant_transformers.checkpoint import check_output, new_directory
 from corequant_transformers.configs import as_config_errors
+from corequant_transformers.digests import write_digests
 from corequant_transformers.online import GUARD
+from corequant_transformers.outputs import check_output, new_directory
 from corequant_transformers.rows import MatrixPlan
 from corequant_transformers.sources import quiet_transformers
 from corequant_transformers.stored import Stored
@@ -63,6 +64,7 @@ def write_compressed(stored: Stored, output: str | Path, *, shard_bytes: int = S
     check_layers(stored)
     _check_activations(stored)
     _check_shared_scales(stored)
+    stored.check()
     with new_directory(target) as folder:
         for file in stored.copied_files():
             shutil.copyfile(file, folder / file.name)
@@ -70,6 +72,7 @@ def write_compressed(stored: Stored, output: str | Path, *, shard_bytes: int = S
         (folder / "config.json").write_text(config, encoding="utf-8")
         places = _write_shards(folder, _tensors(stored, scheme), shard_bytes)
         _compare(folder, places, stored, scheme)
+        write_digests(folder)
     return target
 
 

@@ -15,7 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from corequant._files import json_text
+from corequant._files import json_text, open_regular
 from corequant.errors import CorequantError, OutputError
 
 __all__ = [
@@ -48,11 +48,8 @@ def sync(path: Path) -> None:
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from corequant.errors import ArchitectureError, CheckpointError
 from corequant_transformers.checkpoint import load_tokenizer
 from corequant_transformers.configs import read_json
+from corequant_transformers.digests import check_digests
 from corequant_transformers.planning import ModelPlan
 from corequant_transformers.sources import Source
 from corequant_transformers.stored import Stored
@@ -178,6 +179,7 @@ def vocabulary(stored: Stored, source: Source | None) -> list[KeyValue]:
 
 
 def _carried(path: Path) -> Iterator[KeyValue]:
+    check_digests(path)
     try:
         fields = gguf.GGUFReader(path).fields
     except Exception as error:

@@ -20,7 +20,6 @@ from corequant.recipe import Recipe
 from corequant_torch.quick import QuickForward
 from corequant_transformers.budgets import held_bytes, peak_bytes, peak_rss_mib
 from corequant_transformers.checkpoint import (
-    check_output,
     load,
     place_tensors,
     read_generation,
@@ -32,10 +31,11 @@ from corequant_transformers.devices import check_device, device_of
 from corequant_transformers.gathering import gather
 from corequant_transformers.layouts import standardize
 from corequant_transformers.ledgers import Ledger, MemoryLedger
+from corequant_transformers.outputs import check_output
 from corequant_transformers.pacing import Pace, efforts
 from corequant_transformers.parts import ModelWeights, Parts, skeleton
 from corequant_transformers.planning import ModelPlan, plan_model
-from corequant_transformers.saving import begin_run, describe_run, save_run
+from corequant_transformers.saving import begin_run, describe_run, run_directory, save_run
 from corequant_transformers.shards import FileWeights, make_skeleton
 from corequant_transformers.sources import Source
 from corequant_transformers.streaming import Job
@@ -297,7 +297,7 @@ def quantize(
     """
     started = time.monotonic()
     if output is not None:
-        check_output(output, allow_full=resume)
+        check_output(output, allow_full=resume and run_directory(output).is_dir())
     source = Source(model) if isinstance(model, str | Path) else None
     where = _device(device, None if source else model, executor)
     table = plan(model, recipe)
@@ -370,7 +370,7 @@ def quantize(
             copied_files=source.copied_files(),
         )
         progress("save", 1, 1)
-    return result(made, path=Path(output))
+    return result(made, path=Path(output).absolute())
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from corequant.errors import CheckpointError, CorequantError
 from corequant.shardindex import check_homes, is_plain, read_index
 from corequant.tensorfile import TensorFile
 from corequant_transformers.configs import check_config, read_json, settle_config
+from corequant_transformers.digests import checking
 
 __all__ = ["Source", "check_inside", "files_to_copy", "is_copied", "quiet_transformers"]
 
@@ -195,7 +196,9 @@ class Source:
 
             return read_model(self, dtype)
         where, options = self._location()
-        with _as_checkpoint_error(self.path):
+        # A directory's digests are compared by the quantizer that Transformers calls.
+        own = checking(self.path, verify=self.is_gguf)
+        with own, _as_checkpoint_error(self.path):
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 where,
                 dtype=dtype,
@@ -258,12 +261,16 @@ def files_to_copy(folder: Path) -> list[Path]:
     # Folders may have such a name; their contents are neither read nor copied.
     found = sorted(f for f in folder.iterdir() if is_copied(f.name) and not f.is_dir())
     for file in found:
+        if not file.name.isprintable():
+            raise CheckpointError(
+                f"{folder} must have files with printable names, got {file.name!r}"
+            )
         check_inside(folder, file)
     return found
 
 
 def check_inside(folder: Path, file: Path) -> None:
-    """Raise CheckpointError unless a regular file really lies in a folder, or in its store of blobs.
+    """Raise CheckpointError unless a regular file lies in a folder, or in its store of blobs.
 
     A link may lead to ``../../blobs`` beside the snapshots of a Hugging Face cache, nowhere else.
     """
