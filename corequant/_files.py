@@ -12,8 +12,9 @@ import math
 import os
 import stat
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 __all__ = ["json_text", "json_value", "open_regular", "read_text"]
 
@@ -25,7 +26,7 @@ _KINDS = {
 }
 
 
-def open_regular(path: str | Path) -> IO[bytes]:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a regular file for reading, without waiting for anything else.
 
     Raises

@@ -170,7 +170,7 @@ def vocabulary(stored: Stored, source: Source | None) -> list[KeyValue]:
         )
     folder = stored.folder if source is None else source.path
     tokenizer = load_tokenizer(stored.folder) if source is None else source.tokenizer()
-    name = folder.resolve().name if source is not None else stored.source_name
+    name = source.name if source is not None else stored.source_name
     return [
         ("general.type", "model", _T.STRING, None),
         ("general.name", name or stored.folder.resolve().name, _T.STRING, None),

@@ -84,7 +84,7 @@ def begin_run(
     try:
         saved = run.mark(_SAVED)
         target = Path(output)
-        if saved is None or not _holds(target / WEIGHTS, saved["sha256"]):
+        if saved is None or not _holds(target / WEIGHTS, saved.get("sha256")):
             _clear(target, saved or {})
             check_output(output)
         yield run
@@ -112,8 +112,8 @@ def _clear(target: Path, saved: dict[str, Any]) -> None:
         return
     for folder in target.glob(UNFINISHED):
         shutil.rmtree(folder, ignore_errors=True)
-    found, files = list(target.iterdir()), saved.get("files", {})
-    if all(_holds(file, files.get(file.name)) for file in found):
+    found, files = list(target.iterdir()), saved.get("files")
+    if isinstance(files, dict) and all(_holds(file, files.get(file.name)) for file in found):
         for file in found:
             file.unlink()
 
