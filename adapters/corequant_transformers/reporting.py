@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from corequant.errors import BackendError
+from corequant.errors import BackendError, OutputError
 from corequant_transformers.durable import replacing
 from corequant_transformers.inspecting import Inspection
 from corequant_transformers.outputs import check_file_output
@@ -18,7 +18,7 @@ from corequant_transformers.outputs import check_file_output
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["write_report"]
+__all__ = ["check_report_output", "write_report"]
 
 _COLOURS = {
     "identity": "#9e9e9e",
@@ -64,11 +64,25 @@ def write_report(inspection: Inspection, path: str | Path) -> Path:
         raise BackendError(
             'the report needs matplotlib; install it with: pip install "corequant[plot]"'
         ) from error
-    target = check_file_output(path, new=False)
+    target = check_report_output(path)
     text = _page(inspection)
     with replacing(target) as part:
         part.write_text(text, encoding="utf-8")
     return target
+
+
+def check_report_output(path: str | Path) -> Path:
+    """Return the path of a report that can be written, before any work is done.
+
+    Raises
+    ------
+    OutputError
+        If it can't.
+    """
+    try:
+        return check_file_output(path, new=False)
+    except OutputError as error:
+        raise OutputError(f"the report can't be written: {error}") from None
 
 
 def _page(found: Inspection) -> str:

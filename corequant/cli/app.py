@@ -300,12 +300,12 @@ def inspect(
     import corequant_transformers as cqhf
     from corequant_transformers.checkpoint import is_quantized
     from corequant_transformers.demo import help_topics
-    from corequant_transformers.outputs import check_file_output
+    from corequant_transformers.reporting import check_report_output
 
     if is_quantized(model):
         _inspect_quantized(model, verify, as_json)
         return
-    source, page = cqhf.Source(model), check_file_output(report, new=False)
+    source, page = cqhf.Source(model), check_report_output(report)
     words = help_topics() if given is None else given
     tokens = cqhf.token_windows(words, source.tokenizer(), sequence_length, windows)
     with show.progress() as progress:
