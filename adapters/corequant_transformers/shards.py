@@ -193,6 +193,8 @@ def read_model(source: Source, dtype: torch.dtype) -> Any:
         As ``FileWeights``, and if Transformers can't make a model from the config.
     """
     model = make_skeleton(source)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     weights = FileWeights(source, model)
     parts: dict[str, list[str]] = {}
     for key in model.state_dict():
