@@ -20,7 +20,7 @@ import safetensors
 from corequant.errors import CorequantError, OutputError
 from corequant_transformers.durable import sync, umask
 
-__all__ = ["UNFINISHED", "check_file_output", "check_output", "new_directory"]
+__all__ = ["UNFINISHED", "check_file_output", "check_output", "new_directory", "real_path"]
 
 UNFINISHED = ".corequant.*.tmp"
 """What is written inside a directory that was there already has such a name until it is whole."""
@@ -43,7 +43,7 @@ def check_output(path: str | Path, *, allow_full: bool = False) -> Path:
     OutputError
         If it holds something already, or can't be written, or its parent is missing or can't be.
     """
-    target = _real(path)
+    target = real_path(path)
     there = target.is_dir()
     try:
         held = next(target.iterdir(), None) if there else None
@@ -84,7 +84,7 @@ def check_file_output(path: str | Path, ending: str = "", *, new: bool = True) -
     OutputError
         If it is there, or no file, or its parent is missing or can't be written.
     """
-    target = _real(path)
+    target = real_path(path)
     named = Path(path).name.endswith(ending)
     if not named or (target.exists() and (new or not target.is_file())):
         wanted = f"a {'new ' if new else ''}file" + (f" that ends in {ending}" if ending else "")
@@ -99,7 +99,14 @@ def check_file_output(path: str | Path, ending: str = "", *, new: bool = True) -
     return target
 
 
-def _real(path: str | Path) -> Path:
+def real_path(path: str | Path) -> Path:
+    """Return where a path leads, links followed.
+
+    Raises
+    ------
+    OutputError
+        If it leads nowhere.
+    """
     try:
         target = Path(os.path.realpath(path))
     except (OSError, ValueError) as error:

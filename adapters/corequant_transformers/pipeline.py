@@ -35,7 +35,7 @@ from corequant_transformers.outputs import check_output
 from corequant_transformers.pacing import Pace, efforts
 from corequant_transformers.parts import ModelWeights, Parts, skeleton
 from corequant_transformers.planning import ModelPlan, plan_model
-from corequant_transformers.saving import begin_run, describe_run, run_directory, save_run
+from corequant_transformers.saving import begin_run, describe_run, has_run, save_run
 from corequant_transformers.shards import FileWeights, make_skeleton
 from corequant_transformers.sources import Source
 from corequant_transformers.streaming import Job
@@ -297,7 +297,7 @@ def quantize(
     """
     started = time.monotonic()
     if output is not None:
-        check_output(output, allow_full=resume and run_directory(output).is_dir())
+        check_output(output, allow_full=resume and has_run(output))
     source = Source(model) if isinstance(model, str | Path) else None
     where = _device(device, None if source else model, executor)
     table = plan(model, recipe)

@@ -26,7 +26,7 @@ from corequant.errors import CorequantError, OutputError, RunError
 from corequant_transformers.durable import file_sha256, sync, write_json, write_tensors
 from corequant_transformers.ledgers import Windows
 
-__all__ = ["RunDirectory", "WindowFile"]
+__all__ = ["RunDirectory", "WindowFile", "ended"]
 
 MANIFEST = "manifest.json"
 LOG = "log.jsonl"
@@ -81,6 +81,11 @@ class WindowFile:
                 file.write(data)
         except OSError as error:
             raise OutputError(f"{self.path} could not be written: {error}") from error
+
+
+def ended(path: Path) -> Path:
+    """Return the name that a run's directory has while it is removed."""
+    return path.with_name(f".{path.name}.ended")
 
 
 def _open_lock(name: str, flags: int) -> int:
@@ -356,7 +361,7 @@ class RunDirectory:
     def remove(self) -> None:
         """Remove the directory: the run has ended."""
         # It loses its name first, so that nobody finds half of it.
-        rest = self.path.with_name(f".{self.path.name}.ended")
+        rest = ended(self.path)
         shutil.rmtree(rest, ignore_errors=True)
         self.path.rename(rest)
         shutil.rmtree(rest, ignore_errors=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +17,12 @@ import torch
 from corequant.recipe import Recipe
 from corequant_transformers.checkpoint import WEIGHTS, writing
 from corequant_transformers.durable import concatenate, file_sha256
-from corequant_transformers.outputs import UNFINISHED, check_output
-from corequant_transformers.runs import LOG, RunDirectory
+from corequant_transformers.outputs import UNFINISHED, check_output, real_path
+from corequant_transformers.runs import LOG, RunDirectory, ended
 from corequant_transformers.sources import Source
 from corequant_transformers.streaming import Job
 
-__all__ = ["begin_run", "describe_run", "run_directory", "save_run"]
+__all__ = ["begin_run", "describe_run", "has_run", "run_directory", "save_run"]
 
 _VERSIONS = ("corequant", "numpy", "numba", "torch", "transformers", "safetensors")
 _SAVED = "saved.json"
@@ -31,8 +30,13 @@ _SAVED = "saved.json"
 
 def run_directory(output: str | Path) -> Path:
     """Return where a run keeps what it needs on the way to ``output``."""
-    target = os.path.realpath(output)
-    return Path(f"{target}.run")
+    return Path(f"{real_path(output)}.run")
+
+
+def has_run(output: str | Path) -> bool:
+    """Tell whether a run to ``output`` was stopped, be it while it cleared up."""
+    folder = run_directory(output)
+    return folder.is_dir() or ended(folder).is_dir()
 
 
 def describe_run(
