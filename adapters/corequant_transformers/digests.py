@@ -41,6 +41,9 @@ DIGESTS = "corequant.sha256"
 REPORT, LOG = "report.json", "log.jsonl"
 GGUF_DIGEST, GGUF_VERSION = "corequant.sha256", "corequant.version"
 
+_UNREAD = (".md", ".html", ".gguf")
+"""Endings of files that may lie beside a model: what is told of it, and what it became."""
+
 _FIELD = "digests"
 _BLANK = "0" * 64
 _LINE = re.compile(r"([0-9a-f]{64})  ([^\n\r/\0]+)")
@@ -88,7 +91,7 @@ def check_digests(path: str | Path, wanted: Callable[[str], bool] | None = None)
         A directory that ``quantize`` or ``export`` wrote, or a GGUF file of ``export``.
     wanted : callable, optional
         Tells by their names which files of a directory are compared; all by default, and then none
-        may have been added. A ``README.md`` and hidden files may.
+        may have been added that a reader would read.
 
     Returns
     -------
@@ -221,12 +224,20 @@ def _report_digests(folder: Path) -> dict[str, str]:
 
 
 def _check_names(folder: Path, known: set[str]) -> None:
-    found = {f.name for f in folder.iterdir()} - {DIGESTS, "README.md"}
-    for name in sorted(n for n in found - known if not n.startswith(".")):
+    for file in sorted(folder.iterdir()):
+        if file.name in known or file.name == DIGESTS or _is_unread(file):
+            continue
         raise CheckpointError(
-            f"{folder / name} is not among the files that {DIGESTS} lists, and may change what the "
-            "others say; remove it, or read the directory with verify=False (--no-verify)"
+            f"{file} is not among the files that {DIGESTS} lists, and may change what the others "
+            "say; remove it, or read the directory with verify=False (--no-verify)"
         )
+
+
+def _is_unread(file: Path) -> bool:
+    """Tell whether nobody who loads the model reads a file that was added."""
+    if file.is_dir():
+        return file.name != "additional_chat_templates"
+    return file.name.startswith(".") or file.suffix in _UNREAD
 
 
 # ---- GGUF

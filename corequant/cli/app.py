@@ -7,6 +7,7 @@ and wrong arguments take no seconds.
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -375,8 +376,10 @@ def backends(as_json: Json = False) -> None:
 def run() -> int:
     """Run the command line and return its exit status; expected errors print one line."""
     try:
-        # Commands return nothing; a number is the exit status of the command line library.
-        status = int(app(standalone_mode=False) or 0)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            # Commands return nothing; a number is the exit status of the command line library.
+            status = int(app(standalone_mode=False) or 0)
     except CorequantError as error:
         _complain(error)
         return 1
@@ -403,6 +406,10 @@ def run() -> int:
 def _complain(what: object) -> None:
     """Print an error as one line that a terminal may see."""
     print(f"corequant: {plain(str(what).replace(chr(10), ' '))}", file=sys.stderr)
+
+
+def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
+    _complain(message)
 
 
 def _recipe(context: typer.Context, file: Path | None, **options: Any) -> Recipe:

@@ -107,6 +107,17 @@ def test_the_working_directory_stays_what_it_is(source, tokens, tmp_path, monkey
         cqhf.quantize(source, RECIPE, tokens, ".")
 
 
+def test_a_directory_within_the_model_may_be_the_output(source, tokens, written, tmp_path):
+    shutil.copytree(source, tmp_path / "model")
+    output = tmp_path / "model" / "tokenizer_out"
+    cqhf.quantize(tmp_path / "model", RECIPE, tokens, output)
+    assert digest(output) == digest(written)
+    with pytest.raises(cq.OutputError, match="new or empty"):
+        cqhf.quantize(tmp_path / "model", RECIPE, tokens, tmp_path / "model")
+    with pytest.raises(cq.OutputError, match="new or empty"):
+        cqhf.quantize(tmp_path / "model", RECIPE, tokens, tmp_path)
+
+
 def test_a_model_is_named_however_its_path_is_written(source, tokens, monkeypatch):
     monkeypatch.chdir(source)
     assert cqhf.quantize(".", RECIPE, tokens).report["source"] == "model"
@@ -257,14 +268,21 @@ def test_values_that_were_edited_are_noticed(copy_of, tokens):
 
 
 def test_added_files_are_noticed(copy_of):
-    for name in ("README.md", ".gitattributes"):
+    for name in ("README.md", ".gitattributes", "model.gguf"):
         (copy_of / name).write_text("of the model's page")
-    (copy_of / ".cache").mkdir()
+    for name in (".cache", "export"):
+        (copy_of / name).mkdir()
     cqhf.load(copy_of)
-    (copy_of / "chat_template.jinja").write_text("{{ messages }}")
-    with pytest.raises(cq.CheckpointError, match=r"chat_template.jinja is not among the files"):
+    for name in ("chat_template.jinja", "added_tokens.json", "model.safetensors", "x"):
+        (copy_of / name).write_text("{{ messages }}")
+        with pytest.raises(cq.CheckpointError, match=f"{name} is not among the files"):
+            cqhf.load(copy_of)
+        if name == "chat_template.jinja":
+            cqhf.load(copy_of, verify=False)
+        (copy_of / name).unlink()
+    (copy_of / "additional_chat_templates").mkdir()
+    with pytest.raises(cq.CheckpointError, match="additional_chat_templates is not among"):
         cqhf.load(copy_of)
-    cqhf.load(copy_of, verify=False)
 
 
 def test_other_programs_can_check_the_list(copy_of):

@@ -130,6 +130,17 @@ def test_inspecting_compares_files(saved, command, tmp_path):
     assert "as they were written" not in printed
 
 
+@pytest.mark.filterwarnings("always::UserWarning")
+def test_a_warning_is_one_line_that_a_terminal_may_see(copy_of, command, tmp_path):
+    nasty = tmp_path / "a\x1b[31m\nb"
+    copy_of.rename(nasty)
+    status, _, errors = command("inspect", nasty)
+    assert status == 0
+    assert "was written before corequant kept digests" in errors
+    assert is_printable(errors)
+    assert len(errors.splitlines()) == 1
+
+
 # ---- names and errors
 
 
