@@ -183,11 +183,11 @@ def vocabulary(stored: Stored, source: Source | None) -> list[KeyValue]:
 
 def _carried(path: Path) -> Iterator[KeyValue]:
     try:
+        check_digests(path)
         fields = gguf.GGUFReader(path).fields
     except Exception as error:
         # Its reader raises errors of many kinds for broken files.
         raise CheckpointError(f"{path} can't be read: {error}") from error
-    check_digests(path)
     for key, field in fields.items():
         if key.startswith(("general.", "tokenizer.")) and key not in _NOT_CARRIED:
             kind, *_ = field.types

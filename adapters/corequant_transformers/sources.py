@@ -18,7 +18,7 @@ from corequant.errors import CheckpointError, CorequantError
 from corequant.shardindex import check_homes, is_plain, read_index
 from corequant.tensorfile import TensorFile
 from corequant_transformers.configs import check_config, read_json, settle_config
-from corequant_transformers.digests import checking
+from corequant_transformers.digests import check_digests
 
 __all__ = ["Source", "check_inside", "files_to_copy", "is_copied", "quiet_transformers"]
 
@@ -60,6 +60,7 @@ class Source:
         self.path = Path(path)
         self.is_gguf = self.path.suffix == ".gguf" and self.path.is_file()
         self.is_compressed = False
+        self._compared = False
         self._index: Path | None = None
         self._shards: list[Path] = []
         if not self.is_gguf:
@@ -145,6 +146,11 @@ class Source:
 
     def _location(self) -> tuple[str, dict[str, str]]:
         if self.is_gguf:
+            if not self._compared:
+                # First: a reader that takes the size of an array from a damaged file asks the
+                # system for all the memory that there is.
+                check_digests(self.path)
+                self._compared = True
             return str(self.path.parent), {"gguf_file": self.path.name}
         return str(self.path), {}
 
@@ -197,8 +203,7 @@ class Source:
             return read_model(self, dtype)
         where, options = self._location()
         # A directory's digests are compared by the quantizer that Transformers calls.
-        own = checking(self.path, verify=self.is_gguf)
-        with own, _as_checkpoint_error(self.path):
+        with _as_checkpoint_error(self.path):
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 where,
                 dtype=dtype,
