@@ -110,7 +110,7 @@ class Quantized:
 
 
 def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
-    """Say what ``quantize`` would do to a model, from its config alone.
+    """Say what ``quantize`` would do to a model, from its config and the names of its weights.
 
     Parameters
     ----------
@@ -147,8 +147,10 @@ def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
     check_described(config, names)
     table = plan_model(config, recipe)
     if source is not None:
-        # What the config can't be made into should be known before any work.
-        make_skeleton(source)
+        # What no model can be made of should be known before any work.
+        bare = make_skeleton(source)
+        if not source.is_gguf:
+            FileWeights(source, bare, table)
     if source is None or not source.is_gguf:
         return table
     shapes = [m.shape for m in table.matrices]

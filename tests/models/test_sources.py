@@ -107,9 +107,9 @@ def test_tied_weights_may_be_stored_in_either_place(kept, tied, tokens, tmp_path
         model = cqhf.Source(folder).load()
         assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
     else:
-        for name in ("quantize", "load"):
+        for call in calls(tokens).values():
             with pytest.raises(cq.CheckpointError, match="lacks 1 weights"):
-                calls(tokens)[name](folder)
+                call(folder)
 
 
 def test_two_matrices_that_a_config_calls_tied_stay_two(tokens, tmp_path):
@@ -130,9 +130,9 @@ def test_prefixes_are_added_and_taken_away(kind, tokens, tmp_path):
     assert torch.equal(logits(cqhf.Source(folder).load(), tokens), wanted)
     both = {k.removeprefix(prefix): t.clone() for k, t in tensors.items()} | tensors
     save_file(both, file, {"format": "pt"})
-    for name in ("quantize", "load"):
+    for call in calls(tokens).values():
         with pytest.raises(cq.CheckpointError, match="must be in the files once"):
-            calls(tokens)[name](folder)
+            call(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -212,6 +212,8 @@ def test_an_adapter_is_refused(tokens, tmp_path):
         ({"rope_scaling": {"type": "foo", "factor": 2.0}}, "'foo'"),
         ({"dtype": "float33"}, "float33"),
         ({"hidden_act": None}, "can't be"),
+        ({"hidden_act": "prelu"}, "lacks .* weights"),
+        ({"vocab_size": 127}, "must have shape"),
     ],
 )
 def test_fields_that_no_model_is_made_of_are_named_by_all(fields, words, tokens, tmp_path):
