@@ -370,7 +370,8 @@ class Recipe:
     def from_toml(cls, text: str) -> Recipe:
         """Read what ``to_toml`` writes; malformed TOML is a RecipeError."""
         try:
-            values = tomllib.loads(text)
+            # Some editors begin a file with a byte order mark.
+            values = tomllib.loads(text.removeprefix("\ufeff"))
         except (ValueError, RecursionError) as error:
             # Numbers of thousands of digits and deep nesting raise errors of their own.
             raise RecipeError(f"the recipe is not TOML: {error}") from error

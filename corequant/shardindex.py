@@ -10,10 +10,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from corequant._files import read_text
 from corequant.errors import CheckpointError
 from corequant.tensorfile import TensorFile
 
-__all__ = ["read_index"]
+__all__ = ["check_homes", "is_plain", "read_index"]
 
 LONGEST_INDEX = 100_000_000
 """Bytes; a tensor's name and file take about a hundred."""
@@ -62,11 +63,7 @@ def read_index(path: str | Path) -> dict[str, Path]:
         raise CheckpointError(f"{path} must map tensor names to files, got no weight_map")
     homes: dict[str, set[str]] = {}
     for name, home in weight_map.items():
-        if not isinstance(home, str) or not _plain(home):
-            raise CheckpointError(
-                f"{path} must name files of its own folder, got {str(home)[:80]!r} for {name!r}"
-            )
-        homes.setdefault(home, set()).add(name)
+        homes.setdefault(_checked(path, name, home), set()).add(name)
     total = 0
     for home, expected in sorted(homes.items()):
         file = TensorFile(path.parent / home)
@@ -82,11 +79,38 @@ def read_index(path: str | Path) -> dict[str, Path]:
     return {name: path.parent / home for name, home in weight_map.items()}
 
 
+def check_homes(path: str | Path) -> None:
+    """Raise CheckpointError if an index that nobody follows names files outside its folder.
+
+    Its files may be missing, or it may be malformed: it is left over from another model.
+
+    Parameters
+    ----------
+    path : str or Path
+        Of the index.
+    """
+    try:
+        weight_map = _read(Path(path)).get("weight_map")
+    except CheckpointError:
+        return
+    if isinstance(weight_map, dict):
+        for name, home in weight_map.items():
+            _checked(Path(path), name, home)
+
+
+def _checked(path: Path, name: str, home: Any) -> str:
+    if not isinstance(home, str) or not is_plain(home):
+        raise CheckpointError(
+            f"{path} must name files of its own folder, got {str(home)[:80]!r} for {name!r}"
+        )
+    return home
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LONGEST_INDEX:
             raise CheckpointError(f"{path} must be at most {LONGEST_INDEX} bytes long")
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        values = json.loads(read_text(path), object_pairs_hook=_unique)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except CheckpointError:
@@ -107,7 +131,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _plain(home: str) -> bool:
+def is_plain(home: str) -> bool:
     """Tell whether a name is that of a file in the same folder, on any system."""
     return home not in ("", ".", "..") and not set(home) & set("/\\:\0") and len(home) < 256
 

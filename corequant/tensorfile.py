@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from corequant._files import open_regular
 from corequant.errors import CheckpointError
 
 __all__ = ["RawTensor", "TensorFile", "parse_header", "write_tensors"]
@@ -175,7 +176,7 @@ class TensorFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            with open(self.path, "rb") as file:
+            with open_regular(self.path) as file:
                 size = os.fstat(file.fileno()).st_size
                 prefix = file.read(8)
                 length = int.from_bytes(prefix, "little")

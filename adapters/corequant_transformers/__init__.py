@@ -4,6 +4,7 @@ from corequant_transformers.architectures import Architecture, Experts, register
 from corequant_transformers.budgets import fates, limit_memory
 from corequant_transformers.checkpoint import load, load_tokenizer
 from corequant_transformers.choosing import Calibration
+from corequant_transformers.digests import check_digests
 from corequant_transformers.exporting import export
 from corequant_transformers.inspecting import Inspection, inspect
 from corequant_transformers.online import install
@@ -27,6 +28,7 @@ __all__ = [
     "Trace",
     "Verification",
     "calibrate",
+    "check_digests",
     "evaluate",
     "export",
     "fates",

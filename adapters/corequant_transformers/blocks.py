@@ -86,8 +86,19 @@ def _place(
         matrix.name,
     )
     model.set_submodule(matrix.name, layer.to(module.weight.device))
-    error = np.square(W - cq.dequantize(rounded)).sum() / max(np.square(W).sum(), 1e-30)
-    return {"name": matrix.name, "relative_squared_error": float(error)}
+    error = _relative_squared_error(W, cq.dequantize(rounded))
+    return {"name": matrix.name, "relative_squared_error": error}
+
+
+def _relative_squared_error(W: Any, rounded: Any) -> float:
+    error = total = 0.0
+    # In float64, where squares of float32 are finite, and few rows at a time.
+    for first in range(0, len(W), 256):
+        rows = slice(first, first + 256)
+        wide = W[rows].astype(np.float64)
+        error += float(np.square(wide - rounded[rows]).sum())
+        total += float(np.square(wide).sum())
+    return error / max(total, 1e-30)
 
 
 @dataclass

@@ -166,13 +166,19 @@ def limit_memory(size: str, plan: ModelPlan) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|[kmg]ib)", size.strip().lower())
     if found is None:
         raise RecipeError(f"memory must be a size such as 900MiB or 2GiB, got {size!r}")
-    limit = int(float(found[1]) * _UNITS[found[2]])
+    wanted = float(found[1]) * _UNITS[found[2]]
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = 2**63 - 1 if hard == resource.RLIM_INFINITY else hard
+    if wanted >= most:
+        raise RecipeError(
+            f"memory must be below {most // 2**20}MiB, what the system allows, got {size[:40]}"
+        )
+    limit = int(wanted)
     needed = peak_bytes(plan, limit)
     if needed > limit:
         raise RecipeError(
             f"memory must be at least {needed / 2**20:.0f}MiB for this model and recipe, got {size}"
         )
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
     return limit
 

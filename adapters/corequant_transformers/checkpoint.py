@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,24 +21,36 @@ import safetensors.torch
 import torch
 import transformers
 
-import corequant as cq
+from corequant._files import json_text, open_regular, read_text
 from corequant.errors import CheckpointError, OutputError, RecipeError
 from corequant.export import from_arrays, to_arrays
 from corequant.recipe import Recipe
-from corequant_transformers.durable import compare, sync, umask
+from corequant_transformers.configs import (
+    as_config_errors,
+    check_config,
+    read_json,
+    settle_config,
+)
+from corequant_transformers.digests import (
+    DIGESTS,
+    check_digests,
+    checking,
+    sealed_report,
+    write_digests,
+)
+from corequant_transformers.durable import compare
 from corequant_transformers.layers import QuantizedLinear
 from corequant_transformers.layouts import standardize
+from corequant_transformers.outputs import check_output, new_directory
 from corequant_transformers.parts import Part, part_of, part_plan
 from corequant_transformers.planning import ModelPlan, plan_model
-from corequant_transformers.sources import check_config, quiet_transformers, read_json
+from corequant_transformers.sources import quiet_transformers
 from corequant_transformers.transforming import restructure
 
 __all__ = [
-    "check_output",
     "is_quantized",
     "load",
     "load_tokenizer",
-    "new_directory",
     "part_tensors",
     "place_tensors",
     "read_plan",
@@ -50,34 +61,6 @@ __all__ = [
 
 WEIGHTS = "corequant.safetensors"
 FORMAT_VERSION = 1
-
-
-def check_output(path: str | Path, *, allow_full: bool = False) -> Path:
-    """Return the path of a directory that can be written, before any work is done.
-
-    Parameters
-    ----------
-    path : str or Path
-    allow_full : bool
-        Whether it may hold something.
-
-    Raises
-    ------
-    OutputError
-        If it holds something already, or its parent is missing or can't be written.
-    """
-    target = Path(path).absolute()
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not allow_full)):
-        raise OutputError(f"output must be a new or empty directory, got {target}")
-    if not target.parent.is_dir():
-        raise OutputError(f"output's parent folder must exist, got {target.parent}")
-    try:
-        # Permission bits don't tell for a superuser or a read-only file system; trying does.
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent):
-            pass
-    except OSError as error:
-        raise OutputError(f"output's parent folder can't be written: {error}") from error
-    return target
 
 
 def save(
@@ -150,8 +133,9 @@ def writing(
     tokenizer: Any = None,
     copied_files: list[Path] | None = None,
     within: Path | None = None,
+    complete: Callable[[Path], object] = lambda folder: None,
 ) -> Iterator[Path]:
-    """Give a new directory with all files but the weights; it gets its name at the end.
+    """Give a new directory with all files but weights and report; it gets its name at the end.
 
     Parameters
     ----------
@@ -162,6 +146,8 @@ def writing(
         As for ``save``.
     within : Path, optional
         Where the directory lies until it gets its name; beside ``output`` by default.
+    complete : callable
+        Called with the directory when all files are in it, before it gets its name.
 
     Raises
     ------
@@ -178,19 +164,24 @@ def writing(
         (folder / "float_config.json").write_text(float_config, encoding="utf-8")
         (folder / "config.json").write_text(_config(name, plan, float_config), encoding="utf-8")
         (folder / "recipe.toml").write_text(plan.recipe.to_toml(), encoding="utf-8")
-        (folder / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
         yield folder
+        (folder / "report.json").write_text(sealed_report(report, folder), encoding="utf-8")
         # The writer makes files that only their owner can read.
         (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)
+        write_digests(folder)
+        complete(folder)
 
 
-def load(path: str | Path) -> Any:
+def load(path: str | Path, *, verify: bool = True) -> Any:
     """Load a quantized model with its run-time rotations and activation quantizers.
 
     Parameters
     ----------
     path : str or Path
         A directory that ``quantize`` wrote.
+    verify : bool
+        Compare all files with the digests that were written with them, which notices damage of any
+        kind, but not a change on purpose by someone who changes the digests as well.
 
     Returns
     -------
@@ -200,12 +191,24 @@ def load(path: str | Path) -> Any:
     Raises
     ------
     CheckpointError
-        If a file is missing, truncated, malformed or not what the recipe leads to expect.
+        If a file is missing, truncated, malformed, not what the recipe leads to expect, or not as
+        it was written.
+
+    Warns
+    -----
+    UserWarning
+        If the directory is from before there were digests.
     """
     folder = Path(path)
+    with checking(folder, verify=verify):
+        return _load(folder)
+
+
+def _load(folder: Path) -> Any:
     plan, config = read_plan(folder)
     config.tie_word_embeddings = False
-    with quiet_transformers():
+    file = folder / "float_config.json"
+    with as_config_errors(file, read_json(file)), quiet_transformers():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     standardize(model, plan)
     restructure(model, plan)
@@ -290,10 +293,24 @@ def refuse_to_save(*given: Any, **options: Any) -> None:
     )
 
 
-def load_tokenizer(path: str | Path) -> Any:
-    """Load the tokenizer of a directory that ``quantize`` wrote."""
+def load_tokenizer(path: str | Path, *, verify: bool = True) -> Any:
+    """Load the tokenizer of a directory that ``quantize`` wrote.
+
+    Parameters
+    ----------
+    path : str or Path
+    verify : bool
+        Compare all files but the weights with their digests.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none that loads, or a file is not as it was written.
+    """
     folder = Path(path)
     _, config = read_plan(folder)
+    if verify:
+        check_digests(folder, lambda name: not name.endswith(".safetensors"))
     try:
         with quiet_transformers():
             return transformers.AutoTokenizer.from_pretrained(
@@ -313,7 +330,7 @@ def read_recipe(path: str | Path) -> Recipe:
     """Read the recipe of a directory that ``quantize`` wrote."""
     file = Path(path) / "recipe.toml"
     try:
-        return Recipe.from_toml(file.read_text(encoding="utf-8"))
+        return Recipe.from_toml(read_text(file))
     except (OSError, UnicodeDecodeError, RecipeError) as error:
         raise CheckpointError(f"{file} can't be read: {error}") from error
 
@@ -322,7 +339,9 @@ def read_plan(folder: Path) -> tuple[ModelPlan, Any]:
     """Read a directory's recipe and float config, and return the plan and the config."""
     if not folder.is_dir():
         raise CheckpointError(f"MODEL must be a directory that corequant wrote, got {folder}")
-    settings = read_json(folder / "config.json").get("quantization_config")
+    own = read_json(folder / "config.json")
+    check_config(own, folder / "config.json")
+    settings = own.get("quantization_config")
     if not isinstance(settings, dict) or settings.get("quant_method") != "corequant":
         raise CheckpointError(f"{folder / 'config.json'} must be of quant_method corequant")
     version = settings.get("format_version")
@@ -337,6 +356,7 @@ def read_plan(folder: Path) -> tuple[ModelPlan, Any]:
     except Exception as error:
         # Transformers validates configs with errors of several kinds.
         raise CheckpointError(f"{folder / 'float_config.json'}: {error}") from error
+    settle_config(config, folder / "float_config.json")
     return plan_model(config, read_recipe(folder)), config
 
 
@@ -353,10 +373,11 @@ def _config(name: str, plan: ModelPlan, float_config: str) -> str:
             "format_version": FORMAT_VERSION,
             "corequant_version": _version(),
             "load_with": "corequant_transformers.load",
+            "digests": DIGESTS,
             "recipe": plan.recipe.to_dict(),
         },
     )
-    return json.dumps(values, indent=2)
+    return json_text(values)
 
 
 def _version() -> str:
@@ -395,6 +416,8 @@ def _at_home(tensor: torch.Tensor) -> torch.Tensor:
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
+        # Opened first, since a pipe in its place would be waited for.
+        open_regular(file).close()
         return safetensors.torch.load_file(file)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
@@ -416,33 +439,3 @@ def _check_same(
             )
         if found[name].is_floating_point() and not bool(found[name].isfinite().all()):
             raise CheckpointError(f"{name} of {where} holds NaN or infinity")
-
-
-@contextmanager
-def new_directory(target: Path, within: Path | None = None) -> Iterator[Path]:
-    """Give a temporary directory; name it ``target`` on success, remove it on any failure.
-
-    It is a sibling of ``target`` unless it is to lie ``within`` another directory beside it, whose
-    owner removes what a process that was killed has left there.
-    """
-    place = target.parent if within is None else within
-    try:
-        folder = Path(tempfile.mkdtemp(".tmp", f".{target.name}.", place))
-    except OSError as error:
-        raise OutputError(f"output can't be written: {error}") from error
-    try:
-        yield folder
-        folder.chmod(0o777 & ~umask())
-        for file in folder.iterdir():
-            sync(file)
-        sync(folder)
-        if target.is_dir():
-            target.rmdir()
-        folder.rename(target)
-        sync(target.parent)
-    except (OSError, safetensors.SafetensorError) as error:
-        if isinstance(error, cq.CorequantError):
-            raise
-        raise OutputError(f"{target} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

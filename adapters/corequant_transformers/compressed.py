@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -14,13 +13,16 @@ import torch
 import transformers
 
 import corequant as cq
+from corequant._files import json_text
 from corequant.errors import ArchitectureError, OutputError, SpecError
 from corequant.schemes import Scheme
 from corequant.shardindex import read_index
 from corequant.specs import Granularity
 from corequant.tensorfile import RawTensor, TensorFile, write_tensors
-from corequant_transformers.checkpoint import check_output, new_directory
+from corequant_transformers.configs import as_config_errors
+from corequant_transformers.digests import write_digests
 from corequant_transformers.online import GUARD
+from corequant_transformers.outputs import check_output, new_directory
 from corequant_transformers.rows import MatrixPlan
 from corequant_transformers.sources import quiet_transformers
 from corequant_transformers.stored import Stored
@@ -62,19 +64,22 @@ def write_compressed(stored: Stored, output: str | Path, *, shard_bytes: int = S
     check_layers(stored)
     _check_activations(stored)
     _check_shared_scales(stored)
+    stored.check()
     with new_directory(target) as folder:
         for file in stored.copied_files():
             shutil.copyfile(file, folder / file.name)
-        config = json.dumps(_config(stored, scheme), indent=2)
+        config = json_text(_config(stored, scheme))
         (folder / "config.json").write_text(config, encoding="utf-8")
         places = _write_shards(folder, _tensors(stored, scheme), shard_bytes)
         _compare(folder, places, stored, scheme)
+        write_digests(folder)
     return target
 
 
 def _config(stored: Stored, scheme: Scheme) -> dict[str, Any]:
     plan = stored.plan
-    values = {k: v for k, v in stored.float_config.items() if k != "torch_dtype"}
+    own = ("torch_dtype", "transformers_weights")
+    values = {k: v for k, v in stored.float_config.items() if k not in own}
     transforms = _transforms(plan.online)
     names = [m.name for m in plan.quantized]
     values.update(
@@ -174,7 +179,7 @@ def _write_shards(
     if len(parts) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         file = folder / "model.safetensors.index.json"
-        file.write_text(json.dumps(index, indent=2), encoding="utf-8")
+        file.write_text(json_text(index), encoding="utf-8")
     return places
 
 
@@ -198,7 +203,8 @@ def _compare(folder: Path, places: dict[str, str], stored: Stored, scheme: Schem
 
 def _skeleton(stored: Stored) -> Any:
     config = stored.config
-    with quiet_transformers(), torch.device("meta"):
+    file = stored.folder / "float_config.json"
+    with as_config_errors(file, stored.float_config), quiet_transformers(), torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 

@@ -18,7 +18,8 @@ import torch
 
 from corequant.errors import CheckpointError
 from corequant.recipe import Recipe
-from corequant_transformers.checkpoint import check_output, load
+from corequant_transformers.checkpoint import load
+from corequant_transformers.outputs import check_output
 from corequant_transformers.pipeline import Progress, calibrate, quantize
 from corequant_transformers.sources import Source, quiet_transformers
 from corequant_transformers.texts import evaluate, token_windows

@@ -15,6 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from corequant._files import json_text, open_regular
 from corequant.errors import CorequantError, OutputError
 
 __all__ = [
@@ -47,11 +48,8 @@ def sync(path: Path) -> None:
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -86,7 +84,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object, whole or not at all."""
-    text = json.dumps(value, indent=2)
+    text = json_text(value)
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
         if part.read_text(encoding="utf-8") != text:

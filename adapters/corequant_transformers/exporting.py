@@ -21,6 +21,7 @@ def export(
     *,
     source: str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
+    verify: bool = True,
 ) -> Path:
     """Write a quantized model in a layout that other programs read.
 
@@ -39,6 +40,8 @@ def export(
         is, which takes byte-level BPE.
     shard_bytes : int
         Largest size of one file of weights, of ``compressed-tensors``.
+    verify : bool
+        Compare the files in ``path`` with the digests that were written with them.
 
     Returns
     -------
@@ -50,7 +53,7 @@ def export(
     ArchitectureError, RecipeError, SpecError
         If the target can't hold the model, its rotations or its quantizers.
     CheckpointError
-        If the directory or the source can't be read.
+        If the directory or the source can't be read, or a file isn't as it was written.
     OutputError
         If the output can't be written or doesn't read back equal; nothing is left then.
 
@@ -64,12 +67,13 @@ def export(
     ...     tokens = np.arange(64).reshape(2, 32)
     ...     _ = cqhf.quantize(cqhf.tiny_model("llama"), recipe, tokens, f"{folder}/own")
     ...     sorted(f.name for f in cqhf.export(f"{folder}/own", f"{folder}/other").iterdir())
-    ['config.json', 'model.safetensors']
+    ['config.json', 'corequant.sha256', 'model.safetensors']
     """
     if to not in TARGETS:
         raise OutputError(f"to must be one of {', '.join(TARGETS)}, got {to!r}")
-    if to == "gguf":
-        return write_gguf(Stored(path), output, None if source is None else Source(source))
-    if source is not None:
+    if to != "gguf" and source is not None:
         raise OutputError(f"source must be left out for {to}, got {str(source)!r}")
-    return write_compressed(Stored(path), output, shard_bytes=shard_bytes)
+    stored = Stored(path, verify=verify)
+    if to == "gguf":
+        return write_gguf(stored, output, None if source is None else Source(source))
+    return write_compressed(stored, output, shard_bytes=shard_bytes)

@@ -7,6 +7,7 @@ every rotation must be merged.
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from corequant.gguf import BLOCK_BYTES, block_type_of, decode_blocks, to_blocks
 from corequant.specs import Granularity, ScaleSearch
 from corequant.tensorfile import RawTensor
 from corequant_transformers.compressed import check_layers
+from corequant_transformers.digests import GGUF_DIGEST, GGUF_VERSION, seal_gguf
 from corequant_transformers.durable import replacing
 from corequant_transformers.gguf_metadata import (
     PERMUTED,
@@ -31,6 +33,7 @@ from corequant_transformers.gguf_metadata import (
     rope_factors,
     vocabulary,
 )
+from corequant_transformers.outputs import check_file_output
 from corequant_transformers.planning import ModelPlan
 from corequant_transformers.rows import MatrixPlan
 from corequant_transformers.sources import Source
@@ -89,7 +92,7 @@ def write_gguf(stored: Stored, output: str | Path, source: Source | None = None)
     OutputError
         If the file can't be written or doesn't read back equal; nothing is left then.
     """
-    target = _check_output(output)
+    target = check_file_output(output, ".gguf")
     plan = stored.plan
     kind = block_type_of(plan.recipe.weights)
     _check_recipe(plan)
@@ -97,9 +100,13 @@ def write_gguf(stored: Stored, output: str | Path, source: Source | None = None)
     check_layers(stored)
     values = [*hyperparameters(stored.config, plan), *vocabulary(stored, source)]
     tensors = list(_tensors(stored, kind, arch))
+    stored.check()
     with replacing(target) as part:
         writer = gguf.GGUFWriter(part, arch)
         try:
+            # First, where its reader looks for them.
+            writer.add_string(GGUF_VERSION, importlib.metadata.version("corequant"))
+            writer.add_string(GGUF_DIGEST, "0" * 64)
             for key, value, vtype, sub_type in values:
                 writer.add_key_value(key, value, vtype, sub_type)
             writer.add_file_type(getattr(gguf.LlamaFileType, _FILE_TYPES[kind]))
@@ -115,16 +122,8 @@ def write_gguf(stored: Stored, output: str | Path, source: Source | None = None)
                 writer.write_tensor_data(t.make())
         finally:
             writer.close()
+        seal_gguf(part)
         _compare(part, tensors, stored)
-    return target
-
-
-def _check_output(output: str | Path) -> Path:
-    target = Path(output).absolute()
-    if target.suffix != ".gguf" or target.exists():
-        raise OutputError(f"output must be a new file that ends in .gguf, got {target}")
-    if not target.parent.is_dir():
-        raise OutputError(f"output's parent folder must exist, got {target.parent}")
     return target
 
 

@@ -21,8 +21,10 @@ import numpy.typing as npt
 
 from corequant.errors import ArchitectureError, CheckpointError
 from corequant_transformers.checkpoint import load_tokenizer
+from corequant_transformers.configs import read_json
+from corequant_transformers.digests import check_digests
 from corequant_transformers.planning import ModelPlan
-from corequant_transformers.sources import Source, read_json
+from corequant_transformers.sources import Source
 from corequant_transformers.stored import Stored
 
 __all__ = [
@@ -167,17 +169,21 @@ def vocabulary(stored: Stored, source: Source | None) -> list[KeyValue]:
             "metadata and tokenizer are carried over"
         )
     folder = stored.folder if source is None else source.path
-    tokenizer = load_tokenizer(stored.folder) if source is None else source.tokenizer()
-    name = folder.resolve().name if source is not None else stored.source_name
+    # Its files are compared with their digests when all is known to be of the right kind.
+    tokenizer = load_tokenizer(folder, verify=False) if source is None else source.tokenizer()
+    name = source.name if source is not None else stored.source_name
+    # A name in another encoding isn't UTF-8, as texts in a GGUF file must be.
+    name = (name or stored.folder.resolve().name).encode("utf-8", "replace").decode()
     return [
         ("general.type", "model", _T.STRING, None),
-        ("general.name", name or stored.folder.resolve().name, _T.STRING, None),
+        ("general.name", name, _T.STRING, None),
         *_translated(folder, tokenizer, stored.plan.dimensions.vocabulary),
     ]
 
 
 def _carried(path: Path) -> Iterator[KeyValue]:
     try:
+        check_digests(path)
         fields = gguf.GGUFReader(path).fields
     except Exception as error:
         # Its reader raises errors of many kinds for broken files.
@@ -197,8 +203,10 @@ def _translated(folder: Path, tokenizer: Any, size: int) -> Iterator[KeyValue]:
             f"{file} must be byte-level BPE to be translated; a GGUF file of the same model, given "
             "as source, is carried over whatever it is"
         )
+    splitting = _splitting(file, values.get("pre_tokenizer"))
+    _check_plain(file, values, splitting)
     yield "tokenizer.ggml.model", "gpt2", _T.STRING, None
-    yield "tokenizer.ggml.pre", _splitting(file, values.get("pre_tokenizer")), _T.STRING, None
+    yield "tokenizer.ggml.pre", splitting, _T.STRING, None
     added = {t["id"]: t for t in values.get("added_tokens", [])}
     names = {i: token for token, i in model["vocab"].items()}
     names |= {i: t["content"] for i, t in added.items()}
@@ -234,6 +242,36 @@ def _translated(folder: Path, tokenizer: Any, size: int) -> Iterator[KeyValue]:
     template = template.get("default") if isinstance(template, dict) else template
     if template:
         yield "tokenizer.chat_template", template, _T.STRING, None
+
+
+def _check_plain(file: Path, values: dict[str, Any], splitting: str) -> None:
+    """Refuse what llama.cpp would leave out: it would count other tokens, and not say so."""
+    normalizer = values.get("normalizer")
+    if normalizer and normalizer.get("normalizers", True):
+        raise CheckpointError(
+            f"normalizer of {file} must be null, since llama.cpp normalizes no text for byte-level "
+            f"BPE and would count other tokens, got {normalizer.get('type')}; set it to null if "
+            "your texts are normalized already, or give a GGUF file of the same model as source, "
+            "which is carried over whatever it is"
+        )
+    model = values["model"]
+    fields = ["dropout", "continuing_subword_prefix", "end_of_word_suffix"]
+    if splitting != "llama-bpe":
+        # There it takes a word that is in the vocabulary without merging.
+        fields.append("ignore_merges")
+    for name in fields:
+        if model.get(name):
+            raise CheckpointError(
+                f"{name} of {file} must be null or false, since llama.cpp has nothing like it, got "
+                f"{str(model[name])[:40]!r}"
+            )
+    for token in values.get("added_tokens", []):
+        for name in ("lstrip", "rstrip", "single_word"):
+            if token.get(name):
+                raise CheckpointError(
+                    f"{name} of the added token {token['content']!r} in {file} must be false, "
+                    "since llama.cpp doesn't ask what is beside a token"
+                )
 
 
 def _splitting(file: Path, steps: Any) -> str:

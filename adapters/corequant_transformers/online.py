@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from transformers.utils import quantization_config as configs
 
 import corequant as cq
 from corequant.errors import CheckpointError, HadamardOrderError
+from corequant_transformers.digests import DIGESTS, check_digests
 
 __all__ = ["GUARD", "BlockTransform", "install"]
 
@@ -116,13 +120,38 @@ class _Quantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc, unused-ign
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         before: Any = super()._process_model_before_weight_loading
         before(model, **kwargs)
+        self._digests = _Digests(kwargs.get("checkpoint_files"))
         for online in getattr(self.quantization_config, "online", ()):
             _attach(model, online)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         result = super()._process_model_after_weight_loading(model, **kwargs)
         _check_matrices(model)
+        self._digests.finish()
         return result
+
+
+class _Digests:
+    """The comparison of an export of ours with its digests, while Transformers reads it.
+
+    Parameters
+    ----------
+    files : list of str, optional
+        Of weights.
+    """
+
+    def __init__(self, files: list[str] | None) -> None:
+        self._found: Future[Any] | None = None
+        folder = Path(files[0]).parent if files else None
+        if folder is not None and os.path.lexists(folder / DIGESTS):
+            pool = ThreadPoolExecutor(1)
+            self._found = pool.submit(check_digests, folder)
+            pool.shutdown(wait=False)
+
+    def finish(self) -> None:
+        """Raise CheckpointError if a file isn't as it was written."""
+        if self._found is not None:
+            self._found.result()
 
 
 def install() -> None:

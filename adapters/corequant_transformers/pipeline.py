@@ -14,12 +14,12 @@ from typing import Any, cast
 import numpy.typing as npt
 import torch
 
+from corequant._files import read_text
 from corequant.errors import BackendError, CheckpointError
 from corequant.recipe import Recipe
 from corequant_torch.quick import QuickForward
 from corequant_transformers.budgets import held_bytes, peak_bytes, peak_rss_mib
 from corequant_transformers.checkpoint import (
-    check_output,
     load,
     place_tensors,
     read_generation,
@@ -31,11 +31,12 @@ from corequant_transformers.devices import check_device, device_of
 from corequant_transformers.gathering import gather
 from corequant_transformers.layouts import standardize
 from corequant_transformers.ledgers import Ledger, MemoryLedger
+from corequant_transformers.outputs import check_output
 from corequant_transformers.pacing import Pace, efforts
 from corequant_transformers.parts import ModelWeights, Parts, skeleton
 from corequant_transformers.planning import ModelPlan, plan_model
-from corequant_transformers.saving import begin_run, describe_run, save_run
-from corequant_transformers.shards import FileWeights
+from corequant_transformers.saving import begin_run, describe_run, has_run, save_run
+from corequant_transformers.shards import FileWeights, make_skeleton
 from corequant_transformers.sources import Source
 from corequant_transformers.streaming import Job
 from corequant_transformers.texts import check_positions, check_tokens, token_windows
@@ -109,7 +110,7 @@ class Quantized:
 
 
 def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
-    """Say what ``quantize`` would do to a model, from its config alone.
+    """Say what ``quantize`` would do to a model, from its config and the names of its weights.
 
     Parameters
     ----------
@@ -145,6 +146,11 @@ def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
     names = source.tensor_names if source else lambda: list(cast(Any, model).state_dict())
     check_described(config, names)
     table = plan_model(config, recipe)
+    if source is not None:
+        # What no model can be made of should be known before any work.
+        bare = make_skeleton(source)
+        if not source.is_gguf:
+            FileWeights(source, bare, table)
     if source is None or not source.is_gguf:
         return table
     shapes = [m.shape for m in table.matrices]
@@ -293,7 +299,7 @@ def quantize(
     """
     started = time.monotonic()
     if output is not None:
-        check_output(output, allow_full=resume)
+        check_output(output, allow_full=resume and has_run(output))
     source = Source(model) if isinstance(model, str | Path) else None
     where = _device(device, None if source else model, executor)
     table = plan(model, recipe)
@@ -325,7 +331,7 @@ def quantize(
             after=after,
         )
         job.run()
-        name = None if source is None else source.path.name
+        name = None if source is None else source.name
         return _Made(job, float_config, {"source": name, **_report(job, started)})
 
     def result(made: _Made, model: Any = None, path: Path | None = None) -> Quantized:
@@ -366,7 +372,7 @@ def quantize(
             copied_files=source.copied_files(),
         )
         progress("save", 1, 1)
-    return result(made, path=Path(output))
+    return result(made, path=Path(output).absolute())
 
 
 @dataclass(frozen=True, eq=False)
@@ -396,9 +402,9 @@ def _parts(
 ) -> tuple[Parts, str]:
     """Return a model's parts, and the text of its config."""
     if isinstance(model, Source) and not model.is_gguf:
-        bare = skeleton(model.config())
+        bare = make_skeleton(model)
         weights = FileWeights(model, bare, table)
-        text = (model.path / "config.json").read_text(encoding="utf-8")
+        text = read_text(model.config_file)
         return Parts(bare, table, weights, device, spare), text
     if isinstance(model, Source):
         progress("load", 0, 1)

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from corequant.errors import BackendError, OutputError
+from corequant_transformers.durable import replacing
 from corequant_transformers.inspecting import Inspection
+from corequant_transformers.outputs import check_file_output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["write_report"]
+__all__ = ["check_report_output", "write_report"]
 
 _COLOURS = {
     "identity": "#9e9e9e",
@@ -62,17 +64,25 @@ def write_report(inspection: Inspection, path: str | Path) -> Path:
         raise BackendError(
             'the report needs matplotlib; install it with: pip install "corequant[plot]"'
         ) from error
-    target = Path(path)
+    target = check_report_output(path)
     text = _page(inspection)
-    scratch = target.with_name(f".{target.name}.partial")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(target)
-    except OSError as error:
-        raise OutputError(f"the report can't be written: {error}") from error
-    finally:
-        scratch.unlink(missing_ok=True)
+    with replacing(target) as part:
+        part.write_text(text, encoding="utf-8")
     return target
+
+
+def check_report_output(path: str | Path) -> Path:
+    """Return the path of a report that can be written, before any work is done.
+
+    Raises
+    ------
+    OutputError
+        If it can't.
+    """
+    try:
+        return check_file_output(path, new=False)
+    except OutputError as error:
+        raise OutputError(f"the report can't be written: {error}") from None
 
 
 def _page(found: Inspection) -> str:

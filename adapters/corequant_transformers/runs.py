@@ -9,6 +9,7 @@ the machine's power is done again.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -20,11 +21,12 @@ from typing import IO, Any
 import safetensors.torch
 import torch
 
+from corequant._files import json_text, json_value
 from corequant.errors import CorequantError, OutputError, RunError
 from corequant_transformers.durable import file_sha256, sync, write_json, write_tensors
 from corequant_transformers.ledgers import Windows
 
-__all__ = ["RunDirectory", "WindowFile"]
+__all__ = ["RunDirectory", "WindowFile", "ended"]
 
 MANIFEST = "manifest.json"
 LOG = "log.jsonl"
@@ -81,6 +83,20 @@ class WindowFile:
             raise OutputError(f"{self.path} could not be written: {error}") from error
 
 
+def ended(path: Path) -> Path:
+    """Return the name that a run's directory has while it is removed."""
+    return path.with_name(f".{path.name}.ended")
+
+
+def _open_lock(name: str, flags: int) -> int:
+    # A pipe in its place would be waited for.
+    return os.open(name, flags | os.O_NONBLOCK, 0o666)
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json_text(record).encode()).hexdigest()
+
+
 class RunDirectory:
     """A ledger on the disk.
 
@@ -105,7 +121,7 @@ class RunDirectory:
         self.path = Path(path).absolute()
         self._lock = self._acquire()
         try:
-            self._begin(json.loads(json.dumps(manifest)), resume)
+            self._begin(json.loads(json_text(manifest)), resume)
         except BaseException:
             self.close()
             raise
@@ -117,7 +133,7 @@ class RunDirectory:
             while True:
                 self.path.mkdir(exist_ok=True)
                 # The system frees the lock when its holder ends, however it ends.
-                lock = (self.path / _LOCK).open("ab")
+                lock = open(self.path / _LOCK, "ab", opener=_open_lock)
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -154,9 +170,14 @@ class RunDirectory:
                 "the directory"
             )
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            found = json_value(file)
+        except (OSError, ValueError, RecursionError) as error:
             raise RunError(f"{file} can't be read: {error}") from error
+        if not isinstance(found, dict):
+            raise RunError(
+                f"{file} must hold a JSON object, got {type(found).__name__}; remove {self.path} "
+                "to begin anew"
+            )
         self._refuse_other(found, manifest)
 
     def _refuse_other(self, found: dict[str, Any], wanted: dict[str, Any], field: str = "") -> None:
@@ -195,8 +216,8 @@ class RunDirectory:
         if tensors:
             file = self._tensor_file(step)
             record["files"][file.name] = write_tensors(file, tensors)
-        write_json(self.path / f"{step}.json", record)
-        self._records[step] = json.loads(json.dumps(record))
+        write_json(self.path / f"{step}.json", {**record, "sha256": _digest(record)})
+        self._records[step] = json.loads(json_text(record))
         self._order.append(step)
         self._forget(self._order[:-_KEPT_STATES])
         self._clear()
@@ -262,10 +283,11 @@ class RunDirectory:
 
     def _read(self, step: str) -> dict[str, Any] | None:
         try:
-            record = json.loads((self.path / f"{step}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            record = json_value(self.path / f"{step}.json")
+        except (OSError, ValueError, RecursionError):
             return None
-        whole = isinstance(record, dict) and {"report", "state", "files"} <= set(record)
+        # One that isn't as it was written is as good as none: its step is done again.
+        whole = isinstance(record, dict) and record.pop("sha256", None) == _digest(record)
         return record if whole else None
 
     def _has(self, files: Mapping[str, str], *, states: bool) -> bool:
@@ -312,7 +334,7 @@ class RunDirectory:
         """Append an event to the log, one JSON object a line."""
         try:
             with (self.path / LOG).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"time": round(time.time(), 3), **event}) + "\n")
+                file.write(json_text({"time": round(time.time(), 3), **event}, indent=None) + "\n")
         except OSError as error:
             raise OutputError(f"{self.path / LOG} could not be written: {error}") from error
 
@@ -320,8 +342,8 @@ class RunDirectory:
         """Write a record beside the steps', or read it."""
         if value is None:
             try:
-                found: Any = json.loads((self.path / name).read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+                found = json_value(self.path / name)
+            except (OSError, ValueError, RecursionError):
                 return None
             return found if isinstance(found, dict) else None
         write_json(self.path / name, value)
@@ -339,7 +361,7 @@ class RunDirectory:
     def remove(self) -> None:
         """Remove the directory: the run has ended."""
         # It loses its name first, so that nobody finds half of it.
-        rest = self.path.with_name(f".{self.path.name}.ended")
+        rest = ended(self.path)
         shutil.rmtree(rest, ignore_errors=True)
         self.path.rename(rest)
         shutil.rmtree(rest, ignore_errors=True)

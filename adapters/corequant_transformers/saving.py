@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +15,14 @@ import numpy.typing as npt
 import torch
 
 from corequant.recipe import Recipe
-from corequant_transformers.checkpoint import WEIGHTS, check_output, writing
+from corequant_transformers.checkpoint import WEIGHTS, writing
 from corequant_transformers.durable import concatenate, file_sha256
-from corequant_transformers.runs import LOG, RunDirectory
+from corequant_transformers.outputs import UNFINISHED, check_output, real_path
+from corequant_transformers.runs import LOG, RunDirectory, ended
 from corequant_transformers.sources import Source
 from corequant_transformers.streaming import Job
 
-__all__ = ["begin_run", "describe_run", "run_directory", "save_run"]
+__all__ = ["begin_run", "describe_run", "has_run", "run_directory", "save_run"]
 
 _VERSIONS = ("corequant", "numpy", "numba", "torch", "transformers", "safetensors")
 _SAVED = "saved.json"
@@ -28,8 +30,13 @@ _SAVED = "saved.json"
 
 def run_directory(output: str | Path) -> Path:
     """Return where a run keeps what it needs on the way to ``output``."""
-    target = Path(output).absolute()
-    return target.with_name(f"{target.name}.run")
+    return Path(f"{real_path(output)}.run")
+
+
+def has_run(output: str | Path) -> bool:
+    """Tell whether a run to ``output`` was stopped, be it while it cleared up."""
+    folder = run_directory(output)
+    return folder.is_dir() or ended(folder).is_dir()
 
 
 def describe_run(
@@ -80,8 +87,9 @@ def begin_run(
     run = RunDirectory(run_directory(output), manifest, resume=resume)
     try:
         saved = run.mark(_SAVED)
-        weights = Path(output) / WEIGHTS
-        if saved is None or not weights.exists() or file_sha256(weights) != saved["sha256"]:
+        target = Path(output)
+        if saved is None or not _holds(target / WEIGHTS, saved.get("sha256")):
+            _clear(target, saved or {})
             check_output(output)
         yield run
     except BaseException:
@@ -91,6 +99,27 @@ def begin_run(
             run.remove()
         raise
     run.remove()
+
+
+def _found(folder: Path) -> dict[str, Any]:
+    files = {file.name: file_sha256(file) for file in folder.iterdir()}
+    return {"sha256": files[WEIGHTS], "files": files}
+
+
+def _holds(file: Path, digest: Any) -> bool:
+    return file.is_file() and file_sha256(file) == digest
+
+
+def _clear(target: Path, saved: dict[str, Any]) -> None:
+    """Remove from a directory what a run to it that was killed had written or moved there."""
+    if not target.is_dir():
+        return
+    for folder in target.glob(UNFINISHED):
+        shutil.rmtree(folder, ignore_errors=True)
+    found, files = list(target.iterdir()), saved.get("files")
+    if isinstance(files, dict) and all(_holds(file, files.get(file.name)) for file in found):
+        for file in found:
+            file.unlink()
 
 
 def save_run(
@@ -132,9 +161,9 @@ def save_run(
         tokenizer=tokenizer,
         copied_files=copied_files,
         within=run.path,
+        complete=lambda folder: run.mark(_SAVED, _found(folder)),
     ) as folder:
-        digest = concatenate(folder / WEIGHTS, run.tensor_files(job.quantizing_steps))
+        concatenate(folder / WEIGHTS, run.tensor_files(job.quantizing_steps))
         log = (run.path / LOG).read_bytes() if (run.path / LOG).exists() else b""
         (folder / LOG).write_bytes(log)
-        run.mark(_SAVED, {"sha256": digest})
     return target

@@ -19,10 +19,13 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from corequant.errors import CheckpointError
+from corequant_transformers.checkpoint import read_generation
+from corequant_transformers.configs import as_config_errors, read_json
+from corequant_transformers.parts import skeleton
 from corequant_transformers.planning import ModelPlan
 from corequant_transformers.sources import Source, quiet_transformers
 
-__all__ = ["FileWeights"]
+__all__ = ["FileWeights", "make_skeleton", "read_model"]
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.masked_bias$")
@@ -41,7 +44,8 @@ class FileWeights:
         A directory.
     model : transformers.PreTrainedModel
         A skeleton, before its head is untied from the embedding.
-    plan : ModelPlan
+    plan : ModelPlan, optional
+        Says whether embedding and head share a matrix; by default the model does.
 
     Raises
     ------
@@ -50,12 +54,15 @@ class FileWeights:
         or holds tensors that the model has no place for.
     """
 
-    def __init__(self, source: Source, model: Any, plan: ModelPlan) -> None:
+    def __init__(self, source: Source, model: Any, plan: ModelPlan | None = None) -> None:
         self.source = source
-        self._shared = None
-        if plan.dimensions.tied:
+        self._tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        if plan is not None:
             a = plan.architecture
-            self._shared = (f"{a.head}.weight", f"{a.embedding}.weight")
+            tied = {f"{a.head}.weight": f"{a.embedding}.weight"}
+            self._tied = tied if plan.dimensions.tied else {}
+        self.shared: dict[str, str] = {}
+        """Parameters that no file holds, by the tied ones whose numbers they have."""
         self._places: dict[str, tuple[Path, str]] = {}
         """File and name of the tensors that each parameter is made of; several may make one."""
         self._sources: dict[str, list[str]] = {}
@@ -82,6 +89,11 @@ class FileWeights:
                     if key not in state:
                         strangers += [] if _is_ignored(name, model) else [name]
                         continue
+                    if pattern is None and key in self._sources:
+                        raise CheckpointError(
+                            f"{key} of {type(model).__name__} must be in the files once, got "
+                            f"{self._sources[key][0]} and {name}"
+                        )
                     self._places[name] = (file, name)
                     self._sources.setdefault(key, []).append(name)
                     shape = tuple(tensors.get_slice(name).get_shape())
@@ -99,8 +111,7 @@ class FileWeights:
                     covered.add(key)
                     if pattern is not None:
                         covered |= set(_targets(pattern, converters, key))
-        if self._shared is not None and self._shared[0] not in covered:
-            covered.add(self._shared[0])
+        self._share(covered)
         missing = sorted(set(state) - covered)
         if missing:
             raise CheckpointError(
@@ -112,21 +123,31 @@ class FileWeights:
                 f"has no place for, the first is {min(strangers)}"
             )
 
-    def fill(self, model: Any, keys: Sequence[str]) -> None:
-        """Give the parameters of these names to the modules of ``model``, in float32."""
+    def _share(self, covered: set[str]) -> None:
+        """Find the matrices that only one of several tied parameters is stored for."""
+        for target, origin in self._tied.items():
+            for absent, present in ((target, origin), (origin, target)):
+                if absent not in covered and present in self._sources:
+                    self.shared[absent] = present
+        covered |= set(self.shared)
+
+    def fill(self, model: Any, keys: Sequence[str], dtype: torch.dtype = torch.float32) -> None:
+        """Give the parameters of these names to the modules of ``model``."""
         tensors = {}
         for key in keys:
             if key in self._sources:
                 for name in self._sources[key]:
                     tensors[name] = self._read(name)
-            elif self._shared is not None and key == self._shared[0]:
-                tensors[key] = self._read(self._sources[self._shared[1]][0])
+            elif key in self.shared:
+                tensors[key] = self._read(self._sources[self.shared[key]][0])
         mapping: Any = get_model_conversion_mapping(model)
         with quiet_transformers():
             info, _ = convert_and_load_state_dict_in_model(
                 model,
                 tensors,
-                LoadStateDictConfig(dtype=torch.float32, weight_mapping=mapping),
+                LoadStateDictConfig(
+                    dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=mapping
+                ),
             )
         failed = sorted(set(keys) & set(info.missing_keys))
         if failed or info.conversion_errors or info.mismatched_keys:
@@ -140,6 +161,53 @@ class FileWeights:
         with _opened(file) as tensors:
             tensor: torch.Tensor = tensors.get_tensor(stored)
         return tensor
+
+
+def make_skeleton(source: Source) -> Any:
+    """Return the structure of a model on disk, with its parameters on the meta device.
+
+    Raises
+    ------
+    CheckpointError
+        If Transformers can't make a model from the config; names the field where it can be told.
+    """
+    config = source.config()
+    values = config.to_dict() if source.is_gguf else read_json(source.config_file)
+    with as_config_errors(source.config_file, values):
+        return skeleton(config)
+
+
+def read_model(source: Source, dtype: torch.dtype) -> Any:
+    """Return a directory's float model, in evaluation mode and without gradients.
+
+    Parameters
+    ----------
+    source : Source
+        A directory.
+    dtype : torch.dtype
+        Of the weights.
+
+    Raises
+    ------
+    CheckpointError
+        As ``FileWeights``, and if Transformers can't make a model from the config.
+    """
+    model = make_skeleton(source)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    weights = FileWeights(source, model)
+    parts: dict[str, list[str]] = {}
+    for key in model.state_dict():
+        if key not in weights.shared:
+            # A block at a time, so that no more than its weights are held twice.
+            found = re.search(r"\.\d+\.", key)
+            parts.setdefault(found[0] if found else "", []).append(key)
+    for keys in parts.values():
+        weights.fill(model, keys, dtype)
+    model.tie_weights(missing_keys=set(weights.shared), recompute_mapping=False)
+    model.config.name_or_path, model.config.dtype = str(source.path), dtype
+    model.generation_config = read_generation(source.path) or model.generation_config
+    return model.eval().requires_grad_(False)
 
 
 def _is_ignored(name: str, model: Any) -> bool:

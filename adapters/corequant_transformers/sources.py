@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 import transformers
 from transformers import modeling_gguf_pytorch_utils
 
-from corequant.errors import CheckpointError
-from corequant.shardindex import read_index
-from corequant_transformers.architectures import MOST_BLOCKS
+from corequant.errors import CheckpointError, CorequantError
+from corequant.shardindex import check_homes, is_plain, read_index
+from corequant.tensorfile import TensorFile
+from corequant_transformers.configs import check_config, read_json, settle_config
+from corequant_transformers.digests import check_digests
 
-__all__ = ["Source", "check_config", "quiet_transformers", "read_json"]
+__all__ = ["Source", "check_inside", "files_to_copy", "is_copied", "quiet_transformers"]
 
 _OWN_TYPE = "corequant_"
-_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 _TOKENIZER_PATTERNS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -37,7 +38,11 @@ _TOKENIZER_PATTERNS = (
 
 
 class Source:
-    """A model on disk.
+    """A model on disk, as Transformers reads it.
+
+    Weights are those of ``model.safetensors``; only where there is none, of the files that
+    ``model.safetensors.index.json`` names. A ``config.json`` may name another file of the folder as
+    ``transformers_weights``.
 
     Parameters
     ----------
@@ -47,35 +52,93 @@ class Source:
     Raises
     ------
     CheckpointError
-        If there is no such model, or a file that its index names is missing.
+        If there is no such model, a file that its index names is missing, a file isn't a regular
+        one of the folder, or the config asks for code that isn't torch's own.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.is_gguf = self.path.suffix == ".gguf" and self.path.is_file()
-        self._shards = [self.path / "model.safetensors"]
+        self.is_compressed = False
+        self._compared = False
+        self._index: Path | None = None
+        self._shards: list[Path] = []
         if not self.is_gguf:
             self._check_directory()
+
+    @property
+    def name(self) -> str:
+        """The file's or folder's own name, however the path to it is written."""
+        return self.path.resolve().name
 
     def _check_directory(self) -> None:
         if not self.path.is_dir():
             raise CheckpointError(
                 f"MODEL must be a directory with config.json or a .gguf file, got {self.path}"
             )
-        config = read_json(self.path / "config.json")
-        check_config(config, self.path / "config.json")
+        file = self.path / "config.json"
+        if os.path.lexists(file):
+            check_inside(self.path, file)
+        config = read_json(file)
+        check_config(config, file)
         kind = config.get("model_type")
         if isinstance(kind, str) and kind.startswith(_OWN_TYPE):
             raise CheckpointError(
                 f"{self.path} is already quantized by corequant; quantize the float model, or load "
                 "this one with corequant_transformers.load"
             )
+        if (self.path / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"{self.path} must hold a whole model, got one with an adapter "
+                "(adapter_config.json), which Transformers applies or not, depending on what is "
+                "installed; merge it into the weights, or move it elsewhere"
+            )
+        self.is_compressed = config.get("quantization_config") is not None
+        self._find_weights(config.get("transformers_weights"))
+        for name in self._shards:
+            check_inside(self.path, name)
+        self.copied_files()
+
+    def _find_weights(self, named: Any) -> None:
+        """Choose the files of weights in Transformers' own order."""
+        single = self.path / "model.safetensors"
         index = self.path / "model.safetensors.index.json"
-        if index.is_file():
-            check_inside(self.path, index)
-            self._shards = sorted(set(read_index(index).values()))
-        for shard in self._shards:
-            check_inside(self.path, shard)
+        if named is not None:
+            if not isinstance(named, str) or not is_plain(named):
+                raise CheckpointError(
+                    f"transformers_weights of {self.path / 'config.json'} must name a file of the "
+                    f"folder, got {str(named)[:80]!r}"
+                )
+            single = index = self.path / named
+        if named is not None and named.endswith(".index.json"):
+            self._index = index
+        elif named is not None or os.path.lexists(single):
+            self._shards = [single]
+            if os.path.lexists(index) and index != single:
+                check_homes(index)
+        elif os.path.lexists(index):
+            self._index = index
+        else:
+            raise CheckpointError(self._nothing_found(single))
+        if self._index is not None:
+            check_inside(self.path, self._index)
+            self._shards = sorted(set(read_index(self._index).values()))
+
+    def _nothing_found(self, single: Path) -> str:
+        """Say what there is instead of weights in safetensors files."""
+        found = sorted(f.name for f in self.path.iterdir() if f.suffix in _OTHER_WEIGHTS)
+        if not found:
+            return f"the model's file {single} is missing"
+        if all(name.endswith(".safetensors") for name in found):
+            return (
+                f"the model's file {single} is missing; Transformers doesn't read {found[0]} "
+                "without being told to, so rename it if it holds the weights"
+            )
+        return (
+            f"the model's file {single} is missing; {found[0]} may run code when it is read, so "
+            "convert it where you trust it: load it with Transformers and save it with "
+            "save_pretrained, which writes safetensors"
+        )
 
     def shards(self) -> list[Path]:
         """Return a directory's files of weights."""
@@ -83,16 +146,33 @@ class Source:
 
     def _location(self) -> tuple[str, dict[str, str]]:
         if self.is_gguf:
+            if not self._compared:
+                # First: a reader that takes the size of an array from a damaged file asks the
+                # system for all the memory that there is.
+                check_digests(self.path)
+                self._compared = True
             return str(self.path.parent), {"gguf_file": self.path.name}
         return str(self.path), {}
 
     def config(self) -> Any:
-        """Return the Transformers config."""
+        """Return the Transformers config.
+
+        Raises
+        ------
+        CheckpointError
+            If it is malformed, or asks for code that isn't torch's own.
+        """
         where, options = self._location()
         with _as_checkpoint_error(self.path):
-            return transformers.AutoConfig.from_pretrained(
+            config = transformers.AutoConfig.from_pretrained(
                 where, local_files_only=True, trust_remote_code=False, **options
             )
+        return settle_config(config, self.config_file)
+
+    @property
+    def config_file(self) -> Path:
+        """Where the config is: in a file of its own, or in the GGUF file."""
+        return self.path if self.is_gguf else self.path / "config.json"
 
     def tokenizer(self) -> Any:
         """Return the tokenizer."""
@@ -105,12 +185,24 @@ class Source:
     def load(self, dtype: torch.dtype = torch.float32) -> Any:
         """Return the float model, in evaluation mode and without gradients.
 
+        Parameters
+        ----------
+        dtype : torch.dtype
+            Of its weights.
+
         Raises
         ------
         CheckpointError
-            If a file is truncated or malformed, or weights are missing.
+            If a file is truncated or malformed, weights are missing, or Transformers can't make a
+            model from the config.
         """
+        if not self.is_gguf and not self.is_compressed:
+            # It needs a plan's modules, which are above this one.
+            from corequant_transformers.shards import read_model
+
+            return read_model(self, dtype)
         where, options = self._location()
+        # A directory's digests are compared by the quantizer that Transformers calls.
         with _as_checkpoint_error(self.path):
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 where,
@@ -143,39 +235,59 @@ class Source:
         """
         if self.is_gguf:
             return []
-        names: list[str] = []
-        for shard in self.shards():
-            with _as_checkpoint_error(self.path), safetensors.safe_open(shard, "np") as file:
-                names += file.keys()
-        return names
+        return [name for shard in self.shards() for name in TensorFile(shard).names]
 
     def files(self) -> list[Path]:
         """Return all files that a result depends on."""
         if self.is_gguf:
             return [self.path]
-        index = self.path / "model.safetensors.index.json"
-        found = [self.path / "config.json", *self.shards(), *self.copied_files()]
-        return [*found, index] if index.is_file() else found
+        index = [] if self._index is None else [self._index]
+        return [self.path / "config.json", *self.shards(), *self.copied_files(), *index]
 
     def copied_files(self) -> list[Path]:
-        """Return the tokenizer's and generation's files, to be kept byte for byte."""
-        if self.is_gguf:
-            return []
-        return sorted(f for f in self.path.iterdir() if f.is_file() and is_copied(f.name))
+        """Return the tokenizer's and generation's files, to be kept byte for byte.
+
+        Raises
+        ------
+        CheckpointError
+            If one isn't a regular file of the folder.
+        """
+        return [] if self.is_gguf else files_to_copy(self.path)
+
+
+def files_to_copy(folder: Path) -> list[Path]:
+    """Return the files of a folder that belong to the tokenizer or to generation.
+
+    Raises
+    ------
+    CheckpointError
+        If one isn't a regular file of the folder: whatever it leads to would be copied.
+    """
+    # Folders may have such a name; their contents are neither read nor copied.
+    found = sorted(f for f in folder.iterdir() if is_copied(f.name) and not f.is_dir())
+    for file in found:
+        if not file.name.isprintable():
+            raise CheckpointError(
+                f"{folder} must have files with printable names, got {file.name!r}"
+            )
+        check_inside(folder, file)
+    return found
 
 
 def check_inside(folder: Path, file: Path) -> None:
-    """Raise CheckpointError unless a file really lies in a folder, or in its store of blobs.
+    """Raise CheckpointError unless a regular file lies in a folder, or in its store of blobs.
 
     A link may lead to ``../../blobs`` beside the snapshots of a Hugging Face cache, nowhere else.
     """
     try:
-        found = file.is_file()
+        found, there = file.is_file(), file.exists()
         inside, real = folder.resolve(), file.resolve()
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"the model's file {file} can't be read: {error}") from None
-    if not found:
+    if not there:
         raise CheckpointError(f"the model's file {file} is missing")
+    if not found:
+        raise CheckpointError(f"the model's file {file} must be a regular file")
     blobs = inside.parent.parent / "blobs"
     if real.parent != inside and not (inside.parent.name == "snapshots" and real.parent == blobs):
         raise CheckpointError(f"{file} must be a file of its own folder, it leads to {real}")
@@ -184,40 +296,6 @@ def check_inside(folder: Path, file: Path) -> None:
 def is_copied(name: str) -> bool:
     """Tell whether a file belongs to the tokenizer or to generation and is kept byte for byte."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in _TOKENIZER_PATTERNS)
-
-
-def check_config(values: Any, path: Path) -> None:
-    """Raise CheckpointError for counts of layers that would have Transformers make endless lists.
-
-    Parameters
-    ----------
-    values : dict
-        A model's config as plain values, of which parts may be configs themselves.
-    path : Path
-        Where it is from.
-    """
-    waiting = [values]
-    while waiting:
-        for name, value in waiting.pop().items():
-            if isinstance(value, dict):
-                waiting.append(value)
-            elif name in _LAYERS and isinstance(value, int | float) and not value <= MOST_BLOCKS:
-                raise CheckpointError(
-                    f"{name} of {path} must be at most {MOST_BLOCKS}, got {str(value)[:40]}"
-                )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; anything else is a CheckpointError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
 
 
 @contextmanager
@@ -246,7 +324,7 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
     try:
         with quiet_transformers():
             yield
-    except CheckpointError:
+    except CorequantError:
         raise
     except Exception as error:
         # Transformers, safetensors and gguf each raise errors of their own for broken files.

@@ -9,8 +9,10 @@ from corequant.errors import CheckpointError
 from corequant.export import from_arrays
 from corequant.tensorfile import RawTensor, TensorFile
 from corequant_transformers.checkpoint import WEIGHTS, read_plan
+from corequant_transformers.configs import read_json
+from corequant_transformers.digests import check_digests, warn_of_none
 from corequant_transformers.rows import MatrixPlan
-from corequant_transformers.sources import is_copied, read_json
+from corequant_transformers.sources import files_to_copy
 
 __all__ = ["Stored"]
 
@@ -21,6 +23,8 @@ class Stored:
     Parameters
     ----------
     path : str or Path
+    verify : bool
+        Whether ``check`` compares all files with their digests.
 
     Attributes
     ----------
@@ -38,13 +42,18 @@ class Stored:
         If a file is missing, truncated or malformed.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.folder = Path(path)
+    def __init__(self, path: str | Path, *, verify: bool = True) -> None:
+        self.folder, self._verify = Path(path), verify
         self.plan, self.config = read_plan(self.folder)
         self.float_config = read_json(self.folder / "float_config.json")
         name = read_json(self.folder / "report.json").get("source")
         self.source_name = name if isinstance(name, str) else ""
         self._file = TensorFile(self.folder / WEIGHTS)
+
+    def check(self) -> None:
+        """Raise CheckpointError if a file isn't as it was written."""
+        if self._verify and check_digests(self.folder) is None:
+            warn_of_none(self.folder)
 
     def quantized(self, matrix: MatrixPlan) -> cq.QuantizedTensor:
         """Return the codes and scales of a quantized matrix."""
@@ -66,4 +75,4 @@ class Stored:
 
     def copied_files(self) -> list[Path]:
         """Return the tokenizer's and generation's files."""
-        return sorted(f for f in self.folder.iterdir() if f.is_file() and is_copied(f.name))
+        return files_to_copy(self.folder)

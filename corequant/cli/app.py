@@ -6,15 +6,17 @@ and wrong arguments take no seconds.
 
 from __future__ import annotations
 
-import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from corequant._dispatch import available_backends, get_backend
+from corequant._files import json_text, read_text
 from corequant.cli import show
+from corequant.cli.plain import plain
 from corequant.errors import BackendError, CalibrationError, CorequantError, RecipeError
 from corequant.export import TARGETS
 from corequant.recipe import FACTORS, PERMUTATIONS, REFERENCES, ROTATIONS, ROUNDINGS, Recipe
@@ -81,6 +83,9 @@ SignTrials = Annotated[
     int, typer.Option(help="Draws of the residual rotation's signs; the least lossy is kept.")
 ]
 Device = Annotated[str, typer.Option(help="Where the model is run, such as cpu or cuda.")]
+Verify = Annotated[
+    bool, typer.Option(help="Compare a quantized directory's files with their digests.")
+]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="A TOML recipe, instead of the options below.")
 ]
@@ -226,6 +231,7 @@ def evaluate(
     ] = None,
     sequence_length: Length = 2048,
     device: Device = "cpu",
+    verify: Verify = True,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity over consecutive windows of a text."""
@@ -236,9 +242,9 @@ def evaluate(
 
     where = check_device(device)
     source = None if is_quantized(model) else cqhf.Source(model)
-    tokenizer = source.tokenizer() if source else cqhf.load_tokenizer(model)
+    tokenizer = source.tokenizer() if source else cqhf.load_tokenizer(model, verify=verify)
     tokens = cqhf.token_windows(words, tokenizer, sequence_length, windows)
-    loaded = (source.load() if source else cqhf.load(model)).to(where)
+    loaded = (source.load() if source else cqhf.load(model, verify=verify)).to(where)
     with show.progress() as progress:
         result = cqhf.evaluate(
             loaded, tokens, progress=lambda done, total: progress("evaluate", done, total)
@@ -260,18 +266,19 @@ def export(
         Path | None,
         typer.Option(help="The model that was quantized: where a GGUF's tokenizer comes from."),
     ] = None,
+    verify: Verify = True,
     as_json: Json = False,
 ) -> None:
     """Write a quantized model in a layout that other programs read."""
     import corequant_transformers as cqhf
 
-    written = cqhf.export(model, output, to, source=source)
+    written = cqhf.export(model, output, to, source=source, verify=verify)
     if as_json:
         files = sorted(written.iterdir()) if written.is_dir() else [written]
         sizes = {f.name: f.stat().st_size for f in files}
         _print_json({"output": str(written), "to": to, "files": sizes})
     else:
-        print(f"{model} was written to {written} as {to}")
+        print(f"{plain(model)} was written to {plain(written)} as {to}")
 
 
 @app.command()
@@ -286,6 +293,7 @@ def inspect(
     report: Annotated[Path, typer.Option(help="Where a float model's report goes.")] = Path(
         "inspection.html"
     ),
+    verify: Verify = True,
     as_json: Json = False,
 ) -> None:
     """Print how a quantized directory was made, or where a float model's outliers sit."""
@@ -293,33 +301,38 @@ def inspect(
     import corequant_transformers as cqhf
     from corequant_transformers.checkpoint import is_quantized
     from corequant_transformers.demo import help_topics
+    from corequant_transformers.reporting import check_report_output
 
     if is_quantized(model):
-        _inspect_quantized(model, as_json)
+        _inspect_quantized(model, verify, as_json)
         return
-    source = cqhf.Source(model)
+    source, page = cqhf.Source(model), check_report_output(report)
     words = help_topics() if given is None else given
     tokens = cqhf.token_windows(words, source.tokenizer(), sequence_length, windows)
     with show.progress() as progress:
         found = cqhf.inspect(source.load(), tokens, block_size, progress=progress)
-    page = cqhf.write_report(found, report)
+    page = cqhf.write_report(found, page)
     if as_json:
         _print_json({"model": str(model), "report": str(page), **found.to_dict()})
     else:
         show.outliers(found, page)
 
 
-def _inspect_quantized(model: Path, as_json: bool) -> None:
+def _inspect_quantized(model: Path, verify: bool, as_json: bool) -> None:
+    from corequant_transformers import check_digests
     from corequant_transformers.checkpoint import read_recipe
-    from corequant_transformers.sources import read_json
+    from corequant_transformers.digests import warn_of_none
+    from corequant_transformers.reports import read_report
 
-    recipe = read_recipe(model)
-    report = read_json(model / "report.json")
+    recipe, report = read_recipe(model), read_report(model)
+    compared = check_digests(model) if verify else None
+    if verify and compared is None:
+        warn_of_none(model)
     sizes = {f.name: f.stat().st_size for f in sorted(model.iterdir()) if f.is_file()}
     if as_json:
         _print_json({"model": str(model), "files": sizes, **report})
     else:
-        show.inspection(model, recipe, report, sizes)
+        show.inspection(model, recipe, report, sizes, compared)
 
 
 @app.command()
@@ -363,20 +376,22 @@ def backends(as_json: Json = False) -> None:
 def run() -> int:
     """Run the command line and return its exit status; expected errors print one line."""
     try:
-        # Commands return nothing; a number is the exit status of the command line library.
-        status = int(app(standalone_mode=False) or 0)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            # Commands return nothing; a number is the exit status of the command line library.
+            status = int(app(standalone_mode=False) or 0)
     except CorequantError as error:
-        print(f"corequant: {error}", file=sys.stderr)
+        _complain(error)
         return 1
     except (typer.Abort, KeyboardInterrupt):
         status = _INTERRUPTED
     except Exception as error:
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            print(f"corequant: out of memory: {error}".splitlines()[0], file=sys.stderr)
+            _complain(f"out of memory: {str(error).partition(chr(10))[0]}")
             return 1
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             # A usage error of the command line library.
-            print(f"corequant: {error.format_message()}; see --help", file=sys.stderr)
+            _complain(f"{error.format_message()}; see --help")
             return int(error.exit_code)
         raise
     if status == _INTERRUPTED:
@@ -386,6 +401,15 @@ def run() -> int:
             file=sys.stderr,
         )
     return status
+
+
+def _complain(what: object) -> None:
+    """Print an error as one line that a terminal may see."""
+    print(f"corequant: {plain(str(what).replace(chr(10), ' '))}", file=sys.stderr)
+
+
+def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
+    _complain(message)
 
 
 def _recipe(context: typer.Context, file: Path | None, **options: Any) -> Recipe:
@@ -404,10 +428,10 @@ def _recipe(context: typer.Context, file: Path | None, **options: Any) -> Recipe
 
 def _read_text(name: str, path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"--{name} must be a readable UTF-8 file: {error}") from error
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, indent=2))
+    print(json_text(value))

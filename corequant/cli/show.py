@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Column, Table
+
+from corequant.cli.plain import marked
 
 __all__ = [
     "backends",
@@ -69,7 +72,7 @@ def fates(rows: list[dict[str, Any]]) -> None:
     """Print a line for each tensor of the model."""
     table = Table("tensor", "shape", "fate")
     for row in rows:
-        table.add_row(row["name"], "×".join(map(str, row["shape"])), row["fate"])
+        table.add_row(marked(row["name"]), "×".join(map(str, row["shape"])), row["fate"])
     _console.print(table)
 
 
@@ -107,10 +110,10 @@ def plan_dict(plan: Any) -> dict[str, Any]:
 
 def plan_table(plan: Any) -> None:
     """Print what happens to each kind of matrix."""
-    sizes = plan.dimensions
+    sizes, kind = plan.dimensions, marked(plan.architecture.model_type)
     table = Table(
         Column("matrix", no_wrap=True), "shape", "folds", "reads", "writes", "rounded",
-        title=f"{plan.architecture.model_type}: {sizes.blocks} blocks, hidden {sizes.hidden}, "
+        title=f"{kind}: {sizes.blocks} blocks, hidden {sizes.hidden}, "
         f"intermediate {sizes.intermediate}, head {sizes.head_dim}",
     )  # fmt: skip
     kinds: dict[tuple[tuple[str, int, int], ...], int] = {}
@@ -122,7 +125,7 @@ def plan_table(plan: Any) -> None:
             continue
         path = "" if m.block is None else plan.architecture.block.format(m.block) + "."
         table.add_row(
-            m.name.removeprefix(path),
+            marked(m.name.removeprefix(path)),
             "×".join(map(str, m.shape)),
             "norm" if plan.folds and m.norm is not None else "",
             _side(m.input, "online " if m.online else ""),
@@ -131,7 +134,7 @@ def plan_table(plan: Any) -> None:
         )
     _console.print(table)
     for note in plan.notes:
-        _console.print(f"note: {note}")
+        _console.print(f"note: {marked(note)}")
     cost = plan.cost()
     recipe = plan.recipe
     _console.print(f"weights {recipe.weights}, activations {recipe.activations or 'float'}")
@@ -157,7 +160,7 @@ def quantized(result: Any, output: Path) -> None:
         f"{found.rotations_online} online rotations, {found.permutations} permutations"
     )
     _console.print(
-        f"saved to {output} in {result.report['seconds']} s, "
+        f"saved to {marked(output)} in {result.report['seconds']} s, "
         f"peak memory {result.report['peak_rss_mib']} MiB"
     )
 
@@ -168,27 +171,27 @@ def _roundings(rows: list[dict[str, Any]]) -> None:
     if idle:
         _console.print(
             f"{len(idle)} layers of experts that no calibration token visited were rounded to "
-            f"nearest, the first is {idle[0]}"
+            f"nearest, the first is {marked(idle[0])}"
         )
     seen = [row for row in rows if row.get("loss") is not None]
     if not seen:
         return
-    names = [row["name"].split(".") for row in seen]
+    names = [str(row["name"]).split(".") for row in seen]
     columns = enumerate(zip(*names, strict=False))
     shared = next((k for k, column in columns if len(set(column)) > 1), 0)
     layer, method = (Column(name, overflow="fold") for name in ("layer", "method"))
     heads = ("loss to nearest", "loss", "damping", "dead", "s", "peak MiB")
     table = Table(layer, method, *heads)
     for row, name in zip(seen, names, strict=True):
-        damping = row["relative_damping"]
-        again = "" if (row["damping_tries"] or 1) == 1 else f" (try {row['damping_tries']})"
+        damping = row.get("relative_damping")
+        again = "" if (row.get("damping_tries") or 1) == 1 else f" (try {row['damping_tries']})"
         table.add_row(
-            ".".join(name[shared:]),
-            row["method"],
-            f"{row['loss_nearest']:.4g}",
-            f"{row['loss']:.4g}",
+            marked(".".join(name[shared:])),
+            marked(row["method"]),
+            _figure(row.get("loss_nearest")),
+            _figure(row["loss"]),
             "" if damping is None else f"{damping:.2g}{again}",
-            str(row["dead_columns"] or ""),
+            str(row.get("dead_columns") or ""),
             f"{row['seconds']:.1f}",
             str(row["peak_rss_mib"]),
         )
@@ -199,30 +202,36 @@ def evaluation(model: Path, result: Any) -> None:
     """Print a perplexity."""
     _console.print(
         f"perplexity [bold]{result.perplexity:.3f}[/bold] over {result.predicted} positions "
-        f"({result.windows} windows of {result.sequence_length}): {model}"
+        f"({result.windows} windows of {result.sequence_length}): {marked(model)}"
     )
 
 
-def inspection(model: Path, recipe: Any, report: dict[str, Any], sizes: dict[str, int]) -> None:
+def inspection(
+    model: Path,
+    recipe: Any,
+    report: dict[str, Any],
+    sizes: dict[str, int],
+    compared: int | None,
+) -> None:
     """Print recipe, verification, regions and files of a quantized directory."""
-    _console.print(f"[bold]{model}[/bold]")
-    _console.print(recipe.to_toml().rstrip(), highlight=False)
+    _console.print(f"[bold]{marked(model)}[/bold]")
+    _console.print(recipe.to_toml().rstrip(), highlight=False, markup=False)
     found = report.get("verification", {})
     _console.print(
-        f"verified: logits to {found.get('logits_error', float('nan')):.1e}, "
-        f"{found.get('matrices_changed')} matrices changed"
+        f"verified: logits to {found['logits_error']:.1e}, "
+        f"{marked(found.get('matrices_changed'))} matrices changed"
     )
     regions = report.get("regions", [])
     if regions:
         table = Table("region", "tokens", "largest block mass / mean", "after permutation")
         for row in regions:
             if row.get("unrouted"):
-                table.add_row(row["name"], "0", "no token was routed to this expert", "")
+                table.add_row(marked(row["name"]), "0", "no token was routed to this expert", "")
                 continue
-            mean = row["mean_block_mass"]
+            mean = row["mean_block_mass"] or math.nan
             table.add_row(
-                row["name"],
-                str(row.get("tokens", "")),
+                marked(row["name"]),
+                marked(row.get("tokens", "")),
                 f"{row['largest_block_mass'] / mean:.3f}",
                 f"{row['largest_block_mass_permuted'] / mean:.3f}",
             )
@@ -230,21 +239,24 @@ def inspection(model: Path, recipe: Any, report: dict[str, Any], sizes: dict[str
     _roundings(report.get("matrices", []))
     files = Table("file", "bytes")
     for name, size in sizes.items():
-        files.add_row(name, f"{size:,}")
+        files.add_row(marked(name), f"{size:,}")
     _console.print(files)
+    if compared is not None:
+        _console.print(f"{compared} files are as they were written")
 
 
 def outliers(found: Any, page: Path) -> None:
     """Print a line for each layer of an inspected float model."""
+    kind = marked(found.model_type)
     table = Table(
         "layer", "δ", "rotated", "both", "full", "balance", "recovery",
-        title=f"{found.model_type}, blocks of {found.block_size}: ranges relative to the untouched "
+        title=f"{kind}, blocks of {found.block_size}: ranges relative to the untouched "
         "activation",
     )  # fmt: skip
     for layer in found.layers:
         ranges = layer.ranges
         table.add_row(
-            _short(layer.name),
+            marked(_short(layer.name)),
             f"{layer.concentration:.4f}",
             f"{ranges['rotated']:.2f}",
             f"{ranges['permuted and rotated']:.2f}",
@@ -253,7 +265,11 @@ def outliers(found: Any, page: Path) -> None:
             f"{layer.recovery['energydiff'][0]:.2f}",
         )
     _console.print(table)
-    _console.print(f"report: {page}")
+    _console.print(f"report: {marked(page)}")
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def _short(name: str) -> str:
@@ -269,8 +285,8 @@ def demo(result: Any) -> None:
     _console.print(table)
     _console.print(
         f"recovery = perplexity of the full-vector rotation / perplexity; "
-        f"INT4 weights and activations\nbest: {result.best}, saved to {result.output} and loaded "
-        f"again; it says:\n[italic]{result.sentence}[/italic]"
+        f"INT4 weights and activations\nbest: {result.best}, saved to {marked(result.output)} "
+        f"and loaded again; it says:\n[italic]{marked(result.sentence)}[/italic]"
     )
 
 
@@ -278,7 +294,7 @@ def backends(rows: dict[str, dict[str, str]]) -> None:
     """Print one line for each backend."""
     table = Table("backend", "what it has")
     for name, found in rows.items():
-        table.add_row(name, ", ".join(f"{k} {v}" for k, v in found.items()))
+        table.add_row(marked(name), marked(", ".join(f"{k} {v}" for k, v in found.items())))
     _console.print(table)
 
 

@@ -272,6 +272,73 @@ def test_other_tokenizers_are_refused(own, tmp_path):
         cqhf.export(tmp_path / "changed", tmp_path / "model.gguf", "gguf")
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"normalizer": {"type": "NFC"}}, "normalizer of .* must be null, .*got NFC"),
+        (
+            {"normalizer": {"type": "Replace", "pattern": {"String": "  "}, "content": " "}},
+            "Replace",
+        ),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}}, "Sequence"),
+        ({"model": {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix of .* null or false"),
+        ({"model": {"dropout": 0.5}}, "dropout of"),
+        ({"model": {"ignore_merges": True}}, "ignore_merges of"),
+        ({"added_tokens": {"lstrip": True}}, "lstrip of the added token '<s>'"),
+        ({"normalizer": {"type": "Sequence", "normalizers": []}}, None),
+        ({"normalizer": None}, None),
+    ],
+)
+def test_what_llama_cpp_does_to_no_text_is_refused(changes, words, own, tmp_path):
+    shutil.copytree(own, tmp_path / "changed")
+    file = tmp_path / "changed/tokenizer.json"
+    values = json.loads(file.read_text())
+    for name, change in changes.items():
+        if name == "model":
+            values[name].update(change)
+        elif name == "added_tokens":
+            values[name][0].update(change)
+        else:
+            values[name] = change
+    file.write_text(json.dumps(values))
+    options = {"to": "gguf", "verify": False}
+    if words is None:
+        cqhf.export(tmp_path / "changed", tmp_path / "model.gguf", **options)
+        return
+    with pytest.raises(cq.CheckpointError, match=words):
+        cqhf.export(tmp_path / "changed", tmp_path / "model.gguf", **options)
+    # Also where it comes from the model that was quantized.
+    (tmp_path / "source").mkdir()
+    for name in ("config.json", "tokenizer_config.json", "model.safetensors"):
+        shutil.copy(own.parent / "source" / name, tmp_path / "source")
+    shutil.copy(file, tmp_path / "source")
+    with pytest.raises(cq.CheckpointError, match=words):
+        cqhf.export(own, tmp_path / "model.gguf", "gguf", source=tmp_path / "source")
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_a_gguf_file_carries_its_digest(own, tmp_path):
+    file = cqhf.export(own, tmp_path / "model.gguf", "gguf")
+    assert cqhf.check_digests(file) == 1
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 4
+    file.write_bytes(data)
+    again = tmp_path / "again.gguf"
+    for read in (
+        cqhf.check_digests,
+        lambda path: cqhf.Source(path).load(),
+        lambda path: cqhf.export(own, again, "gguf", source=path),
+    ):
+        with pytest.raises(cq.CheckpointError, match="model.gguf is not as it was written"):
+            read(file)
+    plain = bytes(data).replace(b"corequant.sha256", b"corequant.sha255")
+    file.write_bytes(plain)
+    with pytest.raises(cq.CheckpointError, match="lacks its corequant.sha256"):
+        cqhf.check_digests(file)
+    file.write_bytes(plain.replace(b"corequant.version", b"corequant.vercion"))
+    assert cqhf.check_digests(file) is None
+
+
 def test_outputs_that_can_not_be_are_refused(own, tmp_path):
     (tmp_path / "there.gguf").touch()
     for name in ("there.gguf", "model.bin", "missing/model.gguf"):

@@ -364,6 +364,48 @@ def test_changed_inputs_are_refused_by_name(source, tokens, tmp_path):
     refused(r"versions\.torch must be as when the run was begun, '0\.1'")
 
 
+@pytest.mark.parametrize("text", ["[]", "5", "{", "[" * 100_000, "null", '{"format": [1]}', ""])
+def test_a_manifest_that_is_none_is_refused(text, source, tokens, tmp_path):
+    manifest = begin(source, tokens, tmp_path / "out") / "manifest.json"
+    manifest.write_text(text)
+    with pytest.raises(cq.RunError, match="manifest.json|must be as when the run was begun"):
+        cqhf.quantize(source, RECIPE, tokens, tmp_path / "out", resume=True)
+    manifest.unlink()
+    os.mkfifo(manifest)
+    with pytest.raises(cq.RunError, match="where a regular file is expected"):
+        cqhf.quantize(source, RECIPE, tokens, tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": [1]},
+        {"files": {"x": 5}},
+        {"state": 5},
+        {"state": {"reference": [5]}},
+        {"report": []},
+        {"report": {}},
+        {"sha256": None},
+    ],
+)
+@pytest.mark.parametrize("step", ["block-00000", "choose"])
+def test_a_record_of_other_values_costs_its_step(change, step, source, tokens, whole, tmp_path):
+    record = begin(source, tokens, tmp_path / "out") / f"{step}.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), **change}))
+    events = []
+    cqhf.quantize(source, RECIPE, tokens, tmp_path / "out", resume=True, events=events.append)
+    assert step in [e["step"] for e in events]
+    assert digest(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("text", ["[]", '{"sha256": 5, "files": [1]}', "{", '{"files": 5}'])
+def test_a_mark_of_other_values_is_none(text, source, tokens, whole, tmp_path):
+    (begin(source, tokens, tmp_path / "out") / "saved.json").write_text(text)
+    (tmp_path / "out").mkdir()
+    cqhf.quantize(source, RECIPE, tokens, tmp_path / "out", resume=True)
+    assert digest(tmp_path / "out") == whole
+
+
 def test_two_runs_exclude_each_other(source, tokens, tmp_path):
     run = begin(source, tokens, tmp_path / "out")
     manifest = json.loads((run / "manifest.json").read_text())

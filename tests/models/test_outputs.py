@@ -1,0 +1,346 @@
+"""Where results may go, and that damage to what was written is noticed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import corequant as cq
+import corequant_transformers as cqhf
+from corequant.recipe import Recipe
+from corequant_transformers import outputs as places
+from corequant_transformers import pipeline
+from corequant_transformers.digests import DIGESTS
+from corequant_transformers.saving import run_directory
+from tests.flipping import flip, outputs
+from tests.models.test_checkpoint import word_level
+from tests.models.test_streaming import Stopped, digest, stop_after
+
+RECIPE = Recipe(block_size=16)
+OFFLINE = Recipe(rotation="offline", weights="int4:group16", activations="none")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("float") / "model"
+    cqhf.tiny_model("llama").save_pretrained(folder)
+    word_level(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(source, tokens, tmp_path_factory):
+    """A directory that a run wrote, and its hash."""
+    folder = tmp_path_factory.mktemp("written") / "out"
+    cqhf.quantize(source, RECIPE, tokens, folder)
+    return folder
+
+
+@pytest.fixture
+def copy_of(written, tmp_path):
+    shutil.copytree(written, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+# ---- directories that are there already
+
+
+def link(folder):
+    (folder / "real").mkdir(mode=0o700)
+    (folder / "out").symlink_to("real")
+    return folder / "out"
+
+
+def dangling(folder):
+    (folder / "out").symlink_to("real")
+    return folder / "out"
+
+
+def there(folder):
+    (folder / "out").mkdir(mode=0o700)
+    return folder / "out"
+
+
+@pytest.mark.parametrize("make", [link, dangling, there])
+@pytest.mark.parametrize("resume", [False, True])
+def test_output_goes_where_a_name_leads(make, resume, source, written, tokens, tmp_path):
+    output = make(tmp_path)
+    before = output.stat() if output.exists() else None
+    cqhf.quantize(source, RECIPE, tokens, output, resume=resume)
+    assert digest(output) == digest(written)
+    assert {p.name for p in tmp_path.iterdir()} <= {"out", "real"}
+    if before is not None:
+        assert os.path.samestat(before, output.stat())
+        assert output.stat().st_mode & 0o777 == 0o700
+    cqhf.load(output)
+    with pytest.raises(cq.OutputError, match="new or empty directory"):
+        cqhf.quantize(source, RECIPE, tokens, output, resume=resume)
+
+
+@pytest.mark.parametrize("make", [link, dangling, there])
+def test_exports_and_models_in_memory_go_there_too(make, tokens, tmp_path):
+    output = make(tmp_path)
+    cqhf.quantize(cqhf.tiny_model("llama"), OFFLINE, tokens, output)
+    cqhf.load(output)
+    (tmp_path / "below").mkdir()
+    export = make(tmp_path / "below")
+    cqhf.export(output, export)
+    cqhf.Source(export).load()
+
+
+def test_the_working_directory_stays_what_it_is(source, tokens, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    before = os.stat(".")
+    cqhf.quantize(source, RECIPE, tokens, ".")
+    assert os.path.samestat(before, os.stat(tmp_path / "here"))
+    assert (tmp_path / "here/corequant.safetensors").is_file()
+    cqhf.load(".")
+    assert os.listdir(tmp_path) == ["here"]
+    with pytest.raises(cq.OutputError, match="new or empty directory, got .*which holds"):
+        cqhf.quantize(source, RECIPE, tokens, ".")
+
+
+def test_a_directory_within_the_model_may_be_the_output(source, tokens, written, tmp_path):
+    shutil.copytree(source, tmp_path / "model")
+    output = tmp_path / "model" / "tokenizer_out"
+    cqhf.quantize(tmp_path / "model", RECIPE, tokens, output)
+    assert digest(output) == digest(written)
+    with pytest.raises(cq.OutputError, match="new or empty"):
+        cqhf.quantize(tmp_path / "model", RECIPE, tokens, tmp_path / "model")
+    with pytest.raises(cq.OutputError, match="new or empty"):
+        cqhf.quantize(tmp_path / "model", RECIPE, tokens, tmp_path)
+
+
+def test_a_model_is_named_however_its_path_is_written(source, tokens, monkeypatch):
+    monkeypatch.chdir(source)
+    assert cqhf.quantize(".", RECIPE, tokens).report["source"] == "model"
+    monkeypatch.chdir("/")
+    assert cqhf.Source(source / ".." / "model").name == "model"
+
+
+def test_a_mounted_directory_is_written_into(source, written, tokens, tmp_path):
+    """Where mounts can be made; otherwise renaming one is refused by a stand-in."""
+    mounted = tmp_path / "out"
+    mounted.mkdir()
+    mount = ["mount", "-t", "tmpfs", "none", str(mounted)]
+    done = subprocess.run(mount, capture_output=True, check=False)
+    try:
+        cqhf.quantize(source, RECIPE, tokens, mounted)
+        assert digest(mounted) == digest(written)
+        assert os.listdir(tmp_path) == ["out"]
+    finally:
+        if done.returncode == 0:
+            subprocess.run(["umount", str(mounted)], check=True)
+
+
+@pytest.mark.parametrize("name", ["/", "..", "x\0y", "loop"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_outputs_that_can_not_be_are_refused_before_any_work(
+    name, resume, source, tokens, tmp_path, monkeypatch
+):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(pipeline, "describe_run", pytest.fail)
+    output = tmp_path / "loop" if name == "loop" else name
+    with pytest.raises(cq.OutputError, match="output"):
+        cqhf.quantize(source, RECIPE, tokens, output, resume=resume)
+    assert os.listdir(tmp_path / "here") == []
+
+
+def test_a_read_only_directory_is_refused_before_any_work(source, tokens, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    real = places.tempfile.mkdtemp
+
+    def refuse(suffix=None, prefix=None, dir=None):
+        if str(dir).endswith("out"):
+            raise OSError(30, "Read-only file system")
+        return real(suffix, prefix, dir)
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(cq.OutputError, match="output can't be written: .*Read-only"):
+        cqhf.quantize(source, RECIPE, tokens, tmp_path / "out")
+
+
+@pytest.mark.parametrize("at", [0, 1, 4, -1])
+def test_a_run_that_is_killed_while_it_moves_files_goes_on(
+    at, source, written, tokens, tmp_path, monkeypatch
+):
+    output = there(tmp_path)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(folder, target):
+        names = sorted(f.name for f in folder.iterdir() if f.name != "corequant.safetensors")
+        for name in names[: at % (len(names) + 1)]:
+            (folder / name).rename(target / name)
+        shutil.copytree(folder, target / ".corequant.left.tmp")
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(places, "_move", killed)
+        with pytest.raises(Killed):
+            cqhf.quantize(source, RECIPE, tokens, output)
+    assert run_directory(output).is_dir()
+    cqhf.quantize(source, RECIPE, tokens, output, resume=True)
+    assert digest(output) == digest(written)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_files_of_others_are_not_removed_from_an_output(source, tokens, tmp_path):
+    output = there(tmp_path)
+    with pytest.raises(Stopped):
+        cqhf.quantize(source, RECIPE, tokens, output, events=stop_after("block-00000"))
+    (output / "config.json").write_text("mine")
+    with pytest.raises(cq.OutputError, match=r"which holds config\.json"):
+        cqhf.quantize(source, RECIPE, tokens, output, resume=True)
+    assert (output / "config.json").read_text() == "mine"
+
+
+def test_a_move_that_fails_leaves_nothing(tokens, tmp_path, monkeypatch):
+    output = there(tmp_path)
+    real = Path.rename
+
+    def fails(self, target):
+        if self.name == "corequant.safetensors":
+            raise OSError(5, "Input/output error")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(cq.OutputError, match="Input/output error"):
+        cqhf.quantize(cqhf.tiny_model("llama"), RECIPE, tokens, output)
+    assert os.listdir(output) == []
+
+
+# ---- digests
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_flipped_bits_are_noticed(kind, tmp_path):
+    """A few; ``bench/bench_flips.py`` flips thousands."""
+    _, path, read = outputs(tmp_path)[kind]
+    found = flip(path, read, 40, seed=1)
+    assert found.noticed + found.harmless == 40
+    assert found.noticed >= 39
+
+
+def changed(file):
+    file.write_bytes(file.read_bytes() + b"\n")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json", "corequant.safetensors", DIGESTS, "float_config.json", "recipe.toml",
+        "generation_config.json", "log.jsonl", "report.json", "tokenizer.json",
+    ],
+)  # fmt: skip
+def test_every_file_is_compared(name, copy_of, tmp_path):
+    content = (copy_of / name).read_bytes()
+    for damage in (changed, Path.unlink):
+        damage(copy_of / name)
+        for read in (cqhf.load, cqhf.check_digests):
+            with pytest.raises(cq.CheckpointError):
+                read(copy_of)
+        (copy_of / name).write_bytes(content)
+    cqhf.load(copy_of)
+    if name not in ("corequant.safetensors", "report.json", DIGESTS):
+        (copy_of / name).write_bytes(content + b" \n")
+        cqhf.load(copy_of, verify=False)
+
+
+def test_values_that_were_edited_are_noticed(copy_of, tokens):
+    file = copy_of / "recipe.toml"
+    file.write_text(file.read_text().replace("block_size = 16", "block_size = 32"))
+    with pytest.raises(cq.CheckpointError, match=r"recipe.toml is not as it was written.*verify=F"):
+        cqhf.load(copy_of)
+    with pytest.raises(cq.CheckpointError, match="recipe.toml is not as it was written"):
+        cqhf.load_tokenizer(copy_of)
+    assert cqhf.load(copy_of, verify=False) is not None
+
+
+def test_added_files_are_noticed(copy_of):
+    for name in ("README.md", ".gitattributes", "model.gguf"):
+        (copy_of / name).write_text("of the model's page")
+    for name in (".cache", "export"):
+        (copy_of / name).mkdir()
+    cqhf.load(copy_of)
+    for name in ("chat_template.jinja", "added_tokens.json", "model.safetensors", "x"):
+        (copy_of / name).write_text("{{ messages }}")
+        with pytest.raises(cq.CheckpointError, match=f"{name} is not among the files"):
+            cqhf.load(copy_of)
+        if name == "chat_template.jinja":
+            cqhf.load(copy_of, verify=False)
+        (copy_of / name).unlink()
+    (copy_of / "additional_chat_templates").mkdir()
+    with pytest.raises(cq.CheckpointError, match="additional_chat_templates is not among"):
+        cqhf.load(copy_of)
+
+
+def test_other_programs_can_check_the_list(copy_of):
+    command = ["sha256sum", "--check", "--quiet", "--strict", DIGESTS]
+    assert subprocess.run(command, cwd=copy_of, check=False).returncode == 0
+    changed(copy_of / "tokenizer.json")
+    assert subprocess.run(command, cwd=copy_of, check=False, capture_output=True).returncode == 1
+
+
+def test_lists_of_equal_models_are_equal(written, source, tokens, tmp_path):
+    cqhf.quantize(source, RECIPE, tokens, tmp_path / "again")
+    assert (tmp_path / "again" / DIGESTS).read_bytes() == (written / DIGESTS).read_bytes()
+
+
+def test_a_directory_from_before_says_so(copy_of, tokens):
+    (copy_of / DIGESTS).unlink()
+    file = copy_of / "config.json"
+    values = json.loads(file.read_text())
+    del values["quantization_config"]["digests"]
+    file.write_text(json.dumps(values))
+    with pytest.warns(UserWarning, match="was written before corequant kept digests"):
+        cqhf.load(copy_of)
+    assert cqhf.check_digests(copy_of) is None
+    cqhf.load(copy_of, verify=False)
+
+
+def test_exports_are_made_of_whole_directories_and_compared_themselves(tokens, tmp_path):
+    own, out = tmp_path / "own", tmp_path / "out"
+    cqhf.quantize(cqhf.tiny_model("llama"), OFFLINE, tokens, own)
+    report = (own / "report.json").read_bytes()
+    changed(own / "report.json")
+    for to, target in (("compressed-tensors", out), ("gguf", tmp_path / "out.gguf")):
+        with pytest.raises(cq.CorequantError):
+            cqhf.export(own, target, to)
+        assert not target.exists()
+    with pytest.raises(cq.CheckpointError, match="report.json is not as it was written"):
+        cqhf.export(own, out)
+    (own / "report.json").write_bytes(report)
+    cqhf.export(own, out)
+    assert cqhf.check_digests(out) == 2
+    file = out / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    for read in (cqhf.check_digests, lambda path: cqhf.Source(path).load()):
+        with pytest.raises(cq.CheckpointError, match="model.safetensors is not as it was written"):
+            read(out)
+    (out / DIGESTS).unlink()
+    assert cqhf.check_digests(out) is None
+    cqhf.Source(out).load()
+
+
+def test_nan_is_no_json(tokens, tmp_path):
+    model = cqhf.tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[3, 5] = 1e25
+    result = cqhf.quantize(model, RECIPE, tokens, tmp_path / "out")
+    errors = [row["relative_squared_error"] for row in result.report["matrices"]]
+    assert all(0 <= error < 1 for error in errors)
+    text = (tmp_path / "out/report.json").read_text()
+    json.loads(text, parse_constant=pytest.fail)
