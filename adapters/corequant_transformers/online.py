@@ -236,7 +236,7 @@ def _check_matrices(model: torch.nn.Module) -> None:
         known = next((known for other, known in checked if torch.equal(matrix, other)), None)
         if known is None:
             n = len(matrix)
-            wanted = n * torch.eye(n, device=matrix.device)
+            wanted = n * torch.eye(n, dtype=matrix.dtype, device=matrix.device)
             # Entries of bfloat16 carry 8 bits.
             if not bool(((matrix @ matrix.T - wanted).abs() <= 0.02 * n).all()):
                 raise CheckpointError(f"{name}.weight is missing or not orthogonal")
