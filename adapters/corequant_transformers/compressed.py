@@ -21,8 +21,8 @@ from corequant.specs import Granularity
 from corequant.tensorfile import RawTensor, TensorFile, write_tensors
 from corequant_transformers.checkpoint import check_output, new_directory
 from corequant_transformers.online import GUARD
+from corequant_transformers.parts import build
 from corequant_transformers.rows import MatrixPlan
-from corequant_transformers.sources import quiet_transformers
 from corequant_transformers.stored import Stored
 
 __all__ = ["check_layers", "write_compressed"]
@@ -197,9 +197,7 @@ def _compare(folder: Path, places: dict[str, str], stored: Stored, scheme: Schem
 
 
 def _skeleton(stored: Stored) -> Any:
-    config = stored.config
-    with quiet_transformers(), torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return build(stored.config)
 
 
 def _class_name(config: Any) -> str:

@@ -22,12 +22,15 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from transformers.utils import quantization_config as configs
 
 import corequant as cq
-from corequant.errors import CheckpointError, HadamardOrderError
+from corequant.errors import CheckpointError, HadamardOrderError, OutputError
 
 __all__ = ["GUARD", "BlockTransform", "install"]
 
 GUARD = "import corequant_transformers first"
-"""The ``quantization_status`` of directories that need run-time rotations."""
+"""The ``quantization_status`` of directories that need run-time rotations.
+
+Their weights are compressed, unless their real status follows in brackets.
+"""
 
 _METHOD = "compressed-tensors"
 _TYPES = ("hadamard", "random-hadamard")
@@ -92,9 +95,9 @@ class _Config(configs.CompressedTensorsConfig):  # type: ignore[misc, unused-ign
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.transform_config = kwargs.pop("transform_config", None) or {}
         self.online = tuple(_read(self.transform_config))
-        self.guarded = kwargs.get("quantization_status") == GUARD
-        if self.guarded:
-            kwargs["quantization_status"] = "compressed"
+        status = kwargs.get("quantization_status")
+        if isinstance(status, str) and status.startswith(GUARD):
+            kwargs["quantization_status"] = status.removeprefix(GUARD).strip(" ()") or "compressed"
         super().__init__(*args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,7 +105,11 @@ class _Config(configs.CompressedTensorsConfig):  # type: ignore[misc, unused-ign
         values: dict[str, Any] = super().to_dict()
         if self.transform_config:
             values["transform_config"] = copy.deepcopy(self.transform_config)
-            values["quantization_status"] = GUARD
+            # Of a model that ran the weights are decoded: they would be taken for codes.
+            given = values.get("quantization_status") or "compressed"
+            status = str(getattr(given, "value", given))
+            guard = GUARD if status == "compressed" else f"{GUARD} ({status})"
+            values["quantization_status"] = guard
         return values
 
 
@@ -122,7 +129,18 @@ class _Quantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc, unused-ign
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         result = super()._process_model_after_weight_loading(model, **kwargs)
         _check_matrices(model)
+        config = self.quantization_config
+        if getattr(config, "online", ()) and config.dequantize:
+            model.save_pretrained = _refuse_to_save
         return result
+
+
+def _refuse_to_save(*given: Any, **options: Any) -> None:
+    """Stand in for ``save_pretrained``, which would write weights and leave out their rotations."""
+    raise OutputError(
+        "save_pretrained would lose the run-time rotations of weights that were dequantized as they "
+        "were loaded; load the directory without dequantize=True and save that model"
+    )
 
 
 def install() -> None:

@@ -83,7 +83,6 @@ def check_given(model: Any, *, floating: bool = True) -> Any:
         If it is no Transformers model.
     """
     found = unwrap(model)
-    # Transformers keeps one object for weights that are tied; names may differ, so all are looked at.
     weights = list(found.named_parameters(remove_duplicate=False))
     weights += list(found.named_buffers(remove_duplicate=False))
     absent = [name for name, tensor in weights if tensor.is_meta]
