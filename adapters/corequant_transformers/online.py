@@ -138,8 +138,8 @@ class _Quantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc, unused-ign
 def _refuse_to_save(*given: Any, **options: Any) -> None:
     """Stand in for ``save_pretrained``, which would write weights and leave out their rotations."""
     raise OutputError(
-        "save_pretrained would lose the run-time rotations of weights that were dequantized as they "
-        "were loaded; load the directory without dequantize=True and save that model"
+        "save_pretrained would lose the run-time rotations of weights that were dequantized when "
+        "they were loaded; load the directory without dequantize=True and save that model"
     )
 
 
