@@ -26,7 +26,7 @@ from corequant_transformers.checkpoint import (
     read_generation,
     save,
 )
-from corequant_transformers.choosing import Calibration
+from corequant_transformers.choosing import Calibration, check_calibration
 from corequant_transformers.descriptions import check_described
 from corequant_transformers.devices import check_device, device_of
 from corequant_transformers.gathering import gather
@@ -92,6 +92,7 @@ class Quantized:
         """
         return load(self.path) if self.made is None and self.path is not None else self.made
 
+    @undisturbed()
     def save(self, output: str | Path) -> Path:
         """Write the model to a new or empty directory and return its path.
 
@@ -325,6 +326,8 @@ def quantize(
     found = calibration if isinstance(calibration, Calibration) else None
     tokens = check_tokens(calibration if found is None else found.tokens)
     _check_windows(table, tokens)
+    if found is not None:
+        check_calibration(table, found)
 
     def make(ledger: Ledger, after: Callable[[str, float], None] = lambda step, s: None) -> _Made:
         given = model if source is None else source

@@ -20,6 +20,7 @@ import transformers
 from torch.utils.hooks import RemovableHandle
 
 from corequant.errors import BackendError, CheckpointError
+from corequant_transformers.layers import QuantizedLinear
 
 __all__ = ["check_given", "replicate", "standing_in", "unwrap"]
 
@@ -115,6 +116,11 @@ def _is_spread(tensor: torch.Tensor) -> bool:
 
 
 def _check_floating(model: Any) -> None:
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise CheckpointError(
+            f"{type(model).__name__} is quantized already by corequant; give the float model "
+            "instead"
+        )
     if getattr(model.config, "quantization_config", None) is not None:
         raise CheckpointError(
             f"{type(model).__name__} has a quantization_config, so it is quantized already; "

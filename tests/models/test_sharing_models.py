@@ -398,6 +398,13 @@ def test_weights_that_are_codes_are_refused(tokens):
             job(model, tokens)
 
 
+def test_a_model_that_corequant_quantized_is_refused(tokens):
+    model = cqhf.quantize(cqhf.tiny_model("llama"), RECIPE, tokens).model
+    for job in (calibrated, quantized, inspected):
+        with pytest.raises(cq.CheckpointError, match="quantized already by corequant"):
+            job(model, tokens)
+
+
 def test_what_is_no_model_is_refused(tokens):
     for model in ("some/folder", torch.nn.Linear(2, 2), None):
         with pytest.raises(TypeError, match="must be a Transformers model"):

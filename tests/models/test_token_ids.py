@@ -100,6 +100,32 @@ def test_a_calibration_on_other_tokens_is_checked(tokens):
         cqhf.quantize(cqhf.tiny_model("llama"), RECIPE, data)
 
 
+@pytest.mark.parametrize(
+    ("made_for", "needed", "words"),
+    [
+        (
+            {"permutation": "identity", "block_size": None},
+            {},
+            "96 channels of model.layers.0.mlp.down_proj",
+        ),
+        ({}, {"permutation": "energydiff"}, "second-order statistics"),
+        ({}, {"factors": "scales"}, "tokens of"),
+        ({}, {"permutation": "auto"}, "second-order statistics"),
+    ],
+)
+def test_a_calibration_for_another_recipe_is_named(made_for, needed, words, tokens):
+    model = cqhf.tiny_model("llama")
+    data = cqhf.calibrate(model, Recipe(**{"block_size": 16, **made_for}), tokens)
+    with pytest.raises(cq.CalibrationError, match=f"{words}.*call calibrate"):
+        cqhf.quantize(model, Recipe(block_size=16, **needed), data)
+
+
+def test_a_calibration_of_another_model_is_named(tokens):
+    data = cqhf.calibrate(cqhf.tiny_model("llama", intermediate_size=64), RECIPE, tokens)
+    with pytest.raises(cq.CalibrationError, match="must hold 96 channels"):
+        cqhf.quantize(cqhf.tiny_model("llama"), RECIPE, data)
+
+
 def test_a_token_that_only_the_tokenizer_has(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
