@@ -27,6 +27,7 @@ from corequant.errors import CheckpointError, OutputError, RecipeError
 from corequant.export import from_arrays, to_arrays
 from corequant.recipe import Recipe
 from corequant_transformers.durable import compare, sync, umask
+from corequant_transformers.floats import array_of, as_float32, check_writable
 from corequant_transformers.layers import QuantizedLinear
 from corequant_transformers.layouts import standardize
 from corequant_transformers.parts import Part, part_of, part_plan, skeleton
@@ -121,7 +122,7 @@ def save(
         that float32 doesn't hold. Nothing is left then.
     """
     tensors = _tensors(model, plan)
-    _check_writable(tensors, plan)
+    check_writable(tensors, plan)
     name = type(model).__name__
     with writing(
         output,
@@ -258,7 +259,7 @@ def place_tensors(
     """
     for matrix in plan.quantized:
         prefix = f"{matrix.name}.weight_"
-        own = {k: _array(k, t, where) for k, t in tensors.items() if k.startswith(prefix)}
+        own = {k: array_of(k, t, where) for k, t in tensors.items() if k.startswith(prefix)}
         quantized = from_arrays(matrix.name, own, plan.recipe.weights, matrix.shape)
         bias = tensors.pop(f"{matrix.name}.bias", None)
         layer = QuantizedLinear(
@@ -406,38 +407,11 @@ def _at_home(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return there
     try:
         # A model may have been cast after it was quantized.
-        return _as_float32(there.cpu())
+        return as_float32(there.cpu())
     except TypeError as error:
         raise OutputError(
             f"{name} {error}; nothing was written. Save the model as quantize returned it"
         ) from None
-
-
-def _check_writable(tensors: dict[str, torch.Tensor], plan: ModelPlan) -> None:
-    """Refuse what would not load."""
-    shapes = {f"{m.name}.weight": m.shape for m in plan.matrices}
-    for name, tensor in tensors.items():
-        if tensor.is_meta:
-            raise OutputError(f"{name} must be in memory to be written, got one without data")
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise OutputError(
-                f"{name} holds NaN or infinity, as after a cast to float16 that can't hold it; "
-                "nothing was written. Save the model as quantize returned it"
-            )
-        wanted = shapes.get(name, tuple(tensor.shape))
-        if tuple(tensor.shape) != wanted:
-            raise OutputError(
-                f"{name} must have the shape {wanted} that was quantized, got {tuple(tensor.shape)}"
-            )
-
-
-def _array(name: str, tensor: torch.Tensor, where: Path | str) -> Any:
-    try:
-        return tensor.numpy()
-    except TypeError:
-        # Of dtypes that NumPy lacks, such as bfloat16, none is one of codes or scales.
-        kind = str(tensor.dtype).removeprefix("torch.")
-        raise CheckpointError(f"{name} of {where} can't be of {kind}") from None
 
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -462,29 +436,11 @@ def _check_same(
                 f"got {tuple(found[name].shape)}"
             )
         try:
-            found[name] = _as_float32(found[name])
+            found[name] = as_float32(found[name])
         except TypeError as error:
             raise CheckpointError(f"{name} of {where} {error}") from None
         if not bool(found[name].isfinite().all()):
             raise CheckpointError(f"{name} of {where} holds NaN or infinity")
-
-
-def _as_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor's numbers in float32, the one dtype of what isn't quantized.
-
-    Raises
-    ------
-    TypeError
-        If they are none, or float32 doesn't have them.
-    """
-    kind = str(tensor.dtype).removeprefix("torch.")
-    if not tensor.is_floating_point():
-        raise TypeError(f"must be of float32, got {kind}")
-    wide = tensor.to(torch.float32)
-    same = wide.to(tensor.dtype)
-    if not bool(((same == tensor) | (tensor != tensor)).all()):
-        raise TypeError(f"must be of float32, got {kind} with numbers that float32 doesn't have")
-    return wide
 
 
 @contextmanager

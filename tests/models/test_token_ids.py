@@ -101,21 +101,21 @@ def test_a_calibration_on_other_tokens_is_checked(tokens):
 
 
 @pytest.mark.parametrize(
-    ("made_for", "needed", "words"),
+    ("needed", "words"),
     [
         (
             {"permutation": "identity", "block_size": None},
             {},
             "96 channels of model.layers.0.mlp.down_proj",
         ),
-        ({}, {"permutation": "energydiff"}, "second-order statistics"),
-        ({}, {"factors": "scales"}, "tokens of"),
-        ({}, {"permutation": "auto"}, "second-order statistics"),
+        ({"permutation": "energydiff"}, "second-order statistics"),
+        ({"factors": "scales"}, "tokens of"),
+        ({"permutation": "auto"}, "second-order statistics"),
     ],
 )
-def test_a_calibration_for_another_recipe_is_named(made_for, needed, words, tokens):
+def test_a_calibration_for_another_recipe_is_named(needed, words, tokens):
     model = cqhf.tiny_model("llama")
-    data = cqhf.calibrate(model, Recipe(**{"block_size": 16, **made_for}), tokens)
+    data = cqhf.calibrate(model, RECIPE, tokens)
     with pytest.raises(cq.CalibrationError, match=f"{words}.*call calibrate"):
         cqhf.quantize(model, Recipe(block_size=16, **needed), data)
 
