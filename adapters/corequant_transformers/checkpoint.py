@@ -39,12 +39,14 @@ from corequant_transformers.digests import (
     write_digests,
 )
 from corequant_transformers.durable import compare
+from corequant_transformers.floats import array_of, as_float32, check_writable
 from corequant_transformers.layers import QuantizedLinear
 from corequant_transformers.layouts import standardize
 from corequant_transformers.outputs import check_output, new_directory
-from corequant_transformers.parts import Part, part_of, part_plan
+from corequant_transformers.parts import Part, part_of, part_plan, skeleton
 from corequant_transformers.planning import ModelPlan, plan_model
 from corequant_transformers.sources import quiet_transformers
+from corequant_transformers.surroundings import undisturbed
 from corequant_transformers.transforming import restructure
 
 __all__ = [
@@ -99,9 +101,11 @@ def save(
     Raises
     ------
     OutputError
-        If it can't be written, or what was written doesn't read back equal. Nothing is left then.
+        If it can't be written, what was written doesn't read back equal, or the model has numbers
+        that float32 doesn't hold. Nothing is left then.
     """
     tensors = _tensors(model, plan)
+    check_writable(tensors, plan)
     name = type(model).__name__
     with writing(
         output,
@@ -172,6 +176,7 @@ def writing(
         complete(folder)
 
 
+@undisturbed()
 def load(path: str | Path, *, verify: bool = True) -> Any:
     """Load a quantized model with its run-time rotations and activation quantizers.
 
@@ -186,7 +191,8 @@ def load(path: str | Path, *, verify: bool = True) -> Any:
     Returns
     -------
     transformers.PreTrainedModel
-        Of the float model's class, in evaluation mode, computing in float32.
+        Of the float model's class, in evaluation mode, computing in float32, whatever float dtype
+        the directory has what isn't quantized in.
 
     Raises
     ------
@@ -208,8 +214,8 @@ def _load(folder: Path) -> Any:
     plan, config = read_plan(folder)
     config.tie_word_embeddings = False
     file = folder / "float_config.json"
-    with as_config_errors(file, read_json(file)), quiet_transformers():
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with as_config_errors(file, read_json(file)):
+        model = skeleton(config)
     standardize(model, plan)
     restructure(model, plan)
     tensors = _read_tensors(folder / WEIGHTS)
@@ -256,7 +262,8 @@ def place_tensors(
         If they are not what the plan leads to expect.
     """
     for matrix in plan.quantized:
-        own = {k: t.numpy() for k, t in tensors.items() if k.startswith(f"{matrix.name}.weight_")}
+        prefix = f"{matrix.name}.weight_"
+        own = {k: array_of(k, t, where) for k, t in tensors.items() if k.startswith(prefix)}
         quantized = from_arrays(matrix.name, own, plan.recipe.weights, matrix.shape)
         bias = tensors.pop(f"{matrix.name}.bias", None)
         layer = QuantizedLinear(
@@ -269,6 +276,10 @@ def place_tensors(
         had_bias = model.get_submodule(matrix.name).bias is not None
         if had_bias != (bias is not None):
             raise CheckpointError(f"{where} must hold {matrix.name}.bias: {had_bias}")
+        if bias is not None:
+            expected, found = {"bias": layer.weight[:, 0]}, {"bias": bias}
+            _check_same(f"{matrix.name} in {where}", expected, found)
+            layer.bias = found["bias"]
         model.set_submodule(matrix.name, layer)
         for key in own:
             del tensors[key]
@@ -400,18 +411,29 @@ def _tensors(model: Any, plan: ModelPlan) -> dict[str, torch.Tensor]:
     tensors = {}
     for matrix in plan.quantized:
         layer = model.get_submodule(matrix.name)
+        if not isinstance(layer, QuantizedLinear):
+            got = type(layer).__name__
+            raise OutputError(f"{matrix.name} must be the QuantizedLinear that it was, got {got}")
         for key, array in to_arrays(matrix.name, layer.quantized).items():
             tensors[key] = torch.from_numpy(array)
         if layer.bias is not None:
-            tensors[f"{matrix.name}.bias"] = layer.bias
+            tensors[f"{matrix.name}.bias"] = _at_home(f"{matrix.name}.bias", layer.bias)
     rest = {k: v for k, v in model.state_dict().items() if not _belongs(k, plan)}
-    return {k: _at_home(v) for k, v in {**rest, **tensors}.items()}
+    return {**{k: _at_home(k, v) for k, v in rest.items()}, **tensors}
 
 
-def _at_home(tensor: torch.Tensor) -> torch.Tensor:
+def _at_home(name: str, tensor: torch.Tensor) -> torch.Tensor:
     # Parts of a skeleton that are not open have no numbers to bring home.
     there = tensor.detach().contiguous()
-    return there if there.is_meta else there.cpu()
+    if there.is_meta:
+        return there
+    try:
+        # A model may have been cast after it was quantized.
+        return as_float32(there.cpu())
+    except TypeError as error:
+        raise OutputError(
+            f"{name} {error}; nothing was written. Save the model as quantize returned it"
+        ) from None
 
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -437,5 +459,9 @@ def _check_same(
                 f"{name} of {where} must have shape {tuple(tensor.shape)}, "
                 f"got {tuple(found[name].shape)}"
             )
-        if found[name].is_floating_point() and not bool(found[name].isfinite().all()):
+        try:
+            found[name] = as_float32(found[name])
+        except TypeError as error:
+            raise CheckpointError(f"{name} of {where} {error}") from None
+        if not bool(found[name].isfinite().all()):
             raise CheckpointError(f"{name} of {where} holds NaN or infinity")

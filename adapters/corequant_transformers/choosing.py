@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 import corequant as cq
+from corequant.errors import CalibrationError
 from corequant.hadamard import valid_block_sizes
 from corequant.recipe import Recipe
 from corequant.selection import (
@@ -26,6 +27,7 @@ from corequant_transformers.rows import Region
 __all__ = [
     "Calibration",
     "RegionChoice",
+    "check_calibration",
     "choose",
     "choose_block_size",
     "needs_second_order",
@@ -70,6 +72,32 @@ def needs_tokens(recipe: Recipe) -> bool:
     """Tell whether the recipe's choices need tokens, not only sums over them."""
     judged = recipe.permutation in ("rangediff", "auto") or recipe.block_size == "auto"
     return judged or recipe.factors != "none"
+
+
+def check_calibration(plan: ModelPlan, calibration: Calibration) -> None:
+    """Refuse a calibration that lacks what the choices of a plan are made from.
+
+    Raises
+    ------
+    CalibrationError
+        If it was made for another model, or for a recipe that needs less.
+    """
+    recipe, held = plan.recipe, calibration.statistics
+    for region in plan.regions:
+        found = held.get(region.name)
+        lacks = None
+        if found is None or found.d != region.width:
+            lacks = f"{region.width} channels of {region.name}"
+        elif needs_second_order(recipe) and "energy_gram" not in found.to_arrays():
+            lacks = f"the second-order statistics of {region.name}"
+        elif needs_tokens(recipe) and region.name not in calibration.held_out:
+            lacks = f"tokens of {region.name}"
+        if lacks is not None:
+            raise CalibrationError(
+                f"the calibration must hold {lacks}, as the recipe's permutation "
+                f"{recipe.permutation!r}, block size and factors need them, got one without; call "
+                "calibrate with this model and this recipe"
+            )
 
 
 def choose_block_size(plan: ModelPlan, indices: Sequence[int], calibration: Calibration) -> int:

@@ -23,8 +23,8 @@ from corequant_transformers.configs import as_config_errors
 from corequant_transformers.digests import write_digests
 from corequant_transformers.online import GUARD
 from corequant_transformers.outputs import check_output, new_directory
+from corequant_transformers.parts import build
 from corequant_transformers.rows import MatrixPlan
-from corequant_transformers.sources import quiet_transformers
 from corequant_transformers.stored import Stored
 
 __all__ = ["check_layers", "write_compressed"]
@@ -202,10 +202,9 @@ def _compare(folder: Path, places: dict[str, str], stored: Stored, scheme: Schem
 
 
 def _skeleton(stored: Stored) -> Any:
-    config = stored.config
     file = stored.folder / "float_config.json"
-    with as_config_errors(file, stored.float_config), quiet_transformers(), torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with as_config_errors(file, stored.float_config):
+        return build(stored.config)
 
 
 def _class_name(config: Any) -> str:

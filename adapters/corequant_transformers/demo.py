@@ -22,6 +22,7 @@ from corequant_transformers.checkpoint import load
 from corequant_transformers.outputs import check_output
 from corequant_transformers.pipeline import Progress, calibrate, quantize
 from corequant_transformers.sources import Source, quiet_transformers
+from corequant_transformers.surroundings import undisturbed
 from corequant_transformers.texts import evaluate, token_windows
 
 __all__ = ["Demo", "Row", "fetch_model", "help_topics", "run"]
@@ -106,6 +107,7 @@ def fetch_model(cache: Path | None = None) -> Path:
     return model
 
 
+@undisturbed()
 def run(
     output: Path,
     text: str | None = None,

@@ -91,7 +91,11 @@ def transform_entry(
         model.float()
     weight, _ = _assemble(_pieces(table, matrix, choices), matrix.shape, parts.device)
     if not torch.equal(weight[known], wanted):
-        raise VerificationError(f"rows of {path} came out otherwise by themselves than together")
+        raise VerificationError(
+            f"rows of {path} came out otherwise by themselves than together, so that what was "
+            "verified is not what would be kept; nothing was written. Please report it with the "
+            "model's config and the recipe"
+        )
     table.weight = torch.nn.Parameter(weight, requires_grad=False)
     return before, after, changed
 
@@ -195,7 +199,7 @@ def _assemble(
     pieces: Pieces, shape: tuple[int, ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return all rows and their bias in float32, on a device."""
-    weight, biases, first = torch.empty(shape), list[Array](), 0
+    weight, biases, first = torch.empty(shape, dtype=torch.float32), list[Array](), 0
     for W, b in pieces():
         weight[first : first + len(W)] = torch.from_numpy(W)
         first += len(W)

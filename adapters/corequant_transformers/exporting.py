@@ -10,10 +10,12 @@ from corequant_transformers.compressed import SHARD_BYTES, write_compressed
 from corequant_transformers.gguf_files import write_gguf
 from corequant_transformers.sources import Source
 from corequant_transformers.stored import Stored
+from corequant_transformers.surroundings import undisturbed
 
 __all__ = ["export"]
 
 
+@undisturbed()
 def export(
     path: str | Path,
     output: str | Path,

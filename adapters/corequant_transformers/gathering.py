@@ -50,8 +50,9 @@ def gather(
     if plan.recipe.sign_trials > 1 and plan.draw_signs():
         trials = SignTrials(parts, plan, tokens)
     arguments = block_arguments(parts, tokens[0], torch.float32)
-    hidden = torch.empty(*tokens.shape, plan.dimensions.hidden)
-    draws = torch.empty(trials.shape if trials is not None else 0)
+    states = (*tokens.shape, plan.dimensions.hidden)
+    hidden = torch.empty(states, dtype=torch.float32)
+    draws = torch.empty(trials.shape if trials is not None else 0, dtype=torch.float32)
     with parts.open(ENTRY):
         for k, window in enumerate(tokens):
             hidden[k] = enter(parts, window)

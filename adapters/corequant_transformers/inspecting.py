@@ -14,6 +14,8 @@ from corequant.recipe import Recipe
 from corequant.selection import rotation_error
 from corequant_transformers.pipeline import calibrate
 from corequant_transformers.planning import plan_model
+from corequant_transformers.replicas import unwrap
+from corequant_transformers.surroundings import undisturbed
 from corequant_transformers.texts import check_tokens
 
 __all__ = ["Inspection", "LayerInspection", "inspect"]
@@ -85,6 +87,7 @@ class Inspection:
         return asdict(self)
 
 
+@undisturbed()
 def inspect(
     model: Any,
     tokens: npt.NDArray[np.int64],
@@ -98,7 +101,7 @@ def inspect(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Float, untransformed.
+        Float, untransformed. It is only read.
     tokens : numpy.ndarray (windows, length), int64
         The last window judges, the others choose; at least two.
     block_size : int
@@ -113,8 +116,12 @@ def inspect(
 
     Raises
     ------
-    ArchitectureError, BlockSizeError, CalibrationError, HadamardOrderError
-        If the model is unknown, the block size doesn't fit it, or there are too few tokens.
+    ArchitectureError, BlockSizeError, HadamardOrderError
+        If the model is unknown, or the block size doesn't fit it.
+    BackendError, CheckpointError
+        If weights of the model are not in memory, or are those of a quantizer.
+    CalibrationError
+        If there are too few tokens, or ids that the model has no row for.
 
     Examples
     --------
@@ -128,7 +135,7 @@ def inspect(
         raise cq.CalibrationError(f"inspecting needs at least 2 windows, got {len(windows)}")
     recipe = Recipe(block_size=block_size, permutation="auto")
     data = calibrate(model, recipe, windows, progress=progress)
-    plan = plan_model(model.config, recipe)
+    plan = plan_model(unwrap(model).config, recipe)
     widths = {m.shape[1] for m in plan.mlp_outputs}
     sizes = tuple(b for b in (16, 32, 64, 128, 256) if all(w % b == 0 and b < w for w in widths))
     layers = []

@@ -25,13 +25,16 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from transformers.utils import quantization_config as configs
 
 import corequant as cq
-from corequant.errors import CheckpointError, HadamardOrderError
+from corequant.errors import CheckpointError, HadamardOrderError, OutputError
 from corequant_transformers.digests import DIGESTS, check_digests
 
 __all__ = ["GUARD", "BlockTransform", "install"]
 
 GUARD = "import corequant_transformers first"
-"""The ``quantization_status`` of directories that need run-time rotations."""
+"""The ``quantization_status`` of directories that need run-time rotations.
+
+Their weights are compressed, unless their real status follows in brackets.
+"""
 
 _METHOD = "compressed-tensors"
 _TYPES = ("hadamard", "random-hadamard")
@@ -96,9 +99,9 @@ class _Config(configs.CompressedTensorsConfig):  # type: ignore[misc, unused-ign
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.transform_config = kwargs.pop("transform_config", None) or {}
         self.online = tuple(_read(self.transform_config))
-        self.guarded = kwargs.get("quantization_status") == GUARD
-        if self.guarded:
-            kwargs["quantization_status"] = "compressed"
+        status = kwargs.get("quantization_status")
+        if isinstance(status, str) and status.startswith(GUARD):
+            kwargs["quantization_status"] = status.removeprefix(GUARD).strip(" ()") or "compressed"
         super().__init__(*args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,7 +109,11 @@ class _Config(configs.CompressedTensorsConfig):  # type: ignore[misc, unused-ign
         values: dict[str, Any] = super().to_dict()
         if self.transform_config:
             values["transform_config"] = copy.deepcopy(self.transform_config)
-            values["quantization_status"] = GUARD
+            # Of a model that ran the weights are decoded: they would be taken for codes.
+            given = values.get("quantization_status") or "compressed"
+            status = str(getattr(given, "value", given))
+            guard = GUARD if status == "compressed" else f"{GUARD} ({status})"
+            values["quantization_status"] = guard
         return values
 
 
@@ -128,6 +135,9 @@ class _Quantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc, unused-ign
         result = super()._process_model_after_weight_loading(model, **kwargs)
         _check_matrices(model)
         self._digests.finish()
+        config = self.quantization_config
+        if getattr(config, "online", ()) and config.dequantize:
+            model.save_pretrained = _refuse_to_save
         return result
 
 
@@ -152,6 +162,14 @@ class _Digests:
         """Raise CheckpointError if a file isn't as it was written."""
         if self._found is not None:
             self._found.result()
+
+
+def _refuse_to_save(*given: Any, **options: Any) -> None:
+    """Stand in for ``save_pretrained``, which would write weights and leave out their rotations."""
+    raise OutputError(
+        "save_pretrained would lose the run-time rotations of weights that were dequantized when "
+        "they were loaded; load the directory without dequantize=True and save that model"
+    )
 
 
 def install() -> None:
@@ -265,7 +283,7 @@ def _check_matrices(model: torch.nn.Module) -> None:
         known = next((known for other, known in checked if torch.equal(matrix, other)), None)
         if known is None:
             n = len(matrix)
-            wanted = n * torch.eye(n, device=matrix.device)
+            wanted = n * torch.eye(n, dtype=matrix.dtype, device=matrix.device)
             # Entries of bfloat16 carry 8 bits.
             if not bool(((matrix @ matrix.T - wanted).abs() <= 0.02 * n).all()):
                 raise CheckpointError(f"{name}.weight is missing or not orthogonal")

@@ -22,6 +22,7 @@ from corequant_transformers.budgets import trim_memory
 from corequant_transformers.devices import check_finite
 from corequant_transformers.layouts import check_modules, standardize, standardized
 from corequant_transformers.planning import ModelPlan
+from corequant_transformers.replicas import replicate
 from corequant_transformers.sources import quiet_transformers
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Part",
     "Parts",
     "Weights",
+    "build",
     "part_of",
     "part_plan",
     "skeleton",
@@ -55,7 +57,8 @@ class ModelWeights:
     """The weights of a float model in memory, which is only read."""
 
     def __init__(self, model: Any) -> None:
-        self._state = model.state_dict()
+        # Its own names, without what wraps it or its modules, or hooks make of them.
+        self._state = torch.nn.Module.state_dict(replicate(model))
 
     def fill(self, model: Any, keys: Sequence[str]) -> None:
         """Give the parameters of these names to the modules of ``model``, in float32."""
@@ -84,16 +87,10 @@ def skeleton(model: Any) -> Any:
         In evaluation mode, float32, with buffers that don't come from files in place.
     """
     if isinstance(model, torch.nn.Module):
-        tensors = [*model.named_parameters(remove_duplicate=False)]
-        # What deepcopy finds here it does not copy; a shared parameter stays shared.
-        memo: dict[int, Any] = {
-            id(p): torch.nn.Parameter(p.detach().to("meta", torch.float32), requires_grad=False)
-            for _, p in tensors
-        }
-        result: Any = copy.deepcopy(model, memo)
-        return result.eval()
-    with quiet_transformers(), torch.device("meta"):
-        result = transformers.AutoModelForCausalLM.from_config(model, dtype=torch.float32)
+        result: Any = replicate(model, _emptied, plain=True)
+        result.config.return_dict = True
+        return result
+    result = build(model)
     for module in result.modules():
         own = {name: b for name, b in module._buffers.items() if b is not None}
         for name, buffer in own.items():
@@ -102,6 +99,30 @@ def skeleton(model: Any) -> Any:
             # As when Transformers loads a model: it knows how to compute these.
             result._init_weights(module)
     return result.eval().requires_grad_(False)
+
+
+def build(config: Any) -> Any:
+    """Return a model of a config, in float32, with all of it on the meta device.
+
+    Parameters
+    ----------
+    config : transformers.PreTrainedConfig
+        Copied.
+    """
+    config = copy.deepcopy(config)
+    # Transformers would make a dtype that it is told the process's own while it builds.
+    for each in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if each is not None:
+            each.dtype = None
+    with quiet_transformers(), torch.device("meta"):
+        result: Any = transformers.AutoModelForCausalLM.from_config(config)
+    result.config.dtype = torch.float32
+    return torch.nn.Module.float(result)
+
+
+def _emptied(parameter: torch.Tensor) -> torch.Tensor:
+    there = parameter.detach().to("meta", torch.float32)
+    return torch.nn.Parameter(there, requires_grad=False)
 
 
 class Parts:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -25,7 +26,7 @@ from corequant_transformers.checkpoint import (
     read_generation,
     save,
 )
-from corequant_transformers.choosing import Calibration
+from corequant_transformers.choosing import Calibration, check_calibration
 from corequant_transformers.descriptions import check_described
 from corequant_transformers.devices import check_device, device_of
 from corequant_transformers.gathering import gather
@@ -35,11 +36,13 @@ from corequant_transformers.outputs import check_output
 from corequant_transformers.pacing import Pace, efforts
 from corequant_transformers.parts import ModelWeights, Parts, skeleton
 from corequant_transformers.planning import ModelPlan, plan_model
+from corequant_transformers.replicas import check_given, unwrap
 from corequant_transformers.saving import begin_run, describe_run, has_run, save_run
 from corequant_transformers.shards import FileWeights, make_skeleton
 from corequant_transformers.sources import Source
 from corequant_transformers.streaming import Job
-from corequant_transformers.texts import check_positions, check_tokens, token_windows
+from corequant_transformers.surroundings import undisturbed
+from corequant_transformers.texts import check_ids, check_positions, check_tokens, token_windows
 from corequant_transformers.transforming import Choices, restructure
 from corequant_transformers.verifying import Verification
 
@@ -90,6 +93,7 @@ class Quantized:
         """
         return load(self.path) if self.made is None and self.path is not None else self.made
 
+    @undisturbed()
     def save(self, output: str | Path) -> Path:
         """Write the model to a new or empty directory and return its path.
 
@@ -109,6 +113,7 @@ class Quantized:
         )
 
 
+@undisturbed()
 def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
     """Say what ``quantize`` would do to a model, from its config and the names of its weights.
 
@@ -135,6 +140,7 @@ def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
     ('model.layers.0.mlp.down_proj', 16)
     """
     source = Source(model) if isinstance(model, str | Path) else None
+    model = model if source else unwrap(model)
     config = source.config() if source else cast(Any, model).config
     quantizer = getattr(config, "quantization_config", None)
     if quantizer is not None and not (source and source.is_gguf):
@@ -160,6 +166,7 @@ def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
     return replace(table, whole_bytes=4 * count)
 
 
+@undisturbed()
 def calibrate(
     model: Any,
     recipe: Recipe,
@@ -172,7 +179,8 @@ def calibrate(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Untransformed, float; it is run where it is, on the CPU or a GPU.
+        Untransformed, float; it is run where it is, on the CPU or a GPU. It is only read, so that
+        it may run elsewhere meanwhile; its hooks run, in evaluation mode.
     recipe : Recipe
         Says how many windows of how many tokens are taken from a text.
     calibration : str or numpy.ndarray (windows, length)
@@ -187,11 +195,17 @@ def calibrate(
 
     Raises
     ------
+    BackendError
+        If weights of the model are not in memory.
     CalibrationError
-        If the text is empty or too short.
+        If the text is empty or too short, or token windows of a wrong shape or with ids that the
+        model has no row for.
+    CheckpointError
+        If the model is quantized already.
     NonFiniteError
         If an activation holds NaN or infinity.
     """
+    model = check_given(model)
     if isinstance(calibration, str):
         if tokenizer is None:
             raise TypeError("tokenizer must be given with text, got None")
@@ -199,12 +213,13 @@ def calibrate(
     else:
         tokens = check_tokens(calibration)
     table = plan_model(model.config, recipe)
-    check_positions(table.architecture, table.dimensions, tokens)
+    _check_windows(table, tokens)
     parts = Parts(skeleton(model), table, ModelWeights(model), device_of(model))
     with QuickForward():
         return gather(parts, table, tokens, progress)
 
 
+@undisturbed()
 def quantize(
     model: str | Path | Any,
     recipe: Recipe,
@@ -224,7 +239,8 @@ def quantize(
     Parameters
     ----------
     model : str, Path or transformers.PreTrainedModel
-        A Transformers directory, a GGUF file, or a float model, which is left as it is.
+        A Transformers directory, a GGUF file, or a float model, which is only read and may run
+        elsewhere meanwhile.
     recipe : Recipe
         What to do.
     calibration : str, numpy.ndarray (windows, length) or Calibration
@@ -266,11 +282,13 @@ def quantize(
     ArchitectureError, BlockSizeError, HadamardOrderError
         If the recipe can't be carried out on the model.
     BackendError
-        If there is no such device, or an executor is given with another device than the CPU.
+        If there is no such device, an executor is given with another device than the CPU, or
+        weights of a model that is given as an object are not in memory.
     CalibrationError
-        If there is too little text.
+        If there is too little text, or token windows have a wrong shape or ids that the model has
+        no row for.
     CheckpointError, OutputError
-        If files can't be read or written.
+        If files can't be read or written, or the model is quantized already.
     RunError
         If a run was begun there and ``resume`` is false, or it was about something else, or another
         process is working on it.
@@ -301,6 +319,7 @@ def quantize(
     if output is not None:
         check_output(output, allow_full=resume and has_run(output))
     source = Source(model) if isinstance(model, str | Path) else None
+    model = model if source else check_given(model)
     where = _device(device, None if source else model, executor)
     table = plan(model, recipe)
     if source is not None:
@@ -311,8 +330,10 @@ def quantize(
             raise TypeError("tokenizer must be given with text, got None")
         calibration = token_windows(calibration, tokenizer, recipe.sequence_length, recipe.samples)
     found = calibration if isinstance(calibration, Calibration) else None
-    tokens = found.tokens if found is not None else check_tokens(calibration)
-    check_positions(table.architecture, table.dimensions, tokens)
+    tokens = check_tokens(calibration if found is None else found.tokens)
+    _check_windows(table, tokens)
+    if found is not None:
+        check_calibration(table, found)
 
     def make(ledger: Ledger, after: Callable[[str, float], None] = lambda step, s: None) -> _Made:
         given = model if source is None else source
@@ -373,6 +394,11 @@ def quantize(
         )
         progress("save", 1, 1)
     return result(made, path=Path(output).absolute())
+
+
+def _check_windows(table: ModelPlan, tokens: npt.NDArray[np.int64]) -> None:
+    check_positions(table.architecture, table.dimensions, tokens)
+    check_ids(tokens, table.dimensions.vocabulary)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from corequant_transformers.blocks import round_nearest
 from corequant_transformers.ledgers import Windows
 from corequant_transformers.parts import ENTRY, EXIT, Part, Parts, part_plan
 from corequant_transformers.planning import ModelPlan, plan_model
-from corequant_transformers.texts import evaluate
+from corequant_transformers.texts import perplexity
 from corequant_transformers.transforming import Choices, transform_model
 from corequant_transformers.walking import block_arguments, enter, leaving, run_block
 
@@ -87,7 +87,7 @@ class SignTrials:
                 self._transformed(EXIT, draw),
                 leaving(self.parts, states[draw : draw + 1]) as model,
             ):
-                found.append(math.log(evaluate(model, self.window[None]).perplexity))
+                found.append(math.log(perplexity(model, self.window[None])))
         return found
 
     @contextmanager

@@ -5,8 +5,9 @@ from __future__ import annotations
 import fnmatch
 import functools
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from corequant.shardindex import check_homes, is_plain, read_index
 from corequant.tensorfile import TensorFile
 from corequant_transformers.configs import check_config, read_json, settle_config
 from corequant_transformers.digests import check_digests
+from corequant_transformers.surroundings import undisturbed
 
 __all__ = ["Source", "check_inside", "files_to_copy", "is_copied", "quiet_transformers"]
 
@@ -35,6 +37,9 @@ _TOKENIZER_PATTERNS = (
     "*.tiktoken",
     "LICENSE*",
 )
+
+_LOADING = threading.Lock()
+"""Transformers exchanges the dtype by default and functions of torch while it loads."""
 
 
 class Source:
@@ -182,6 +187,7 @@ class Source:
                 where, local_files_only=True, trust_remote_code=False, **options
             )
 
+    @undisturbed()
     def load(self, dtype: torch.dtype = torch.float32) -> Any:
         """Return the float model, in evaluation mode and without gradients.
 
@@ -203,7 +209,7 @@ class Source:
             return read_model(self, dtype)
         where, options = self._location()
         # A directory's digests are compared by the quantizer that Transformers calls.
-        with _as_checkpoint_error(self.path):
+        with _LOADING, _as_checkpoint_error(self.path):
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 where,
                 dtype=dtype,
@@ -298,25 +304,55 @@ def is_copied(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in _TOKENIZER_PATTERNS)
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
+class _Quiet:
+    """Transformers' switches for progress bars and reports, off as long as one thread wants it.
+
+    They belong to the process: the first who comes switches them off, and the last who goes puts
+    back what nobody else has changed meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: tuple[int, bool, Any] = (0, False, None)
+        self._within: tuple[int, Any] = (0, None)
+
+    def __enter__(self) -> None:
+        log: Any = transformers.utils.logging
+        # The GGUF reader draws its bar without asking the switch.
+        reader: Any = modeling_gguf_pytorch_utils
+        with self._lock:
+            self._inside += 1
+            if self._inside > 1:
+                return
+            self._before = log.get_verbosity(), log.is_progress_bar_enabled(), reader.tqdm
+            log.set_verbosity_error()
+            log.disable_progress_bar()
+            reader.tqdm = functools.partial(reader.tqdm, disable=True)
+            self._within = log.get_verbosity(), reader.tqdm
+
+    def __exit__(self, *error: object) -> None:
+        log: Any = transformers.utils.logging
+        reader: Any = modeling_gguf_pytorch_utils
+        with self._lock:
+            self._inside -= 1
+            if self._inside:
+                return
+            verbosity, bars, gguf_bar = self._before
+            if log.get_verbosity() == self._within[0]:
+                log.set_verbosity(verbosity)
+            if reader.tqdm is self._within[1]:
+                reader.tqdm = gguf_bar
+            if bars:
+                log.enable_progress_bar()
+
+
+_QUIET = _Quiet()
+
+
+def quiet_transformers() -> AbstractContextManager[None]:
     """Keep Transformers' own progress bars and reports off the terminal for a while."""
-    log: Any = transformers.utils.logging
-    before = log.get_verbosity()
-    bars = log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    # The GGUF reader draws its bar without asking that switch.
-    reader: Any = modeling_gguf_pytorch_utils
-    gguf_bar = reader.tqdm
-    reader.tqdm = functools.partial(gguf_bar, disable=True)
-    try:
-        yield
-    finally:
-        reader.tqdm = gguf_bar
-        log.set_verbosity(before)
-        if bars:
-            log.enable_progress_bar()
+    return _QUIET
 
 
 @contextmanager

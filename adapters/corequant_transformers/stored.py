@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 import corequant as cq
 from corequant.errors import CheckpointError
 from corequant.export import from_arrays
@@ -67,11 +69,21 @@ class Stored:
         return [n for n in self._file.names if not n.startswith(codes)]
 
     def read(self, name: str) -> RawTensor:
-        """Return a tensor that isn't quantized; it must be float32."""
+        """Return a tensor that isn't quantized in float32, which must have its numbers."""
         tensor = self._file.read(name)
-        if tensor.dtype != "F32":
-            raise CheckpointError(f"{name} of {self._file.path} must be F32, got {tensor.dtype}")
-        return tensor
+        if tensor.dtype == "F32":
+            return tensor
+        where = f"{name} of {self._file.path}"
+        if tensor.dtype not in ("F64", "F16", "BF16"):
+            raise CheckpointError(f"{where} must be F32, got {tensor.dtype}")
+        given = tensor.array()
+        with np.errstate(over="ignore"):
+            numbers = given.astype(np.float32)
+        if not np.array_equal(numbers, given):
+            raise CheckpointError(
+                f"{where} must be F32, got {tensor.dtype} with numbers that F32 doesn't have"
+            )
+        return RawTensor.of(numbers)
 
     def copied_files(self) -> list[Path]:
         """Return the tokenizer's and generation's files."""

@@ -42,6 +42,7 @@ from corequant_transformers.verifying import (
     check_block_error,
     check_choices,
     check_logits_error,
+    is_identity,
     stream_error,
 )
 from corequant_transformers.walking import block_arguments, enter, run_block
@@ -183,7 +184,10 @@ class Job:
                 recipe = replace(self.plan.recipe, block_size=tuple(self._sizes))
                 self.plan = plan_model(self.parts.model.config, recipe)
             signs = self.plan.draw_signs(report["signs"]["draw"])
-            self.choices = Choices(self._permutations, {**signs, **self._factors})
+            unmoved = [name for name, p in self._permutations.items() if is_identity(p)]
+            self.choices = Choices(
+                self._permutations, {**signs, **self._factors}, frozenset(unmoved)
+            )
 
     # ---- calibrating
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 import transformers
 
 from corequant_transformers.architectures import architecture_of
+from corequant_transformers.surroundings import undisturbed
 
 __all__ = ["tiny_model"]
 
 
+_BUILDING = threading.Lock()
+"""Transformers draws from torch's own generator, and makes the dtype the process's meanwhile."""
+
+
+@undisturbed()
 def tiny_model(model_type: str, *, seed: int = 0, **config: Any) -> Any:
     """Make a random float32 model of a known architecture, small but with all of its parts.
 
@@ -70,7 +77,7 @@ def tiny_model(model_type: str, *, seed: int = 0, **config: Any) -> Any:
         # Many models honour it although their configs don't have it unless it is given.
         known.add("head_dim")
     values = {name: value for name, value in values.items() if name in known}
-    with torch.random.fork_rng(devices=[]):
+    with _BUILDING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(
             transformers.AutoConfig.for_model(model_type, **{**values, **config}),

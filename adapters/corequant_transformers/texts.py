@@ -19,8 +19,18 @@ from corequant_transformers.architectures import (
     architecture_of,
     dimensions_of,
 )
+from corequant_transformers.replicas import check_given, replicate, standing_in
+from corequant_transformers.surroundings import undisturbed
 
-__all__ = ["Evaluation", "evaluate", "token_windows"]
+__all__ = [
+    "Evaluation",
+    "check_ids",
+    "check_positions",
+    "check_tokens",
+    "evaluate",
+    "perplexity",
+    "token_windows",
+]
 
 Tokens = npt.NDArray[np.int64]
 
@@ -90,6 +100,7 @@ def token_windows(
     return np.array(ids[: wanted * length], np.int64).reshape(wanted, length)
 
 
+@undisturbed()
 def evaluate(
     model: Any,
     text: str | Tokens,
@@ -104,7 +115,8 @@ def evaluate(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Float or loaded by ``corequant_transformers.load``.
+        Float or loaded by ``corequant_transformers.load``. It is only read, so that it may run
+        elsewhere meanwhile, and is measured in evaluation mode, whatever its own; its hooks run.
     text : str or numpy.ndarray (windows, length)
         Text, tokenised as a whole without special tokens, or token windows.
     tokenizer : transformers tokenizer, optional
@@ -123,8 +135,11 @@ def evaluate(
 
     Raises
     ------
+    BackendError
+        If weights of the model are not in memory.
     CalibrationError
-        If the text is empty or too short, or token windows of a wrong shape.
+        If the text is empty or too short, or token windows of a wrong shape or with ids that the
+        model has no row for.
 
     Examples
     --------
@@ -135,32 +150,93 @@ def evaluate(
     >>> result.windows, result.predicted, 50 < result.perplexity < 500
     (2, 62, True)
     """
+    model = check_given(model, floating=False)
     if isinstance(text, str):
         if tokenizer is None:
             raise TypeError("tokenizer must be given with text, got None")
         tokens = token_windows(text, tokenizer, sequence_length, windows)
     else:
-        tokens = check_tokens(text)[:windows]
-    check_positions(architecture_of(model.config), dimensions_of(model.config), tokens)
+        tokens = check_tokens(text)
+        tokens = tokens if windows is None else tokens[: check_index("windows", windows)]
+    architecture = architecture_of(model.config)
+    check_positions(architecture, dimensions_of(model.config), tokens)
+    embedding = model.get_submodule(architecture.embedding)
+    check_ids(tokens, len(getattr(embedding, "weight", ())) or model.config.vocab_size)
+    own = replicate(model)
+    own.config.return_dict = True
+    total = perplexity(own, tokens, progress)
+    predicted = tokens.shape[0] * (tokens.shape[1] - 1)
+    windows, sequence_length = tokens.shape
+    return Evaluation(total, windows, sequence_length, predicted)
+
+
+def perplexity(
+    model: Any,
+    tokens: Tokens,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> float:
+    """Return the perplexity over windows of a model that nobody else runs.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A replica or a skeleton with open parts.
+    tokens : numpy.ndarray (windows, length), int64
+    progress : callable
+        Told how many windows of how many are done.
+    """
     total = 0.0
     for done, window in enumerate(tokens):
         with QuickForward():
             total += _negative_log_likelihood(model, window)
         progress(done + 1, len(tokens))
-    predicted = tokens.shape[0] * (tokens.shape[1] - 1)
-    windows, sequence_length = tokens.shape
-    return Evaluation(float(np.exp(total / predicted)), windows, sequence_length, predicted)
+    return float(np.exp(total / (tokens.shape[0] * (tokens.shape[1] - 1))))
 
 
 def check_tokens(tokens: Any) -> Tokens:
     """Return integer token windows (n, length) as int64; anything else is a CalibrationError."""
-    array = np.asarray(tokens)
+    try:
+        if isinstance(tokens, torch.Tensor):
+            tokens = tokens.detach().cpu().numpy()
+        array = np.asarray(tokens)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        # Rows of different lengths, dtypes that NumPy lacks, tensors without data.
+        raise CalibrationError(
+            f"token windows must be an array of integers (windows, length), got a "
+            f"{type(tokens).__name__} that is none ({error})"
+        ) from None
     if array.ndim != 2 or array.dtype.kind not in "iu" or array.size == 0 or array.shape[1] < 2:
         raise CalibrationError(
             "token windows must be integers (windows, length) with at least one window of two "
             f"tokens, got dtype {array.dtype} and shape {array.shape}"
         )
+    most = int(array.max())
+    if most > np.iinfo(np.int64).max:
+        raise CalibrationError(f"token ids must be those of a vocabulary, got {most}")
     return array.astype(np.int64)
+
+
+def check_ids(tokens: Tokens, vocabulary: int) -> None:
+    """Raise CalibrationError for token ids that a model has no row for.
+
+    Parameters
+    ----------
+    tokens : numpy.ndarray (windows, length), int64
+    vocabulary : int
+        Rows of the model's embedding.
+    """
+    outside = (tokens < 0) | (tokens >= vocabulary)
+    if not outside.any():
+        return
+    ids = np.unique(tokens[outside])
+    named = ", ".join(map(str, ids[:8].tolist())) + (", ..." if len(ids) > 8 else "")
+    window, position = (int(k) for k in np.argwhere(outside)[0])
+    raise CalibrationError(
+        f"token ids must be in 0..{vocabulary - 1}, the model's vocabulary of {vocabulary}, got "
+        f"{named} ({int(outside.sum())} of {tokens.size} tokens, the first in window {window} at "
+        f"position {position}): leave out padding and labels such as -100, and text with tokens "
+        "that were added to the tokenizer but not to the model"
+    )
 
 
 def check_positions(architecture: Architecture, dimensions: Dimensions, tokens: Tokens) -> None:
@@ -187,24 +263,24 @@ def _negative_log_likelihood(model: Any, window: Tokens) -> float:
         output.last_hidden_state = output.last_hidden_state[:, :1]
         return output
 
-    # Through the whole model: files of other libraries may decode their weights when it is called.
-    trunk.forward = once
-    try:
-        model(input_ids=ids[None], use_cache=False)
-    finally:
-        del trunk.forward
+    # Through the whole model: what its own forward and its hooks do before the trunk counts.
+    with standing_in(trunk, once):
+        whole = model(input_ids=ids[None], use_cache=False)
+    if not found:
+        # A function in the place of the model's forward found another trunk by itself.
+        return _loss(whole.logits[0, :-1], ids[1:])
     output, hidden = found[0]
     hidden, total = hidden[:, :-1], 0.0
     # What stands between the last hidden states and the logits besides the head, such as a soft
     # cap, is the model's own affair: it runs with a trunk that has its answer already.
-    trunk.forward = lambda *args, **kwargs: output
-    try:
+    with standing_in(trunk, lambda *args, **kwargs: output):
         # The vocabulary is wide: logits of a few hundred positions at a time bound the memory.
         for start in range(0, hidden.shape[1], 256):
             output.last_hidden_state = hidden[:, start : start + 256]
-            logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
-            target = ids[1:][start : start + 256]
-            total += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
-    finally:
-        del trunk.forward
+            logits = model(input_ids=ids[None], use_cache=False).logits[0]
+            total += _loss(logits, ids[1:][start : start + 256])
     return total
+
+
+def _loss(logits: torch.Tensor, target: torch.Tensor) -> float:
+    return float(torch.nn.functional.cross_entropy(logits.float(), target, reduction="sum"))

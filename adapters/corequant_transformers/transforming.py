@@ -37,10 +37,13 @@ class Choices:
     ----------
     permutations : mapping of str to numpy.ndarray (channels,), int64
     factors : mapping of str to numpy.ndarray (channels,), float64
+    unmoved : frozenset of str
+        The permutations that are the identity because nothing better was found.
     """
 
     permutations: Mapping[str, npt.NDArray[np.int64]]
     factors: Mapping[str, npt.NDArray[np.float64]]
+    unmoved: frozenset[str] = frozenset()
 
 
 class OnlineRotation:
@@ -165,7 +168,9 @@ def settle_norms(model: Any, plan: ModelPlan, choices: Choices) -> None:
         if plan.folds:
             # The kinds of norm differ in which weight is a gain of 1.
             neutral = 0.0 if plan.architecture.norm == "rms_one_plus" else 1.0
-            torch.nn.init.constant_(norm.weight, neutral)
+            # The memory may be that of the model that was given.
+            gain = torch.full_like(norm.weight, neutral)
+            norm.weight = torch.nn.Parameter(gain, requires_grad=False)
         elif RESIDUAL in choices.permutations:
             order = torch.from_numpy(choices.permutations[RESIDUAL])
             for parameter in norm.parameters(recurse=False):

@@ -7,6 +7,7 @@ error behind its own.
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,11 +18,18 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from corequant.errors import VerificationError
-from corequant_transformers.devices import device_of
+from corequant_transformers.devices import device_of, to_host
 from corequant_transformers.planning import ModelPlan
+from corequant_transformers.replicas import check_given, replicate
 from corequant_transformers.rows import MatrixPlan
-from corequant_transformers.texts import check_tokens
-from corequant_transformers.transforming import Choices, OnlineRotation, restore
+from corequant_transformers.surroundings import undisturbed
+from corequant_transformers.texts import check_ids, check_positions, check_tokens
+from corequant_transformers.transforming import (
+    Choices,
+    OnlineRotation,
+    restore,
+    transform_matrix,
+)
 
 __all__ = [
     "KeepFloat64",
@@ -33,6 +41,7 @@ __all__ = [
     "check_choices",
     "check_logits_error",
     "fingerprints",
+    "is_identity",
     "relative_error",
     "stream_error",
     "trace",
@@ -40,6 +49,13 @@ __all__ = [
 ]
 
 TOLERANCE = 1e-9
+
+_ADVICE = (
+    "; nothing was written. Compare the description of the architecture "
+    "(corequant_transformers.register) with the code that this model runs: a module of another "
+    "class, or something between its layers that the description leaves out, would explain it. "
+    "Otherwise please report it with the model's config and the recipe"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,28 +103,38 @@ class Verification:
         return asdict(self)
 
 
-@torch.no_grad()
+@undisturbed()
 def trace(model: Any, plan: ModelPlan, tokens: npt.NDArray[np.int64]) -> Trace:
     """Record a float64 model's logits, block outputs and weight fingerprints.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        In float64 (``model.double()``).
+        In float64 (``model.double()``). It is only read.
     plan : ModelPlan
     tokens : numpy.ndarray (windows, length), int64
 
     Returns
     -------
     Trace
+
+    Raises
+    ------
+    BackendError
+        If weights of the model are not in memory.
+    CalibrationError
+        If token windows have a wrong shape or ids that the model has no row for.
     """
+    model = check_given(model)
     _check_dtype(model)
     windows = check_tokens(tokens)
+    check_positions(plan.architecture, plan.dimensions, windows)
+    check_ids(windows, plan.dimensions.vocabulary)
     logits, blocks = _run(model, plan, windows)
     return Trace(windows, logits, blocks, fingerprints(model, plan))
 
 
-@torch.no_grad()
+@undisturbed()
 def verify(
     reference: Trace,
     model: Any,
@@ -139,7 +165,8 @@ def verify(
     ------
     VerificationError
         If outputs differ (the message names the first block where they do), or if a matrix didn't
-        change, a run-time rotation is missing, or every permutation is the identity.
+        change, a run-time rotation is missing, or every permutation is the identity although it
+        wasn't chosen. A matrix that its transform gives back, such as one of zeros, is right.
 
     Examples
     --------
@@ -150,6 +177,7 @@ def verify(
     >>> result.verification.logits_error < 1e-9
     True
     """
+    model = check_given(model)
     _check_dtype(model)
     acted = _check_acted(reference, model, plan, choices)
     logits, blocks = _run(model, plan, reference.tokens)
@@ -186,7 +214,7 @@ def check_block_error(index: int, error: float, tolerance: float = TOLERANCE) ->
     if not error <= tolerance:
         raise VerificationError(
             f"the transformed model differs from the float model from decoder block {index} on: "
-            f"relative error {error:.2e}, allowed {tolerance:.0e}"
+            f"relative error {error:.2e}, allowed {tolerance:.0e}{_ADVICE}"
         )
 
 
@@ -195,7 +223,7 @@ def check_logits_error(error: float, tolerance: float = TOLERANCE) -> None:
     if not error <= tolerance:
         raise VerificationError(
             "the transformed model's blocks agree with the float model's but its logits don't: "
-            f"relative error {error:.2e}, allowed {tolerance:.0e}"
+            f"relative error {error:.2e}, allowed {tolerance:.0e}{_ADVICE}"
         )
 
 
@@ -205,7 +233,7 @@ def _check_dtype(model: Any) -> None:
 
 
 def check_changed(before: dict[str, float], model: Any, plan: ModelPlan, choices: Choices) -> int:
-    """Return how many of a plan's matrices had to change; one that didn't is an error.
+    """Return how many of a plan's matrices were to be transformed; one that wasn't is an error.
 
     Parameters
     ----------
@@ -217,11 +245,16 @@ def check_changed(before: dict[str, float], model: Any, plan: ModelPlan, choices
     """
     now = fingerprints(model, plan)
     planned = [m.name for m in plan.matrices if _acts(m, plan, choices)]
-    same = [name for name in planned if now[name] == before[name]]
+    rows = {m.name: m for m in plan.matrices}
+    same = [
+        name
+        for name in planned
+        if now[name] == before[name] and not _is_fixed(model, rows[name], choices)
+    ]
     if same:
         raise VerificationError(
             f"{len(same)} of {len(planned)} matrices that should have been transformed did not "
-            f"change, the first is {same[0]}"
+            f"change, the first is {same[0]}{_ADVICE}"
         )
     for matrix in plan.online:
         hooks = model.get_submodule(matrix.name)._forward_pre_hooks.values()
@@ -229,7 +262,8 @@ def check_changed(before: dict[str, float], model: Any, plan: ModelPlan, choices
         if sizes != [matrix.input.rotation]:
             raise VerificationError(
                 f"{matrix.name} must rotate its input by blocks of {matrix.input.rotation} once, "
-                f"got rotations {sizes}"
+                f"got rotations {sizes}: hooks that rotate must be added by transforming the model "
+                "alone, once; transform a fresh copy of the float model"
             )
     return len(planned)
 
@@ -239,20 +273,32 @@ def check_choices(plan: ModelPlan, choices: Choices) -> int:
     permuted = [r.name for r in plan.regions if r.permuted]
     missing = [name for name in permuted if name not in choices.permutations]
     if missing:
-        raise VerificationError(f"no permutation was chosen for {missing[0]}")
-    moving = sum(bool((p != np.arange(len(p))).any()) for p in choices.permutations.values())
-    if permuted and not moving:
+        raise VerificationError(
+            f"no permutation was chosen for {missing[0]}; take permutations from a calibration of "
+            "this model with this recipe"
+        )
+    moving = sum(not is_identity(p) for p in choices.permutations.values())
+    if permuted and not moving and not choices.unmoved.issuperset(permuted):
         raise VerificationError(
             f"all {len(permuted)} permutations are the identity, although the recipe asks for "
-            f"{plan.recipe.permutation!r}"
+            f"{plan.recipe.permutation!r}; take permutations from a calibration of this model "
+            "with this recipe, or set permutation='identity'"
         )
     return moving
+
+
+def is_identity(permutation: npt.NDArray[np.int64]) -> bool:
+    """Tell whether a permutation moves no channel."""
+    return bool((permutation == np.arange(len(permutation))).all())
 
 
 def check_any_changed(changed: int) -> None:
     """Raise VerificationError if no matrix had to change at all."""
     if not changed:
-        raise VerificationError("no matrix had to be transformed: the recipe does nothing")
+        raise VerificationError(
+            "no matrix had to be transformed: the recipe does nothing; give it a rotation, a "
+            "permutation or factors, or round weights alone with corequant.round_to_nearest"
+        )
 
 
 def _check_acted(
@@ -280,6 +326,12 @@ def _acts(matrix: MatrixPlan, plan: ModelPlan, choices: Choices) -> bool:
     return False
 
 
+def _is_fixed(model: Any, matrix: MatrixPlan, choices: Choices) -> bool:
+    """Tell whether carrying out a row gives a matrix back as it is, as it does with zeros."""
+    W = to_host(model.get_submodule(matrix.name).weight)
+    return np.array_equal(transform_matrix(W, None, matrix, None, choices)[0], W)
+
+
 def fingerprints(model: Any, plan: ModelPlan) -> dict[str, float]:
     """Return a weighted sum of each matrix of a plan."""
     # Weights 1..1009 in row order, so that moving entries about shows, not only changing them.
@@ -298,7 +350,8 @@ def fingerprints(model: Any, plan: ModelPlan) -> dict[str, float]:
 def _run(
     model: Any, plan: ModelPlan, tokens: npt.NDArray[np.int64]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    blocks: list[torch.Tensor] = []
+    model, blocks = replicate(model), list[torch.Tensor]()
+    model.config.return_dict = True
 
     def record(module: torch.nn.Module, args: Any, output: Any) -> None:
         blocks.append(output[0] if isinstance(output, tuple) else output)
@@ -346,5 +399,11 @@ _CASTS = {
 
 
 def relative_error(reference: torch.Tensor, other: torch.Tensor) -> float:
-    """Return the largest difference relative to the largest magnitude of the reference."""
-    return float((reference - other).abs().max() / reference.abs().max())
+    """Return the largest difference relative to the largest magnitude of the reference.
+
+    Of zeros only zeros differ by 0; anything else differs by infinity.
+    """
+    difference, largest = float((reference - other).abs().max()), float(reference.abs().max())
+    if largest == 0:
+        return 0.0 if difference == 0 else math.inf
+    return difference / largest

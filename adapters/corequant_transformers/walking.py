@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from corequant.errors import ArchitectureError
 from corequant_transformers.devices import device_of
 from corequant_transformers.parts import ENTRY, Parts, part_plan
+from corequant_transformers.replicas import standing_in
 
 __all__ = ["block_arguments", "enter", "leaving", "run_block"]
 
@@ -114,18 +115,8 @@ def _no_embedding(parts: Parts, dtype: torch.dtype) -> Callable[..., torch.Tenso
     return forward
 
 
-@contextmanager
-def _stand_in(parts: Parts, path: str, forward: Callable[..., Any]) -> Iterator[None]:
-    module = parts.model.get_submodule(path)
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        # The instance's attribute hid the class's method.
-        del module.forward
-        if before is not None:
-            module.forward = before
+def _stand_in(parts: Parts, path: str, forward: Callable[..., Any]) -> AbstractContextManager[None]:
+    return standing_in(parts.model.get_submodule(path), forward)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -42,11 +43,13 @@ def quantized(folder, tokens, kind="llama", **recipe):
     return folder / "own", folder / "out"
 
 
-def load(folder, **options):
+def load(folder, left=(), **options):
     with quiet_transformers():
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", output_loading_info=True, **options
         )
+    # What may be there in vain.
+    info["unexpected_keys"] = [k for k in info["unexpected_keys"] if not k.endswith(left)]
     assert not any(info.values()), info
     return model
 
@@ -161,6 +164,79 @@ def test_rotations_of_our_matrices_are_ours_to_the_bit(block, ours, tokens, tmp_
             torch.testing.assert_close(result, product.float(), rtol=1e-5, atol=1e-5)
             if ours:
                 assert torch.equal(result, cq.block_hadamard(x, block, inverse=inverse))
+
+
+@pytest.mark.parametrize("runs", [0, 1, 2])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"rotation": "offline", "activations": None},
+        {"block_size": 16, "activations": None},
+        {"block_size": 16, "activations": "int8:token:symmetric"},
+        {"block_size": 16, "rotation": "online", "activations": None},
+    ],
+    ids=str,
+)
+def test_a_model_that_ran_can_be_saved_again(recipe, runs, tokens, tmp_path):
+    _, out = quantized(tmp_path, tokens, weights="int4:group16", **recipe)
+    expected = logits(load(out), tokens)
+    folder = out
+    # Of weights that were decoded, compressed-tensors keeps the shape that the codes had.
+    left = ("weight_shape",)
+    for generation in range(2):
+        model = load(folder, left)
+        for _ in range(runs):
+            logits(model, tokens)
+        folder = tmp_path / f"again-{generation}"
+        # Transformers decodes the weights of a model when it is first called, and saves them so.
+        model.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        status = "decompressed" if runs else "compressed"
+        if recipe.get("rotation") == "offline":
+            assert config["quantization_status"] == status
+        else:
+            # A reader that would leave the rotations out stops at it.
+            assert config["quantization_status"].startswith("import corequant_transformers first")
+        assert torch.equal(logits(load(folder, left), tokens), expected)
+        assert torch.equal(logits(model, tokens), expected)
+
+
+def test_evaluating_leaves_the_weights_of_others_as_they_are(tokens, tmp_path):
+    own, out = quantized(tmp_path, tokens, weights="int4:group16", block_size=16, activations=None)
+    model = load(out)
+    state = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    assert any(name.endswith("weight_packed") for name in state)
+    found = [cqhf.evaluate(model, tokens).perplexity for _ in range(2)]
+    assert found == [cqhf.evaluate(cqhf.load(own), tokens).perplexity] * 2
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == state
+    model.save_pretrained(tmp_path / "again")
+    expected = logits(model, tokens)
+    assert torch.equal(logits(load(tmp_path / "again"), tokens), expected)
+    # Decoded by now, and measured the same.
+    assert cqhf.evaluate(model, tokens).perplexity == found[0]
+
+
+@pytest.mark.parametrize("rotation", ["offline", "merged"])
+def test_what_was_dequantized_at_loading_is_not_saved_without_its_rotations(
+    rotation, tokens, tmp_path
+):
+    recipe = {"rotation": rotation, "weights": "int4:group16", "activations": None}
+    recipe |= {"block_size": 16} if rotation == "merged" else {}
+    _, out = quantized(tmp_path, tokens, **recipe)
+    config = transformers.CompressedTensorsConfig(dequantize=True)
+    with quiet_transformers(), warnings.catch_warnings():
+        # Transformers tells that the directory has a config of its own.
+        warnings.simplefilter("ignore", UserWarning)
+        model = transformers.AutoModelForCausalLM.from_pretrained(out, quantization_config=config)
+    expected = logits(load(out), tokens)
+    assert torch.allclose(logits(model, tokens), expected, atol=1e-5)
+    if rotation == "merged":
+        with pytest.raises(cq.OutputError, match="would lose the run-time rotations"):
+            model.save_pretrained(tmp_path / "again")
+        return
+    model.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.allclose(logits(again, tokens), expected, atol=1e-5)
 
 
 def test_a_missing_rotation_is_an_error(tokens, tmp_path):
