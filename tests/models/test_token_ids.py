@@ -103,11 +103,6 @@ def test_a_calibration_on_other_tokens_is_checked(tokens):
 @pytest.mark.parametrize(
     ("needed", "words"),
     [
-        (
-            {"permutation": "identity", "block_size": None},
-            {},
-            "96 channels of model.layers.0.mlp.down_proj",
-        ),
         ({"permutation": "energydiff"}, "second-order statistics"),
         ({"factors": "scales"}, "tokens of"),
         ({"permutation": "auto"}, "second-order statistics"),
