@@ -14,6 +14,7 @@ import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from corequant.tensorfile import TensorFile
+from corequant_transformers.digests import write_digests
 
 # Adaptive rounding makes statistics on the way; draws of signs run parts of the model.
 RECIPE = Recipe(block_size=16, sign_trials=2, rounding="gptq")
@@ -230,6 +231,8 @@ def edit(folder, change):
     tensors = safetensors.torch.load_file(file)
     change(tensors)
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    # As whoever writes such a directory would.
+    write_digests(folder)
 
 
 CASTS = {
