@@ -11,13 +11,8 @@ import numpy.typing as npt
 
 from corequant._numba.machine import compiled_away
 from corequant._numba.plans import Plan, fitted, plan_rows
-from corequant._numba.row_kernels import (
-    Task,
-    fused_context,
-    fused_kernel,
-    fused_scratch,
-    index_dtype,
-)
+from corequant._numba.row_kernels import fused_context, fused_kernel, fused_scratch
+from corequant._numba.row_tasks import Task, index_dtype
 from corequant._numba.vectors import compute_dtype, lanes_of
 from corequant._repeated import address_of, storing
 from corequant._rotation import (

@@ -9,15 +9,13 @@ would be.
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
 from llvmlite import ir
 
 from corequant._numba.cores import choices
@@ -28,10 +26,11 @@ from corequant._numba.machine import build, fuses
 from corequant._numba.narrowing import TOGETHER, integers_of, narrows
 from corequant._numba.plans import Plan
 from corequant._numba.quotients import Inverse, corrected, divided, inverse, usual
+from corequant._numba.row_tasks import Task
 from corequant._numba.tuning import tuning
 from corequant._numba.vectors import VECTOR_BYTES, Vectors
 
-__all__ = ["Task", "fused_context", "fused_kernel", "fused_scratch", "index_dtype"]
+__all__ = ["fused_context", "fused_kernel", "fused_scratch"]
 
 _WORD = ir.IntType(64)
 _INT32 = ir.IntType(32)
@@ -42,90 +41,12 @@ _CONTEXT = struct.Struct("10q5d")
 _FUSED = ("contract",)
 """Products with zero are exact, so that fusing them with a sum changes no bit."""
 
-_LINE = 16
-"""Numbers gathered in one turn, at most. Rows are whole vectors: 8 numbers each in float64."""
-
-_MOST_COUNTED = 16
-"""Vectors of a group up to which their number is part of the code: loops over a few vectors that
-LLVM can't count cost more than the work in them."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What to do with a row besides rotating it.
-
-    The length of a row and that of a large group are told at run time: there are as many kernels as
-    there are ways to work, not as many as there are shapes. ``of`` finds the task of a shape.
-
-    Attributes
-    ----------
-    group : int
-        Numbers that share a scale, in whole vectors; 0 where that is told at run time.
-    whole : bool
-        A row is one group.
-    together : int
-        Vectors of a group that are worked on side by side; divides their number.
-    line : int
-        Numbers that are gathered in one turn; divides a row.
-    wide : bool
-        Indices take 32 bits instead of 16.
-    grid : {"codes", "values", "float4"}
-        Write int8 codes of an affine grid, the values they stand for, or codes of float4_e2m1fn,
-        one a byte, with a scale of float8_e8m0fnu for each group.
-    symmetric : bool
-        Without zero points.
-    permuted : bool
-        Gather the channels first.
-    streamed : bool
-        Values bypass the cache; they start on a line of it.
-    """
-
-    group: int
-    whole: bool
-    together: int
-    line: int
-    wide: bool
-    grid: str
-    symmetric: bool
-    permuted: bool
-    streamed: bool = False
-
-    @classmethod
-    def of(
-        cls,
-        lanes: int,
-        length: int,
-        group: int,
-        grid: str,
-        symmetric: bool = True,
-        permuted: bool = False,
-        streamed: bool = False,
-    ) -> Task:
-        """Return the task of rows of ``length`` numbers in groups, both whole vectors of lanes."""
-        vectors = group // lanes
-        return cls(
-            group if vectors <= _MOST_COUNTED and group < length else 0,
-            group == length,
-            next(n for n in (TOGETHER, 3, 2, 1) if vectors % n == 0),
-            math.gcd(_LINE, length) if permuted else 0,
-            permuted and index_dtype(length).itemsize == 4,
-            grid,
-            symmetric,
-            permuted,
-            streamed,
-        )
-
 
 def fused_scratch(plan: Plan, length: int, group: int) -> int:
     """Bytes of scratch that a fused kernel needs for rows of ``length``, 64-aligned."""
     row = length * (Vectors(None, plan.dtype).stored_bytes // plan.lanes) + 2 * VECTOR_BYTES
     each = -(-(length // group) // plan.lanes) * VECTOR_BYTES
     return row + len(_Parameters._fields) * each + plan.scratch
-
-
-def index_dtype(length: int) -> np.dtype[Any]:
-    """Return the dtype of permutations: the narrower, the more of the cache is left."""
-    return np.dtype(np.uint16 if length <= 1 << 16 else np.uint32)
 
 
 @lru_cache(maxsize=256)
