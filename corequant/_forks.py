@@ -4,12 +4,18 @@ Only the thread that forks lives on in the child. What another thread holds at t
 there for ever: the lock around LLVM, numba's around its compiler, that of a module which is being
 imported. So whoever forks takes these locks first, which waits until compilations and imports that
 are under way have come to their ends, and releases them on both sides.
+
+What is registered last is done first before a fork. ``logging`` and ``concurrent.futures`` take
+locks of their own there, which a compilation may wait for: they are imported here, so that theirs
+are taken after ours.
 """
 
 from __future__ import annotations
 
 import _imp
+import concurrent.futures.thread  # noqa: F401  (registers what it does before a fork)
 import contextlib
+import logging  # noqa: F401  (so does this)
 import os
 import sys
 import threading

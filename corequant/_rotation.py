@@ -103,19 +103,26 @@ def is_plain(x: Array) -> bool:
 
 
 class _Scratch(threading.local):
-    """A thread's own scratch, kept from call to call."""
+    """A thread's own scratch, kept from call to call.
+
+    What a larger one replaces is kept too: a signal's handler may ask for more between the moment
+    when its thread was told the address and the kernel that writes there. Sizes at least double, so
+    that all of it is at most twice the largest.
+    """
 
     def __init__(self) -> None:
         self.size = 0
         self.address = 0
+        self.memory: list[Array] = []
 
     def at_least(self, size: int) -> int:
         """Return the address of at least so many bytes, 64-aligned."""
         if size > self.size:
-            # Calls that are remembered would write to the memory that is given back here.
+            # Remembered calls go on with the scratch that they know; new ones share the larger.
             forget()
-            self.memory = aligned(size)
-            self.size, self.address = size, address_of(self.memory)
+            size = max(size, 2 * self.size)
+            self.memory.append(aligned(size))
+            self.size, self.address = size, address_of(self.memory[-1])
         return self.address
 
 

@@ -233,38 +233,53 @@ class _Share:
         edges = [rows * k // threads for k in range(threads + 1)]
         self.pieces = deque(itertools.pairwise(edges))
         self.work = work
-        self.left = threads
-        self.lock = threading.Lock()
-        self.done = threading.Lock()
-        self.done.acquire()
+        self.working = 0
+        self.changed = threading.Condition()
         self.errors: list[BaseException] = []
 
     def finish(self, helpers: list[_Helper]) -> None:
         """Ask for help, work too, and wait until all is done."""
         for helper in helpers:
             helper.ask(self)
-        self.take_part()
-        self.done.acquire()
+        try:
+            while (piece := self._next()) is not None:
+                self.work(*piece)
+        except BaseException as error:
+            self.errors.insert(0, error)
+        # What helpers work on must not be let go before they are done, whatever comes.
+        waiting = True
+        while waiting:
+            try:
+                with self.changed:
+                    self.pieces.clear()
+                    waiting = self.working > 0 and not self.changed.wait_for(self._nobody_works)
+            except BaseException as error:
+                self.errors.insert(0, error)
         if self.errors:
             raise self.errors[0]
 
-    def take_part(self, most: int | None = None) -> None:
-        """Do pieces that nobody has begun, at most so many."""
-        while most is None or most > 0:
-            try:
-                piece = self.pieces.popleft()
-            except IndexError:
-                return
-            try:
-                self.work(*piece)
-            except BaseException as error:
-                self.errors.append(error)
-            with self.lock:
-                self.left -= 1
-                last = not self.left
-            if last:
-                self.done.release()
-            most = None if most is None else most - 1
+    def help(self) -> None:
+        """Do one piece, if there is one that nobody has begun; for helpers."""
+        piece = self._next(helping=1)
+        if piece is None:
+            return
+        try:
+            self.work(*piece)
+        except BaseException as error:
+            self.errors.append(error)
+        with self.changed:
+            self.working -= 1
+            self.changed.notify()
+
+    def _next(self, helping: int = 0) -> tuple[int, int] | None:
+        with self.changed:
+            if not self.pieces:
+                return None
+            self.working += helping
+            return self.pieces.popleft()
+
+    def _nobody_works(self) -> bool:
+        return not self.working
 
 
 class _Helper:
@@ -299,7 +314,7 @@ class _Helper:
         while True:
             share = self.tasks.get()
             if share is not None:
-                share.take_part(1)
+                share.help()
             if not compiled_away():
                 serve()(self.address, _turns(_AWAKE))
 
@@ -312,7 +327,8 @@ class _Crew:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        # A signal's handler, or a finalizer, may call while its own thread is in here.
+        self.lock = threading.RLock()
         self.idle: list[_Helper] = []
         self.working = 0
         self.started = 0

@@ -88,10 +88,16 @@ def check_writeable(out: npt.NDArray[Any]) -> None:
     """Raise unless results can be written to ``out``, each of them to a place of its own."""
     if not out.flags.writeable:
         raise ValueError("out must be writeable, got a read-only array")
-    if any(step == 0 and n > 1 for step, n in zip(out.strides, out.shape, strict=True)):
-        raise ValueError(
-            f"out must have a place for each number, got strides {out.strides} for {out.shape}"
-        )
+    if out.flags.c_contiguous or not out.size:
+        return
+    end = out.itemsize
+    axes = zip(out.strides, out.shape, strict=True)
+    for step, length in sorted((abs(step), n) for step, n in axes if n > 1):
+        if step < end:
+            raise ValueError(
+                f"out must have a place for each number, got strides {out.strides} for {out.shape}"
+            )
+        end += step * (length - 1)
 
 
 def check_array(name: str, x: Any) -> None:

@@ -9,6 +9,7 @@ with a global scale G the scale that multiplies is ``scale / G``.
 from __future__ import annotations
 
 import itertools
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,6 +202,8 @@ def quantize(
             global_scale = backend.choose_global_scale(x, spec)
     else:
         backend_for(x=x, scales=scales, zero_points=zero_points, global_scale=global_scale)
+        check_array("scales", scales[None])
+        scales = _as_real(scales, x.dtype.itemsize)
         scales, zero_points = check_qparams(tuple(x.shape), spec, scales, zero_points)
         global_scale = check_global(spec, global_scale)
         if spec.granularity is Granularity.TENSOR_GROUP and global_scale is None:
@@ -235,11 +238,14 @@ def dequantize(quantized: QuantizedTensor) -> Any:
     if not isinstance(quantized, QuantizedTensor):
         raise TypeError(f"quantized must be a QuantizedTensor, got {type(quantized).__name__}")
     backend = backend_for(codes=quantized.codes, scales=quantized.scales)
-    scales, zero_points = check_fit(tuple(quantized.codes.shape), quantized)
+    codes = _checked_codes(quantized)
+    scales, zero_points = check_fit(tuple(codes.shape), quantized)
+    check_array("scales", scales)
+    scales = _as_real(scales, scales.dtype.itemsize)
     divisor = quantized.global_scale
-    if divisor is not None:
+    if divisor is not None and not tuple(divisor.shape):
         divisor = divisor.reshape((1,))
-    return backend.dequantize(quantized.codes, quantized.spec, scales, zero_points, divisor)
+    return backend.dequantize(codes, quantized.spec, scales, zero_points, divisor)
 
 
 def fake_quantize(
@@ -296,6 +302,36 @@ def fake_quantize(
     return backend.fake_quantize(x, spec, global_scale, out=out, propagate=nonfinite == "propagate")
 
 
+def _checked_codes(quantized: QuantizedTensor) -> Any:
+    """Return the codes in the dtype of their format; others are looked at before they are cast."""
+    codes, form = quantized.codes, quantized.spec.format
+    kind = str(codes.dtype).removeprefix("torch.")
+    wanted = str(form.code_dtype)
+    if kind == wanted:
+        return codes
+    if kind.lstrip("u").rstrip("0123456789") != "int":
+        raise TypeError(f"codes of {quantized.spec} must have dtype {wanted}, got {codes.dtype}")
+    least, most = form.least_code, form.most_code
+    wrong = (codes < least) | (codes > most)
+    if bool(wrong.any()):
+        raise ValueError(f"codes must lie in [{least}, {most}], got {int(codes[wrong][0])}")
+    if isinstance(codes, np.ndarray):
+        return codes.astype(form.code_dtype)
+    return codes.to(getattr(sys.modules["torch"], wanted))
+
+
+def _as_real(scales: Any, itemsize: int) -> Any:
+    """Return scales in float32, or as they are where they are float64 for numbers of 8 bytes."""
+    size = scales.dtype.itemsize
+    if size == 4 or (size == 8 and itemsize == 8):
+        return scales
+    if isinstance(scales, np.ndarray):
+        # What leaves float32 is refused afterwards, as 0 or infinity.
+        with np.errstate(over="ignore", under="ignore"):
+            return scales.astype(np.float32)
+    return scales.float()
+
+
 def as_spec(spec: Any) -> QuantSpec:
     """Return a spec, parsed if it is a string."""
     if isinstance(spec, str):
@@ -320,6 +356,8 @@ def check_fit(shape: tuple[int, ...], quantized: Any) -> tuple[Any, Any]:
     Raises unless its arrays are what its spec asks for a shape. What they hold is not looked at.
     """
     spec = quantized.spec
+    if quantized.scales is None:
+        raise TypeError("scales must be an array, got None")
     scales, zeros = _full(shape, spec, quantized.scales, quantized.zero_points)
     shared = quantized.global_scale
     if (spec.granularity is Granularity.TENSOR_GROUP) != (shared is not None):
@@ -400,7 +438,8 @@ def check_global(spec: QuantSpec, global_scale: Any) -> Any:
     if spec.granularity is not Granularity.TENSOR_GROUP:
         raise ValueError(f"global_scale goes with granularity 'tensor_group', got {spec}")
     shape = tuple(global_scale.shape)
-    if shape not in ((), (1,)) or not 0 < float(global_scale.max()) < float("inf"):
+    number = float(_as_real(global_scale, 4).max()) if shape in ((), (1,)) else 0.0
+    if not 0 < number < float("inf"):
         raise ValueError(
             f"global_scale must be one positive finite number of shape (1,), got {global_scale}"
         )

@@ -68,8 +68,9 @@ def block_hadamard(
     array (..., d)
         Of the type, dtype and device of ``x``, differentiable where that is a tensor which
         records gradients; computed in float32, or float64 for float64, and rounded once. Its
-        relative error, root mean square, is that of the plain butterflies in the same dtype:
-        about 1e-7 in float32.
+        relative error, root mean square, is that of the plain butterflies in the same dtype,
+        about 1e-7 in float32 where b is a power of two; with a core of order K, whose sums have
+        K/4 terms, up to 7e-7 where K is some thousands.
 
     Raises
     ------

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -30,8 +31,10 @@ __all__ = [
     "DIGESTS",
     "GGUF_DIGEST",
     "GGUF_VERSION",
+    "are_compared",
     "check_digests",
     "checking",
+    "comparing",
     "seal_gguf",
     "sealed_report",
     "write_digests",
@@ -90,8 +93,8 @@ def check_digests(path: str | Path, wanted: Callable[[str], bool] | None = None)
     path : str or Path
         A directory that ``quantize`` or ``export`` wrote, or a GGUF file of ``export``.
     wanted : callable, optional
-        Tells by their names which files of a directory are compared; all by default, and then none
-        may have been added that a reader would read.
+        Tells by their names which files of a directory are compared; all by default. In any case
+        none may have been added that a reader would read.
 
     Returns
     -------
@@ -124,8 +127,7 @@ def check_digests(path: str | Path, wanted: Callable[[str], bool] | None = None)
     digests = dict(listed)
     if "recipe.toml" in listed:
         digests |= _report_digests(path)
-    if wanted is None:
-        _check_names(path, set(digests))
+    _check_names(path, set(digests))
     names = [name for name in digests if name != REPORT and (wanted is None or wanted(name))]
     with ThreadPoolExecutor(_READERS) as pool:
         for name, found in zip(names, pool.map(_sha256, (path / n for n in names)), strict=True):
@@ -159,6 +161,28 @@ def checking(path: Path, *, verify: bool = True) -> Iterator[None]:
         count = found.result()
     if count is None and path.is_dir():
         warn_of_none(path)
+
+
+class _Comparing(threading.local):
+    wanted = True
+
+
+_comparing = _Comparing()
+
+
+@contextmanager
+def comparing(wanted: bool) -> Iterator[None]:
+    """Have exports that this thread reads by way of Transformers compared, or not."""
+    before, _comparing.wanted = _comparing.wanted, wanted
+    try:
+        yield
+    finally:
+        _comparing.wanted = before
+
+
+def are_compared() -> bool:
+    """Return whether this thread wants exports compared with their digests."""
+    return _comparing.wanted
 
 
 def warn_of_none(folder: Path) -> None:

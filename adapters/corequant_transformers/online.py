@@ -26,7 +26,7 @@ from transformers.utils import quantization_config as configs
 
 import corequant as cq
 from corequant.errors import CheckpointError, HadamardOrderError, OutputError
-from corequant_transformers.digests import DIGESTS, check_digests
+from corequant_transformers.digests import DIGESTS, are_compared, check_digests
 
 __all__ = ["GUARD", "BlockTransform", "install"]
 
@@ -135,6 +135,8 @@ class _Quantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc, unused-ign
         result = super()._process_model_after_weight_loading(model, **kwargs)
         _check_matrices(model)
         self._digests.finish()
+        # A model is copied with its quantizer, and what waited for a thread can't be.
+        del self._digests
         config = self.quantization_config
         if getattr(config, "online", ()) and config.dequantize:
             model.save_pretrained = _refuse_to_save
@@ -153,7 +155,7 @@ class _Digests:
     def __init__(self, files: list[str] | None) -> None:
         self._found: Future[Any] | None = None
         folder = Path(files[0]).parent if files else None
-        if folder is not None and os.path.lexists(folder / DIGESTS):
+        if folder is not None and are_compared() and os.path.lexists(folder / DIGESTS):
             pool = ThreadPoolExecutor(1)
             self._found = pool.submit(check_digests, folder)
             pool.shutdown(wait=False)

@@ -36,7 +36,7 @@ from corequant_transformers.outputs import check_output
 from corequant_transformers.pacing import Pace, efforts
 from corequant_transformers.parts import ModelWeights, Parts, skeleton
 from corequant_transformers.planning import ModelPlan, plan_model
-from corequant_transformers.replicas import check_given, unwrap
+from corequant_transformers.replicas import check_given, check_plain, unwrap
 from corequant_transformers.saving import begin_run, describe_run, has_run, save_run
 from corequant_transformers.shards import FileWeights, make_skeleton
 from corequant_transformers.sources import Source
@@ -156,6 +156,7 @@ def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
         # What no model can be made of should be known before any work.
         bare = make_skeleton(source)
         if not source.is_gguf:
+            read_generation(source.path)
             FileWeights(source, bare, table)
     if source is None or not source.is_gguf:
         return table
@@ -322,6 +323,8 @@ def quantize(
     model = model if source else check_given(model)
     where = _device(device, None if source else model, executor)
     table = plan(model, recipe)
+    if source is None:
+        check_plain(model, [m.name for m in table.quantized])
     if source is not None:
         tokenizer = source.tokenizer()
     if isinstance(calibration, str):

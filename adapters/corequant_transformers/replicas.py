@@ -11,7 +11,7 @@ import copy
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +19,10 @@ import torch
 import transformers
 from torch.utils.hooks import RemovableHandle
 
-from corequant.errors import BackendError, CheckpointError
+from corequant.errors import ArchitectureError, BackendError, CheckpointError
 from corequant_transformers.layers import QuantizedLinear
 
-__all__ = ["check_given", "replicate", "standing_in", "unwrap"]
+__all__ = ["check_given", "check_plain", "replicate", "standing_in", "unwrap"]
 
 _CONTAINERS = (list, tuple, set, dict, OrderedDict)
 _CONFIGS = (transformers.PreTrainedConfig, transformers.GenerationConfig)
@@ -104,6 +104,60 @@ def check_given(model: Any, *, floating: bool = True) -> Any:
     if floating:
         _check_floating(found)
     return found
+
+
+def check_plain(model: Any, names: Iterable[str]) -> None:
+    """Raise unless a model computes what its modules' classes say, and nothing else.
+
+    Rounded layers take the places of others, and are calibrated on what those classes compute.
+    Hooks on other modules are run.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    names : iterable of str
+        Of layers that will be replaced.
+
+    Raises
+    ------
+    ArchitectureError
+        If a function stands in for a module's ``forward``, or a layer that will be replaced has
+        hooks or a class of its own.
+    """
+    for name, module in model.named_modules():
+        # Accelerate's own stand-in moves tensors between devices, and computes the same.
+        own = module.__dict__.get("forward")
+        if own is not None and not hasattr(module, "_hf_hook") and not _is_own(own, module):
+            raise ArchitectureError(
+                f"{name or 'the model'} must run its class's forward, got a function in its place, "
+                "which the quantized model would leave out; delete it for quantize"
+            )
+    replaced = dict(model.named_modules())
+    for name in names:
+        layer = replaced.get(name)
+        if layer is None:
+            continue
+        if not hasattr(layer, "_hf_hook") and (layer._forward_hooks or layer._forward_pre_hooks):
+            raise ArchitectureError(
+                f"{name} must have no hooks, since a quantized layer takes its place and would "
+                "leave them out; remove them for quantize"
+            )
+        if (
+            isinstance(layer, torch.nn.Linear)
+            and type(layer).forward is not torch.nn.Linear.forward
+        ):
+            raise ArchitectureError(
+                f"{name} must be a torch.nn.Linear, got {type(layer).__name__} with a forward of "
+                "its own, which the quantized layer would leave out"
+            )
+
+
+def _is_own(forward: Any, module: Any) -> bool:
+    """Return whether a function is a module's method, bound to it in some way."""
+    if isinstance(forward, functools.partial) and not forward.keywords:
+        return forward.func is type(module).forward and forward.args == (module,)
+    method = getattr(forward, "__func__", None)
+    return method is type(module).forward and forward.__self__ is module
 
 
 def _is_compiled(model: Any) -> bool:

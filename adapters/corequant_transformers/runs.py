@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,9 +89,21 @@ def ended(path: Path) -> Path:
     return path.with_name(f".{path.name}.ended")
 
 
-def _open_lock(name: str, flags: int) -> int:
+def _open_plain(name: str, flags: int) -> int:
     # A pipe in its place would be waited for.
-    return os.open(name, flags | os.O_NONBLOCK, 0o666)
+    opened = os.open(name, flags | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise OSError(f"{name} must be a regular file")
+    return opened
+
+
+def _remove(path: Path) -> None:
+    """Remove whatever lies in the place of a step's file, if anything does."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _digest(record: Mapping[str, Any]) -> str:
@@ -133,7 +146,7 @@ class RunDirectory:
             while True:
                 self.path.mkdir(exist_ok=True)
                 # The system frees the lock when its holder ends, however it ends.
-                lock = open(self.path / _LOCK, "ab", opener=_open_lock)
+                lock = open(self.path / _LOCK, "ab", opener=_open_plain)
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -278,7 +291,7 @@ class RunDirectory:
         for step in steps[usable:]:
             self._records.pop(step, None)
             for file in (self.path / f"{step}.json", *self.path.glob(f"{step}.*")):
-                file.unlink(missing_ok=True)
+                _remove(file)
         return usable
 
     def _read(self, step: str) -> dict[str, Any] | None:
@@ -333,7 +346,7 @@ class RunDirectory:
     def log(self, event: Mapping[str, Any]) -> None:
         """Append an event to the log, one JSON object a line."""
         try:
-            with (self.path / LOG).open("a", encoding="utf-8") as file:
+            with open(self.path / LOG, "a", encoding="utf-8", opener=_open_plain) as file:
                 file.write(json_text({"time": round(time.time(), 3), **event}, indent=None) + "\n")
         except OSError as error:
             raise OutputError(f"{self.path / LOG} could not be written: {error}") from error

@@ -19,7 +19,7 @@ from corequant.errors import CheckpointError, CorequantError
 from corequant.shardindex import check_homes, is_plain, read_index
 from corequant.tensorfile import TensorFile
 from corequant_transformers.configs import check_config, read_json, settle_config
-from corequant_transformers.digests import check_digests
+from corequant_transformers.digests import check_digests, comparing
 from corequant_transformers.surroundings import undisturbed
 
 __all__ = ["Source", "check_inside", "files_to_copy", "is_copied", "quiet_transformers"]
@@ -53,6 +53,8 @@ class Source:
     ----------
     path : str or Path
         A directory with ``config.json`` and safetensors files, or a ``.gguf`` file.
+    verify : bool
+        Compare files that have digests, which are exports of ours, with these.
 
     Raises
     ------
@@ -61,11 +63,11 @@ class Source:
         one of the folder, or the config asks for code that isn't torch's own.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, verify: bool = True) -> None:
         self.path = Path(path)
         self.is_gguf = self.path.suffix == ".gguf" and self.path.is_file()
         self.is_compressed = False
-        self._compared = False
+        self._compared = not verify
         self._index: Path | None = None
         self._shards: list[Path] = []
         if not self.is_gguf:
@@ -182,6 +184,8 @@ class Source:
     def tokenizer(self) -> Any:
         """Return the tokenizer."""
         where, options = self._location()
+        if self.is_compressed and not self._compared:
+            check_digests(self.path, lambda name: not name.endswith(".safetensors"))
         with _as_checkpoint_error(self.path):
             return transformers.AutoTokenizer.from_pretrained(
                 where, local_files_only=True, trust_remote_code=False, **options
@@ -209,7 +213,7 @@ class Source:
             return read_model(self, dtype)
         where, options = self._location()
         # A directory's digests are compared by the quantizer that Transformers calls.
-        with _LOADING, _as_checkpoint_error(self.path):
+        with _LOADING, comparing(not self._compared), _as_checkpoint_error(self.path):
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 where,
                 dtype=dtype,

@@ -241,7 +241,7 @@ def evaluate(
     from corequant_transformers.devices import check_device
 
     where = check_device(device)
-    source = None if is_quantized(model) else cqhf.Source(model)
+    source = None if is_quantized(model) else cqhf.Source(model, verify=verify)
     tokenizer = source.tokenizer() if source else cqhf.load_tokenizer(model, verify=verify)
     tokens = cqhf.token_windows(words, tokenizer, sequence_length, windows)
     loaded = (source.load() if source else cqhf.load(model, verify=verify)).to(where)
@@ -306,7 +306,7 @@ def inspect(
     if is_quantized(model):
         _inspect_quantized(model, verify, as_json)
         return
-    source, page = cqhf.Source(model), check_report_output(report)
+    source, page = cqhf.Source(model, verify=verify), check_report_output(report)
     words = help_topics() if given is None else given
     tokens = cqhf.token_windows(words, source.tokenizer(), sequence_length, windows)
     with show.progress() as progress:

@@ -20,7 +20,7 @@ from corequant._validation import check_index
 from corequant.errors import AccumulatorError, ShapeError
 from corequant.exact import integer_range, integer_unit, integer_values
 from corequant.formats import FormatKind, NumberFormat, formats
-from corequant.quantization import QuantizedTensor
+from corequant.quantization import QuantizedTensor, check_fit
 from corequant.specs import QuantSpec
 
 __all__ = [
@@ -55,11 +55,12 @@ class AccumulatorSpec:
     diffuse : bool
         Whether columns rounded later also make up for what the bounds cut off (True), or only for
         rounding, as published (False). GPFQ always does.
-    zero_points : bool
+    zero_points : bool, optional
         Whether what is multiplied are codes less a zero point, which may be any code: the integers
         then reach from -255 to 255 for 8 bits, and what holds them holds the codes themselves too.
-        True for an asymmetric QuantSpec. With the format in its place the products of stored codes
-        are meant, to whose sum a kernel adds the zero points' share elsewhere.
+        By default that of the QuantSpec: True where it is asymmetric. With the format in its place
+        the products of stored codes are meant, to whose sum a kernel adds the zero points' share
+        elsewhere.
 
     Raises
     ------
@@ -79,15 +80,20 @@ class AccumulatorSpec:
     tile: int | None = None
     activation: NumberFormat = formats["int8"]
     diffuse: bool = True
-    zero_points: bool = False
+    zero_points: bool | None = None
 
     def __post_init__(self) -> None:
         """Look names up and refuse widths out of range."""
+        for name, allowed in (("diffuse", (bool,)), ("zero_points", (bool, type(None)))):
+            if not isinstance(getattr(self, name), allowed):
+                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
         activation: Any = self.activation
         if isinstance(activation, str):
             activation = QuantSpec.parse(activation)
+        asymmetric = isinstance(activation, QuantSpec) and not activation.symmetric
+        if self.zero_points is None:
+            object.__setattr__(self, "zero_points", asymmetric)
         if isinstance(activation, QuantSpec):
-            object.__setattr__(self, "zero_points", self.zero_points or not activation.symmetric)
             activation = activation.format
         if not isinstance(activation, NumberFormat):
             raise TypeError(
@@ -125,7 +131,7 @@ def check_tile(accumulator: AccumulatorSpec, tile: int, spec: QuantSpec) -> None
     integer_unit(spec.format)
     low, high = accumulator.range
     if accumulator.limit < max(-low, high):
-        what = accumulator.activation.name + " less a zero point" * accumulator.zero_points
+        what = accumulator.activation.name + " less a zero point" * bool(accumulator.zero_points)
         raise AccumulatorError(
             f"bits must leave room for one weight of 1: {what} reaches {max(-low, high)}, "
             f"got {accumulator.bits} bits, which hold ±{accumulator.limit}"
@@ -172,12 +178,13 @@ def integer_codes(quantized: QuantizedTensor) -> npt.NDArray[np.int64]:
     array([[  1, -12]])
     """
     codes = np.asarray(quantized.codes)
+    _, zero_points = check_fit(codes.shape, quantized)
     if quantized.spec.format.kind is not FormatKind.INTEGER:
         return integer_values(codes, quantized.spec.format)
     whole = codes.astype(np.int64)
-    if quantized.zero_points is None:
+    if zero_points is None:
         return whole
-    zeros = np.asarray(quantized.zero_points, np.int64)
+    zeros = np.asarray(zero_points, np.int64)
     length = codes.shape[-1] // zeros.shape[-1] if zeros.shape[-1] else 1
     return whole - np.repeat(zeros, length, axis=-1)
 

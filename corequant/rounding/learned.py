@@ -69,9 +69,10 @@ def learned_rounding(
     dtype : numpy dtype, optional
         Float32 or float64 for all arithmetic; by default float64 for a float64 W.
     tokens : int, optional
-        How many tokens H and G are the moments of: what too few for the channels can't tell is
-        made up for, see Notes. By default H's rank stands for it where that is lacking; to give
-        the number spares that look.
+        How many tokens H and G are the moments of: what too few can't tell is made up for, see
+        Notes. Give the number wherever it is known. By default H's rank stands for it where more
+        than one direction is lacking; from as many tokens as channels on the rank tells nothing,
+        and nothing is made up for, although up to ten times as many would need it.
     name : str
         The layer's name, for errors and the report.
 

@@ -344,3 +344,58 @@ def test_nan_is_no_json(tokens, tmp_path):
     assert all(0 <= error < 1 for error in errors)
     text = (tmp_path / "out/report.json").read_text()
     json.loads(text, parse_constant=pytest.fail)
+
+
+# ---- what fresh damage there may be
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", b'{"max_new_tokens": "x"}'])
+def test_generation_settings_that_no_result_could_be_loaded_with_are_found_by_plan(
+    content, source, tokens, tmp_path
+):
+    shutil.copytree(source, tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").write_bytes(content)
+    with pytest.raises(cq.CheckpointError, match="generation_config"):
+        cqhf.plan(tmp_path / "m", RECIPE)
+
+
+def test_tokenizers_are_not_read_beside_files_that_were_added(copy_of):
+    (copy_of / "chat_template.jinja").write_text("other words")
+    with pytest.raises(cq.CheckpointError, match="chat_template.jinja"):
+        cqhf.load_tokenizer(copy_of)
+    cqhf.load_tokenizer(copy_of, verify=False)
+
+
+def test_exports_are_compared_as_sources_unless_told_not_to(source, tokens, tmp_path):
+    cqhf.quantize(source, OFFLINE, tokens, tmp_path / "q")
+    cqhf.export(tmp_path / "q", tmp_path / "ct")
+    file = tmp_path / "ct" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(cq.CheckpointError, match="not as it was written"):
+        cqhf.Source(tmp_path / "ct").load()
+    cqhf.Source(tmp_path / "ct", verify=False).load()
+    words = tmp_path / "ct" / "tokenizer.json"
+    words.write_text(words.read_text() + " ")
+    with pytest.raises(cq.CheckpointError, match="not as it was written"):
+        cqhf.Source(tmp_path / "ct").tokenizer()
+    cqhf.Source(tmp_path / "ct", verify=False).tokenizer()
+
+
+def test_a_run_whose_files_became_something_else_goes_on(source, written, tokens, tmp_path):
+    output = tmp_path / "out"
+    with pytest.raises(Stopped):
+        cqhf.quantize(source, RECIPE, tokens, output, events=stop_after(3))
+    run = run_directory(output)
+    step = next(run.glob("calibrate-*.json"))
+    step.unlink()
+    step.mkdir()
+    log = run / "log.jsonl"
+    log.unlink()
+    os.mkfifo(log)
+    with pytest.raises(cq.OutputError, match="log.jsonl"):
+        cqhf.quantize(source, RECIPE, tokens, output, resume=True)
+    log.unlink()
+    cqhf.quantize(source, RECIPE, tokens, output, resume=True)
+    assert digest(output) == digest(written)

@@ -161,3 +161,24 @@ def test_code_does_not_grow_with_the_core(monkeypatch):
         np.testing.assert_allclose(turned, expected, atol=1e-12)
     assert len(sizes) == 2
     assert max(sizes) < 24 << 10, sizes
+
+
+def test_a_fork_is_not_held_up_by_what_others_do_before_it():
+    """Logging takes its lock before a fork, and a compilation waits for it: ours comes first."""
+    script = (
+        "import os, threading, time, numpy as np, corequant as cq\n"
+        "import logging, numba.core.compiler_lock as lock\n"
+        "taken = threading.Event()\n"
+        "def work():\n"
+        "    with lock.global_compiler_lock:\n"
+        "        taken.set(); time.sleep(0.3); logging.getLogger('numba.x')\n"
+        "threading.Thread(target=work).start(); taken.wait(); began = time.monotonic()\n"
+        "child = os.fork()\n"
+        "if not child: logging.getLogger('numba.y'); os._exit(0)\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+        "assert time.monotonic() - began < 20"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

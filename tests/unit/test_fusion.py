@@ -263,3 +263,20 @@ def test_codes_may_not_go_where_x_lies(rng):
     inside = x.view(np.int8).reshape(-1)[:128].reshape(4, 32)
     with pytest.raises(ValueError, match="share no memory"):
         cq.rotate_quantize(x, 8, "int4:token", out=inside)
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 32), (0, 32)])
+def test_empty_arrays_go_to_empty_places(shape):
+    x = np.ones(shape, np.float32)
+    for call in PLACES:
+        out = np.empty_like(x)
+        assert call(x, out) is out
+    packed = cq.quantize_packed(x, "mxfp4")
+    cq.quantize_packed(x, "mxfp4", out=np.empty_like(packed.packed))
+
+
+@pytest.mark.parametrize("call", PLACES)
+def test_places_that_overlap_themselves_are_refused(call):
+    out = np.lib.stride_tricks.as_strided(np.zeros(40, np.float32), (4, 8), (16, 4))
+    with pytest.raises(ValueError, match="a place for each number"):
+        call(np.ones((4, 8), np.float32), out)

@@ -31,13 +31,15 @@ def turned(plan, x, signs):
     y, scratch = aligned(x.size, x.dtype), aligned(plan.scratch + 64)
     y[:] = x
     bits = sign_bits(plan, signs)
+    kernel = kernel_for(plan)
     given = settings(
         x.size // plan.unit,
         0.125,
         scratch.ctypes.data,
+        choices=kernel.choices.ctypes.data,
         signs=(bits.ctypes.data, len(signs), 0),
     )
-    kernel_for(plan)(y.ctypes.data, y.ctypes.data, given)
+    kernel(y.ctypes.data, y.ctypes.data, given)
     return y.view(np.uint8)
 
 

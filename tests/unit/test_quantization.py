@@ -441,3 +441,40 @@ def test_one_number_stands_for_all_scales_and_nothing_else_is_repeated():
     found = cq.quantize(x, "nvfp4", global_scale=shared.reshape(()))
     assert found.global_scale.shape == (1,)
     np.testing.assert_array_equal(found.codes, cq.quantize(x, "nvfp4").codes)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_scales_are_read_as_float32(dtype):
+    x = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
+    given = np.full((2, 1), 0.25, dtype)
+    found = cq.quantize(x, "int8:channel:symmetric", given)
+    assert found.scales.dtype == np.float32
+    expected = cq.quantize(x, "int8:channel:symmetric", given.astype(np.float32))
+    np.testing.assert_array_equal(found.codes, expected.codes)
+    read = cq.dequantize(dataclasses.replace(found, scales=given))
+    np.testing.assert_array_equal(read, cq.dequantize(expected))
+
+
+@pytest.mark.parametrize("spec", ["e2m1:tensor", "nf4:tensor", "int4:tensor:symmetric"])
+@pytest.mark.parametrize("scale", [1e-300, 1e-46, 1e300])
+def test_scales_that_float32_does_not_hold_are_refused(spec, scale):
+    x = np.array([[0.0, 1, -1, 3]], np.float32)
+    with pytest.raises(ValueError, match="scales must be positive and finite"):
+        cq.quantize(x, spec, np.full((1, 1), scale))
+    assert np.isfinite(cq.quantize(x.astype(np.float64), spec, np.full((1, 1), 1e-46)).scales).all()
+    with pytest.raises(ValueError, match="global_scale must be one positive finite number"):
+        cq.quantize(np.ones((1, 16), np.float32), "nvfp4", global_scale=np.full(1, scale))
+
+
+def test_codes_and_scales_of_other_kinds_are_looked_at():
+    q = cq.quantize(np.ones((2, 8), np.float32), "int4:channel")
+    wide = dataclasses.replace(q, codes=q.codes.astype(np.int64))
+    np.testing.assert_array_equal(cq.dequantize(wide), cq.dequantize(q))
+    for changes in (
+        {"codes": q.codes.astype(np.float32)},
+        {"codes": q.codes.astype(np.int64) + 256},
+        {"scales": None},
+        {"scales": q.scales.astype(np.int32)},
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"codes|scales"):
+            cq.dequantize(dataclasses.replace(q, **changes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 
@@ -374,3 +375,26 @@ def test_round_to_nearest_reports_too(problem):
     mismatched = cq.round_to_nearest(W, SPEC, H=H, G=G).report
     assert mismatched.loss == cq.qronos(W, H, G, SPEC).report.nearest_loss
     assert found.report.name == "fc"
+
+
+def test_zero_points_of_another_shape_are_brought_into_it_or_refused():
+    q = cq.quantize(
+        np.arange(8.0).reshape(2, 4), "int4:channel:asymmetric", np.ones(()), np.int8(1)
+    )
+    one = dataclasses.replace(q, zero_points=np.array(1, np.int8))
+    assert (
+        cq.certify(one, cq.AccumulatorSpec(16)).largest
+        == cq.certify(q, cq.AccumulatorSpec(16)).largest
+    )
+    with pytest.raises(cq.ShapeError, match="zero_points must have shape"):
+        cq.certify(
+            dataclasses.replace(q, zero_points=np.ones((4, 3), np.int8)), cq.AccumulatorSpec(16)
+        )
+
+
+def test_switches_of_an_accumulator_are_switches():
+    for name in ("diffuse", "zero_points"):
+        with pytest.raises(TypeError, match=f"{name} must be true or false"):
+            cq.AccumulatorSpec(16, **{name: "no"})
+    spec = cq.AccumulatorSpec(16, None, "int8:token:asymmetric", zero_points=False)
+    assert spec.range == (-128, 127)

@@ -89,7 +89,7 @@ def test_a_helper_takes_part(monkeypatch):
     helpers = _threads._crew.claim(1)
     kernel = _rotation._row_kernel("float32", 64, False, "none", "ordinary")
     units = x.size // kernel.unit
-    given = settings(units, kernel.scale, 0)
+    given = settings(units, kernel.scale, 0, choices=0)
     context = Context(kernel.call, 4 * kernel.unit, kernel.unit)
     job = _threads._Job(piece(), units, 16, 2)
     job.finish(helpers, context(x.ctypes.data, x.ctypes.data, given), 0, kernel.scratch)
@@ -121,7 +121,7 @@ def test_nothing_is_let_go_while_a_helper_works(monkeypatch):
     kernel = _rotation._row_kernel("float32", 64, False, "none", "ordinary", x.size)
     context = Context(kernel.call, 4 * kernel.unit, kernel.unit)
     job = _threads._Job(piece(), x.size // kernel.unit, 1, 2)
-    given = context(x.ctypes.data, x.ctypes.data, settings(1, kernel.scale, 0))
+    given = context(x.ctypes.data, x.ctypes.data, settings(1, kernel.scale, 0, choices=0))
     with pytest.raises(KeyboardInterrupt):
         job.finish([helper], given, _rotation.scratch.at_least(kernel.scratch), kernel.scratch)
     assert len(slept) == 2
@@ -205,3 +205,41 @@ def test_a_forked_child_has_threads_of_its_own(rng, monkeypatch):
     with multiprocessing.get_context("fork").Pool(1) as pool:
         result = pool.apply_async(cq.block_hadamard, (x, 64)).get(timeout=60)
     np.testing.assert_array_equal(result, expected)
+
+
+def test_an_interrupted_call_waits_for_its_helpers():
+    """Otherwise they would go on writing to what the caller has back."""
+    finished, started = threading.Event(), threading.Event()
+
+    def work(start, stop):
+        if threading.current_thread() is threading.main_thread():
+            assert started.wait(60)
+            raise KeyboardInterrupt
+        started.set()
+        time.sleep(0.3)
+        finished.set()
+
+    share = _threads._Share(2, work, 2)
+    helpers = [_threads._Helper(1000)]
+    with pytest.raises(KeyboardInterrupt):
+        share.finish(helpers)
+    assert finished.is_set()
+
+
+def test_a_handler_may_call_while_its_thread_claims_helpers():
+    crew = _threads._Crew()
+    with crew.lock:
+        taken = crew.claim(0)
+        crew.release(taken)
+    assert crew.working == 0
+
+
+def test_a_larger_scratch_leaves_the_one_that_was_handed_out():
+    from corequant._rotation import _Scratch
+
+    scratch = _Scratch()
+    first = scratch.at_least(1 << 12)
+    second = scratch.at_least(1 << 14)
+    assert first != second
+    assert [_repeated.address_of(m) for m in scratch.memory] == [first, second]
+    assert scratch.at_least(1 << 13) == second
