@@ -305,7 +305,7 @@ def fake_quantize(
 def _checked_codes(quantized: QuantizedTensor) -> Any:
     """Return the codes in the dtype of their format; others are looked at before they are cast."""
     codes, form = quantized.codes, quantized.spec.format
-    kind = str(codes.dtype).removeprefix("torch.")
+    kind = str(codes.dtype).rpartition(".")[2]
     wanted = str(form.code_dtype)
     if kind == wanted:
         return codes

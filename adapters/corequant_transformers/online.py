@@ -135,8 +135,6 @@ class _Quantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc, unused-ign
         result = super()._process_model_after_weight_loading(model, **kwargs)
         _check_matrices(model)
         self._digests.finish()
-        # A model is copied with its quantizer, and what waited for a thread can't be.
-        del self._digests
         config = self.quantization_config
         if getattr(config, "online", ()) and config.dequantize:
             model.save_pretrained = _refuse_to_save
@@ -159,6 +157,10 @@ class _Digests:
             pool = ThreadPoolExecutor(1)
             self._found = pool.submit(check_digests, folder)
             pool.shutdown(wait=False)
+
+    def __deepcopy__(self, memo: Any) -> _Digests:
+        # Transformers copies its quantizer while it loads; there is one comparison for all.
+        return self
 
     def finish(self) -> None:
         """Raise CheckpointError if a file isn't as it was written."""

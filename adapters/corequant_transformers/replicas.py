@@ -153,7 +153,8 @@ def check_plain(model: Any, names: Iterable[str]) -> None:
 
 
 def _is_own(forward: Any, module: Any) -> bool:
-    """Return whether a function is a module's method, bound to it in some way."""
+    """Return whether a function is a module's method, bound to it or compiled in some way."""
+    forward = getattr(forward, "_torchdynamo_orig_callable", forward)
     if isinstance(forward, functools.partial) and not forward.keywords:
         return forward.func is type(module).forward and forward.args == (module,)
     method = getattr(forward, "__func__", None)
