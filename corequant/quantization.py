@@ -203,7 +203,7 @@ def quantize(
     else:
         backend_for(x=x, scales=scales, zero_points=zero_points, global_scale=global_scale)
         check_array("scales", scales[None])
-        scales = _as_real(scales, x.dtype.itemsize)
+        scales = _as_real(scales, _is_wide(x))
         scales, zero_points = check_qparams(tuple(x.shape), spec, scales, zero_points)
         global_scale = check_global(spec, global_scale)
         if spec.granularity is Granularity.TENSOR_GROUP and global_scale is None:
@@ -241,7 +241,7 @@ def dequantize(quantized: QuantizedTensor) -> Any:
     codes = _checked_codes(quantized)
     scales, zero_points = check_fit(tuple(codes.shape), quantized)
     check_array("scales", scales)
-    scales = _as_real(scales, scales.dtype.itemsize)
+    scales = _as_real(scales, wide=True)
     divisor = quantized.global_scale
     if divisor is not None and not tuple(divisor.shape):
         divisor = divisor.reshape((1,))
@@ -320,16 +320,20 @@ def _checked_codes(quantized: QuantizedTensor) -> Any:
     return codes.to(getattr(sys.modules["torch"], wanted))
 
 
-def _as_real(scales: Any, itemsize: int) -> Any:
-    """Return scales in float32, or as they are where they are float64 for numbers of 8 bytes."""
-    size = scales.dtype.itemsize
-    if size == 4 or (size == 8 and itemsize == 8):
+def _as_real(scales: Any, wide: bool) -> Any:
+    """Return scales in float32, or as they are where they are float64 for float64 numbers."""
+    name = str(scales.dtype).rpartition(".")[2]
+    if name == "float32" or (wide and name == "float64"):
         return scales
-    if isinstance(scales, np.ndarray):
+    if isinstance(scales, np.ndarray | np.generic):
         # What leaves float32 is refused afterwards, as 0 or infinity.
         with np.errstate(over="ignore", under="ignore"):
             return scales.astype(np.float32)
-    return scales.float()
+    return scales.float() if hasattr(scales, "float") else scales
+
+
+def _is_wide(x: Any) -> bool:
+    return str(x.dtype).rpartition(".")[2] in ("float64", ">f8", "<f8")
 
 
 def as_spec(spec: Any) -> QuantSpec:
@@ -438,7 +442,7 @@ def check_global(spec: QuantSpec, global_scale: Any) -> Any:
     if spec.granularity is not Granularity.TENSOR_GROUP:
         raise ValueError(f"global_scale goes with granularity 'tensor_group', got {spec}")
     shape = tuple(global_scale.shape)
-    number = float(_as_real(global_scale, 4).max()) if shape in ((), (1,)) else 0.0
+    number = float(_as_real(global_scale, wide=False).max()) if shape in ((), (1,)) else 0.0
     if not 0 < number < float("inf"):
         raise ValueError(
             f"global_scale must be one positive finite number of shape (1,), got {global_scale}"

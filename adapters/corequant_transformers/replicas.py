@@ -127,7 +127,9 @@ def check_plain(model: Any, names: Iterable[str]) -> None:
     for name, module in model.named_modules():
         # Accelerate's own stand-in moves tensors between devices, and computes the same.
         own = module.__dict__.get("forward")
-        if own is not None and not hasattr(module, "_hf_hook") and not _is_own(own, module):
+        if own is None or hasattr(module, "_hf_hook") or _is_compiled(module):
+            continue
+        if not _is_own(own, module):
             raise ArchitectureError(
                 f"{name or 'the model'} must run its class's forward, got a function in its place, "
                 "which the quantized model would leave out; delete it for quantize"
@@ -155,6 +157,8 @@ def check_plain(model: Any, names: Iterable[str]) -> None:
 def _is_own(forward: Any, module: Any) -> bool:
     """Return whether a function is a module's method, bound to it or compiled in some way."""
     forward = getattr(forward, "_torchdynamo_orig_callable", forward)
+    if forward is type(module).forward:
+        return True
     if isinstance(forward, functools.partial) and not forward.keywords:
         return forward.func is type(module).forward and forward.args == (module,)
     method = getattr(forward, "__func__", None)
