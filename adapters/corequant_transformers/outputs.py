@@ -56,15 +56,21 @@ def check_output(path: str | Path, *, allow_full: bool = False) -> Path:
         if isinstance(error, CorequantError):
             raise
         raise OutputError(f"output can't be looked at: {error}") from error
-    place, prefix = (target, ".corequant.") if there else (target.parent, f".{target.name}.")
+    _try(target if there else target.parent, "output" if there else "output's parent folder")
+    return target
+
+
+def _try(folder: Path, what: str) -> None:
+    """Raise OutputError unless a folder can be written to.
+
+    Permission bits don't tell for a superuser or a read-only file system; trying does. A temporary
+    file has no name where the system allows that, so that a process which is killed leaves none.
+    """
     try:
-        # Permission bits don't tell for a superuser or a read-only file system; trying does.
-        with tempfile.TemporaryDirectory(".tmp", prefix, place):
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        what = "output" if there else "output's parent folder"
         raise OutputError(f"{what} can't be written: {error}") from error
-    return target
 
 
 def check_file_output(path: str | Path, ending: str = "", *, new: bool = True) -> Path:
@@ -91,11 +97,7 @@ def check_file_output(path: str | Path, ending: str = "", *, new: bool = True) -
         raise OutputError(f"output must be {wanted}, got {target}")
     if not target.parent.is_dir():
         raise OutputError(f"output's parent folder must exist, got {target.parent}")
-    try:
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
-    except OSError as error:
-        raise OutputError(f"output's parent folder can't be written: {error}") from error
+    _try(target.parent, "output's parent folder")
     return target
 
 
