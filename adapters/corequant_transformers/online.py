@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+from transformers.utils import logging
 from transformers.utils import quantization_config as configs
 
 import corequant as cq
@@ -39,6 +40,9 @@ Their weights are compressed, unless their real status follows in brackets.
 _METHOD = "compressed-tensors"
 _TYPES = ("hadamard", "random-hadamard")
 _MERGED = ("weight_input", "weight_output")
+_IN_BFLOAT16 = ("mxfp4-pack-quantized", "nvfp4-pack-quantized")
+"""Formats that compressed-tensors decodes to bfloat16 when the model is first called, whatever the
+dtype of the rest; products of that with another dtype fail in torch."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,18 @@ _Config.__name__ = configs.CompressedTensorsConfig.__name__
 class _Quantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc, unused-ignore]
     """Transformers' quantizer that rotates at run time."""
 
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype that a model is loaded in, where one was asked for."""
+        config = self.quantization_config
+        if dtype == torch.bfloat16 or config.dequantize or not _runs_in_bfloat16(config):
+            return dtype
+        log: Any = logging.get_logger(__name__)
+        log.warning_once(
+            f"compressed-tensors decodes these weights to bfloat16 when the model is called, so it "
+            f"is loaded in bfloat16 instead of {str(dtype).removeprefix('torch.')}"
+        )
+        return torch.bfloat16
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         before: Any = super()._process_model_before_weight_loading
         before(model, **kwargs)
@@ -139,6 +155,14 @@ class _Quantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc, unused-ign
         if getattr(config, "online", ()) and config.dequantize:
             model.save_pretrained = _refuse_to_save
         return result
+
+
+def _runs_in_bfloat16(config: Any) -> bool:
+    given = config.quantization_config
+    groups = getattr(given, "config_groups", None) or {}
+    formats = [getattr(part, "format", None) for part in (given, *groups.values())]
+    # Some versions have an enumeration there.
+    return any(getattr(f, "value", f) in _IN_BFLOAT16 for f in formats)
 
 
 class _Digests:

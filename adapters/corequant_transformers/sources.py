@@ -198,7 +198,8 @@ class Source:
         Parameters
         ----------
         dtype : torch.dtype
-            Of its weights.
+            Of its weights. MXFP4 and NVFP4 exports are in bfloat16 whatever is asked for, since
+            compressed-tensors decodes them to nothing else.
 
         Raises
         ------

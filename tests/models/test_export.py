@@ -76,6 +76,37 @@ def check_equal(own, other, tokens):
     return theirs
 
 
+@pytest.mark.parametrize("asked", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weights", ["mxfp4", "nvfp4"])
+def test_four_bit_floats_are_loaded_in_the_dtype_in_which_they_run(
+    weights, asked, tokens, tmp_path
+):
+    recipe = {"rotation": "offline", "weights": weights, "activations": "none"}
+    own, out = quantized(tmp_path, tokens, **recipe)
+    expected = cqhf.evaluate(cqhf.load(own), tokens).perplexity
+    with quiet_transformers():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=asked)
+    for model in (cqhf.Source(out).load(asked), theirs):
+        assert model.dtype is model.config.dtype is torch.bfloat16
+        assert cqhf.evaluate(model, tokens).perplexity == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+def test_a_dtype_that_was_asked_for_is_kept_elsewhere(tokens, tmp_path):
+    fp4 = {"rotation": "offline", "weights": "mxfp4", "activations": "none"}
+    for name, recipe in {"fp4": fp4, "int4": {**fp4, "weights": "int4:group16"}}.items():
+        (tmp_path / name).mkdir()
+        _, out = quantized(tmp_path / name, tokens, **recipe)
+        # Decoded while it is loaded, it runs in any dtype.
+        config = transformers.CompressedTensorsConfig(dequantize=True) if name == "fp4" else None
+        with quiet_transformers():
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                out, dtype=torch.float32, quantization_config=config
+            )
+        assert model.dtype is torch.float32
+        assert np.isfinite(cqhf.evaluate(model, tokens).perplexity)
+
+
 @pytest.mark.parametrize("name", OFFLINE)
 def test_transformers_loads_merged_directories(name, tokens, tmp_path):
     weights, activations = OFFLINE[name]
