@@ -41,6 +41,7 @@ from corequant_transformers.saving import begin_run, describe_run, has_run, save
 from corequant_transformers.shards import FileWeights, make_skeleton
 from corequant_transformers.sources import Source
 from corequant_transformers.streaming import Job
+from corequant_transformers.structures import check_blocks, check_places, check_untouched
 from corequant_transformers.surroundings import undisturbed
 from corequant_transformers.texts import check_ids, check_positions, check_tokens, token_windows
 from corequant_transformers.transforming import Choices, restructure
@@ -152,6 +153,9 @@ def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
     names = source.tensor_names if source else lambda: list(cast(Any, model).state_dict())
     check_described(config, names)
     table = plan_model(config, recipe)
+    if source is None:
+        check_untouched(model)
+        _check_structure(model, table)
     if source is not None:
         # What no model can be made of should be known before any work.
         bare = make_skeleton(source)
@@ -214,6 +218,7 @@ def calibrate(
     else:
         tokens = check_tokens(calibration)
     table = plan_model(model.config, recipe)
+    _check_structure(model, table)
     _check_windows(table, tokens)
     parts = Parts(skeleton(model), table, ModelWeights(model), device_of(model))
     with QuickForward():
@@ -424,6 +429,11 @@ def _device(
             "workers would share the device"
         )
     return where
+
+
+def _check_structure(model: Any, table: ModelPlan) -> None:
+    check_places(model, table.architecture)
+    check_blocks(model, table.architecture, table.dimensions.blocks)
 
 
 def _parts(

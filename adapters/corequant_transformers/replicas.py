@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from corequant.errors import ArchitectureError, BackendError, CheckpointError
 from corequant_transformers.layers import QuantizedLinear
+from corequant_transformers.structures import check_untouched
 
 __all__ = ["check_given", "check_plain", "replicate", "standing_in", "unwrap"]
 
@@ -61,6 +62,12 @@ def unwrap(model: Any) -> Any:
             "corequant_transformers.Source(path).load(), a quantized one by "
             "corequant_transformers.load(path)"
         )
+    if not isinstance(found.config, transformers.PreTrainedConfig):
+        raise TypeError(
+            f"model must be a Transformers model, got {type(found).__name__}, whose config is a "
+            f"{type(found.config).__name__} and no transformers.PreTrainedConfig; a model of other "
+            "code is read after its config and weights were translated to one of Transformers'"
+        )
     return found
 
 
@@ -76,6 +83,8 @@ def check_given(model: Any, *, floating: bool = True) -> Any:
 
     Raises
     ------
+    ArchitectureError
+        If a parametrization, pruning or the like computes them.
     BackendError
         If weights are offloaded, empty or spread over processes.
     CheckpointError
@@ -102,6 +111,7 @@ def check_given(model: Any, *, floating: bool = True) -> Any:
             "or gather the weights first"
         )
     if floating:
+        check_untouched(found)
         _check_floating(found)
     return found
 

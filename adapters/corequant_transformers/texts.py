@@ -20,6 +20,7 @@ from corequant_transformers.architectures import (
     dimensions_of,
 )
 from corequant_transformers.replicas import check_given, replicate, standing_in
+from corequant_transformers.structures import check_places
 from corequant_transformers.surroundings import undisturbed
 
 __all__ = [
@@ -135,6 +136,8 @@ def evaluate(
 
     Raises
     ------
+    ArchitectureError
+        If the model's architecture is unknown, or it lacks an embedding or a head.
     BackendError
         If weights of the model are not in memory.
     CalibrationError
@@ -159,6 +162,7 @@ def evaluate(
         tokens = check_tokens(text)
         tokens = tokens if windows is None else tokens[: check_index("windows", windows)]
     architecture = architecture_of(model.config)
+    check_places(model, architecture)
     check_positions(architecture, dimensions_of(model.config), tokens)
     embedding = model.get_submodule(architecture.embedding)
     check_ids(tokens, len(getattr(embedding, "weight", ())) or model.config.vocab_size)
@@ -253,7 +257,9 @@ def check_positions(architecture: Architecture, dimensions: Dimensions, tokens: 
 def _negative_log_likelihood(model: Any, window: Tokens) -> float:
     architecture = architecture_of(model.config)
     trunk = model.get_submodule(architecture.embedding.rpartition(".")[0])
-    ids = torch.from_numpy(window).to(model.get_submodule(architecture.head).weight.device)
+    head: Any = model.get_submodule(architecture.head).weight
+    # Layers of torch's own quantization have a method of that name, and run on the CPU.
+    ids = torch.from_numpy(window).to(getattr(head, "device", "cpu"))
     found: list[Any] = []
     forward = trunk.forward
 
