@@ -17,7 +17,13 @@ from corequant._dispatch import available_backends, get_backend
 from corequant._files import json_text, read_text
 from corequant.cli import show
 from corequant.cli.plain import plain
-from corequant.errors import BackendError, CalibrationError, CorequantError, RecipeError
+from corequant.errors import (
+    BackendError,
+    CalibrationError,
+    CorequantError,
+    OutputError,
+    RecipeError,
+)
 from corequant.export import TARGETS
 from corequant.recipe import FACTORS, PERMUTATIONS, REFERENCES, ROTATIONS, ROUNDINGS, Recipe
 
@@ -32,6 +38,14 @@ app = typer.Typer(
 
 _DEFAULT = Recipe()
 _INTERRUPTED = 130
+
+
+def _output(text: str) -> Path:
+    # An empty Path is the working directory, which whoever left out a name doesn't mean.
+    if not text:
+        raise OutputError("--output must be a path, got an empty one; . is the working directory")
+    return Path(text)
+
 
 Model = Annotated[Path, typer.Argument(help="A Transformers directory or a GGUF file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
@@ -130,7 +144,12 @@ def plan(
 def quantize(
     context: typer.Context,
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="A new or empty directory.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="A new or empty directory.", parser=_output, metavar="PATH"
+        ),
+    ],
     calibration: Annotated[Path, typer.Option(help="A text file (UTF-8) to calibrate on.")],
     recipe: RecipeFile = None,
     block_size: BlockSize = None,
@@ -259,7 +278,14 @@ def evaluate(
 def export(
     model: Annotated[Path, typer.Argument(help="A directory that quantize wrote.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="A new or empty directory, or a new .gguf file.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A new or empty directory, or a new .gguf file.",
+            parser=_output,
+            metavar="PATH",
+        ),
     ],
     to: Annotated[str, typer.Option(help=f"One of {', '.join(TARGETS)}.")] = TARGETS[0],
     source: Annotated[
@@ -274,8 +300,9 @@ def export(
 
     written = cqhf.export(model, output, to, source=source, verify=verify)
     if as_json:
-        files = sorted(written.iterdir()) if written.is_dir() else [written]
-        sizes = {f.name: f.stat().st_size for f in files}
+        files = sorted(written.rglob("*")) if written.is_dir() else [written]
+        places = {f: str(f.relative_to(written)) if f != written else f.name for f in files}
+        sizes = {place: f.stat().st_size for f, place in places.items() if f.is_file()}
         _print_json({"output": str(written), "to": to, "files": sizes})
     else:
         print(f"{plain(model)} was written to {plain(written)} as {to}")
@@ -341,7 +368,10 @@ def demo(
         Path | None, typer.Option(help="Calibrate and evaluate on this text instead.")
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Where the best model goes.")
+        Path,
+        typer.Option(
+            "--output", "-o", help="Where the best model goes.", parser=_output, metavar="PATH"
+        ),
     ] = Path("demo-output"),
     windows: Annotated[int, typer.Option(help="Windows of 2048 tokens to evaluate.")] = 4,
     as_json: Json = False,

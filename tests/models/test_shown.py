@@ -262,3 +262,15 @@ def test_outputs_of_every_command_are_json_to_others(command, tmp_path, monkeypa
     monkeypatch.setattr(show, "plan_dict", lambda table: values)
     printed = command("plan", write(tmp_path / "model"), "--json")[1]
     assert json.loads(printed, parse_constant=pytest.fail) == {"perplexity": None, "rows": [None]}
+
+
+@pytest.mark.parametrize("name", ["quantize", "export", "demo"])
+def test_an_empty_output_is_refused(name, command, tmp_path, monkeypatch):
+    folder = write(tmp_path / "model")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    given = {"quantize": (folder, "--calibration", folder / "config.json"), "export": (folder,)}
+    status, _, errors = command(name, *given.get(name, ()), "-o", "")
+    assert status == 1
+    assert "--output must be a path, got an empty one" in errors
+    assert list((tmp_path / "here").iterdir()) == []
