@@ -16,7 +16,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-__all__ = ["json_text", "json_value", "open_regular", "read_text"]
+__all__ = ["json_text", "json_value", "open_regular", "read_text", "version_of"]
 
 _KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -112,3 +112,20 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(entry) for entry in value]
     return value
+
+
+def version_of(package: str) -> str:
+    """Return a package's version, or ``unknown`` for one that runs without being installed.
+
+    Examples
+    --------
+    >>> from corequant._files import version_of
+    >>> version_of("a package that is nowhere")
+    'unknown'
+    """
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -10,7 +10,6 @@ and stops, where it would otherwise compute nonsense.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from corequant._files import json_text, open_regular, read_text
+from corequant._files import json_text, open_regular, read_text, version_of
 from corequant.errors import CheckpointError, OutputError, RecipeError
 from corequant.export import from_arrays, to_arrays
 from corequant.recipe import Recipe
@@ -45,7 +44,7 @@ from corequant_transformers.layouts import standardize
 from corequant_transformers.outputs import check_output, new_directory
 from corequant_transformers.parts import Part, part_of, part_plan, skeleton
 from corequant_transformers.planning import ModelPlan, plan_model
-from corequant_transformers.sources import quiet_transformers
+from corequant_transformers.sources import copy_files, quiet_transformers
 from corequant_transformers.surroundings import undisturbed
 from corequant_transformers.transforming import restructure
 
@@ -160,8 +159,7 @@ def writing(
     """
     target = check_output(output)
     with new_directory(target, within) as folder:
-        for file in copied_files or []:
-            shutil.copyfile(file, folder / file.name)
+        copy_files(copied_files or [], folder)
         if tokenizer is not None and not copied_files:
             with quiet_transformers():
                 tokenizer.save_pretrained(folder)
@@ -382,19 +380,13 @@ def _config(name: str, plan: ModelPlan, float_config: str) -> str:
         quantization_config={
             "quant_method": "corequant",
             "format_version": FORMAT_VERSION,
-            "corequant_version": _version(),
+            "corequant_version": version_of("corequant"),
             "load_with": "corequant_transformers.load",
             "digests": DIGESTS,
             "recipe": plan.recipe.to_dict(),
         },
     )
     return json_text(values)
-
-
-def _version() -> str:
-    import importlib.metadata
-
-    return importlib.metadata.version("corequant")
 
 
 def _belongs(key: str, plan: ModelPlan) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from corequant_transformers.online import GUARD
 from corequant_transformers.outputs import check_output, new_directory
 from corequant_transformers.parts import build
 from corequant_transformers.rows import MatrixPlan
+from corequant_transformers.sources import copy_files
 from corequant_transformers.stored import Stored
 
 __all__ = ["check_layers", "write_compressed"]
@@ -66,8 +66,7 @@ def write_compressed(stored: Stored, output: str | Path, *, shard_bytes: int = S
     _check_shared_scales(stored)
     stored.check()
     with new_directory(target) as folder:
-        for file in stored.copied_files():
-            shutil.copyfile(file, folder / file.name)
+        copy_files(stored.copied_files(), folder)
         config = json_text(_config(stored, scheme))
         (folder / "config.json").write_text(config, encoding="utf-8")
         places = _write_shards(folder, _tensors(stored, scheme), shard_bytes)

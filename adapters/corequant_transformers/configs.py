@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import Any
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from corequant._files import json_value
+from corequant._files import json_value, open_regular
 from corequant.errors import CheckpointError, CorequantError
 from corequant_transformers.architectures import MOST_BLOCKS
 
-__all__ = ["as_config_errors", "check_config", "read_json", "settle_config"]
+__all__ = ["as_config_errors", "check_config", "check_unmarked", "read_json", "settle_config"]
 
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 
@@ -50,6 +51,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+def check_unmarked(path: Path) -> None:
+    """Raise CheckpointError for a config that Transformers can't read for its byte order mark."""
+    with open_regular(path) as file:
+        if file.read(len(BOM_UTF8)) == BOM_UTF8:
+            raise CheckpointError(
+                f"{path} must not begin with a byte order mark (EF BB BF), which Transformers "
+                "doesn't read; save the file as UTF-8 without one (BOM)"
+            )
 
 
 def check_config(values: Any, path: Path) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -31,10 +32,12 @@ __all__ = [
     "DIGESTS",
     "GGUF_DIGEST",
     "GGUF_VERSION",
+    "TEMPLATES",
     "are_compared",
     "check_digests",
     "checking",
     "comparing",
+    "pieces",
     "seal_gguf",
     "sealed_report",
     "write_digests",
@@ -44,14 +47,20 @@ DIGESTS = "corequant.sha256"
 REPORT, LOG = "report.json", "log.jsonl"
 GGUF_DIGEST, GGUF_VERSION = "corequant.sha256", "corequant.version"
 
+TEMPLATES = "additional_chat_templates"
+"""The one folder beside a tokenizer's files whose files are read, those that end in ``.jinja``."""
+
 _UNREAD = (".md", ".html", ".gguf")
 """Endings of files that may lie beside a model: what is told of it, and what it became."""
 
 _FIELD = "digests"
 _BLANK = "0" * 64
-_LINE = re.compile(r"([0-9a-f]{64})  ([^\n\r/\0]+)")
+_LINE = re.compile(rf"([0-9a-f]{{64}})  ((?:{TEMPLATES}/)?[^\n\r/\0]+)")
 _READERS = min(4, os.cpu_count() or 1)
 _GGUF_HEAD = 4096
+_GGUF_LEAST = 24
+"""Bytes of the smallest GGUF file: the word, its version, and two counts of nothing."""
+
 _GGUF_FIELD = b"%s%s\x08\0\0\0%s" % (
     len(GGUF_DIGEST).to_bytes(8, "little"),
     GGUF_DIGEST.encode(),
@@ -60,9 +69,17 @@ _GGUF_FIELD = b"%s%s\x08\0\0\0%s" % (
 """Key, the type string, and length, in front of the digest."""
 
 
+def pieces(folder: Path) -> list[str]:
+    """Return the names of all files in a directory, and in its folder of chat templates."""
+    names = [f.name for f in folder.iterdir() if not (f.name == TEMPLATES and f.is_dir())]
+    if (folder / TEMPLATES).is_dir():
+        names += [f"{TEMPLATES}/{f.name}" for f in (folder / TEMPLATES).iterdir()]
+    return sorted(names)
+
+
 def write_digests(folder: Path) -> None:
     """Write the list for all files in a directory but those about the run."""
-    names = sorted(f.name for f in folder.iterdir() if f.name not in (DIGESTS, REPORT, LOG))
+    names = [name for name in pieces(folder) if name not in (DIGESTS, REPORT, LOG)]
     text = "".join(f"{_sha256(folder / name)}  {name}\n" for name in names)
     (folder / DIGESTS).write_text(text, encoding="utf-8")
 
@@ -187,11 +204,21 @@ def are_compared() -> bool:
 
 def warn_of_none(folder: Path) -> None:
     """Say that a directory that ``quantize`` wrote has no digests."""
+    # At the line that called us, however many of our functions are in between.
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__")):
+        frame, level = frame.f_back, level + 1
     warnings.warn(
         f"{folder} was written before corequant kept digests, so that damage to its files may go "
         "unnoticed; quantize the model again, or save it anew, to have them",
-        stacklevel=4,
+        stacklevel=level,
     )
+
+
+def _is_ours(module: Any) -> bool:
+    # Decorators that are context managers have a frame of their own.
+    root = str(module).partition(".")[0]
+    return root in ("corequant", "corequant_torch", "corequant_transformers", "contextlib")
 
 
 def _sha256(file: Path) -> str:
@@ -248,8 +275,9 @@ def _report_digests(folder: Path) -> dict[str, str]:
 
 
 def _check_names(folder: Path, known: set[str]) -> None:
-    for file in sorted(folder.iterdir()):
-        if file.name in known or file.name == DIGESTS or _is_unread(file):
+    for name in pieces(folder):
+        file = folder / name
+        if name in known or name == DIGESTS or _is_unread(file):
             continue
         raise CheckpointError(
             f"{file} is not among the files that {DIGESTS} lists, and may change what the others "
@@ -260,7 +288,9 @@ def _check_names(folder: Path, known: set[str]) -> None:
 def _is_unread(file: Path) -> bool:
     """Tell whether nobody who loads the model reads a file that was added."""
     if file.is_dir():
-        return file.name != "additional_chat_templates"
+        return True
+    if file.parent.name == TEMPLATES:
+        return file.suffix != ".jinja"
     return file.name.startswith(".") or file.suffix in _UNREAD
 
 
@@ -302,6 +332,12 @@ def _check_gguf(file: Path) -> int | None:
 def _place_in(file: Path) -> int | None:
     with open_regular(file) as opened:
         head = opened.read(_GGUF_HEAD)
+    if len(head) < _GGUF_LEAST or not head.startswith(b"GGUF"):
+        raise CheckpointError(
+            f"{file} must be a directory or a GGUF file, whose first word is GGUF and which has "
+            f"{_GGUF_LEAST} bytes at least, got a file that begins with {head[:4]!r}, of "
+            f"{file.stat().st_size} bytes"
+        )
     start = head.find(_GGUF_FIELD)
     if start < 0:
         if GGUF_VERSION.encode() in head:

@@ -7,7 +7,6 @@ every rotation must be merged.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 import corequant as cq
+from corequant._files import version_of
 from corequant.errors import ArchitectureError, OutputError, RecipeError, SpecError
 from corequant.gguf import BLOCK_BYTES, block_type_of, decode_blocks, to_blocks
 from corequant.specs import Granularity, ScaleSearch
@@ -105,7 +105,7 @@ def write_gguf(stored: Stored, output: str | Path, source: Source | None = None)
         writer = gguf.GGUFWriter(part, arch)
         try:
             # First, where its reader looks for them.
-            writer.add_string(GGUF_VERSION, importlib.metadata.version("corequant"))
+            writer.add_string(GGUF_VERSION, version_of("corequant"))
             writer.add_string(GGUF_DIGEST, "0" * 64)
             for key, value, vtype, sub_type in values:
                 writer.add_key_value(key, value, vtype, sub_type)

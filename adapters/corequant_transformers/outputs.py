@@ -20,10 +20,20 @@ import safetensors
 from corequant.errors import CorequantError, OutputError
 from corequant_transformers.durable import sync, umask
 
-__all__ = ["UNFINISHED", "check_file_output", "check_output", "new_directory", "real_path"]
+__all__ = [
+    "UNFINISHED",
+    "check_file_output",
+    "check_output",
+    "contents",
+    "new_directory",
+    "real_path",
+]
 
 UNFINISHED = ".corequant.*.tmp"
 """What is written inside a directory that was there already has such a name until it is whole."""
+
+_SYSTEMS = "lost+found"
+"""A directory at the root of a volume of ext4 and its like, which is empty otherwise."""
 
 _LAST = ("config.json", "corequant.safetensors")
 
@@ -46,7 +56,7 @@ def check_output(path: str | Path, *, allow_full: bool = False) -> Path:
     target = real_path(path)
     there = target.is_dir()
     try:
-        held = next(target.iterdir(), None) if there else None
+        held = next(iter(contents(target)), None) if there else None
         if (target.exists() and not there) or (held is not None and not allow_full):
             holds = "" if held is None else f", which holds {held.name}"
             raise OutputError(f"output must be a new or empty directory, got {target}{holds}")
@@ -58,6 +68,12 @@ def check_output(path: str | Path, *, allow_full: bool = False) -> Path:
         raise OutputError(f"output can't be looked at: {error}") from error
     _try(target if there else target.parent, "output" if there else "output's parent folder")
     return target
+
+
+def contents(folder: Path) -> list[Path]:
+    """Return what a directory holds, other than what its file system put there."""
+    mounted = os.path.ismount(folder)
+    return [f for f in folder.iterdir() if not (mounted and f.name == _SYSTEMS and f.is_dir())]
 
 
 def _try(folder: Path, what: str) -> None:
@@ -107,8 +123,10 @@ def real_path(path: str | Path) -> Path:
     Raises
     ------
     OutputError
-        If it leads nowhere.
+        If it is empty, or leads nowhere.
     """
+    if not os.fspath(path):
+        raise OutputError("output must be a path, got an empty one; . is the working directory")
     try:
         target = Path(os.path.realpath(path))
     except (OSError, ValueError) as error:
@@ -145,7 +163,7 @@ def new_directory(target: Path, within: Path | None = None) -> Iterator[Path]:
         raise OutputError(f"output can't be written: {error}") from error
     try:
         yield folder
-        for file in folder.iterdir():
+        for file in folder.rglob("*"):
             sync(file)
         if there:
             _move(folder, target)
@@ -176,6 +194,8 @@ def _move(folder: Path, target: Path) -> None:
             (folder / name).rename(target / name)
     except BaseException:
         for file in moved:
+            if file.is_dir():
+                shutil.rmtree(file, ignore_errors=True)
             with suppress(OSError):
                 file.unlink()
         raise

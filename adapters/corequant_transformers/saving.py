@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from corequant._files import version_of
 from corequant.recipe import Recipe
 from corequant_transformers.checkpoint import WEIGHTS, writing
+from corequant_transformers.digests import TEMPLATES, pieces
 from corequant_transformers.durable import concatenate, file_sha256
-from corequant_transformers.outputs import UNFINISHED, check_output, real_path
+from corequant_transformers.outputs import UNFINISHED, check_output, contents, real_path
 from corequant_transformers.runs import LOG, RunDirectory, ended
-from corequant_transformers.sources import Source
+from corequant_transformers.sources import Source, place_of
 from corequant_transformers.streaming import Job
 
 __all__ = ["begin_run", "describe_run", "has_run", "run_directory", "save_run"]
@@ -53,7 +54,7 @@ def describe_run(
     device : torch.device
         Where sums of products are made, whose last bits differ between devices.
     """
-    files = {file.name: file_sha256(file) for file in source.files()}
+    files = {place_of(file): file_sha256(file) for file in source.files()}
     data = hashlib.sha256(np.ascontiguousarray(tokens, "<i8").tobytes())
     return {
         "format": 1,
@@ -61,7 +62,7 @@ def describe_run(
         "data": {"shape": list(tokens.shape), "sha256": data.hexdigest()},
         "model": files,
         "device": _name_of(device),
-        "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
+        "versions": {name: version_of(name) for name in _VERSIONS},
     }
 
 
@@ -102,7 +103,7 @@ def begin_run(
 
 
 def _found(folder: Path) -> dict[str, Any]:
-    files = {file.name: file_sha256(file) for file in folder.iterdir()}
+    files = {name: file_sha256(folder / name) for name in pieces(folder)}
     return {"sha256": files[WEIGHTS], "files": files}
 
 
@@ -116,10 +117,14 @@ def _clear(target: Path, saved: dict[str, Any]) -> None:
         return
     for folder in target.glob(UNFINISHED):
         shutil.rmtree(folder, ignore_errors=True)
-    found, files = list(target.iterdir()), saved.get("files")
-    if isinstance(files, dict) and all(_holds(file, files.get(file.name)) for file in found):
-        for file in found:
-            file.unlink()
+    files = saved.get("files")
+    system = {file.name for file in target.iterdir()} - {file.name for file in contents(target)}
+    found = [name for name in pieces(target) if name not in system]
+    if isinstance(files, dict) and all(_holds(target / n, files.get(n)) for n in found):
+        for name in found:
+            (target / name).unlink()
+        if (target / TEMPLATES).is_dir():
+            (target / TEMPLATES).rmdir()
 
 
 def save_run(

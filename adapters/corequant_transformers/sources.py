@@ -5,8 +5,9 @@ from __future__ import annotations
 import fnmatch
 import functools
 import os
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,19 @@ from transformers import modeling_gguf_pytorch_utils
 from corequant.errors import CheckpointError, CorequantError
 from corequant.shardindex import check_homes, is_plain, read_index
 from corequant.tensorfile import TensorFile
-from corequant_transformers.configs import check_config, read_json, settle_config
-from corequant_transformers.digests import check_digests, comparing
+from corequant_transformers.configs import check_config, check_unmarked, read_json, settle_config
+from corequant_transformers.digests import TEMPLATES, check_digests, comparing
 from corequant_transformers.surroundings import undisturbed
 
-__all__ = ["Source", "check_inside", "files_to_copy", "is_copied", "quiet_transformers"]
+__all__ = [
+    "Source",
+    "check_inside",
+    "copy_files",
+    "files_to_copy",
+    "is_copied",
+    "place_of",
+    "quiet_transformers",
+]
 
 _OWN_TYPE = "corequant_"
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
@@ -87,6 +96,7 @@ class Source:
         if os.path.lexists(file):
             check_inside(self.path, file)
         config = read_json(file)
+        check_unmarked(file)
         check_config(config, file)
         kind = config.get("model_type")
         if isinstance(kind, str) and kind.startswith(_OWN_TYPE):
@@ -276,6 +286,9 @@ def files_to_copy(folder: Path) -> list[Path]:
     """
     # Folders may have such a name; their contents are neither read nor copied.
     found = sorted(f for f in folder.iterdir() if is_copied(f.name) and not f.is_dir())
+    templates = folder / TEMPLATES
+    if templates.is_dir():
+        found += sorted(f for f in templates.iterdir() if f.suffix == ".jinja" and not f.is_dir())
     for file in found:
         if not file.name.isprintable():
             raise CheckpointError(
@@ -283,6 +296,21 @@ def files_to_copy(folder: Path) -> list[Path]:
             )
         check_inside(folder, file)
     return found
+
+
+def place_of(file: Path) -> str:
+    """Return the name of one of a model's files within the model's folder."""
+    # A model's own folder may have any name.
+    inner = file.parent.name == TEMPLATES and not (file.parent / "config.json").exists()
+    return f"{TEMPLATES}/{file.name}" if inner else file.name
+
+
+def copy_files(files: Iterable[Path], folder: Path) -> None:
+    """Copy a model's files, as ``files_to_copy`` gives them, to their places in a new folder."""
+    for file in files:
+        target = folder / place_of(file)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
 
 
 def check_inside(folder: Path, file: Path) -> None:
@@ -293,6 +321,8 @@ def check_inside(folder: Path, file: Path) -> None:
     try:
         found, there = file.is_file(), file.exists()
         inside, real = folder.resolve(), file.resolve()
+        # Not resolved by itself: a folder of templates that is a link leads out.
+        own = inside / file.parent.relative_to(folder)
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"the model's file {file} can't be read: {error}") from None
     if not there:
@@ -300,7 +330,7 @@ def check_inside(folder: Path, file: Path) -> None:
     if not found:
         raise CheckpointError(f"the model's file {file} must be a regular file")
     blobs = inside.parent.parent / "blobs"
-    if real.parent != inside and not (inside.parent.name == "snapshots" and real.parent == blobs):
+    if real.parent != own and not (inside.parent.name == "snapshots" and real.parent == blobs):
         raise CheckpointError(f"{file} must be a file of its own folder, it leads to {real}")
 
 

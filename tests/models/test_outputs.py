@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from corequant_transformers import outputs as places
 from corequant_transformers import pipeline
-from corequant_transformers.digests import DIGESTS
+from corequant_transformers.digests import DIGESTS, TEMPLATES
 from corequant_transformers.saving import run_directory
 from tests.flipping import flip, outputs
 from tests.models.test_checkpoint import word_level
@@ -281,7 +282,9 @@ def test_added_files_are_noticed(copy_of):
             cqhf.load(copy_of, verify=False)
         (copy_of / name).unlink()
     (copy_of / "additional_chat_templates").mkdir()
-    with pytest.raises(cq.CheckpointError, match="additional_chat_templates is not among"):
+    cqhf.check_digests(copy_of)
+    (copy_of / "additional_chat_templates" / "other.jinja").touch()
+    with pytest.raises(cq.CheckpointError, match="templates/other.jinja is not among"):
         cqhf.load(copy_of)
 
 
@@ -399,3 +402,187 @@ def test_a_run_whose_files_became_something_else_goes_on(source, written, tokens
     log.unlink()
     cqhf.quantize(source, RECIPE, tokens, output, resume=True)
     assert digest(output) == digest(written)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_empty_output_is_not_the_working_directory(
+    resume, source, tokens, written, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for call in (
+        lambda: cqhf.quantize(source, RECIPE, tokens, "", resume=resume),
+        lambda: cqhf.quantize(cqhf.tiny_model("llama"), RECIPE, tokens, ""),
+        lambda: cqhf.export(written, ""),
+        lambda: cqhf.export(written, "", "gguf"),
+    ):
+        with pytest.raises(cq.OutputError, match="output must be a path, got an empty one"):
+            call()
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_root_of_a_volume_is_empty(source, written, tokens, tmp_path, monkeypatch):
+    output = there(tmp_path)
+    (output / "lost+found").mkdir(mode=0o700)
+    with pytest.raises(cq.OutputError, match=r"which holds lost\+found"):
+        cqhf.quantize(source, RECIPE, tokens, output)
+    # Making a real volume takes a superuser and a block device.
+    real = os.path.ismount
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(output) or real(path))
+    cqhf.quantize(source, RECIPE, tokens, output)
+    assert (output / "lost+found").is_dir()
+    cqhf.load(output)
+    (output / "lost+found").rmdir()
+    assert digest(output) == digest(written)
+
+
+def test_a_run_that_was_killed_on_a_volume_goes_on(source, written, tokens, tmp_path, monkeypatch):
+    output = there(tmp_path)
+    (output / "lost+found").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(output))
+
+    class Killed(BaseException):
+        pass
+
+    def die(folder, target):
+        (folder / "config.json").rename(target / "config.json")
+        raise Killed
+
+    with monkeypatch.context() as broken:
+        broken.setattr(places, "_move", die)
+        with pytest.raises(Killed):
+            cqhf.quantize(source, RECIPE, tokens, output)
+    assert (output / "config.json").is_file()
+    cqhf.quantize(source, RECIPE, tokens, output, resume=True)
+    (output / "lost+found").rmdir()
+    assert digest(output) == digest(written)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"{}" * 50])
+def test_files_that_are_no_gguf_files_have_no_digests_to_compare(content, tmp_path):
+    file = tmp_path / "m.gguf"
+    file.write_bytes(content)
+    with pytest.raises(
+        cq.CheckpointError, match=f"must be a directory or a GGUF file.* of {len(content)} bytes"
+    ):
+        cqhf.check_digests(file)
+
+
+# ---- templates of chats in a folder of their own
+
+
+@pytest.fixture
+def chatting(source, tmp_path):
+    shutil.copytree(source, tmp_path / "chatting")
+    folder = tmp_path / "chatting"
+    (folder / "chat_template.jinja").write_text("default")
+    (folder / TEMPLATES).mkdir()
+    (folder / TEMPLATES / "tool_use.jinja").write_text("with tools")
+    (folder / TEMPLATES / "notes.txt").write_text("not read")
+    return folder
+
+
+def templates(folder):
+    return cqhf.load_tokenizer(folder).chat_template
+
+
+@pytest.mark.parametrize("kind", ["directory", "there", "memory"])
+def test_templates_of_chats_are_copied_and_compared(kind, chatting, tokens, tmp_path):
+    wanted = {"default": "default", "tool_use": "with tools"}
+    tokenizer = cqhf.Source(chatting).tokenizer()
+    assert tokenizer.chat_template == wanted
+    output = there(tmp_path) if kind == "there" else tmp_path / "out"
+    model = cqhf.tiny_model("llama") if kind == "memory" else chatting
+    cqhf.quantize(model, OFFLINE, tokens, output, tokenizer=tokenizer)
+    assert os.listdir(output / TEMPLATES) == ["tool_use.jinja"]
+    assert templates(output) == wanted
+    assert f"  {TEMPLATES}/tool_use.jinja\n" in (output / DIGESTS).read_text()
+    export = cqhf.export(output, tmp_path / "export")
+    assert cqhf.Source(export).tokenizer().chat_template == wanted
+    for folder in (output, export):
+        file = folder / TEMPLATES / "tool_use.jinja"
+        file.write_text("with other tools")
+        with pytest.raises(cq.CheckpointError, match=r"tool_use\.jinja is not as it was written"):
+            cqhf.check_digests(folder)
+        file.unlink()
+        with pytest.raises(cq.CheckpointError, match=r"tool_use\.jinja is missing"):
+            cqhf.check_digests(folder)
+
+
+@pytest.mark.parametrize("moved", [1, 3])
+def test_a_run_that_is_killed_while_it_moves_templates_goes_on(
+    moved, chatting, tokens, tmp_path, monkeypatch
+):
+    cqhf.quantize(chatting, RECIPE, tokens, tmp_path / "wanted")
+    output = there(tmp_path)
+
+    class Killed(BaseException):
+        pass
+
+    def die(folder, target):
+        names = sorted(p.name for p in folder.iterdir())
+        assert names[0] == TEMPLATES
+        for name in names[:moved]:
+            (folder / name).rename(target / name)
+        raise Killed
+
+    with monkeypatch.context() as broken:
+        broken.setattr(places, "_move", die)
+        with pytest.raises(Killed):
+            cqhf.quantize(chatting, RECIPE, tokens, output)
+    assert (output / TEMPLATES / "tool_use.jinja").is_file()
+    cqhf.quantize(chatting, RECIPE, tokens, output, resume=True)
+    assert digest(output) == digest(tmp_path / "wanted")
+    assert templates(output) == templates(tmp_path / "wanted")
+
+
+def test_templates_may_not_lead_out_of_the_folder(chatting, tokens, tmp_path):
+    file = chatting / TEMPLATES / "tool_use.jinja"
+    (tmp_path / "elsewhere").mkdir()
+    file.rename(tmp_path / "elsewhere" / file.name)
+    file.symlink_to(tmp_path / "elsewhere" / file.name)
+    with pytest.raises(cq.CheckpointError, match="must be a file of its own folder"):
+        cqhf.quantize(chatting, RECIPE, tokens)
+    shutil.rmtree(chatting / TEMPLATES)
+    (chatting / TEMPLATES).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(cq.CheckpointError, match="must be a file of its own folder"):
+        cqhf.quantize(chatting, RECIPE, tokens)
+
+
+def test_templates_of_a_cache_may_be_blobs(chatting, tmp_path):
+    snapshot = tmp_path / "models--x" / "snapshots" / "0"
+    snapshot.parent.mkdir(parents=True)
+    chatting.rename(snapshot)
+    (tmp_path / "models--x" / "blobs").mkdir()
+    file = snapshot / TEMPLATES / "tool_use.jinja"
+    file.rename(tmp_path / "models--x" / "blobs" / "0")
+    file.symlink_to("../../../blobs/0")
+    assert file in cqhf.Source(snapshot).copied_files()
+
+
+# ---- programs around us
+
+
+def test_a_warning_points_at_the_line_that_called(written, tokens, tmp_path):
+    shutil.copytree(written, tmp_path / "old")
+    (tmp_path / "old" / DIGESTS).unlink()
+    edited = json.loads((tmp_path / "old" / "config.json").read_text())
+    del edited["quantization_config"]["digests"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(edited))
+    with pytest.warns(UserWarning, match="before corequant kept digests") as found:
+        cqhf.load(tmp_path / "old")
+    assert [Path(w.filename).name for w in found] == ["test_outputs.py"]
+
+
+def test_a_tree_that_is_not_installed_saves(source, tokens, tmp_path, monkeypatch):
+    real = importlib.metadata.version
+
+    def version(name):
+        if name == "corequant":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    cqhf.quantize(source, OFFLINE, tokens, tmp_path / "out")
+    settings = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert settings["corequant_version"] == "unknown"
+    cqhf.load(tmp_path / "out")

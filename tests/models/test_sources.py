@@ -342,3 +342,14 @@ def test_directories_with_names_of_files_are_not_copied(tokens, tmp_path):
     cqhf.quantize(folder, RECIPE, tokens, tmp_path / "out")
     assert not (tmp_path / "out/tokenizer_original").exists()
     cqhf.load(tmp_path / "out")
+
+
+def test_a_config_with_a_byte_order_mark_is_refused_as_by_transformers(tokens, tmp_path):
+    folder = write(tmp_path / "model")
+    file = folder / "config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    with pytest.raises(OSError, match="not a valid JSON file"):
+        transformers_reads(folder)
+    for call in calls(tokens).values():
+        with pytest.raises(cq.CheckpointError, match="must not begin with a byte order mark"):
+            call(folder)

@@ -26,7 +26,8 @@ RECIPE = Recipe(block_size=16)
 
 def digest(folder):
     """Hash all files that a run may not change, its report and log being about the run itself."""
-    names = sorted(f.name for f in folder.iterdir() if f.name not in ("report.json", "log.jsonl"))
+    files = [str(f.relative_to(folder)) for f in folder.rglob("*") if not f.is_dir()]
+    names = sorted(name for name in files if name not in ("report.json", "log.jsonl"))
     found = hashlib.sha256()
     for name in names:
         found.update(name.encode() + (folder / name).read_bytes())
