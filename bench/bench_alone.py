@@ -25,7 +25,7 @@ from options import parser_for
 import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
-from corequant_transformers.layers import QuantizedLinear
+from corequant_transformers.model.quantized_linear import QuantizedLinear
 
 ACTIVATIONS = "int4:token:asymmetric"
 NOTHING, REST = "nothing rounded", "all but these inputs rounded, full rotation"

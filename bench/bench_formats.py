@@ -219,7 +219,7 @@ FOURS = {"mxfp4": 32, "nvfp4": 16}
 
 def _steps(quantized: Any) -> np.ndarray:
     """What codes are multiplied by."""
-    from corequant._scales import effective
+    from corequant._cpu.scales import effective
 
     return effective(quantized.scales, quantized.global_scale)
 
@@ -322,7 +322,7 @@ def _cell(value: float | None) -> str:
 def described() -> str:
     names = ("numpy", "numba", "torch", "compressed-tensors", "brevitas")
     versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in names)
-    from corequant._numba.machine import processor
+    from corequant._cpu.codegen.compiler import processor
 
     return f"{processor()[0]}, Python {platform.python_version()}, {versions}."
 

@@ -26,7 +26,7 @@ import numpy as np
 from markdown import write_section
 
 from corequant.recipe import Recipe
-from corequant.tensorfile import RawTensor, write_tensors
+from corequant.storage.tensor_file import RawTensor, write_tensors
 
 TEXT = "a b c d e f g h i j k l m n o p " * 40
 NARROW = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 64}
@@ -92,7 +92,7 @@ def write_model(folder: Path, layers: int, vocabulary: int = 256, **sizes: int) 
 def child(arguments: list[str]) -> None:
     """Quantize as told, and print the peak and the plan in MiB."""
     import corequant_transformers as cqhf
-    from corequant_transformers.budgets import peak_rss_mib
+    from corequant_transformers.planning.cost import peak_rss_mib
 
     model, output, fields = Path(arguments[0]), Path(arguments[1]), json.loads(arguments[2])
     recipe = Recipe(**fields)

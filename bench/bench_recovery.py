@@ -28,8 +28,8 @@ from options import parser_for
 import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
-from corequant_transformers.layers import QuantizedLinear
-from corequant_transformers.transforming import transform_matrix
+from corequant_transformers.model.quantized_linear import QuantizedLinear
+from corequant_transformers.transforms.matrices import transform_matrix
 
 METHODS = {
     "none": {"permutation": "identity"},

@@ -34,7 +34,7 @@ MARKS = ("<!-- rotation: begin -->", "<!-- rotation: end -->")
 
 def described() -> str:
     """Say what machine and which versions this is."""
-    from corequant._numba.machine import processor
+    from corequant._cpu.codegen.compiler import processor
 
     names = ("numpy", "llvmlite", "torch", "fht-cpu", "hadamard-transform", "brevitas")
     versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in names)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from corequant_transformers.choosing import choose
-from corequant_transformers.transforming import Choices
+from corequant_transformers.calibration.choices import choose
+from corequant_transformers.transforms.matrices import Choices
 
 
 def choose_all(plan, data, weight) -> Choices:

@@ -149,8 +149,8 @@ def powers(rounds: int) -> Result:
 
 def cache(rounds: int) -> Result:
     """A working set of 256 KiB: the kernel alone, and the public function in a loop."""
-    from corequant._numba.plans import plan_rows
-    from corequant._numba.rotation import kernel_for, settings
+    from corequant._cpu.codegen.plans import plan_rows
+    from corequant._cpu.codegen.rotation_kernels import kernel_for, settings
 
     pin()
     repeats = 200

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from corequant import _forks
+from corequant._cpu import forks
 from corequant.errors import (
     AccumulatorError,
     ArchitectureError,
@@ -84,7 +84,7 @@ if TYPE_CHECKING:
         fake_quantize,
         quantize,
     )
-    from corequant.ranges import rangediff, sign_descent
+    from corequant.range_search import rangediff, sign_descent
     from corequant.rotation import block_hadamard, random_signs
     from corequant.rounding import (
         AccumulatorSpec,
@@ -180,7 +180,7 @@ _PARTS = {
         "fake_quantize",
         "quantize",
     ),
-    "corequant.ranges": (
+    "corequant.range_search": (
         "rangediff",
         "sign_descent",
     ),
@@ -310,7 +310,7 @@ __all__ = [
 
 
 # From the first import on: what is loaded later may be under way when another thread forks.
-_forks.register()
+forks.register()
 
 if not TYPE_CHECKING:  # with it, any name would have a type
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from corequant._numpy import NumpyBackend
+from corequant._cpu.backend import NumpyBackend
 from corequant._validation import check_writeable, is_plain_type
 from corequant.errors import BackendError, ShapeError
 from corequant.protocols import Backend

@@ -28,7 +28,7 @@ from corequant.quantization import (
     choose_global_scale,
 )
 from corequant.specs import Granularity, QuantSpec, ScaleFormat
-from corequant.storedscales import SCALE_BYTES, load_scales, numbers_of, store_scales
+from corequant.storage.scales import SCALE_BYTES, load_scales, numbers_of, store_scales
 
 __all__ = [
     "PackedTensor",
@@ -112,7 +112,7 @@ def quantize_packed(
     >>> p.packed[0, :2].tobytes().hex(" "), p.scales
     ('d7 13', array([[127]], dtype=uint8))
     """
-    from corequant._quantize_numpy import quantize_packed as quantize_array
+    from corequant._cpu.quantization import quantize_packed as quantize_array
 
     spec = as_spec(spec)
     check_numpy("x", x)
@@ -169,10 +169,10 @@ def dequantize_packed(packed: PackedTensor, *, out: Any = None) -> Array:
     >>> float(cq.dequantize_packed(p)[0, 0])
     1.5
     """
-    from corequant._grids import fits_nibbles, grid_for, rounder_for
-    from corequant._numba import fused
-    from corequant._quantize_numpy import each_panel, flat_qparams
-    from corequant._scales import effective
+    from corequant._cpu.grids import fits_nibbles, grid_for, rounder_for
+    from corequant._cpu.loops import group_passes
+    from corequant._cpu.quantization import each_panel, flat_qparams
+    from corequant._cpu.scales import effective
 
     scales, zero_points = _check_packed(packed)
     spec, d = packed.spec, packed.d
@@ -193,7 +193,7 @@ def dequantize_packed(packed: PackedTensor, *, out: Any = None) -> Array:
 
         def straight(panel: Array, rows: slice, groups: slice) -> None:
             own = stored[groups]
-            fused.decode_nibbles(panel, size, own, table, rounder, target[rows])
+            group_passes.decode_nibbles(panel, size, own, table, rounder, target[rows])
 
         whole = np.dtype(np.uint8)
         each_panel(packed.packed, width, whole, straight, d // size, d, whole=True)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._threads import for_rows
+from corequant._cpu.threads import for_rows
 from corequant._validation import check_index, check_numpy
 from corequant.errors import ShapeError
 
@@ -178,7 +178,7 @@ def packed_bytes(d: int, bits: int) -> int:
 
 
 def _pack_rows(codes: npt.NDArray[np.uint8], bits: int, packed: npt.NDArray[np.uint8]) -> None:
-    from corequant._numba.packing import pack_rows
+    from corequant._cpu.loops.packing import pack_rows
 
     d = codes.shape[-1]
     if not codes.size:
@@ -189,7 +189,7 @@ def _pack_rows(codes: npt.NDArray[np.uint8], bits: int, packed: npt.NDArray[np.u
 
 
 def _unpack_rows(packed: npt.NDArray[np.uint8], bits: int, d: int) -> npt.NDArray[np.uint8]:
-    from corequant._numba.packing import unpack_rows
+    from corequant._cpu.loops.packing import unpack_rows
 
     codes = np.empty((*packed.shape[:-1], d), np.uint8)
     if codes.size:

@@ -20,7 +20,7 @@ from corequant._validation import check_array, check_divides
 from corequant.errors import NonFiniteError, ShapeError, SpecError
 from corequant.protocols import Backend
 from corequant.specs import Granularity, QuantSpec, qparams_shape
-from corequant.storedscales import SCALE_BYTES, store_scales
+from corequant.storage.scales import SCALE_BYTES, store_scales
 
 __all__ = [
     "QuantizedTensor",

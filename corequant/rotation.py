@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from corequant._cpu.arrays import repeat
 from corequant._dispatch import backend_for, check_out, owner_of
-from corequant._repeated import repeat
 from corequant._validation import (
     check_array,
     check_divides,

@@ -21,7 +21,7 @@ from corequant.permutation import (
     zigzag,
 )
 from corequant.quantization import as_spec, dequantize, fake_quantize
-from corequant.ranges import rangediff, sign_descent
+from corequant.range_search import rangediff, sign_descent
 from corequant.rotation import block_hadamard
 from corequant.rounding import round_to_nearest
 from corequant.specs import QuantSpec

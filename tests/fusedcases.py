@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 import corequant as cq
-from corequant import _repeated
+from corequant._cpu import arrays
 from corequant.formats import FormatKind
 from corequant.hadamard import hadamard_factors, hadamard_matrix
 
@@ -209,7 +209,7 @@ def lay(memory, values, layout, seed):
 def check(case, memory=None):
     """Make the call of a case in every way; AssertionError where two of them differ."""
     inputs, outputs = (Plain(), Plain()) if memory is None else (memory(), memory())
-    threshold = 1 << 12 if case.kind.streamed else _repeated._STREAMED_BYTES
+    threshold = 1 << 12 if case.kind.streamed else arrays._STREAMED_BYTES
     with _streaming_from(threshold):
         _check(case, inputs, outputs)
     inputs.check()
@@ -416,9 +416,9 @@ def _permuted(x, permutation):
 @contextmanager
 def _streaming_from(size):
     """Have results of so many bytes bypass the cache."""
-    before = _repeated._STREAMED_BYTES
-    _repeated._STREAMED_BYTES = size
+    before = arrays._STREAMED_BYTES
+    arrays._STREAMED_BYTES = size
     try:
         yield
     finally:
-        _repeated._STREAMED_BYTES = before
+        arrays._STREAMED_BYTES = before

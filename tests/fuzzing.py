@@ -19,11 +19,11 @@ from safetensors.numpy import save
 import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
-from corequant.tensorfile import TensorFile, parse_header
-from corequant_transformers.parts import skeleton
-from corequant_transformers.shards import FileWeights
-from corequant_transformers.sources import Source
-from corequant_transformers.stored import Stored
+from corequant.storage.tensor_file import TensorFile, parse_header
+from corequant_transformers.checkpoint.reader import Stored
+from corequant_transformers.model.parts import skeleton
+from corequant_transformers.model.shards import FileWeights
+from corequant_transformers.model.sources import Source
 
 __all__ = ["Found", "Target", "fuzz", "targets"]
 

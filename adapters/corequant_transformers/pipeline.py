@@ -15,37 +15,37 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from corequant._files import read_text
 from corequant.errors import BackendError, CheckpointError
 from corequant.recipe import Recipe
-from corequant_torch.quick import QuickForward
-from corequant_transformers.budgets import held_bytes, peak_bytes, peak_rss_mib
-from corequant_transformers.checkpoint import (
-    load,
-    place_tensors,
-    read_generation,
-    save,
+from corequant.storage.files import read_text
+from corequant_torch.cpu.fast_forward import QuickForward
+from corequant_transformers.architectures.unknown import check_described
+from corequant_transformers.calibration.choices import Calibration, check_calibration
+from corequant_transformers.calibration.gathering import gather
+from corequant_transformers.checkpoint.writer import load, place_tensors, read_generation, save
+from corequant_transformers.files.outputs import check_output
+from corequant_transformers.model.devices import check_device, device_of
+from corequant_transformers.model.layouts import standardize
+from corequant_transformers.model.parts import ModelWeights, Parts, skeleton
+from corequant_transformers.model.replicas import check_given, check_plain, unwrap
+from corequant_transformers.model.shards import FileWeights, make_skeleton
+from corequant_transformers.model.sources import Source
+from corequant_transformers.model.structures import check_blocks, check_places, check_untouched
+from corequant_transformers.model.surroundings import undisturbed
+from corequant_transformers.model.text import (
+    check_ids,
+    check_positions,
+    check_tokens,
+    token_windows,
 )
-from corequant_transformers.choosing import Calibration, check_calibration
-from corequant_transformers.descriptions import check_described
-from corequant_transformers.devices import check_device, device_of
-from corequant_transformers.gathering import gather
-from corequant_transformers.layouts import standardize
-from corequant_transformers.ledgers import Ledger, MemoryLedger
-from corequant_transformers.outputs import check_output
-from corequant_transformers.pacing import Pace, efforts
-from corequant_transformers.parts import ModelWeights, Parts, skeleton
-from corequant_transformers.planning import ModelPlan, plan_model
-from corequant_transformers.replicas import check_given, check_plain, unwrap
-from corequant_transformers.saving import begin_run, describe_run, has_run, save_run
-from corequant_transformers.shards import FileWeights, make_skeleton
-from corequant_transformers.sources import Source
-from corequant_transformers.streaming import Job
-from corequant_transformers.structures import check_blocks, check_places, check_untouched
-from corequant_transformers.surroundings import undisturbed
-from corequant_transformers.texts import check_ids, check_positions, check_tokens, token_windows
-from corequant_transformers.transforming import Choices, restructure
-from corequant_transformers.verifying import Verification
+from corequant_transformers.planning.cost import held_bytes, peak_bytes, peak_rss_mib
+from corequant_transformers.planning.model_plan import ModelPlan, plan_model
+from corequant_transformers.run.estimate import Pace, efforts
+from corequant_transformers.run.job import Job
+from corequant_transformers.run.ledger import Ledger, MemoryLedger
+from corequant_transformers.run.output import begin_run, describe_run, has_run, save_run
+from corequant_transformers.transforms.matrices import Choices, restructure
+from corequant_transformers.transforms.verification import Verification
 
 __all__ = ["Calibration", "Quantized", "calibrate", "plan", "quantize"]
 

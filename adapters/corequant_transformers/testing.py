@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import transformers
 
-from corequant_transformers.architectures import architecture_of
-from corequant_transformers.surroundings import undisturbed
+from corequant_transformers.architectures.known import architecture_of
+from corequant_transformers.model.surroundings import undisturbed
 
 __all__ = ["tiny_model"]
 

@@ -12,17 +12,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from corequant._repeated import repeat
+from corequant._cpu.arrays import repeat
 from corequant.errors import BackendError
 from corequant.formats import NumberFormat
 from corequant.protocols import Moments, Quantized
 from corequant.quantization import QuantizedTensor
 from corequant.specs import QuantSpec
-from corequant_torch import operators, tracing
-from corequant_torch.bridge import quick_array, quick_tensor, to_numpy, to_torch
-from corequant_torch.cpu import CpuKernels
+from corequant_torch import compile, operators
+from corequant_torch.cpu.bridge import quick_array, quick_tensor, to_numpy, to_torch
+from corequant_torch.cpu.kernels import CpuKernels
+from corequant_torch.device.tables import device_table
 from corequant_torch.engines import check_apart, check_devices, engine_for, is_plain_call
-from corequant_torch.tables import device_table
 
 __all__ = ["TorchBackend"]
 
@@ -30,7 +30,7 @@ Tensor = torch.Tensor
 Signs = npt.NDArray[np.int8] | None
 Permutation = npt.NDArray[np.int64] | None
 
-tracing.register()
+compile.register()
 
 
 class TorchBackend:
@@ -62,7 +62,7 @@ class TorchBackend:
 
     def describe(self) -> dict[str, str]:
         """Return torch's version, the devices that it sees, and Triton's version."""
-        from corequant_torch.device import triton_version
+        from corequant_torch.device.kernels import triton_version
 
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         devices = ", ".join(["cpu", *gpus])

@@ -22,14 +22,14 @@ _transforms = torch._C._are_functorch_transforms_active
 
 @cache
 def _cpu() -> Backend:
-    from corequant_torch.cpu import CpuKernels
+    from corequant_torch.cpu.kernels import CpuKernels
 
     return CpuKernels()
 
 
 @cache
 def _device() -> Backend:
-    from corequant_torch.device import DeviceKernels
+    from corequant_torch.device.kernels import DeviceKernels
 
     return DeviceKernels()
 

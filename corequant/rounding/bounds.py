@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._numba.solvers import Limits, shrink_thresholds
-from corequant._threads import for_rows
+from corequant._cpu.loops.columns import Limits, shrink_thresholds
+from corequant._cpu.threads import for_rows
 from corequant.exact import integer_unit
 from corequant.formats import FormatKind
 from corequant.rounding.accumulators import AccumulatorSpec, check_tile

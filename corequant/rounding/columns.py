@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._grids import grid_for
-from corequant._numba.solvers import ColumnGrid
-from corequant._scales import effective
+from corequant._cpu.grids import grid_for
+from corequant._cpu.loops.columns import ColumnGrid
+from corequant._cpu.scales import effective
 from corequant.exact import integer_unit
 from corequant.formats import FormatKind, NumberFormat
 from corequant.quantization import QuantizedTensor, choose_global_scale, choose_qparams, quantize

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from corequant._numba.second_moments import first_fault
-from corequant._numba.triangular import factor_and_invert
-from corequant._threads import for_rows
+from corequant._cpu.loops.hessian import first_fault
+from corequant._cpu.loops.triangular import factor_and_invert
+from corequant._cpu.threads import for_rows
 from corequant._validation import check_finite, check_floating, check_numpy
 from corequant.errors import HessianError, ShapeError
 from corequant.rounding.report import Damping

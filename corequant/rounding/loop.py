@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._numba.solvers import solve_block
-from corequant._threads import for_rows
+from corequant._cpu.loops.columns import solve_block
+from corequant._cpu.threads import for_rows
 from corequant.errors import NonFiniteError
 from corequant.quantization import QuantizedTensor
 from corequant.rounding.accumulators import AccumulatorSpec, ensure_certified

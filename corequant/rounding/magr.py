@@ -67,8 +67,8 @@ def magr(
     """
     if is_elsewhere(W):
         return solve_elsewhere("magr", locals())
-    from corequant._numba.projection import clip_rows
-    from corequant._threads import for_rows
+    from corequant._cpu.loops.projection import clip_rows
+    from corequant._cpu.threads import for_rows
     from corequant._validation import check_divides
     from corequant.rounding.hessian import check_hessian, largest_eigenvalue
     from corequant.rounding.problem import check_damping, working_dtype

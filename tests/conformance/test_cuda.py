@@ -11,7 +11,8 @@ import torch
 
 import corequant as cq
 from corequant.testing import check_error
-from corequant_torch import launch_streams, nonfinite_replays, rotate_quantize_packed
+from corequant_torch import nonfinite_replays, rotate_quantize_packed
+from corequant_torch.gpu import statistics as launch_streams
 from tests.conftest import heavy_tailed
 
 pytestmark = pytest.mark.cuda

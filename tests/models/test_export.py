@@ -18,11 +18,11 @@ import corequant as cq
 import corequant_transformers as cqhf
 import corequant_vllm
 from corequant.recipe import Recipe
-from corequant.tensorfile import RawTensor, TensorFile, write_tensors
-from corequant_transformers import compressed
-from corequant_transformers.online import BlockTransform
-from corequant_transformers.sources import quiet_transformers
-from corequant_transformers.stored import Stored
+from corequant.storage.tensor_file import RawTensor, TensorFile, write_tensors
+from corequant_transformers.checkpoint.reader import Stored
+from corequant_transformers.exports import compressed
+from corequant_transformers.exports.transformers_hook import BlockTransform
+from corequant_transformers.model.sources import quiet_transformers
 
 OFFLINE = {
     "w4a16": ("int4:group16", "none"),

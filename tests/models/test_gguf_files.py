@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 import corequant as cq
 import corequant_transformers as cqhf
-from corequant.cli.app import app
-from corequant.gguf import decode_blocks
 from corequant.recipe import Recipe
-from corequant_transformers import gguf_files
-from corequant_transformers.gguf_metadata import _WORDS
-from corequant_transformers.sources import quiet_transformers
+from corequant.storage.gguf import decode_blocks
+from corequant_cli.app import app
+from corequant_transformers.exports import gguf_file
+from corequant_transformers.exports.gguf_metadata import _WORDS
+from corequant_transformers.model.sources import quiet_transformers
 from tests.models.llamacpp import serving
 
 VOCABULARY = 320
@@ -194,7 +194,7 @@ def test_a_gguf_source_is_carried_over(own, tmp_path):
     ],
 )
 def test_blocks_hold_the_codes_of_the_directory(weights, kind, tmp_path):
-    from corequant_transformers.stored import Stored
+    from corequant_transformers.checkpoint.reader import Stored
 
     own = quantized(tmp_path / "own", write_model(tmp_path / "source"), weights=weights)
     file = cqhf.export(own, tmp_path / "model.gguf", "gguf")
@@ -368,7 +368,7 @@ def test_a_lost_bit_is_noticed(own, tmp_path, monkeypatch):
         changed.view(np.uint8).reshape(-1)[5] ^= 1
         write(writer, changed)
 
-    monkeypatch.setattr(gguf_files.gguf.GGUFWriter, "write_tensor_data", damaging)
+    monkeypatch.setattr(gguf_file.gguf.GGUFWriter, "write_tensor_data", damaging)
     with pytest.raises(cq.OutputError, match="did not read back as it was written"):
         cqhf.export(own, tmp_path / "model.gguf", "gguf")
     assert not list(tmp_path.glob("*.gguf*"))

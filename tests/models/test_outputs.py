@@ -15,10 +15,10 @@ import torch
 import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
-from corequant_transformers import outputs as places
 from corequant_transformers import pipeline
-from corequant_transformers.digests import DIGESTS, TEMPLATES
-from corequant_transformers.saving import run_directory
+from corequant_transformers.files import outputs as places
+from corequant_transformers.files.digests import DIGESTS, TEMPLATES
+from corequant_transformers.run.output import run_directory
 from tests.flipping import flip, outputs
 from tests.models.test_checkpoint import word_level
 from tests.models.test_streaming import Stopped, digest, stop_after

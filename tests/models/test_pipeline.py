@@ -12,7 +12,7 @@ import transformers
 import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
-from corequant_transformers.texts import token_windows
+from corequant_transformers.model.text import token_windows
 
 
 def run(model=None, tokens=None, **recipe):

@@ -10,12 +10,16 @@ import corequant as cq
 import corequant_transformers as cqhf
 from corequant.formats import FormatKind
 from corequant.recipe import Recipe
-from corequant_transformers import products, sequential
-from corequant_transformers.layers import QuantizedLinear
-from corequant_transformers.products import input_codes, linear_on_codes, multiplies_codes
+from corequant_transformers.model.quantized_linear import QuantizedLinear
+from corequant_transformers.rounding import block, int8_products
+from corequant_transformers.rounding.int8_products import (
+    input_codes,
+    linear_on_codes,
+    multiplies_codes,
+)
 
 CPU = torch.device("cpu")
-QUICK = products._has_instructions()
+QUICK = int8_products._has_instructions()
 """Whether this processor adds products of bytes to 32 bits; others may saturate at 16."""
 
 
@@ -24,7 +28,7 @@ def _with_instructions(monkeypatch):
     # Which processors are quick at it is one thing; the sums are the same on all of them.
     if not hasattr(torch, "_int_mm"):
         pytest.fail("this torch has no product of int8 matrices")
-    monkeypatch.setattr(products, "_has_instructions", lambda: True)
+    monkeypatch.setattr(int8_products, "_has_instructions", lambda: True)
 
 
 def applies(weights, activations):
@@ -54,10 +58,10 @@ def test_what_bytes_can_hold():
 
 def test_a_processor_without_the_instructions(monkeypatch):
     monkeypatch.undo()
-    products._has_instructions.cache_clear()
+    int8_products._has_instructions.cache_clear()
     monkeypatch.delattr(torch.cpu, "_is_vnni_supported")
     assert not applies("int4:channel:symmetric", "int4:token:asymmetric")
-    products._has_instructions.cache_clear()
+    int8_products._has_instructions.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -117,7 +121,7 @@ def test_extremes_do_not_saturate(monkeypatch):
 
 def test_blocks_go_on_with_products_of_codes(monkeypatch, tokens):
     model, made = cqhf.tiny_model("qwen2"), []
-    original = products.linear_on_codes
+    original = int8_products.linear_on_codes
 
     def count(layer):
         multiply = original(layer)
@@ -133,7 +137,7 @@ def test_blocks_go_on_with_products_of_codes(monkeypatch, tokens):
 
         return counted
 
-    monkeypatch.setattr(sequential, "linear_on_codes", count)
+    monkeypatch.setattr(block, "linear_on_codes", count)
     recipe = Recipe(block_size=16, rounding="gptq")
     result = cqhf.quantize(model, recipe, tokens)
     # Every layer, once a window: also the first of a group, in front of which passes wait.

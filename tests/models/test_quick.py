@@ -7,7 +7,7 @@ import torch
 
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
-from corequant_torch import attention, products, quick
+from corequant_torch.cpu import attention, fast_forward, products
 from tests.models.test_architectures import DESCRIBED
 
 CALLS = ["_linear_pointwise", "causal_attention"]
@@ -31,7 +31,7 @@ def used(monkeypatch):
     monkeypatch.setattr(products, "_LEAST_PRODUCTS", 1)
     monkeypatch.setattr(attention, "_ROWS", 16)
     counted(torch.ops.mkldnn, CALLS[0])
-    counted(quick, CALLS[1])
+    counted(fast_forward, CALLS[1])
     return counts
 
 

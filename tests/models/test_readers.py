@@ -19,16 +19,16 @@ import transformers
 
 import corequant as cq
 import corequant_transformers as cqhf
-from corequant.matmulnbits import matmul_nbits
 from corequant.recipe import Recipe
-from corequant_torch.quick import QuickForward
-from corequant_transformers.blocks import round_nearest
-from corequant_transformers.checkpoint import save
-from corequant_transformers.layers import QuantizedLinear
-from corequant_transformers.planning import plan_model
-from corequant_transformers.sources import quiet_transformers
-from corequant_transformers.stored import Stored
-from corequant_transformers.transforming import Choices, transform_model, untie
+from corequant.storage.matmulnbits import matmul_nbits
+from corequant_torch.cpu.fast_forward import QuickForward
+from corequant_transformers.checkpoint.reader import Stored
+from corequant_transformers.checkpoint.writer import save
+from corequant_transformers.model.quantized_linear import QuantizedLinear
+from corequant_transformers.model.sources import quiet_transformers
+from corequant_transformers.planning.model_plan import plan_model
+from corequant_transformers.rounding.layers import round_nearest
+from corequant_transformers.transforms.matrices import Choices, transform_model, untie
 from tests.models.llamacpp import serving
 from tests.models.readers import (
     LLAMA_CPP,

@@ -16,12 +16,13 @@ import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from corequant.rounding import RoundingOptions, round_together
-from corequant_transformers import blocks, sequential
-from corequant_transformers.ledgers import MemoryLedger
-from corequant_transformers.parts import ModelWeights, Parts, skeleton
-from corequant_transformers.rows import MatrixPlan
-from corequant_transformers.sequential import HiddenStates, groups_of, round_block
-from corequant_transformers.streaming import Job
+from corequant_transformers.model.parts import ModelWeights, Parts, skeleton
+from corequant_transformers.planning.matrix_plan import MatrixPlan
+from corequant_transformers.rounding import block as sequential
+from corequant_transformers.rounding import layers
+from corequant_transformers.rounding.block import HiddenStates, groups_of, round_block
+from corequant_transformers.run.job import Job
+from corequant_transformers.run.ledger import MemoryLedger
 
 INT4 = cq.QuantSpec.parse("int4:channel")
 
@@ -190,13 +191,13 @@ def codes(result):
 
 
 def test_passes_that_start_again_where_memory_is_short_give_the_same_codes(tokens, monkeypatch):
-    held, original = [], blocks.round_block
+    held, original = [], layers.round_block
 
     def record(*arguments, held_bytes, **options):
         held.append(held_bytes)
         return original(*arguments, held_bytes=held_bytes, **options)
 
-    monkeypatch.setattr(blocks, "round_block", record)
+    monkeypatch.setattr(layers, "round_block", record)
     model, recipe = cqhf.tiny_model("llama"), Recipe(block_size=16, rounding="qronos")
     kept = codes(cqhf.quantize(model, recipe, tokens))
     again = codes(cqhf.quantize(model, recipe, tokens, memory=2**20))

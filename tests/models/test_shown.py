@@ -11,12 +11,12 @@ import pytest
 
 import corequant as cq
 import corequant_transformers as cqhf
-from corequant.cli import app, show
-from corequant.cli.plain import marked, plain
 from corequant.recipe import Recipe
-from corequant_transformers.budgets import limit_memory
-from corequant_transformers.digests import DIGESTS
-from corequant_transformers.reports import read_report
+from corequant_cli import app, show
+from corequant_cli.plain import marked, plain
+from corequant_transformers.checkpoint.reports import read_report
+from corequant_transformers.files.digests import DIGESTS
+from corequant_transformers.planning.cost import limit_memory
 from tests.models.test_checkpoint import word_level
 from tests.models.test_sources import edit, write
 

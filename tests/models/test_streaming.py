@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
-from corequant_transformers.runs import RunDirectory
-from corequant_transformers.saving import run_directory
+from corequant_transformers.run.directory import RunDirectory
+from corequant_transformers.run.output import run_directory
 from tests.models.test_checkpoint import word_level
 
 RECIPE = Recipe(block_size=16)

@@ -13,8 +13,8 @@ import transformers
 import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
-from corequant.tensorfile import TensorFile
-from corequant_transformers.digests import write_digests
+from corequant.storage.tensor_file import TensorFile
+from corequant_transformers.files.digests import write_digests
 
 # Adaptive rounding makes statistics on the way; draws of signs run parts of the model.
 RECIPE = Recipe(block_size=16, sign_trials=2, rounding="gptq")

@@ -8,7 +8,8 @@ import pytest
 
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
-from corequant_transformers import budgets, parts
+from corequant_transformers.model import parts
+from corequant_transformers.planning import cost
 from tests.models.test_checkpoint import word_level
 
 
@@ -27,13 +28,13 @@ def trims(monkeypatch):
 
 
 def test_a_process_keeps_what_it_may_have(trims):
-    resident = budgets._resident()
+    resident = cost._resident()
     assert 2**24 < resident < 2**40
-    budgets.trim_memory(above=int(2 * resident))
+    cost.trim_memory(above=int(2 * resident))
     assert trims == []
-    budgets.trim_memory(above=int(resident / 2))
+    cost.trim_memory(above=int(resident / 2))
     assert trims == [0]
-    budgets.trim_memory()
+    cost.trim_memory()
     assert trims == [0, 0]
 
 
@@ -42,7 +43,7 @@ def test_where_nothing_says_what_a_process_has(trims, monkeypatch):
         raise FileNotFoundError
 
     monkeypatch.setattr("builtins.open", refuse)
-    budgets.trim_memory(above=2**60)
+    cost.trim_memory(above=2**60)
     assert trims == [0]
 
 
@@ -53,7 +54,7 @@ def test_a_model_on_disk_keeps_what_its_plan_foresees(tmp_path, tokens, monkeypa
     word_level(tmp_path / "float")
     recipe = Recipe(block_size=16, samples=2, sequence_length=64)
     table = cqhf.plan(tmp_path / "float", recipe)
-    for memory, spare in ((None, budgets.peak_bytes(table)), (2**31, 0)):
+    for memory, spare in ((None, cost.peak_bytes(table)), (2**31, 0)):
         found.clear()
         cqhf.quantize(tmp_path / "float", recipe, tokens, memory=memory)
         assert set(found) == {spare}

@@ -11,8 +11,8 @@ import torch
 import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
-from corequant_transformers import verifying
-from corequant_transformers.transforming import transform_model, untie
+from corequant_transformers.transforms import verification
+from corequant_transformers.transforms.matrices import transform_model, untie
 
 RECIPES = {
     "merged": Recipe(block_size=16),
@@ -146,9 +146,9 @@ def test_zeros_do_not_hide_a_transform_that_was_left_out(tokens):
 
 def test_zeros_differ_from_anything_else():
     zeros = torch.zeros(3, dtype=torch.float64)
-    assert verifying.relative_error(zeros, zeros) == 0
-    assert verifying.relative_error(zeros, zeros + 1e-300) == np.inf
-    assert not verifying.relative_error(zeros, zeros * float("nan")) <= 1
+    assert verification.relative_error(zeros, zeros) == 0
+    assert verification.relative_error(zeros, zeros + 1e-300) == np.inf
+    assert not verification.relative_error(zeros, zeros * float("nan")) <= 1
 
 
 def errors_of_verification(tokens):
@@ -163,13 +163,13 @@ def errors_of_verification(tokens):
     transform_model(transformed, plan, choices)
     transformed.model.layers[0].mlp.down_proj._forward_pre_hooks.clear()
     return [
-        lambda: verifying.check_block_error(0, 1.0),
-        lambda: verifying.check_logits_error(np.nan),
+        lambda: verification.check_block_error(0, 1.0),
+        lambda: verification.check_logits_error(np.nan),
         lambda: cqhf.verify(reference, model, plan, choices),
         lambda: cqhf.verify(reference, transformed, plan, choices),
-        lambda: verifying.check_choices(plan, idle),
-        lambda: verifying.check_choices(plan, cqhf.Choices({}, {})),
-        lambda: verifying.check_any_changed(0),
+        lambda: verification.check_choices(plan, idle),
+        lambda: verification.check_choices(plan, cqhf.Choices({}, {})),
+        lambda: verification.check_any_changed(0),
     ]
 
 

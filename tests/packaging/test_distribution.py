@@ -28,7 +28,13 @@ def test_contents(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {n.split("/")[0] for n in names if ".dist-info" not in n}
-    assert tops == {"corequant", "corequant_torch", "corequant_transformers", "corequant_vllm"}
+    assert tops == {
+        "corequant",
+        "corequant_torch",
+        "corequant_transformers",
+        "corequant_vllm",
+        "corequant_cli",
+    }
     others = {n for n in names if ".dist-info" not in n and not n.endswith((".py", "/py.typed"))}
     # The conformance suite's golden vectors: arrays without pickles, and their checksums.
     assert others == {"corequant/golden/manifest.json", "corequant/golden/vectors.npz"}
@@ -42,6 +48,7 @@ def test_contents(wheel):
             (ROOT / "backends", "corequant_torch"),
             (ROOT / "adapters", "corequant_transformers"),
             (ROOT / "adapters", "corequant_vllm"),
+            (ROOT / "adapters", "corequant_cli"),
         )
         for path in (base / package).rglob("*.py")
     }

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import corequant as cq
-from corequant._numba.solvers import nearest_level
+from corequant._cpu.loops.columns import nearest_level
 from corequant.formats import FormatKind, formats
 from corequant.rounding.columns import column_grid
 

@@ -11,7 +11,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
 import corequant as cq
-from corequant.export import to_arrays
+from corequant.storage.arrays import to_arrays
 
 SHAPE = (24, 128)
 

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 import corequant as cq
-from corequant.gguf import BLOCK_TYPES, decode_blocks, from_blocks, quantize_blocks, to_blocks
+from corequant.storage.gguf import (
+    BLOCK_TYPES,
+    decode_blocks,
+    from_blocks,
+    quantize_blocks,
+    to_blocks,
+)
 
 
 def weights(seed=0):

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 
 import corequant as cq
-from corequant.matmulnbits import matmul_nbits
+from corequant.storage.matmulnbits import matmul_nbits
 
 
 def run(x, attributes, initializers):

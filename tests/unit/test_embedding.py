@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import corequant as cq
-from corequant import _forks, _rotate_quantize
-from corequant._numba import cores, row_kernels
-from corequant._numba.machine import compiled_away
-from corequant._numba.plans import plan_rows
-from corequant._numba.rotation import kernel_for
+from corequant._cpu import forks, fusion
+from corequant._cpu.codegen import cores, row_kernels
+from corequant._cpu.codegen.compiler import compiled_away
+from corequant._cpu.codegen.plans import plan_rows
+from corequant._cpu.codegen.rotation_kernels import kernel_for
 
 PROGRAM = str(Path(__file__).parents[2] / "bench" / "bench_embedding.py")
 
@@ -49,7 +49,7 @@ def test_the_locks_of_numba_and_llvm_are_found():
     import numba.core.compiler_lock  # noqa: F401
 
     # A release that hides them elsewhere must be seen here.
-    found = list(_forks.locks())
+    found = list(forks.locks())
     assert len(found) == 2
     for lock in found:
         assert lock.acquire(timeout=60)
@@ -60,8 +60,8 @@ def test_the_locks_of_numba_and_llvm_are_found():
 def test_a_lock_whose_owner_is_gone_is_made_anew(monkeypatch):
     """Where waiting for a lock is in vain, the child still gets one that is free."""
     lock = threading.RLock()
-    monkeypatch.setattr(_forks, "locks", lambda: iter([lock]))
-    monkeypatch.setattr(_forks, "_PATIENCE", 0.05)
+    monkeypatch.setattr(forks, "locks", lambda: iter([lock]))
+    monkeypatch.setattr(forks, "_PATIENCE", 0.05)
     taken, done = threading.Event(), threading.Event()
 
     def hold():
@@ -95,10 +95,10 @@ def test_kernels_are_freed_with_their_last_reference():
 def test_a_call_that_is_remembered_keeps_its_kernel():
     x = np.random.default_rng(0).normal(size=(3, 96)).astype(np.float32)
     first = cq.block_hadamard(x, 32)
-    from corequant import _rotation
+    from corequant._cpu import rotation
 
     kernel_for.cache_clear()
-    _rotation._row_kernel.cache_clear()
+    rotation._row_kernel.cache_clear()
     gc.collect()
     np.testing.assert_array_equal(cq.block_hadamard(x, 32), first)
 
@@ -115,7 +115,7 @@ def test_row_lengths_share_kernels(spec, monkeypatch):
     original = row_kernels.build
     monkeypatch.setattr(row_kernels, "build", build)
     row_kernels.fused_kernel.cache_clear()
-    _rotate_quantize._kernel.cache_clear()
+    fusion._kernel.cache_clear()
     for blocks in range(1, 60):
         x = np.ones((2, 64 * blocks), np.float32)
         cq.rotate_quantize(x, 64, spec)
@@ -140,7 +140,7 @@ def test_words_choose_the_sums_of_the_core(order, inverse):
 @compiled
 def test_code_does_not_grow_with_the_core(monkeypatch):
     """Order 4108 was 2.8 MB of code and took 16 s to compile."""
-    from corequant._numba import machine
+    from corequant._cpu.codegen import compiler
 
     sizes = []
 
@@ -149,10 +149,10 @@ def test_code_does_not_grow_with_the_core(monkeypatch):
         sizes.append(len(code))
         return code
 
-    compile = machine._compile
-    monkeypatch.setattr(machine, "_compile", compile_anew)
-    monkeypatch.setattr(machine, "_read", lambda file: None)
-    monkeypatch.setattr(machine, "_write", lambda file, code: None)
+    compile = compiler._compile
+    monkeypatch.setattr(compiler, "_compile", compile_anew)
+    monkeypatch.setattr(compiler, "_read", lambda file: None)
+    monkeypatch.setattr(compiler, "_write", lambda file, code: None)
     kernel_for.cache_clear()
     for order in (492, 4108):
         x = np.random.default_rng(0).normal(size=(1, order))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import corequant as cq
-from corequant.export import from_arrays, to_arrays
+from corequant.storage.arrays import from_arrays, to_arrays
 
 
 @pytest.mark.parametrize("text", ["int4:channel", "int3:group8:asymmetric", "int8:tensor"])

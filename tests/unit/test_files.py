@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import corequant as cq
-from corequant._files import json_text, json_value, open_regular, read_text
 from corequant.recipe import Recipe
-from corequant.shardindex import check_homes, read_index
-from corequant.tensorfile import RawTensor, TensorFile, write_tensors
+from corequant.storage.files import json_text, json_value, open_regular, read_text
+from corequant.storage.shard_index import check_homes, read_index
+from corequant.storage.tensor_file import RawTensor, TensorFile, write_tensors
 
 
 @pytest.fixture(params=["pipe", "socket", "device", "link to a pipe"])

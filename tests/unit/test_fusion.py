@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import corequant as cq
-from corequant import _repeated
-from corequant._numba.machine import compiled_away
-from corequant._rotate_quantize import can_fuse, fuse
-from corequant._rotation import aligned
+from corequant._cpu import arrays
+from corequant._cpu.codegen.compiler import compiled_away
+from corequant._cpu.fusion import can_fuse, fuse
+from corequant._cpu.rotation import aligned
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 
@@ -149,7 +149,7 @@ def test_threads_and_outputs(rng):
 def test_streamed_values_are_the_same(rng, monkeypatch, dtype, offset, threads):
     x = rng.normal(size=(128, 1024)).astype(dtype)
     expected = cq.rotate_fake_quantize(x, 64, "int4:group64:asymmetric")
-    monkeypatch.setattr(_repeated, "_STREAMED_BYTES", 0)
+    monkeypatch.setattr(arrays, "_STREAMED_BYTES", 0)
     memory = aligned(x.nbytes + 256)
     memory[:] = 7
     out = memory[64 + offset :][: x.nbytes].view(dtype).reshape(x.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from corequant._numba import gain_table
+from corequant._cpu.loops import gain_table
 
 
 def drawn(n, seed):

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 import corequant as cq
-from corequant import _repeated, _rotation, rotation
+from corequant import rotation
+from corequant._cpu import arrays as repeated
+from corequant._cpu import rotation as _rotation
 
 ROOT = Path(cq.__file__).parents[1]
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
@@ -140,8 +142,8 @@ def test_what_is_not_finite_stays_in_its_block(rng, dtype, order, bad):
 def test_streamed_results_are_the_same_bytes(rng, monkeypatch, offset, order):
     x = rng.normal(size=(3, 3 * order)).astype(np.float32)
     expected = cq.block_hadamard(x, order)
-    monkeypatch.setattr(_repeated, "_STREAMED_BYTES", 0)
-    _repeated.forget()
+    monkeypatch.setattr(repeated, "_STREAMED_BYTES", 0)
+    repeated.forget()
     memory = np.full(x.nbytes + 256, 7, np.uint8)
     start = -memory.ctypes.data % 64 + 64 + offset
     out = memory[start : start + x.nbytes].view(np.float32).reshape(x.shape)
@@ -176,7 +178,7 @@ def test_callers_threads_share_the_kernels(rng, monkeypatch):
 
 
 def test_numba_num_threads_is_respected():
-    script = "from corequant._threads import thread_count; print(thread_count())"
+    script = "from corequant._cpu.threads import thread_count; print(thread_count())"
     assert run(script, NUMBA_NUM_THREADS="3") == "3"
 
 
@@ -230,11 +232,11 @@ def test_a_cache_that_cannot_be_written_or_is_damaged_does_no_harm(tmp_path):
 def test_a_second_process_compiles_nothing_and_needs_no_numba(tmp_path):
     script = f"""
 import sys, numpy as np, corequant as cq
-from corequant._numba import machine
+from corequant._cpu.codegen import compiler
 def refuse(*given):
     raise AssertionError("compiled again")
 if len(list(__import__("pathlib").Path({str(tmp_path)!r}).rglob("*.o"))):
-    machine._compile = refuse
+    compiler._compile = refuse
 print(cq.block_hadamard(np.ones(64, np.float32))[0], "numba" in sys.modules)
 """
     assert run(script, NUMBA_CACHE_DIR=str(tmp_path), NUMBA_DISABLE_JIT="0") == "8.0 False"
@@ -248,9 +250,9 @@ def test_the_second_call_of_a_kind_gives_what_the_first_gave(rng, monkeypatch, d
     first = rng.normal(size=(16, 192)).astype(dtype)
     numbers = [first, rng.normal(size=first.shape).astype(dtype)]
     expected = [cq.block_hadamard(np.vstack([x, x]), 64)[:16] for x in numbers]
-    _repeated.forget()
+    repeated.forget()
     if size == "large":
-        monkeypatch.setattr(_repeated, "_STREAMED_BYTES", 0)
+        monkeypatch.setattr(repeated, "_STREAMED_BYTES", 0)
     asked = []
     check = rotation.check_block_size
     monkeypatch.setattr(
@@ -297,18 +299,18 @@ def test_a_repeated_call_is_as_strict_as_the_first(rng):
 
 
 def test_a_thread_forgets_calls_when_there_are_many(monkeypatch):
-    monkeypatch.setattr(_repeated, "_MOST", 3)
-    _repeated.forget()
+    monkeypatch.setattr(repeated, "_MOST", 3)
+    repeated.forget()
     for rows in range(1, 9):
         cq.block_hadamard(np.ones((rows, 16), np.float32), 16)
-        assert len(_repeated._calls.known) <= 3
+        assert len(repeated._calls.known) <= 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_addresses_are_those_of_the_arrays(dtype):
     memory = np.zeros(64, dtype)
     for x in (memory, memory[3:], memory[::2], memory.reshape(4, 16)[1:, 2:]):
-        assert _repeated.address_of(x) == x.ctypes.data == _repeated._by_interface(x)
+        assert repeated.address_of(x) == x.ctypes.data == repeated._by_interface(x)
 
 
 def test_remembered_calls_work_in_the_scratch_that_there_is(rng):
@@ -318,13 +320,13 @@ def test_remembered_calls_work_in_the_scratch_that_there_is(rng):
 
     def run():
         first = cq.block_hadamard(x, order)
-        assert _repeated._calls.known
+        assert repeated._calls.known
         before = _rotation.scratch.address
         assert before
         # As a larger call asks for more; how large that is depends on the processor's plans.
         assert _rotation.scratch.at_least(2 * _rotation.scratch.size) != before
         cq.block_hadamard(x, order)
-        addresses = {struct.unpack("9qd", given)[6] for _, given in _repeated._calls.known.values()}
+        addresses = {struct.unpack("9qd", given)[6] for _, given in repeated._calls.known.values()}
         found.append((addresses, {_rotation.scratch.address}))
         np.testing.assert_array_equal(cq.block_hadamard(x, order), first)
 

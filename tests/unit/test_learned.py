@@ -7,7 +7,7 @@ import pytest
 import scipy.optimize
 
 import corequant as cq
-from corequant._numba.projection import clip_rows
+from corequant._cpu.loops.projection import clip_rows
 from corequant.rounding.columns import Scales
 from corequant.rounding.learned import _neighbours
 from tests.property.test_rounding import SPECS, layer, moments

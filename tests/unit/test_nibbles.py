@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import corequant as cq
-from corequant._grids import rounder_for
-from corequant._numba import lanes, nibbles
-from corequant._numba.jit import jit
+from corequant._cpu.grids import rounder_for
+from corequant._cpu.loops import lanes, nibbles
+from corequant._cpu.loops.jit import jit
 
 TEXTS = ["mxfp4", "mxfp4:even", "nvfp4", "e3m0:group16", "e1m2:group32", "e2m1:group96", "e2m1"]
 MORE = ["float4_e2m1fn:group32:float16", "e2m1b3:group64", "e2m1:group48", "mxfp4:search"]

@@ -13,6 +13,7 @@ PACKAGES = (
     "backends/corequant_torch",
     "adapters/corequant_transformers",
     "adapters/corequant_vllm",
+    "adapters/corequant_cli",
 )
 FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}

@@ -9,8 +9,8 @@ import pytest
 
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
-from corequant_transformers.pacing import Pace, efforts
-from corequant_transformers.streaming import steps_of
+from corequant_transformers.run.estimate import Pace, efforts
+from corequant_transformers.run.job import steps_of
 
 BLOCKS = 30
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import corequant as cq
-from corequant.export import from_arrays, to_arrays
+from corequant.storage.arrays import from_arrays, to_arrays
 
 SPECS = [
     *(f"int{b}:{rest}" for b in range(2, 9) for rest in ("channel", "group32:asymmetric")),

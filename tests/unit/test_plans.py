@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import corequant as cq
-from corequant import _repeated, _rotation
-from corequant._numba import tuning
-from corequant._numba.plans import Plan, plan_columns, plan_rows
-from corequant._numba.rotation import kernel_for, settings, sign_bits
-from corequant._numba.tuning import Passes
-from corequant._numba.vectors import lanes_of
-from corequant._rotation import aligned
+from corequant._cpu import arrays, rotation
+from corequant._cpu.codegen import tuning
+from corequant._cpu.codegen.plans import Plan, plan_columns, plan_rows
+from corequant._cpu.codegen.rotation_kernels import kernel_for, settings, sign_bits
+from corequant._cpu.codegen.tuning import Passes
+from corequant._cpu.codegen.vectors import lanes_of
+from corequant._cpu.rotation import aligned
 from corequant.hadamard import hadamard_matrix
 
 PASSES = {  # by the vectors in a block; 0 is a block of two numbers
@@ -75,7 +75,7 @@ FAMILIES = [tuning._ZEN4, tuning._ZEN5, tuning._INTEL]
 @pytest.mark.parametrize("stores", ["ordinary", "streamed", "shifted"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_passes_cover_every_block_size(monkeypatch, family, stores, dtype):
-    monkeypatch.setattr("corequant._numba.plans.tuning", lambda: family)
+    monkeypatch.setattr("corequant._cpu.codegen.plans.tuning", lambda: family)
     for core in (1, 12, 172):
         for power in (1 << k for k in range(4 if core > 1 else 1, 16)):
             plan = plan_rows.__wrapped__(dtype, core, power, False, "none", stores)
@@ -94,10 +94,10 @@ def test_passes_cover_every_block_size(monkeypatch, family, stores, dtype):
 @pytest.fixture
 def fresh_plans():
     """Forget plans before and after, since they were made for the processor at hand."""
-    for made in (plan_rows, _rotation._row_kernel):
+    for made in (plan_rows, rotation._row_kernel):
         made.cache_clear()
     yield
-    for made in (plan_rows, _rotation._row_kernel):
+    for made in (plan_rows, rotation._row_kernel):
         made.cache_clear()
 
 
@@ -105,8 +105,8 @@ def fresh_plans():
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_what_is_left_by_streamed_units_is_rotated(monkeypatch, fresh_plans, family, dtype):
     """Those of a family may be shorter than its ordinary ones, or longer."""
-    monkeypatch.setattr("corequant._numba.plans.tuning", lambda: family)
-    monkeypatch.setattr(_repeated, "_STREAMED_BYTES", 0)
+    monkeypatch.setattr("corequant._cpu.codegen.plans.tuning", lambda: family)
+    monkeypatch.setattr(arrays, "_STREAMED_BYTES", 0)
     rng = np.random.default_rng(0)
     for block in (16, 32, 64, 128, 512, 1024):
         for blocks in (1, 2, 3, 7, 13):

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from llvmlite import ir
 
-from corequant._numba.loops import counted
-from corequant._numba.machine import build, fuses
-from corequant._numba.quotients import corrected, inverse, usual
-from corequant._numba.vectors import VECTOR_BYTES, Vectors
+from corequant._cpu.codegen.compiler import build, fuses
+from corequant._cpu.codegen.counting import counted
+from corequant._cpu.codegen.quotients import corrected, inverse, usual
+from corequant._cpu.codegen.vectors import VECTOR_BYTES, Vectors
 
 pytestmark = pytest.mark.skipif(not fuses(), reason="without fused products it is divided")
 

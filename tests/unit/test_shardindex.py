@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import corequant as cq
-from corequant import shardindex
-from corequant.shardindex import read_index
-from corequant.tensorfile import RawTensor, write_tensors
+from corequant.storage import shard_index
+from corequant.storage.shard_index import read_index
+from corequant.storage.tensor_file import RawTensor, write_tensors
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -110,7 +110,7 @@ def test_files_that_are_damaged_missing_or_too_long(index, monkeypatch):
     with pytest.raises(cq.CheckpointError, match="malformed"):
         read_index(index)
     file.write_bytes(content)
-    monkeypatch.setattr(shardindex, "LONGEST_INDEX", 20)
+    monkeypatch.setattr(shard_index, "LONGEST_INDEX", 20)
     with pytest.raises(cq.CheckpointError, match="at most 20 bytes"):
         read_index(index)
     index.unlink()

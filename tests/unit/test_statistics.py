@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import corequant as cq
-from corequant._numba.statistics import channel_moments
-from corequant._statistics import moments
+from corequant._cpu.loops.statistics import channel_moments
+from corequant._cpu.statistics import moments
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])

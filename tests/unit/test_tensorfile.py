@@ -10,7 +10,7 @@ import safetensors
 from safetensors.numpy import load_file, save
 
 import corequant as cq
-from corequant.tensorfile import RawTensor, TensorFile, parse_header, write_tensors
+from corequant.storage.tensor_file import RawTensor, TensorFile, parse_header, write_tensors
 
 
 def test_the_library_reads_what_is_written(rng, tmp_path):

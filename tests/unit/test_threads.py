@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import corequant as cq
-from corequant import _repeated, _rotation, _threads
-from corequant._numba.rotation import Context, piece, settings
-from corequant._numba.team import ASLEEP, LOOKING, Word
+from corequant._cpu import arrays, rotation
+from corequant._cpu import threads as _threads
+from corequant._cpu.codegen.rotation_kernels import Context, piece, settings
+from corequant._cpu.codegen.team import ASLEEP, LOOKING, Word
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
@@ -87,7 +88,7 @@ def test_a_helper_takes_part(monkeypatch):
     monkeypatch.setattr(_threads, "lead", lambda: idle)
     x = np.ones((1, 1 << 20), np.float32)
     helpers = _threads._crew.claim(1)
-    kernel = _rotation._row_kernel("float32", 64, False, "none", "ordinary")
+    kernel = rotation._row_kernel("float32", 64, False, "none", "ordinary")
     units = x.size // kernel.unit
     given = settings(units, kernel.scale, 0, choices=0)
     context = Context(kernel.call, 4 * kernel.unit, kernel.unit)
@@ -118,12 +119,12 @@ def test_nothing_is_let_go_while_a_helper_works(monkeypatch):
     monkeypatch.setattr(_threads.time, "sleep", interrupted)
     monkeypatch.setattr(_threads, "_PATIENCE", 1e-6)
     x = np.ones((4, 64), np.float32)
-    kernel = _rotation._row_kernel("float32", 64, False, "none", "ordinary", x.size)
+    kernel = rotation._row_kernel("float32", 64, False, "none", "ordinary", x.size)
     context = Context(kernel.call, 4 * kernel.unit, kernel.unit)
     job = _threads._Job(piece(), x.size // kernel.unit, 1, 2)
     given = context(x.ctypes.data, x.ctypes.data, settings(1, kernel.scale, 0, choices=0))
     with pytest.raises(KeyboardInterrupt):
-        job.finish([helper], given, _rotation.scratch.at_least(kernel.scratch), kernel.scratch)
+        job.finish([helper], given, rotation.scratch.at_least(kernel.scratch), kernel.scratch)
     assert len(slept) == 2
     np.testing.assert_array_equal(x[:, 0], 8)
 
@@ -136,7 +137,7 @@ def test_sleeping_helpers_are_woken_for_much_work_or_soon_after_other(monkeypatc
     for awake, worth in ((1e-9, 1 << 40), (1e9, 1 << 40), (1e-9, 1)):
         monkeypatch.setattr(_threads, "_AWAKE", awake)
         monkeypatch.setattr(_threads, "_WORTH_WAKING", worth)
-        _repeated.forget()
+        arrays.forget()
         cq.block_hadamard(np.ones((512, 4096), np.float32), 64, threads=2)
     assert claimed == [0, 1, 1]
 
@@ -146,7 +147,7 @@ def turn(rows, threads):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(rows, 4096)).astype(np.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_rotation, "_PER_THREAD", 1 << 12)
+        patch.setattr(rotation, "_PER_THREAD", 1 << 12)
         for signs in (None, cq.random_signs(4096, 1)):
             for order in (32, 4096):
                 one = cq.block_hadamard(x, order, signs=signs, threads=1)
@@ -235,11 +236,11 @@ def test_a_handler_may_call_while_its_thread_claims_helpers():
 
 
 def test_a_larger_scratch_leaves_the_one_that_was_handed_out():
-    from corequant._rotation import _Scratch
+    from corequant._cpu.rotation import _Scratch
 
     scratch = _Scratch()
     first = scratch.at_least(1 << 12)
     second = scratch.at_least(1 << 14)
     assert first != second
-    assert [_repeated.address_of(m) for m in scratch.memory] == [first, second]
+    assert [arrays.address_of(m) for m in scratch.memory] == [first, second]
     assert scratch.at_least(1 << 13) == second

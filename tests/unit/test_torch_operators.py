@@ -7,7 +7,7 @@ import torch
 
 import corequant as cq
 from corequant_torch import operators
-from corequant_transformers.layers import QuantizedLinear
+from corequant_transformers.model.quantized_linear import QuantizedLinear
 
 SPECS = ["int4:token:asymmetric", "mxfp4", "nvfp4", "int8:tensor:symmetric"]
 CHECKS = {

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from corequant.errors import ShapeError
-from corequant_torch import products
-from corequant_torch.attention import causal_attention
-from corequant_torch.grams import token_products
-from corequant_torch.products import linear, multiplies_quickly
-from corequant_torch.quick import QuickForward
+from corequant_torch.cpu import products
+from corequant_torch.cpu.attention import causal_attention
+from corequant_torch.cpu.fast_forward import QuickForward
+from corequant_torch.cpu.products import linear, multiplies_quickly
+from corequant_torch.device.grams import token_products
 
 F = torch.nn.functional
 

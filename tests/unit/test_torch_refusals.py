@@ -11,7 +11,7 @@ from corequant import testing
 from corequant._dispatch import get_backend
 from corequant.rounding import InputMoments
 from corequant_torch import rotate_quantize_packed
-from corequant_torch.device import DeviceKernels
+from corequant_torch.device.kernels import DeviceKernels
 from corequant_torch.engines import engine_for
 
 CALLS = {

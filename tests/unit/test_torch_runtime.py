@@ -16,16 +16,11 @@ import torch
 import corequant as cq
 from corequant._dispatch import get_backend
 from corequant.specs import Granularity, QuantSpec
-from corequant_torch import (
-    device,
-    launch,
-    launch_rotation,
-    nonfinite_replays,
-    runtime,
-    tables,
-    triton_rotation,
-)
-from corequant_torch.device import DeviceKernels
+from corequant_torch import nonfinite_replays
+from corequant_torch.device import kernels as device
+from corequant_torch.device import tables
+from corequant_torch.device.kernels import DeviceKernels
+from corequant_torch.gpu import fusion, rotation, rotation_kernels, runtime
 from tests.conftest import heavy_tailed
 
 pytestmark = [
@@ -110,7 +105,7 @@ def test_a_call_that_is_captured_first_says_what_to_do(monkeypatch):
 @pytest.mark.parametrize("text", ["int4:group32", "mxfp4", "nvfp4", "int8:token:asymmetric"])
 def test_a_call_waits_for_the_device_once(kernels, monkeypatch, text):
     x, spec, asked = sample(torch.float32), QuantSpec.parse(text), []
-    for module in (launch, device):
+    for module in (fusion, device):
         real = module.all_good
         monkeypatch.setattr(module, "all_good", lambda good, f=real: asked.append(good) or f(good))
     how = {"permutation": cq.random_permutation(96, 0), "signs": cq.random_signs(96, 1)}
@@ -214,9 +209,9 @@ def test_triton_that_cant_run_says_what_to_do(monkeypatch):
         def __getitem__(self, grid):
             return broken
 
-    monkeypatch.setattr(triton_rotation, "rotate_powers", Kernel())
+    monkeypatch.setattr(rotation_kernels, "rotate_powers", Kernel())
     with pytest.raises(cq.BackendError, match=r"Failed to find C compiler.*uninstall triton"):
-        launch_rotation.rotate(sample(torch.float32), 16, False, None, None)
+        rotation.rotate(sample(torch.float32), 16, False, None, None)
 
 
 class Gpu(torch.Tensor):

@@ -14,9 +14,9 @@ import torch
 
 import corequant as cq
 from corequant.rounding import AccumulatorSpec, RoundingOptions, round_together
-from corequant_torch.bridge import to_numpy
-from corequant_torch.device import DeviceKernels
-from corequant_torch.tiles import soft_thresholds
+from corequant_torch.cpu.bridge import to_numpy
+from corequant_torch.device.kernels import DeviceKernels
+from corequant_torch.rounding.bounds import soft_thresholds
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning:triton")
 

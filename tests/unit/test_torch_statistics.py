@@ -10,9 +10,10 @@ import corequant as cq
 from corequant._dispatch import get_backend
 from corequant.rounding import InputMoments
 from corequant.specs import QuantSpec
-from corequant_torch import engines, launch_streams
-from corequant_torch.bridge import to_torch
-from corequant_torch.device import DeviceKernels
+from corequant_torch import engines
+from corequant_torch.cpu.bridge import to_torch
+from corequant_torch.device.kernels import DeviceKernels
+from corequant_torch.gpu import statistics
 from tests.conftest import heavy_tailed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning:triton")
@@ -51,7 +52,7 @@ def tokens(dtype=np.float32):
 @pytest.mark.parametrize("shape", [(1, 5), (37, 130), (3, 20, 48)])
 def test_tritons_moments(kind, shape):
     x = torch.from_numpy(heavy_tailed(np.random.default_rng(1), *shape)).to(kind)
-    found = launch_streams.moments(x.transpose(0, -1).contiguous().transpose(0, -1))
+    found = statistics.moments(x.transpose(0, -1).contiguous().transpose(0, -1))
     for ours, theirs in zip(found, cq_moments(x), strict=True):
         assert ours.dtype == torch.float64
         np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-13)
@@ -65,10 +66,10 @@ def cq_moments(x):
 def test_tritons_moments_show_what_is_not_finite():
     x = torch.ones(40, 3)
     x[35, 1], x[0, 2] = float("nan"), float("inf")
-    sums, squares, _ = launch_streams.moments(x)
+    sums, squares, _ = statistics.moments(x)
     assert torch.equal(sums.isfinite(), torch.tensor([True, False, False]))
     assert torch.equal(squares.isfinite(), torch.tensor([True, False, False]))
-    assert launch_streams.moments(torch.empty(0, 3)) is None
+    assert statistics.moments(torch.empty(0, 3)) is None
 
 
 @pytest.mark.interpreter
@@ -80,7 +81,7 @@ def test_tritons_decoding_does_not_differ(text):
         given = [
             None if a is None else to_torch(a) for a in (q.scales, q.zero_points, q.global_scale)
         ]
-        found = launch_streams.dequantize(to_torch(q.codes), spec, *given)
+        found = statistics.dequantize(to_torch(q.codes), spec, *given)
         expected = cq.dequantize(q)
         assert found.numpy().dtype == expected.dtype
         np.testing.assert_array_equal(found.numpy(), expected)

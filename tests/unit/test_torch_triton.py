@@ -9,17 +9,17 @@ from triton.runtime import autotuner
 
 import corequant as cq
 from corequant.specs import QuantSpec
-from corequant_torch import (
-    launch,
-    launch_rotation,
-    rotate_quantize_packed,
+from corequant_torch import rotate_quantize_packed
+from corequant_torch.device.kernels import DeviceKernels
+from corequant_torch.gpu import (
+    column_kernels,
+    fusion,
+    fusion_kernels,
+    rotation,
+    rotation_kernels,
     runtime,
-    triton_columns,
-    triton_fused,
-    triton_rotation,
-    triton_streams,
+    statistics_kernels,
 )
-from corequant_torch.device import DeviceKernels
 from tests.conftest import heavy_tailed
 
 pytestmark = [
@@ -72,7 +72,7 @@ def test_rotations_are_numpys_to_the_bit(kernels, dtype, block_size):
     for inverse, sign in ((False, signs), (True, signs), (False, None), (True, None)):
         how = {"axis": 1, "inverse": inverse, "signs": sign, "threads": None}
         table = None if sign is None else torch.from_numpy(sign)
-        found = launch_rotation.rotate(x, block_size, inverse, table, None)
+        found = rotation.rotate(x, block_size, inverse, table, None)
         assert found is not None
         expected = cq.block_hadamard(x, block_size, inverse=inverse, signs=sign)
         assert same_bits(found, expected)
@@ -90,7 +90,7 @@ def test_rotations_are_numpys_to_the_bit(kernels, dtype, block_size):
 @pytest.mark.parametrize("block_size", [8192, 32768, 28 * 512, 2 * 32768])
 def test_large_rotations_are_numpys_to_the_bit(kernels, block_size):
     x = torch.randn(1, block_size, generator=torch.Generator().manual_seed(0))
-    kernel = launch_rotation.rotate(x, block_size, False, None, None)
+    kernel = rotation.rotate(x, block_size, False, None, None)
     assert (kernel is None) == (block_size > 32768)
     how = {"axis": 1, "inverse": False, "signs": None, "out": None, "threads": None}
     expected = cq.block_hadamard(x, block_size)
@@ -112,7 +112,7 @@ def test_rotations_up_to_the_largest_number(kernels):
 def test_the_first_call_of_a_kind_may_write_to_its_input(kernels, monkeypatch, dtype):
     """As compiled kernels are launched: nothing runs on the caller's memory to be measured."""
     monkeypatch.setattr(autotuner.Autotuner, "do_bench", measured_twice, raising=False)
-    for module in (launch, launch_rotation):
+    for module in (fusion, rotation):
         monkeypatch.setattr(module, "interpreted", lambda: dtype is not torch.float32)
     signs = cq.random_signs(96, 0)
     for block_size in (32, 12):
@@ -130,7 +130,7 @@ def measured_twice(self, call, quantiles):
 
 
 def test_no_kernel_is_tuned_by_running_it():
-    for module in (triton_columns, triton_fused, triton_rotation, triton_streams):
+    for module in (column_kernels, fusion_kernels, rotation_kernels, statistics_kernels):
         kinds = {type(value) for value in vars(module).values()}
         assert autotuner.Autotuner not in kinds
 
@@ -143,7 +143,7 @@ def test_fused_codes_do_not_differ(kernels, dtype, text):
     how = {"permutation": p, "signs": signs}
     expected = cq.rotate_quantize(x, 16, spec, **how)
     tables = torch.from_numpy(p), torch.from_numpy(signs)
-    codes = launch.fused(x, 16, spec, *tables, launch.CODES)
+    codes = fusion.fused(x, 16, spec, *tables, fusion.CODES)
     assert codes is not None
     assert int((codes.out != expected.codes).sum()) == 0
     assert torch.equal(codes.scales.reshape(expected.scales.shape), expected.scales)
@@ -154,7 +154,7 @@ def test_fused_codes_do_not_differ(kernels, dtype, text):
     values = kernels.rotate_fake_quantize(x, 16, spec, out=None, threads=None, **how)
     assert torch.equal(values, cq.rotate_fake_quantize(x, 16, spec, **how))
     if spec.format.bits == 4:
-        packed = launch.fused(x, 16, spec, *tables, launch.PACKED)
+        packed = fusion.fused(x, 16, spec, *tables, fusion.PACKED)
         assert torch.equal(packed.out, rotate_quantize_packed(x, 16, spec, **how).packed)
 
 
@@ -204,10 +204,10 @@ def test_what_is_not_finite_takes_the_steps_that_name_it(kernels):
     x = sample(torch.float32)
     x[2, 7] = float("nan")
     spec = QuantSpec.parse("int4:group32")
-    assert launch.fused(x, 16, spec, None, None, launch.CODES) is None
+    assert fusion.fused(x, 16, spec, None, None, fusion.CODES) is None
     with pytest.raises(cq.NonFiniteError, match=r"index \(2, 7\)"):
         kernels.fake_quantize(x, spec)
-    y = launch_rotation.rotate(x, 16, False, None, None)
+    y = rotation.rotate(x, 16, False, None, None)
     assert int(torch.isnan(y).sum()) == 16
     assert bool(torch.isnan(y[2, :16]).all())
 
@@ -218,7 +218,7 @@ def test_what_is_not_finite_takes_the_steps_that_name_it(kernels):
 )
 def test_cases_without_a_fused_kernel_say_none(text, block_size):
     x = sample(torch.float32)
-    assert launch.fused(x, block_size, QuantSpec.parse(text), None, None, launch.CODES) is None
+    assert fusion.fused(x, block_size, QuantSpec.parse(text), None, None, fusion.CODES) is None
 
 
 def test_results_may_go_into_the_input(kernels):
@@ -247,9 +247,9 @@ class Gpu(torch.Tensor):
 
 
 def test_without_triton_torch_operations_do_it(monkeypatch):
-    monkeypatch.setattr("corequant_torch.device.has_triton", lambda: False)
+    monkeypatch.setattr("corequant_torch.device.kernels.has_triton", lambda: False)
     assert not DeviceKernels()._triton(torch.ones(1).as_subclass(Gpu))
-    monkeypatch.setattr("corequant_torch.device.has_triton", lambda: True)
+    monkeypatch.setattr("corequant_torch.device.kernels.has_triton", lambda: True)
     assert DeviceKernels()._triton(torch.ones(1).as_subclass(Gpu))
     assert not DeviceKernels()._triton(torch.ones(1))
 

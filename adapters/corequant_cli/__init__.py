@@ -1,0 +1,1 @@
+"""The ``corequant`` command: arguments in, calls to corequant_transformers, tables out."""

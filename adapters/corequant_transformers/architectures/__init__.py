@@ -1,0 +1,1 @@
+"""Where the parts of a model of each architecture are."""

@@ -1,0 +1,1 @@
+"""Statistics of the float model's activations, and what is chosen from them."""

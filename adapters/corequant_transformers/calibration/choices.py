@@ -1,0 +1,247 @@
+"""Decide each region's permutation and factors from its statistics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import corequant as cq
+from corequant.errors import CalibrationError
+from corequant.hadamard import valid_block_sizes
+from corequant.recipe import Recipe
+from corequant.selection import (
+    Selection,
+    make_permutation,
+    rotation_error,
+    select_permutation,
+    select_scales,
+)
+from corequant_transformers.planning.matrix_plan import Region
+from corequant_transformers.planning.model_plan import ModelPlan
+
+__all__ = [
+    "Calibration",
+    "RegionChoice",
+    "check_calibration",
+    "choose",
+    "choose_block_size",
+    "needs_second_order",
+    "needs_tokens",
+]
+
+Array = npt.NDArray[Any]
+SECOND_ORDER = ("energy", "energydiff", "rangediff", "auto")
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Token windows and the float model's statistics on them; made by ``calibrate``.
+
+    Attributes
+    ----------
+    tokens : numpy.ndarray (windows, length), int64
+    statistics : mapping of str to ActivationStats
+        Of the channels of each region of the plan, by its name.
+    held_out : mapping of str to ActivationStats
+        The same on the last window, which ``statistics`` has not seen then, for choices that are
+        judged by tokens; empty where the recipe needs none.
+    draw : int
+        Which draw of the residual stream's signs is taken.
+    draw_losses : tuple of float
+        Losses of all draws that were tried.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    statistics: Mapping[str, cq.ActivationStats]
+    held_out: Mapping[str, cq.ActivationStats]
+    draw: int = 0
+    draw_losses: tuple[float, ...] = ()
+
+
+def needs_second_order(recipe: Recipe) -> bool:
+    """Tell whether the recipe's permutation needs the energy statistic."""
+    return recipe.permutation in SECOND_ORDER
+
+
+def needs_tokens(recipe: Recipe) -> bool:
+    """Tell whether the recipe's choices need tokens, not only sums over them."""
+    judged = recipe.permutation in ("rangediff", "auto") or recipe.block_size == "auto"
+    return judged or recipe.factors != "none"
+
+
+def check_calibration(plan: ModelPlan, calibration: Calibration) -> None:
+    """Refuse a calibration that lacks what the choices of a plan are made from.
+
+    Raises
+    ------
+    CalibrationError
+        If it was made for another model, or for a recipe that needs less.
+    """
+    recipe, held = plan.recipe, calibration.statistics
+    for region in plan.regions:
+        found = held.get(region.name)
+        lacks = None
+        if found is None or found.d != region.width:
+            lacks = f"{region.width} channels of {region.name}"
+        elif needs_second_order(recipe) and "energy_gram" not in found.to_arrays():
+            lacks = f"the second-order statistics of {region.name}"
+        elif needs_tokens(recipe) and region.name not in calibration.held_out:
+            lacks = f"tokens of {region.name}"
+        if lacks is not None:
+            raise CalibrationError(
+                f"the calibration must hold {lacks}, as the recipe's permutation "
+                f"{recipe.permutation!r}, block size and factors need them, got one without; call "
+                "calibrate with this model and this recipe"
+            )
+
+
+def choose_block_size(plan: ModelPlan, indices: Sequence[int], calibration: Calibration) -> int:
+    """Return the least block length whose error is within the recipe's tolerance.
+
+    Parameters
+    ----------
+    plan : ModelPlan
+    indices : sequence of int
+        Of the plan's regions that the MLP of one decoder block reads. Experts share one size: the
+        largest that any of them needs.
+    calibration : Calibration
+    """
+    recipe, spec, largest = plan.recipe, _activations(plan.recipe), 0
+    for index in indices:
+        region = plan.regions[index]
+        judged = _judged(region, calibration)
+        if not judged.count:
+            # An expert that no token was routed to goes along with the others.
+            continue
+        x, width = judged.tokens, region.width
+        limit = (1 + recipe.tolerance) * rotation_error(x, None, spec)
+        chosen = width
+        for b in valid_block_sizes(width):
+            if b < 16 or b & (b - 1) or b == width:
+                continue
+            p = _permutation(recipe, region, b, calibration, index).permutation
+            if rotation_error(x, b, spec, permutation=p) <= limit:
+                chosen = b
+                break
+        largest = max(largest, chosen)
+    return largest
+
+
+@dataclass(frozen=True, eq=False)
+class RegionChoice:
+    """What was chosen for a region.
+
+    Attributes
+    ----------
+    permutation : numpy.ndarray (channels,), int64, optional
+    factors : numpy.ndarray (channels,), float64, optional
+    row : dict
+        Plain values for the report.
+    """
+
+    permutation: npt.NDArray[np.int64] | None
+    factors: npt.NDArray[np.float64] | None
+    row: dict[str, Any]
+
+
+def choose(
+    plan: ModelPlan, index: int, calibration: Calibration, weight: Callable[[str], Array]
+) -> RegionChoice:
+    """Choose permutation and factors for a region.
+
+    Parameters
+    ----------
+    plan : ModelPlan
+    index : int
+        Of one of the plan's regions.
+    calibration : Calibration
+    weight : callable
+        Returns the untransformed weight (out_features, in_features) of a region's matrix.
+    """
+    region = plan.regions[index]
+    count = calibration.statistics[region.name].count
+    row: dict[str, Any] = {"name": region.name, "tokens": count}
+    order, permutation, factors = cq.identity_permutation(region.width), None, None
+    if not count:
+        # An expert that no token was routed to tells nothing; what is neutral is exact too.
+        row["unrouted"] = True
+        if region.permuted:
+            permutation = order
+            row["permutation"] = "identity"
+        if region.factored:
+            factors = np.ones(region.width)
+            row["factors"] = "none"
+        return RegionChoice(permutation, factors, row)
+    if region.permuted:
+        b = region.side.rotation or 1
+        chosen = _permutation(plan.recipe, region, b, calibration, index)
+        order = permutation = chosen.permutation
+        row |= {"permutation": chosen.method, "errors": chosen.errors}
+    if region.factored:
+        factors, errors = _factors(plan.recipe, region, calibration, weight, order)
+        row |= {"factors": min(errors, key=lambda n: errors[n]), "output_errors": errors}
+    return RegionChoice(permutation, factors, row | _masses(region, calibration, order))
+
+
+def _permutation(
+    recipe: Recipe, region: Region, b: int, calibration: Calibration, index: int
+) -> Selection:
+    statistics = calibration.statistics[region.name]
+    generator = np.random.default_rng([recipe.seed, index])
+    spec, heads = _activations(recipe), region.side.heads
+    if recipe.permutation == "auto":
+        held_out = _judged(region, calibration).tokens
+        return select_permutation(statistics, held_out, b, spec, heads=heads, seed=generator)
+    p = make_permutation(
+        recipe.permutation, statistics, b, symmetric=spec.symmetric, heads=heads, seed=generator
+    )
+    return Selection(p, recipe.permutation)
+
+
+def _judged(region: Region, calibration: Calibration) -> cq.ActivationStats:
+    """Return what judges a choice; an expert without held-out tokens is judged by those it has."""
+    held_out = calibration.held_out[region.name]
+    return held_out if held_out.count else calibration.statistics[region.name]
+
+
+def _factors(
+    recipe: Recipe,
+    region: Region,
+    calibration: Calibration,
+    weight: Callable[[str], Array],
+    order: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.float64], dict[str, float]]:
+    seen = calibration.statistics[region.name].tokens[:, order]
+    judge = _judged(region, calibration).tokens[:, order]
+    W = weight(region.name)[:, order].astype(np.float32)
+    options: dict[str, Any] = {} if recipe.factors == "scales" else {"exponents": ()}
+    options["mean_square"] = calibration.statistics[region.name].mean_square[order]
+    spec = _activations(recipe)
+    return select_scales(seen, judge, W, region.side.rotation, spec, recipe.weights, **options)
+
+
+def _activations(recipe: Recipe) -> cq.QuantSpec:
+    # Without a quantizer to choose for, the usual one stands in.
+    return recipe.activations or cq.QuantSpec.parse("int4:token:asymmetric")
+
+
+def _masses(
+    region: Region, calibration: Calibration, order: npt.NDArray[np.int64]
+) -> dict[str, float]:
+    b = _block_length(region)
+    mean = calibration.statistics[region.name].mean_abs
+    return {
+        "largest_block_mass": float(cq.block_mass(mean, b).max()),
+        "largest_block_mass_permuted": float(cq.block_mass(mean[order], b).max()),
+        "mean_block_mass": float(cq.block_mass(mean, b).mean()),
+    }
+
+
+def _block_length(region: Region) -> int:
+    # A rotation over repeated heads can be wider than the channels that are counted once.
+    return math.gcd(region.side.rotation or 1, region.width)

@@ -1,0 +1,132 @@
+"""Collect the statistics that a plan needs while the float model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+import corequant as cq
+from corequant_transformers.calibration.choices import needs_second_order, needs_tokens
+from corequant_transformers.planning.matrix_plan import Region
+from corequant_transformers.planning.model_plan import ModelPlan
+
+__all__ = ["Collector"]
+
+_RESERVOIR = 1024
+"""Tokens kept of each layer: 6 MiB at 1536 channels."""
+
+_ENERGY_TOKENS = 4096
+"""Tokens after which the permutations made from energies gain nothing measurable."""
+
+
+class Collector:
+    """Statistics of a plan's regions, from the inputs of the layers that read them.
+
+    Where choices are judged by tokens, the last window is held out. Some thousand tokens are enough
+    for the second-order statistic.
+
+    Parameters
+    ----------
+    plan : ModelPlan
+    shape : tuple of int
+        How many windows there are, and how many tokens each has.
+
+    Attributes
+    ----------
+    statistics, held_out : dict of str to ActivationStats
+        By the name of the region.
+    position : int
+        The window that is run.
+    """
+
+    def __init__(self, plan: ModelPlan, shape: tuple[int, int]) -> None:
+        windows, length = shape
+        self._recipe = plan.recipe
+        self._windows = windows
+        self._stride = _energy_stride(plan, windows * length)
+        self._kept = _RESERVOIR if needs_tokens(plan.recipe) else 0
+        # A single window has to serve for both.
+        self._judging = windows - 1 if self._kept and windows > 1 else windows
+        self.statistics: dict[str, cq.ActivationStats] = {}
+        self.held_out: dict[str, cq.ActivationStats] = {}
+        self.position = 0
+
+    def begin(self, region: Region) -> None:
+        """Make room for a region, unless there is."""
+        if region.name in self.statistics:
+            return
+        recipe = self._recipe
+        self.statistics[region.name] = cq.ActivationStats(
+            region.width,
+            energy_gram=needs_second_order(recipe),
+            energy_stride=self._stride,
+            reservoir=self._kept,
+            seed=recipe.seed,
+        )
+        if self._kept:
+            self.held_out[region.name] = cq.ActivationStats(
+                region.width, reservoir=self._kept, seed=recipe.seed
+            )
+
+    def forget(self, region: str) -> None:
+        """Drop what is not needed any more."""
+        for _, held in self.kinds():
+            held.pop(region, None)
+
+    def kinds(self) -> list[tuple[str, dict[str, cq.ActivationStats]]]:
+        """Return both kinds of statistics with their names."""
+        return [("statistics", self.statistics), ("held_out", self.held_out)]
+
+    @contextmanager
+    def watching(self, model: Any, readers: Iterable[tuple[Region, str]]) -> Iterator[None]:
+        """Collect what the named layers read while the context lasts.
+
+        Raises
+        ------
+        NonFiniteError
+            From the model's run, if it holds NaN or infinity; names the layer and the window.
+        """
+        with ExitStack() as hooks:
+            for region, reader in readers:
+                self.begin(region)
+                module = model.get_submodule(reader)
+                handle = module.register_forward_pre_hook(self._hook(region, reader))
+                hooks.callback(handle.remove)
+            yield
+
+    def _hook(
+        self, region: Region, reader: str
+    ) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            try:
+                if self.position < self._judging:
+                    seen = _tokens(x, region)
+                    self.statistics[region.name].update(seen)
+                if self._kept and (self.position >= self._judging or self._windows == 1):
+                    self.held_out[region.name].update(_tokens(x, region))
+            except cq.NonFiniteError as error:
+                name = f"the input of {reader} in calibration window {self.position}"
+                raise cq.NonFiniteError(name, error.count, error.index, error.value) from None
+
+        return hook
+
+
+def _tokens(x: torch.Tensor, region: Region) -> torch.Tensor:
+    """Return an activation with a row for each of the heads that share the region's channels."""
+    repeat = region.side.repeat
+    if repeat == 1:
+        return x
+    heads = x.reshape(*x.shape[:-1], region.side.heads, repeat, -1)
+    return heads.transpose(-3, -2).reshape(*x.shape[:-1], repeat, region.width)
+
+
+def _energy_stride(plan: ModelPlan, tokens: int) -> int:
+    """Return which tokens enter the energy statistic: 4096 in all, and no fewer than an eighth."""
+    if plan.dimensions.experts:
+        # An expert sees few tokens anyway.
+        return 1
+    return min(8, max(2, tokens // _ENERGY_TOKENS))

@@ -1,0 +1,1 @@
+"""Directories that hold a quantized model."""

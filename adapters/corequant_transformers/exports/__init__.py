@@ -1,0 +1,1 @@
+"""Quantized models in the formats of other programs."""

@@ -1,0 +1,259 @@
+"""Write a quantized model as a compressed-tensors directory, for Transformers and vLLM."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+import corequant as cq
+from corequant.errors import ArchitectureError, OutputError, SpecError
+from corequant.specs import Granularity
+from corequant.storage.compressed_tensors import Scheme
+from corequant.storage.files import json_text
+from corequant.storage.shard_index import read_index
+from corequant.storage.tensor_file import RawTensor, TensorFile, write_tensors
+from corequant_transformers.checkpoint.reader import Stored
+from corequant_transformers.exports.transformers_hook import GUARD
+from corequant_transformers.files.digests import write_digests
+from corequant_transformers.files.outputs import check_output, new_directory
+from corequant_transformers.model.configs import as_config_errors
+from corequant_transformers.model.parts import build
+from corequant_transformers.model.sources import copy_files
+from corequant_transformers.planning.matrix_plan import MatrixPlan
+
+__all__ = ["check_layers", "write_compressed"]
+
+SHARD_BYTES = 5 * 10**9
+"""Largest file, unless a single tensor is larger."""
+
+_VERSION = "0.17.0"
+_TORCH = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def write_compressed(stored: Stored, output: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
+    """Write a new directory, read it back and compare, then give it its name.
+
+    Parameters
+    ----------
+    stored : Stored
+    output : str or Path
+        A new or empty directory.
+    shard_bytes : int
+        Largest size of a file of weights.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    ArchitectureError, SpecError
+        If compressed-tensors can't hold the model or its quantizers.
+    OutputError
+        If it can't be written or doesn't read back equal; nothing is left then.
+    """
+    target = check_output(output)
+    plan = stored.plan
+    scheme = Scheme(plan.recipe.weights, plan.recipe.activations)
+    check_layers(stored)
+    _check_activations(stored)
+    _check_shared_scales(stored)
+    stored.check()
+    with new_directory(target) as folder:
+        copy_files(stored.copied_files(), folder)
+        config = json_text(_config(stored, scheme))
+        (folder / "config.json").write_text(config, encoding="utf-8")
+        places = _write_shards(folder, _tensors(stored, scheme), shard_bytes)
+        _compare(folder, places, stored, scheme)
+        write_digests(folder)
+    return target
+
+
+def _config(stored: Stored, scheme: Scheme) -> dict[str, Any]:
+    plan = stored.plan
+    own = ("torch_dtype", "transformers_weights")
+    values = {k: v for k, v in stored.float_config.items() if k not in own}
+    transforms = _transforms(plan.online)
+    names = [m.name for m in plan.quantized]
+    values.update(
+        dtype=_TORCH[scheme.dtype],
+        architectures=[_class_name(stored.config)],
+        tie_word_embeddings=False,
+        quantization_config={
+            "quant_method": "compressed-tensors",
+            "version": _VERSION,
+            "quantization_status": GUARD if transforms else "compressed",
+            "format": scheme.format,
+            "config_groups": {"group_0": scheme.config(_targets(stored, names))},
+            "ignore": [plan.architecture.head],
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+            "transform_config": transforms,
+        },
+    )
+    return values
+
+
+def _targets(stored: Stored, names: list[str]) -> list[str]:
+    """Name the class where it covers exactly the quantized layers, otherwise each layer."""
+    linear = {n for n, m in _skeleton(stored).named_modules() if isinstance(m, torch.nn.Linear)}
+    return ["Linear"] if linear - {stored.plan.architecture.head} == set(names) else names
+
+
+def _transforms(online: tuple[MatrixPlan, ...]) -> dict[str, Any]:
+    sizes: dict[int, list[str]] = {}
+    for matrix in online:
+        sizes.setdefault(_size(matrix), []).append(matrix.name)
+    groups = {}
+    for size, targets in sorted(sizes.items()):
+        plain = size & (size - 1) == 0
+        groups[f"R{size}"] = {
+            # By name readers make Sylvester's matrix themselves, whose sizes are powers of two.
+            "type": "hadamard" if plain else "random-hadamard",
+            "head_dim": size,
+            "randomize": False,
+            "requires_grad": False,
+            "precision": "torch.float32",
+            "apply": [
+                {"targets": targets, "location": place, "inverse": merged, "ignore": []}
+                for place, merged in (("input", False), ("weight_input", True))
+            ],
+        }
+    return {"config_groups": groups} if groups else {}
+
+
+def _size(matrix: MatrixPlan) -> int:
+    return matrix.input.rotation or matrix.shape[1]
+
+
+def _tensors(stored: Stored, scheme: Scheme) -> Iterator[tuple[str, RawTensor]]:
+    for matrix in stored.plan.quantized:
+        yield from scheme.tensors(matrix.name, stored.quantized(matrix)).items()
+        if matrix.online:
+            size = _size(matrix)
+            rotation = cq.hadamard_matrix(size).astype(np.float32)
+            name = f"{matrix.name}.R{size}_input.weight"
+            yield name, RawTensor.of(rotation, scheme.dtype)
+    for name in stored.rest():
+        try:
+            yield name, RawTensor.of(stored.read(name).array(), scheme.dtype)
+        except ValueError as error:
+            raise SpecError(f"{name} can't be stored as {scheme.dtype}: {error}") from None
+
+
+def _write_shards(
+    folder: Path, tensors: Iterator[tuple[str, RawTensor]], shard_bytes: int
+) -> dict[str, str]:
+    """Write tensors as they come, a file's worth at a time; return each tensor's file."""
+    parts: list[tuple[Path, list[str]]] = []
+    pending: dict[str, RawTensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        file = folder / f"part-{len(parts):05d}"
+        write_tensors(file, pending)
+        parts.append((file, list(pending)))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if pending and size + tensor.data.nbytes > shard_bytes:
+            flush()
+            size = 0
+        pending[name] = tensor
+        size += tensor.data.nbytes
+        total += tensor.data.nbytes
+    flush()
+    places: dict[str, str] = {}
+    for number, (file, names) in enumerate(parts, 1):
+        title = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        title = title if len(parts) > 1 else "model.safetensors"
+        file.rename(folder / title)
+        places |= dict.fromkeys(names, title)
+    if len(parts) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        file = folder / "model.safetensors.index.json"
+        file.write_text(json_text(index), encoding="utf-8")
+    return places
+
+
+def _compare(folder: Path, places: dict[str, str], stored: Stored, scheme: Scheme) -> None:
+    """Read everything back, dequantize it, and compare every bit with what was meant."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists() and read_index(index) != {n: folder / p for n, p in places.items()}:
+        raise OutputError(f"{index.name} did not read back as it was written")
+    files = {name: TensorFile(folder / name) for name in set(places.values())}
+    written = {name: files[place].read(name) for name, place in places.items()}
+    for name, tensor in _tensors(stored, scheme):
+        if not written[name].same(tensor):
+            raise OutputError(f"{name} did not read back as it was written")
+    for matrix in stored.plan.quantized:
+        own = {k: t for k, t in written.items() if k.startswith(f"{matrix.name}.weight")}
+        back = cq.dequantize(scheme.read(matrix.name, own, matrix.shape))
+        meant = cq.dequantize(stored.quantized(matrix))
+        if not np.array_equal(back.view(np.uint32), meant.view(np.uint32)):
+            raise OutputError(f"{matrix.name} does not decode to what was quantized")
+
+
+def _skeleton(stored: Stored) -> Any:
+    file = stored.folder / "float_config.json"
+    with as_config_errors(file, stored.float_config):
+        return build(stored.config)
+
+
+def _class_name(config: Any) -> str:
+    mapping: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    return str(mapping[type(config)].__name__)
+
+
+def check_layers(stored: Stored) -> None:
+    """Refuse a model whose tensors are not those of Transformers' own class."""
+    model = _skeleton(stored)
+    kind = stored.plan.architecture.model_type
+    for matrix in stored.plan.quantized:
+        try:
+            layer = model.get_submodule(matrix.name)
+        except AttributeError:
+            layer = None
+        if not isinstance(layer, torch.nn.Linear):
+            raise ArchitectureError(
+                f"{matrix.name} of {kind!r} is not a linear layer of its own in Transformers, and "
+                "compressed-tensors quantizes only these"
+            )
+    expected = {k for k, _ in model.named_parameters(remove_duplicate=False)}
+    quantized = {f"{m.name}.weight" for m in stored.plan.quantized}
+    different = (expected - quantized) ^ set(stored.rest())
+    if different:
+        raise ArchitectureError(
+            f"merging changed which tensors {kind!r} has, so that Transformers' own class can't "
+            f"load it: {min(different)}"
+        )
+
+
+def _check_activations(stored: Stored) -> None:
+    spec = stored.plan.recipe.activations
+    if spec is not None and spec.granularity is Granularity.TENSOR_GROUP:
+        raise SpecError(
+            f"activations of {spec} need a scale per layer from calibration in compressed-tensors, "
+            "which corequant chooses per call; export with activations 'none'"
+        )
+
+
+def _check_shared_scales(stored: Stored) -> None:
+    """Refuse global scales that differ among layers that vLLM fuses: it takes one for all."""
+    seen: dict[str, tuple[str, float]] = {}
+    for matrix in stored.plan.quantized:
+        scale = stored.quantized(matrix).global_scale
+        if scale is None:
+            return
+        name, first = seen.setdefault(matrix.reads, (matrix.name, float(scale[0])))
+        if not math.isclose(first, float(scale[0]), rel_tol=0):
+            raise SpecError(
+                f"{name} and {matrix.name} read the same input and must share a global scale, got "
+                f"{first} and {float(scale[0])}"
+            )

@@ -1,0 +1,197 @@
+"""Files that appear whole or not at all, also when the machine stops in between."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from corequant.errors import CorequantError, OutputError
+from corequant.storage.files import json_text, open_regular
+
+__all__ = [
+    "compare",
+    "concatenate",
+    "file_sha256",
+    "replacing",
+    "sync",
+    "umask",
+    "write_json",
+    "write_tensors",
+]
+
+_CHUNK = 2**20
+# Order of the format's own writer: wide types first, so that every tensor is aligned.
+_WIDTHS = (
+    "BOOL F4 F6_E2M3 F6_E3M2 U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ I16 U16 F16 "
+    "BF16 I32 U32 F32 C64 F64 I64 U64"
+).split()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or the names in a directory are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give the name of a temporary sibling; it gets its real name once it is on the disk.
+
+    Raises
+    ------
+    OutputError
+        If it can't be written. What had the name before is as it was then.
+    """
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise OutputError(f"{path} could not be written: {error}") from error
+    part = Path(name)
+    try:
+        yield part
+        part.chmod(0o666 & ~umask())
+        sync(part)
+        part.replace(path)
+        sync(path.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        if isinstance(error, CorequantError):
+            raise
+        raise OutputError(f"{path} could not be written: {error}") from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object, whole or not at all."""
+    text = json_text(value)
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+        if part.read_text(encoding="utf-8") != text:
+            raise OutputError(f"{path} did not read back as it was written")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Write tensors to a safetensors file, whole or not at all, and return its SHA-256.
+
+    Raises
+    ------
+    OutputError
+        If it can't be written or doesn't read back equal.
+    """
+    stored = {name: t.detach().contiguous() for name, t in tensors.items()}
+    with replacing(path) as part:
+        safetensors.torch.save_file(stored, part, metadata={"format": "pt"})
+        compare(part, stored)
+        return file_sha256(part)
+
+
+def compare(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise OutputError unless a file holds exactly these tensors, bit for bit."""
+    with safetensors.safe_open(path, framework="pt", device="cpu", backend="pread") as file:
+        names = set(file.keys())
+        for name, tensor in tensors.items():
+            # Bits are compared, so that a changed sign of zero counts.
+            same = name in names and torch.equal(_bytes(tensor), _bytes(file.get_tensor(name)))
+            if not same:
+                raise OutputError(f"{name} did not read back as it was written to {path}")
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def concatenate(path: Path, files: Iterable[Path]) -> str:
+    """Write the tensors of several safetensors files to one, a piece at a time.
+
+    The result has the bytes that the format's own writer gives it. It is read back.
+
+    Parameters
+    ----------
+    path : Path
+        Overwritten.
+    files : iterable of Path
+        Trusted: written by ``write_tensors``.
+
+    Returns
+    -------
+    str
+        SHA-256 of the result.
+
+    Raises
+    ------
+    OSError
+        If it can't be written.
+    OutputError
+        If it doesn't read back as it was written.
+    """
+    entries = [(name, file, *place) for file in files for name, place in _header(file).items()]
+    entries.sort(key=lambda e: (-_WIDTHS.index(e[2]), e[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, _, dtype, shape, first, last in entries:
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + last - first]}
+        end += last - first
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as out:
+        for piece in _pieces(text, entries):
+            digest.update(piece)
+            out.write(piece)
+    if file_sha256(path) != digest.hexdigest():
+        raise OutputError(f"{path} did not read back as it was written")
+    return digest.hexdigest()
+
+
+def _pieces(text: bytes, entries: list[Any]) -> Iterator[bytes]:
+    yield len(text).to_bytes(8, "little") + text
+    for name, file, _, _, first, last in entries:
+        with file.open("rb") as source:
+            source.seek(first)
+            left = last - first
+            while left:
+                piece = source.read(min(left, _CHUNK))
+                if not piece:
+                    raise OutputError(f"{file} ends inside the tensor {name}")
+                left -= len(piece)
+                yield piece
+
+
+def _header(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
+    with file.open("rb") as source:
+        length = int.from_bytes(source.read(8), "little")
+        values = json.loads(source.read(length))
+    values.pop("__metadata__", None)
+    start = 8 + length
+    return {
+        name: (v["dtype"], v["shape"], *(start + offset for offset in v["data_offsets"]))
+        for name, v in values.items()
+    }
+
+
+def umask() -> int:
+    """Return the process's umask."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

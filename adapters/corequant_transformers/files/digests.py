@@ -1,0 +1,356 @@
+"""SHA-256 of what was written, so that damage is noticed before a number is computed with it.
+
+``corequant.sha256`` lists the files of a directory as ``sha256sum`` does, and ``sha256sum -c``
+checks it. Two directories of one model, made in another run, have the same list: what is about the
+run itself, ``report.json`` and ``log.jsonl``, isn't in it. The report carries the log's digest and
+its own, for which zeros stand while it is computed. A GGUF file carries its own in the same way.
+
+This is about accidents: a disk or a transfer that lost bits, a file that was edited, exchanged,
+removed or added. Whoever can change files on purpose can change the list as well, unless it is kept
+elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from corequant.errors import CheckpointError
+from corequant.storage.files import json_text, open_regular, read_text
+from corequant_transformers.model.configs import read_json
+
+__all__ = [
+    "DIGESTS",
+    "GGUF_DIGEST",
+    "GGUF_VERSION",
+    "TEMPLATES",
+    "are_compared",
+    "check_digests",
+    "checking",
+    "comparing",
+    "pieces",
+    "seal_gguf",
+    "sealed_report",
+    "write_digests",
+]
+
+DIGESTS = "corequant.sha256"
+REPORT, LOG = "report.json", "log.jsonl"
+GGUF_DIGEST, GGUF_VERSION = "corequant.sha256", "corequant.version"
+
+TEMPLATES = "additional_chat_templates"
+"""The one folder beside a tokenizer's files whose files are read, those that end in ``.jinja``."""
+
+_UNREAD = (".md", ".html", ".gguf")
+"""Endings of files that may lie beside a model: what is told of it, and what it became."""
+
+_FIELD = "digests"
+_BLANK = "0" * 64
+_LINE = re.compile(rf"([0-9a-f]{{64}})  ((?:{TEMPLATES}/)?[^\n\r/\0]+)")
+_READERS = min(4, os.cpu_count() or 1)
+_GGUF_HEAD = 4096
+_GGUF_LEAST = 24
+"""Bytes of the smallest GGUF file: the word, its version, and two counts of nothing."""
+
+_GGUF_FIELD = b"%s%s\x08\0\0\0%s" % (
+    len(GGUF_DIGEST).to_bytes(8, "little"),
+    GGUF_DIGEST.encode(),
+    len(_BLANK).to_bytes(8, "little"),
+)
+"""Key, the type string, and length, in front of the digest."""
+
+
+def pieces(folder: Path) -> list[str]:
+    """Return the names of all files in a directory, and in its folder of chat templates."""
+    names = [f.name for f in folder.iterdir() if not (f.name == TEMPLATES and f.is_dir())]
+    if (folder / TEMPLATES).is_dir():
+        names += [f"{TEMPLATES}/{f.name}" for f in (folder / TEMPLATES).iterdir()]
+    return sorted(names)
+
+
+def write_digests(folder: Path) -> None:
+    """Write the list for all files in a directory but those about the run."""
+    names = [name for name in pieces(folder) if name not in (DIGESTS, REPORT, LOG)]
+    text = "".join(f"{_sha256(folder / name)}  {name}\n" for name in names)
+    (folder / DIGESTS).write_text(text, encoding="utf-8")
+
+
+def sealed_report(report: Mapping[str, Any], folder: Path) -> str:
+    """Return the text of a directory's report, with the log's digest and its own.
+
+    Parameters
+    ----------
+    report : mapping
+        Plain values.
+    folder : Path
+        Where the log is, if there is one.
+    """
+    log = folder / LOG
+    digests = {LOG: _sha256(log)} if log.exists() else {}
+    text = json_text({**report, _FIELD: {**digests, REPORT: _BLANK}})
+    own = hashlib.sha256(text.encode()).hexdigest()
+    before, _, after = text.rpartition(_BLANK)
+    return f"{before}{own}{after}"
+
+
+def check_digests(path: str | Path, wanted: Callable[[str], bool] | None = None) -> int | None:
+    """Compare files with the digests that were written with them.
+
+    Parameters
+    ----------
+    path : str or Path
+        A directory that ``quantize`` or ``export`` wrote, or a GGUF file of ``export``.
+    wanted : callable, optional
+        Tells by their names which files of a directory are compared; all by default. In any case
+        none may have been added that a reader would read.
+
+    Returns
+    -------
+    int or None
+        How many files are as they were; None where there are no digests.
+
+    Raises
+    ------
+    CheckpointError
+        If a file isn't as it was written, is missing, or was added; names it.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np, corequant_transformers as cqhf
+    >>> from corequant.recipe import Recipe
+    >>> tokens = np.arange(64).reshape(2, 32)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model, recipe = cqhf.tiny_model("llama"), Recipe(block_size=16)
+    ...     _ = cqhf.quantize(model, recipe, tokens, f"{folder}/out")
+    ...     cqhf.check_digests(f"{folder}/out")
+    5
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return _check_gguf(path)
+    listed = _read_list(path)
+    if listed is None:
+        return None
+    # Without report and log a list is that of an export.
+    digests = dict(listed)
+    if "recipe.toml" in listed:
+        digests |= _report_digests(path)
+    _check_names(path, set(digests))
+    names = [name for name in digests if name != REPORT and (wanted is None or wanted(name))]
+    with ThreadPoolExecutor(_READERS) as pool:
+        for name, found in zip(names, pool.map(_sha256, (path / n for n in names)), strict=True):
+            if found != digests[name]:
+                raise _changed(path / name)
+    return len(names) + (REPORT in digests)
+
+
+@contextmanager
+def checking(path: Path, *, verify: bool = True) -> Iterator[None]:
+    """Compare a directory with its digests while it is read, and raise at the end what was found.
+
+    What can't be read at all has its own errors, which say more.
+
+    Raises
+    ------
+    CheckpointError
+        As ``check_digests``.
+
+    Warns
+    -----
+    UserWarning
+        If the directory is one that ``quantize`` wrote before there were digests.
+    """
+    if not verify:
+        yield
+        return
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(check_digests, path)
+        yield
+        count = found.result()
+    if count is None and path.is_dir():
+        warn_of_none(path)
+
+
+class _Comparing(threading.local):
+    wanted = True
+
+
+_comparing = _Comparing()
+
+
+@contextmanager
+def comparing(wanted: bool) -> Iterator[None]:
+    """Have exports that this thread reads by way of Transformers compared, or not."""
+    before, _comparing.wanted = _comparing.wanted, wanted
+    try:
+        yield
+    finally:
+        _comparing.wanted = before
+
+
+def are_compared() -> bool:
+    """Return whether this thread wants exports compared with their digests."""
+    return _comparing.wanted
+
+
+def warn_of_none(folder: Path) -> None:
+    """Say that a directory that ``quantize`` wrote has no digests."""
+    # At the line that called us, however many of our functions are in between.
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(
+        f"{folder} was written before corequant kept digests, so that damage to its files may go "
+        "unnoticed; quantize the model again, or save it anew, to have them",
+        stacklevel=level,
+    )
+
+
+def _is_ours(module: Any) -> bool:
+    # Decorators that are context managers have a frame of their own.
+    root = str(module).partition(".")[0]
+    return root in ("corequant", "corequant_torch", "corequant_transformers", "contextlib")
+
+
+def _sha256(file: Path) -> str:
+    try:
+        with open_regular(file) as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing, which {DIGESTS} lists") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} can't be read: {error}") from error
+
+
+def _changed(file: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{file} is not as it was written: its SHA-256 differs; get it anew, or, if it was changed "
+        f"on purpose, read it with verify=False (--no-verify), or remove {DIGESTS} from an export"
+    )
+
+
+def _read_list(folder: Path) -> dict[str, str] | None:
+    file = folder / DIGESTS
+    if not os.path.lexists(file):
+        settings = read_json(folder / "config.json").get("quantization_config")
+        if isinstance(settings, dict) and settings.get(_FIELD) == DIGESTS:
+            raise CheckpointError(f"{file} is missing, which lists the digests of the others")
+        return None
+    try:
+        text = read_text(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} can't be read: {error}") from error
+    *lines, end = text.split("\n")
+    found = [_LINE.fullmatch(line) for line in lines]
+    names = [match[2] for match in found if match is not None]
+    if end or not names or len(names) < len(lines) or len(set(names)) < len(names):
+        raise _changed(file)
+    return {match[2]: match[1] for match in found if match is not None}
+
+
+def _report_digests(folder: Path) -> dict[str, str]:
+    """Return the digests that the report has, which are its own and the log's."""
+    file = folder / REPORT
+    digests = read_json(file).get(_FIELD)
+    if not isinstance(digests, dict) or not {REPORT} <= set(digests) <= {REPORT, LOG}:
+        raise _changed(file)
+    own = digests[REPORT]
+    with open_regular(file) as opened:
+        data = opened.read()
+    if not isinstance(own, str) or len(own) != len(_BLANK) or not own.isascii():
+        raise _changed(file)
+    before, _, after = data.rpartition(own.encode())
+    if hashlib.sha256(before + _BLANK.encode() + after).hexdigest() != own:
+        raise _changed(file)
+    return digests
+
+
+def _check_names(folder: Path, known: set[str]) -> None:
+    for name in pieces(folder):
+        file = folder / name
+        if name in known or name == DIGESTS or _is_unread(file):
+            continue
+        raise CheckpointError(
+            f"{file} is not among the files that {DIGESTS} lists, and may change what the others "
+            "say; remove it, or read the directory with verify=False (--no-verify)"
+        )
+
+
+def _is_unread(file: Path) -> bool:
+    """Tell whether nobody who loads the model reads a file that was added."""
+    if file.is_dir():
+        return True
+    if file.parent.name == TEMPLATES:
+        return file.suffix != ".jinja"
+    return file.name.startswith(".") or file.suffix in _UNREAD
+
+
+# ---- GGUF
+
+
+def seal_gguf(file: Path) -> None:
+    """Put a GGUF file's digest where zeros stand for it, within its first few fields."""
+    place = _place_in(file)
+    if place is None:
+        raise ValueError(f"{file} has no room for a digest")
+    digest = _gguf_sha256(file, place)
+    with file.open("r+b") as opened:
+        opened.seek(place)
+        opened.write(digest.encode())
+
+
+def _check_gguf(file: Path) -> int | None:
+    try:
+        place = _place_in(file)
+        if place is None:
+            return None
+        with open_regular(file) as opened:
+            opened.seek(place)
+            own = opened.read(len(_BLANK))
+        found = _gguf_sha256(file, place)
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file} can't be read: {error}") from error
+    if found.encode() != own:
+        raise CheckpointError(
+            f"{file} is not as it was written: its SHA-256 differs from its field {GGUF_DIGEST}; "
+            "export it anew"
+        )
+    return 1
+
+
+def _place_in(file: Path) -> int | None:
+    with open_regular(file) as opened:
+        head = opened.read(_GGUF_HEAD)
+    if len(head) < _GGUF_LEAST or not head.startswith(b"GGUF"):
+        raise CheckpointError(
+            f"{file} must be a directory or a GGUF file, whose first word is GGUF and which has "
+            f"{_GGUF_LEAST} bytes at least, got a file that begins with {head[:4]!r}, of "
+            f"{file.stat().st_size} bytes"
+        )
+    start = head.find(_GGUF_FIELD)
+    if start < 0:
+        if GGUF_VERSION.encode() in head:
+            raise CheckpointError(f"{file} is not as it was written: it lacks its {GGUF_DIGEST}")
+        return None
+    return start + len(_GGUF_FIELD)
+
+
+def _gguf_sha256(file: Path, place: int) -> str:
+    found = hashlib.sha256()
+    with open_regular(file) as opened:
+        found.update(opened.read(place) + _BLANK.encode())
+        opened.seek(place + len(_BLANK))
+        while piece := opened.read(2**20):
+            found.update(piece)
+    return found.hexdigest()

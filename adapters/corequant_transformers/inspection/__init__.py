@@ -1,0 +1,1 @@
+"""Where a float model's outliers sit."""

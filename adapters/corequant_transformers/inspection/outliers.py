@@ -1,0 +1,204 @@
+"""Where a float model's outliers sit, and what permutations and rotations do to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import corequant as cq
+from corequant.recipe import Recipe
+from corequant.selection import rotation_error
+from corequant_transformers.model.replicas import unwrap
+from corequant_transformers.model.surroundings import undisturbed
+from corequant_transformers.model.text import check_tokens
+from corequant_transformers.pipeline import calibrate
+from corequant_transformers.planning.model_plan import plan_model
+
+__all__ = ["Inspection", "LayerInspection", "inspect"]
+
+PROBABILITY = 0.05
+
+
+@dataclass(frozen=True)
+class LayerInspection:
+    """Measures of one layer's input on tokens that chose nothing.
+
+    Attributes
+    ----------
+    name : str
+    concentration : float
+        Median over tokens of δ; 1/√d and below guarantees that a full rotation helps.
+    guaranteed : float
+        Share of tokens with δ ≤ 1/√d.
+    ranges : dict of str to float
+        Mean of max - min over tokens, relative to the identity's: rotated by blocks, permuted,
+        both, and rotated in full.
+    bounds : dict of str to float
+        Means over tokens of lower bound, truth, probable bound and upper bound of the largest
+        magnitude after permutation and block rotation.
+    balance : dict of str to float
+        Heaviest block's energy over the least possible, by permutation.
+    recovery : dict of str to list of float
+        Error of the full rotation over that of the block rotation, a value for each block size, by
+        permutation; above 1 the blocks are better.
+    magnitudes : list of float
+        Mean |x| of each channel.
+    """
+
+    name: str
+    concentration: float
+    guaranteed: float
+    ranges: dict[str, float]
+    bounds: dict[str, float]
+    balance: dict[str, float]
+    recovery: dict[str, list[float]]
+    magnitudes: list[float] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What ``inspect`` found.
+
+    Attributes
+    ----------
+    model_type : str
+    block_size : int
+        Of ranges, bounds and balance.
+    block_sizes : tuple of int
+        Of the recovery.
+    activations : str
+        The quantizer.
+    layers : tuple of LayerInspection
+        Without experts that no token reached.
+    """
+
+    model_type: str
+    block_size: int
+    block_sizes: tuple[int, ...]
+    activations: str
+    layers: tuple[LayerInspection, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
+@undisturbed()
+def inspect(
+    model: Any,
+    tokens: npt.NDArray[np.int64],
+    block_size: int = 16,
+    *,
+    activations: str = "int4:token:asymmetric",
+    progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+) -> Inspection:
+    """Measure what the rotated layers of a float model read.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Float, untransformed. It is only read.
+    tokens : numpy.ndarray (windows, length), int64
+        The last window judges, the others choose; at least two.
+    block_size : int
+        For ranges, bounds and balance.
+    activations : str
+        The quantizer whose error is measured.
+    progress : callable
+
+    Returns
+    -------
+    Inspection
+
+    Raises
+    ------
+    ArchitectureError, BlockSizeError, HadamardOrderError
+        If the model is unknown, or the block size doesn't fit it.
+    BackendError, CheckpointError
+        If weights of the model are not in memory, or are those of a quantizer.
+    CalibrationError
+        If there are too few tokens, or ids that the model has no row for.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant_transformers as cqhf
+    >>> found = cqhf.inspect(cqhf.tiny_model("llama"), np.arange(128).reshape(4, 32), 16)
+    >>> len(found.layers), found.block_sizes
+    (2, (16, 32))
+    """
+    windows = check_tokens(tokens)
+    if len(windows) < 2:
+        raise cq.CalibrationError(f"inspecting needs at least 2 windows, got {len(windows)}")
+    recipe = Recipe(block_size=block_size, permutation="auto")
+    data = calibrate(model, recipe, windows, progress=progress)
+    plan = plan_model(unwrap(model).config, recipe)
+    widths = {m.shape[1] for m in plan.mlp_outputs}
+    sizes = tuple(b for b in (16, 32, 64, 128, 256) if all(w % b == 0 and b < w for w in widths))
+    layers = []
+    for done, matrix in enumerate(plan.mlp_outputs):
+        statistics, held_out = data.statistics[matrix.name], data.held_out[matrix.name]
+        if statistics.count:
+            # Experts that the last window's tokens pass by are judged by those that they saw.
+            x = (held_out if held_out.count else statistics).tokens
+            layers.append(_layer(matrix.name, statistics, x, block_size, sizes, activations))
+        progress("inspect", done + 1, len(plan.mlp_outputs))
+    kind = plan.architecture.model_type
+    return Inspection(kind, block_size, sizes, activations, tuple(layers))
+
+
+def _layer(
+    name: str,
+    statistics: cq.ActivationStats,
+    x: npt.NDArray[np.float32],
+    block_size: int,
+    sizes: tuple[int, ...],
+    activations: str,
+) -> LayerInspection:
+    d = statistics.d
+    choose: dict[str, Callable[[int], npt.NDArray[np.int64]]] = {
+        "identity": lambda b: cq.identity_permutation(d),
+        "massdiff": lambda b: cq.massdiff(statistics.mean_abs, b),
+        "energydiff": lambda b: cq.energydiff(statistics.energy_gram, b),
+    }
+    delta = cq.mass_concentration(x)
+    p = choose["energydiff"](block_size)
+    rotated = {
+        "rotated": cq.block_hadamard(x, block_size),
+        "permuted": x[:, p],
+        "permuted and rotated": cq.block_hadamard(x[:, p], block_size),
+        "full rotation": cq.block_hadamard(x),
+    }
+    plain = np.ptp(x, axis=1).mean()
+    lower, upper = cq.outlier_bounds(x[:, p], block_size)
+    _, probable = cq.probable_outlier_bounds(x[:, p], block_size, PROBABILITY)
+    truth = np.abs(rotated["permuted and rotated"]).max(1)
+    full = rotation_error(x, None, activations)
+    recovery = {
+        method: [
+            full / rotation_error(x, b, activations, permutation=make(b)) if full else 1.0
+            for b in sizes
+        ]
+        for method, make in choose.items()
+    }
+    return LayerInspection(
+        name,
+        float(np.median(delta)),
+        float((delta <= 1 / np.sqrt(d)).mean()),
+        {k: float(np.ptp(v, axis=1).mean() / plain) if plain else 1.0 for k, v in rotated.items()},
+        {
+            "lower": float(lower.mean()),
+            "truth": float(truth.mean()),
+            "probable": float(probable.mean()),
+            "upper": float(upper.mean()),
+        },
+        {
+            method: cq.load_balance(statistics.mean_energy[make(block_size)], block_size)
+            for method, make in choose.items()
+        },
+        recovery,
+        statistics.mean_abs.tolist(),
+    )

@@ -1,0 +1,1 @@
+"""Models: where they come from, their parts, and how to run them."""

@@ -1,0 +1,271 @@
+"""A model one part at a time: the embedding, each decoder block, the final norm with the head.
+
+The model itself is a skeleton: real Transformers classes whose parameters are on torch's meta
+device and take no memory. Opening a part gives its modules their weights for a while, from the
+model's files or from a model in memory, so that quantizing needs one part at a time either way.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal, Protocol
+
+import torch
+import transformers
+
+from corequant_transformers.model.devices import check_finite
+from corequant_transformers.model.layouts import check_modules, standardize, standardized
+from corequant_transformers.model.replicas import replicate
+from corequant_transformers.model.sources import quiet_transformers
+from corequant_transformers.planning.cost import trim_memory
+from corequant_transformers.planning.model_plan import ModelPlan
+
+__all__ = [
+    "ENTRY",
+    "EXIT",
+    "ModelWeights",
+    "Part",
+    "Parts",
+    "Weights",
+    "build",
+    "part_of",
+    "part_plan",
+    "skeleton",
+]
+
+Part = int | Literal["entry", "exit"]
+"""Index of a decoder block, or ``ENTRY`` (embedding), or ``EXIT`` (final norm and head)."""
+
+ENTRY: Literal["entry"] = "entry"
+EXIT: Literal["exit"] = "exit"
+
+
+class Weights(Protocol):
+    """Where a skeleton's parts get their weights from."""
+
+    def fill(self, model: Any, keys: Sequence[str]) -> None:
+        """Give the parameters of these names to the modules of ``model``, in float32."""
+        ...
+
+
+class ModelWeights:
+    """The weights of a float model in memory, which is only read."""
+
+    def __init__(self, model: Any) -> None:
+        # Its own names, without what wraps it or its modules, or hooks make of them.
+        self._state = torch.nn.Module.state_dict(replicate(model))
+
+    def fill(self, model: Any, keys: Sequence[str]) -> None:
+        """Give the parameters of these names to the modules of ``model``, in float32."""
+        for key in keys:
+            # Nothing writes into a weight: whatever is transformed is a new tensor.
+            value = self._state[key].detach().to(torch.float32)
+            path, _, name = key.rpartition(".")
+            module = model.get_submodule(path)
+            if name in module._buffers:
+                module._buffers[name] = value
+            else:
+                module._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
+
+
+def skeleton(model: Any) -> Any:
+    """Return a model's structure with its parameters on the meta device.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or transformers.PreTrainedConfig
+        A model is left as it is.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        In evaluation mode, float32, with buffers that don't come from files in place.
+    """
+    if isinstance(model, torch.nn.Module):
+        result: Any = replicate(model, _emptied, plain=True)
+        result.config.return_dict = True
+        return result
+    result = build(model)
+    for module in result.modules():
+        own = {name: b for name, b in module._buffers.items() if b is not None}
+        for name, buffer in own.items():
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        if own:
+            # As when Transformers loads a model: it knows how to compute these.
+            result._init_weights(module)
+    return result.eval().requires_grad_(False)
+
+
+def build(config: Any) -> Any:
+    """Return a model of a config, in float32, with all of it on the meta device.
+
+    Parameters
+    ----------
+    config : transformers.PreTrainedConfig
+        Copied.
+    """
+    config = copy.deepcopy(config)
+    # Transformers would make a dtype that it is told the process's own while it builds.
+    for each in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if each is not None:
+            each.dtype = None
+    with quiet_transformers(), torch.device("meta"):
+        result: Any = transformers.AutoModelForCausalLM.from_config(config)
+    result.config.dtype = torch.float32
+    return torch.nn.Module.float(result)
+
+
+def _emptied(parameter: torch.Tensor) -> torch.Tensor:
+    there = parameter.detach().to("meta", torch.float32)
+    return torch.nn.Parameter(there, requires_grad=False)
+
+
+class Parts:
+    """A skeleton and where its weights come from.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A skeleton. Its head gets a matrix of its own where it shares the embedding's.
+    plan : ModelPlan
+        Says which modules belong to which part.
+    weights : Weights
+    device : str or torch.device
+        Where open parts compute.
+    spare : int
+        Bytes that the process may have before memory is returned to the system after each part.
+
+    Attributes
+    ----------
+    model : transformers.PreTrainedModel
+    keys : dict of Part to list of str
+        Names of the parameters of each part.
+
+    Raises
+    ------
+    ArchitectureError
+        If a matrix or norm of the plan is not in the model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        plan: ModelPlan,
+        weights: Weights,
+        device: str | torch.device = "cpu",
+        spare: int = 0,
+    ) -> None:
+        self.model = model
+        self.spare = spare
+        self.weights = weights
+        self.plan = plan
+        self.device = torch.device(device)
+        _move_buffers(model, self.device)
+        _untie(model, plan)
+        self.keys: dict[Part, list[str]] = {part: [] for part in self.order}
+        for name in model.state_dict():
+            self.keys[part_of(name, plan)].append(name)
+        with standardized(model, plan):
+            check_modules(plan, {name: tuple(t.shape) for name, t in model.state_dict().items()})
+
+    @property
+    def blocks(self) -> range:
+        """Indices of the decoder blocks."""
+        return range(self.plan.dimensions.blocks)
+
+    @property
+    def order(self) -> list[Part]:
+        """All parts in the order in which a token meets them."""
+        return [ENTRY, *self.blocks, EXIT]
+
+    def block(self, index: int) -> Any:
+        """Return a decoder block's module."""
+        return self.model.get_submodule(self.plan.architecture.block.format(index))
+
+    @contextmanager
+    def open(self, part: Part) -> Iterator[Any]:
+        """Give a part its weights in float32, and take them away with all changes at the end.
+
+        Meanwhile its modules are in the layout of ``layouts.standardize``.
+
+        Raises
+        ------
+        CheckpointError
+            If they can't be read.
+        NonFiniteError
+            If one holds NaN or infinity.
+        """
+        self.model.float()
+        paths = self.modules(part)
+        closed = {path: self.model.get_submodule(path) for path in paths}
+        try:
+            for path, module in closed.items():
+                self.model.set_submodule(path, copy.deepcopy(module))
+            self.weights.fill(self.model, self.keys[part])
+            standardize(self.model, part_plan(self.plan, part))
+            for path in paths:
+                module = self.model.get_submodule(path).to(self.device)
+                for name, tensor in module.named_parameters():
+                    check_finite(f"{path}.{name}", tensor)
+            yield self.model
+        finally:
+            opened = [weakref.ref(self.model.get_submodule(path)) for path in paths]
+            for path, module in closed.items():
+                self.model.set_submodule(path, module)
+            _give_back(opened, self.spare)
+
+    def modules(self, part: Part) -> list[str]:
+        """Return the paths of the modules that a part is made of."""
+        if isinstance(part, int):
+            return [self.plan.architecture.block.format(part)]
+        return sorted({key.rpartition(".")[0] for key in self.keys[part]})
+
+
+def part_plan(plan: ModelPlan, part: Part) -> ModelPlan:
+    """Return the rows and norms of a plan that belong to a part."""
+    matrices = tuple(m for m in plan.matrices if part_of(f"{m.name}.", plan) == part)
+    norms = tuple(n for n in plan.norms if part_of(f"{n}.", plan) == part)
+    return replace(plan, matrices=matrices, norms=norms)
+
+
+def part_of(name: str, plan: ModelPlan) -> Part:
+    """Return the part that a parameter or, with a dot at its end, a module belongs to."""
+    before, after = plan.architecture.block.split("{}")
+    if name.startswith(before):
+        index, _, _ = name.removeprefix(before).removesuffix(after).partition(".")
+        if index.isdigit():
+            return int(index)
+    for path in (plan.architecture.final_norm, plan.architecture.head):
+        if name.startswith(f"{path}."):
+            return EXIT
+    return ENTRY
+
+
+def _give_back(modules: Sequence[weakref.ref[torch.nn.Module]], spare: int) -> None:
+    """Return freed memory to the system: otherwise what each part leaves behind adds up."""
+    # Only where something still holds a part: looking for cycles among all objects of the process
+    # takes longer than a small part itself.
+    if any(module() is not None for module in modules):
+        gc.collect()
+    trim_memory(spare)
+
+
+def _move_buffers(model: Any, device: torch.device) -> None:
+    """Bring what a skeleton has besides parameters to the device."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+
+
+def _untie(model: Any, plan: ModelPlan) -> None:
+    embedding = model.get_submodule(plan.architecture.embedding)
+    head = model.get_submodule(plan.architecture.head)
+    if head.weight is embedding.weight:
+        head.weight = torch.nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
+    model.config.tie_word_embeddings = False

@@ -1,0 +1,70 @@
+"""The layer that a quantized model is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import corequant as cq
+from corequant_torch.cpu.products import linear
+
+__all__ = ["QuantizedLinear"]
+
+
+class QuantizedLinear(torch.nn.Module):
+    """A linear layer on codes: rotate the input, round it, multiply by the decoded weight.
+
+    Arithmetic is simulated: codes are decoded once and multiplied in float.
+
+    Parameters
+    ----------
+    quantized : QuantizedTensor
+        The weight (out_features, in_features), NumPy arrays.
+    bias : torch.Tensor (out_features,), optional
+    rotation : int, optional
+        Block length of the run-time rotation of the input.
+    activations : QuantSpec, optional
+        Quantizer of the input; None leaves it in float.
+    name : str
+        Path of the module, for error messages.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        quantized: cq.QuantizedTensor,
+        bias: torch.Tensor | None,
+        rotation: int | None,
+        activations: cq.QuantSpec | None,
+        name: str,
+    ) -> None:
+        super().__init__()
+        self.quantized = quantized
+        self.rotation = rotation
+        self.activations = activations
+        self.name = name
+        weight = torch.from_numpy(cq.dequantize(quantized))
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output (..., out_features) for ``x`` (..., in_features)."""
+        if self.rotation is not None:
+            x = cq.block_hadamard(x, self.rotation)
+        if self.activations is not None:
+            try:
+                x = cq.fake_quantize(x, self.activations)
+            except cq.NonFiniteError as error:
+                name = f"the input of {self.name}"
+                raise cq.NonFiniteError(name, error.count, error.index, error.value) from None
+        return linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in one line."""
+        parts: list[Any] = [self.quantized.shape, self.quantized.spec, f"input={self.activations}"]
+        if self.rotation is not None:
+            parts.append(f"rotation={self.rotation}")
+        return ", ".join(map(str, parts))

@@ -1,0 +1,251 @@
+"""Weights of a Transformers directory, read from its safetensors files a few tensors at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from corequant.errors import CheckpointError
+from corequant_transformers.checkpoint.writer import read_generation
+from corequant_transformers.model.configs import as_config_errors, read_json
+from corequant_transformers.model.parts import skeleton
+from corequant_transformers.model.sources import Source, quiet_transformers
+from corequant_transformers.planning.model_plan import ModelPlan
+
+__all__ = ["FileWeights", "make_skeleton", "read_model"]
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_COMPUTED = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.masked_bias$")
+"""Buffers that older releases of Transformers wrote."""
+
+
+class FileWeights:
+    """The weights in a directory's files.
+
+    Names and layouts that differ between files and modules, such as those of experts, are converted
+    as Transformers does when it loads a whole model.
+
+    Parameters
+    ----------
+    source : Source
+        A directory.
+    model : transformers.PreTrainedModel
+        A skeleton, before its head is untied from the embedding.
+    plan : ModelPlan, optional
+        Says whether embedding and head share a matrix; by default the model does.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is malformed, lacks weights, has them in another shape or as codes of a quantizer,
+        or holds tensors that the model has no place for.
+    """
+
+    def __init__(self, source: Source, model: Any, plan: ModelPlan | None = None) -> None:
+        self.source = source
+        self._tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        if plan is not None:
+            a = plan.architecture
+            tied = {f"{a.head}.weight": f"{a.embedding}.weight"}
+            self._tied = tied if plan.dimensions.tied else {}
+        self.shared: dict[str, str] = {}
+        """Parameters that no file holds, by the tied ones whose numbers they have."""
+        self._places: dict[str, tuple[Path, str]] = {}
+        """File and name of the tensors that each parameter is made of; several may make one."""
+        self._sources: dict[str, list[str]] = {}
+        self._read_headers(model)
+
+    def _read_headers(self, model: Any) -> None:
+        state = model.state_dict()
+        mapping = get_model_conversion_mapping(model)
+        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in mapping if isinstance(m, WeightConverter)]
+        covered = set()
+        strangers: list[str] = []
+        for file in self.source.shards():
+            with _opened(file) as tensors:
+                for name in tensors.keys():
+                    if name in self._places:
+                        raise CheckpointError(
+                            f"the tensor {name} must be in one file, got {self._places[name][0]} "
+                            f"and {file}"
+                        )
+                    key, pattern = rename_source_key(
+                        name, renamings, converters, model.base_model_prefix, state
+                    )
+                    if key not in state:
+                        strangers += [] if _is_ignored(name, model) else [name]
+                        continue
+                    if pattern is None and key in self._sources:
+                        raise CheckpointError(
+                            f"{key} of {type(model).__name__} must be in the files once, got "
+                            f"{self._sources[key][0]} and {name}"
+                        )
+                    self._places[name] = (file, name)
+                    self._sources.setdefault(key, []).append(name)
+                    shape = tuple(tensors.get_slice(name).get_shape())
+                    if pattern is None and shape != tuple(state[key].shape):
+                        raise CheckpointError(
+                            f"{name} of {file} must have shape {tuple(state[key].shape)}, "
+                            f"got {shape}"
+                        )
+                    kind = tensors.get_slice(name).get_dtype()
+                    if kind not in _FLOATS:
+                        raise CheckpointError(
+                            f"{name} of {file} must be one of {', '.join(_FLOATS)}, got {kind}: "
+                            "weights that were quantized already are not read as numbers"
+                        )
+                    covered.add(key)
+                    if pattern is not None:
+                        covered |= set(_targets(pattern, converters, key))
+        self._share(covered)
+        missing = sorted(set(state) - covered)
+        if missing:
+            raise CheckpointError(
+                f"{self.source.path} lacks {len(missing)} weights, the first is {missing[0]}"
+            )
+        if strangers:
+            raise CheckpointError(
+                f"{self.source.path} holds {len(strangers)} tensors that {type(model).__name__} "
+                f"has no place for, the first is {min(strangers)}"
+            )
+
+    def _share(self, covered: set[str]) -> None:
+        """Find the matrices that only one of several tied parameters is stored for."""
+        for target, origin in self._tied.items():
+            for absent, present in ((target, origin), (origin, target)):
+                if absent not in covered and present in self._sources:
+                    self.shared[absent] = present
+        covered |= set(self.shared)
+
+    def fill(self, model: Any, keys: Sequence[str], dtype: torch.dtype = torch.float32) -> None:
+        """Give the parameters of these names to the modules of ``model``."""
+        tensors = {}
+        for key in keys:
+            if key in self._sources:
+                for name in self._sources[key]:
+                    tensors[name] = self._read(name)
+            elif key in self.shared:
+                tensors[key] = self._read(self._sources[self.shared[key]][0])
+        mapping: Any = get_model_conversion_mapping(model)
+        with quiet_transformers():
+            info, _ = convert_and_load_state_dict_in_model(
+                model,
+                tensors,
+                LoadStateDictConfig(
+                    dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=mapping
+                ),
+            )
+        failed = sorted(set(keys) & set(info.missing_keys))
+        if failed or info.conversion_errors or info.mismatched_keys:
+            reasons = [*info.conversion_errors.values(), *info.mismatched_keys, *failed]
+            raise CheckpointError(f"{self.source.path} can't be loaded: {reasons[0]}")
+        for key in keys:
+            model.get_parameter_or_buffer(key).requires_grad_(False)
+
+    def _read(self, name: str) -> torch.Tensor:
+        file, stored = self._places[name]
+        with _opened(file) as tensors:
+            tensor: torch.Tensor = tensors.get_tensor(stored)
+        return tensor
+
+
+def make_skeleton(source: Source) -> Any:
+    """Return the structure of a model on disk, with its parameters on the meta device.
+
+    Raises
+    ------
+    CheckpointError
+        If Transformers can't make a model from the config; names the field where it can be told.
+    """
+    config = source.config()
+    values = config.to_dict() if source.is_gguf else read_json(source.config_file)
+    with as_config_errors(source.config_file, values):
+        return skeleton(config)
+
+
+def read_model(source: Source, dtype: torch.dtype) -> Any:
+    """Return a directory's float model, in evaluation mode and without gradients.
+
+    Parameters
+    ----------
+    source : Source
+        A directory.
+    dtype : torch.dtype
+        Of the weights.
+
+    Raises
+    ------
+    CheckpointError
+        As ``FileWeights``, and if Transformers can't make a model from the config.
+    """
+    model = make_skeleton(source)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    weights = FileWeights(source, model)
+    parts: dict[str, list[str]] = {}
+    for key in model.state_dict():
+        if key not in weights.shared:
+            # A block at a time, so that no more than its weights are held twice.
+            found = re.search(r"\.\d+\.", key)
+            parts.setdefault(found[0] if found else "", []).append(key)
+    for keys in parts.values():
+        weights.fill(model, keys, dtype)
+    model.tie_weights(missing_keys=set(weights.shared), recompute_mapping=False)
+    model.config.name_or_path, model.config.dtype = str(source.path), dtype
+    model.generation_config = read_generation(source.path) or model.generation_config
+    return model.eval().requires_grad_(False)
+
+
+def _is_ignored(name: str, model: Any) -> bool:
+    """Tell whether a tensor is one that files may hold in vain: what modules compute anew."""
+    patterns = (*_COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+class _opened:
+    """A file of tensors, not mapped: one that shrinks meanwhile is an error, not a signal."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __enter__(self) -> Any:
+        try:
+            opened: Any = safetensors.safe_open(
+                self.file, framework="pt", device="cpu", backend="pread"
+            )
+            self._tensors = opened
+            return opened.__enter__()
+        except FileNotFoundError:
+            raise CheckpointError(f"the model's file {self.file} is missing") from None
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"{self.file} can't be loaded: {error}") from error
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        self._tensors.__exit__(kind, error, traceback)
+        if isinstance(error, OSError | ValueError | safetensors.SafetensorError) and not isinstance(
+            error, CheckpointError
+        ):
+            raise CheckpointError(f"{self.file} can't be read: {error}") from error
+
+
+def _targets(pattern: str, converters: list[Any], key: str) -> list[str]:
+    """Return the parameters that a conversion makes, of which ``key`` is the first."""
+    for converter in converters:
+        if pattern in converter.source_patterns:
+            first, *others = converter.target_patterns
+            return [key, *(key.replace(first, other) for other in others)]
+    return [key]

@@ -1,0 +1,407 @@
+"""Where a model comes from: a Transformers directory, or a GGUF file."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import modeling_gguf_pytorch_utils
+
+from corequant.errors import CheckpointError, CorequantError
+from corequant.storage.shard_index import check_homes, is_plain, read_index
+from corequant.storage.tensor_file import TensorFile
+from corequant_transformers.files.digests import TEMPLATES, check_digests, comparing
+from corequant_transformers.model.configs import (
+    check_config,
+    check_unmarked,
+    read_json,
+    settle_config,
+)
+from corequant_transformers.model.surroundings import undisturbed
+
+__all__ = [
+    "Source",
+    "check_inside",
+    "copy_files",
+    "files_to_copy",
+    "is_copied",
+    "place_of",
+    "quiet_transformers",
+]
+
+_OWN_TYPE = "corequant_"
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+_TOKENIZER_PATTERNS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "*.tiktoken",
+    "LICENSE*",
+)
+
+_LOADING = threading.Lock()
+"""Transformers exchanges the dtype by default and functions of torch while it loads."""
+
+
+class Source:
+    """A model on disk, as Transformers reads it.
+
+    Weights are those of ``model.safetensors``; only where there is none, of the files that
+    ``model.safetensors.index.json`` names. A ``config.json`` may name another file of the folder as
+    ``transformers_weights``.
+
+    Parameters
+    ----------
+    path : str or Path
+        A directory with ``config.json`` and safetensors files, or a ``.gguf`` file.
+    verify : bool
+        Compare files that have digests, which are exports of ours, with these.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such model, a file that its index names is missing, a file isn't a regular
+        one of the folder, or the config asks for code that isn't torch's own.
+    """
+
+    def __init__(self, path: str | Path, *, verify: bool = True) -> None:
+        self.path = Path(path)
+        self.is_gguf = self.path.suffix == ".gguf" and self.path.is_file()
+        self.is_compressed = False
+        self._compared = not verify
+        self._index: Path | None = None
+        self._shards: list[Path] = []
+        if not self.is_gguf:
+            self._check_directory()
+
+    @property
+    def name(self) -> str:
+        """The file's or folder's own name, however the path to it is written."""
+        return self.path.resolve().name
+
+    def _check_directory(self) -> None:
+        if not self.path.is_dir():
+            raise CheckpointError(
+                f"MODEL must be a directory with config.json or a .gguf file, got {self.path}"
+            )
+        file = self.path / "config.json"
+        if os.path.lexists(file):
+            check_inside(self.path, file)
+        config = read_json(file)
+        check_unmarked(file)
+        check_config(config, file)
+        kind = config.get("model_type")
+        if isinstance(kind, str) and kind.startswith(_OWN_TYPE):
+            raise CheckpointError(
+                f"{self.path} is already quantized by corequant; quantize the float model, or load "
+                "this one with corequant_transformers.load"
+            )
+        if (self.path / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"{self.path} must hold a whole model, got one with an adapter "
+                "(adapter_config.json), which Transformers applies or not, depending on what is "
+                "installed; merge it into the weights, or move it elsewhere"
+            )
+        self.is_compressed = config.get("quantization_config") is not None
+        self._find_weights(config.get("transformers_weights"))
+        for name in self._shards:
+            check_inside(self.path, name)
+        self.copied_files()
+
+    def _find_weights(self, named: Any) -> None:
+        """Choose the files of weights in Transformers' own order."""
+        single = self.path / "model.safetensors"
+        index = self.path / "model.safetensors.index.json"
+        if named is not None:
+            if not isinstance(named, str) or not is_plain(named):
+                raise CheckpointError(
+                    f"transformers_weights of {self.path / 'config.json'} must name a file of the "
+                    f"folder, got {str(named)[:80]!r}"
+                )
+            single = index = self.path / named
+        if named is not None and named.endswith(".index.json"):
+            self._index = index
+        elif named is not None or os.path.lexists(single):
+            self._shards = [single]
+            if os.path.lexists(index) and index != single:
+                check_homes(index)
+        elif os.path.lexists(index):
+            self._index = index
+        else:
+            raise CheckpointError(self._nothing_found(single))
+        if self._index is not None:
+            check_inside(self.path, self._index)
+            self._shards = sorted(set(read_index(self._index).values()))
+
+    def _nothing_found(self, single: Path) -> str:
+        """Say what there is instead of weights in safetensors files."""
+        found = sorted(f.name for f in self.path.iterdir() if f.suffix in _OTHER_WEIGHTS)
+        if not found:
+            return f"the model's file {single} is missing"
+        if all(name.endswith(".safetensors") for name in found):
+            return (
+                f"the model's file {single} is missing; Transformers doesn't read {found[0]} "
+                "without being told to, so rename it if it holds the weights"
+            )
+        return (
+            f"the model's file {single} is missing; {found[0]} may run code when it is read, so "
+            "convert it where you trust it: load it with Transformers and save it with "
+            "save_pretrained, which writes safetensors"
+        )
+
+    def shards(self) -> list[Path]:
+        """Return a directory's files of weights."""
+        return list(self._shards)
+
+    def _location(self) -> tuple[str, dict[str, str]]:
+        if self.is_gguf:
+            if not self._compared:
+                # First: a reader that takes the size of an array from a damaged file asks the
+                # system for all the memory that there is.
+                check_digests(self.path)
+                self._compared = True
+            return str(self.path.parent), {"gguf_file": self.path.name}
+        return str(self.path), {}
+
+    def config(self) -> Any:
+        """Return the Transformers config.
+
+        Raises
+        ------
+        CheckpointError
+            If it is malformed, or asks for code that isn't torch's own.
+        """
+        where, options = self._location()
+        with _as_checkpoint_error(self.path):
+            config = transformers.AutoConfig.from_pretrained(
+                where, local_files_only=True, trust_remote_code=False, **options
+            )
+        return settle_config(config, self.config_file)
+
+    @property
+    def config_file(self) -> Path:
+        """Where the config is: in a file of its own, or in the GGUF file."""
+        return self.path if self.is_gguf else self.path / "config.json"
+
+    def tokenizer(self) -> Any:
+        """Return the tokenizer."""
+        where, options = self._location()
+        if self.is_compressed and not self._compared:
+            check_digests(self.path, lambda name: not name.endswith(".safetensors"))
+        with _as_checkpoint_error(self.path):
+            return transformers.AutoTokenizer.from_pretrained(
+                where, local_files_only=True, trust_remote_code=False, **options
+            )
+
+    @undisturbed()
+    def load(self, dtype: torch.dtype = torch.float32) -> Any:
+        """Return the float model, in evaluation mode and without gradients.
+
+        Parameters
+        ----------
+        dtype : torch.dtype
+            Of its weights. MXFP4 and NVFP4 exports are in bfloat16 whatever is asked for, since
+            compressed-tensors decodes them to nothing else.
+
+        Raises
+        ------
+        CheckpointError
+            If a file is truncated or malformed, weights are missing, or Transformers can't make a
+            model from the config.
+        """
+        if not self.is_gguf and not self.is_compressed:
+            # It needs a plan's modules, which are above this one.
+            from corequant_transformers.model.shards import read_model
+
+            return read_model(self, dtype)
+        where, options = self._location()
+        # A directory's digests are compared by the quantizer that Transformers calls.
+        with _LOADING, comparing(not self._compared), _as_checkpoint_error(self.path):
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                where,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
+        model, info = loaded
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise CheckpointError(
+                f"{self.path} lacks {len(missing)} weights, the first is {missing[0]}"
+            )
+        if self.is_gguf:
+            # Transformers marks it as quantized although it decoded every weight to float.
+            model.is_quantized = False
+            model.hf_quantizer = None
+            model.config.__dict__.pop("quantization_config", None)
+        return model.eval().requires_grad_(False)
+
+    def tensor_names(self) -> list[str]:
+        """Return the names of the tensors in safetensors files; of other files, none.
+
+        Raises
+        ------
+        CheckpointError
+            If a file is truncated or malformed.
+        """
+        if self.is_gguf:
+            return []
+        return [name for shard in self.shards() for name in TensorFile(shard).names]
+
+    def files(self) -> list[Path]:
+        """Return all files that a result depends on."""
+        if self.is_gguf:
+            return [self.path]
+        index = [] if self._index is None else [self._index]
+        return [self.path / "config.json", *self.shards(), *self.copied_files(), *index]
+
+    def copied_files(self) -> list[Path]:
+        """Return the tokenizer's and generation's files, to be kept byte for byte.
+
+        Raises
+        ------
+        CheckpointError
+            If one isn't a regular file of the folder.
+        """
+        return [] if self.is_gguf else files_to_copy(self.path)
+
+
+def files_to_copy(folder: Path) -> list[Path]:
+    """Return the files of a folder that belong to the tokenizer or to generation.
+
+    Raises
+    ------
+    CheckpointError
+        If one isn't a regular file of the folder: whatever it leads to would be copied.
+    """
+    # Folders may have such a name; their contents are neither read nor copied.
+    found = sorted(f for f in folder.iterdir() if is_copied(f.name) and not f.is_dir())
+    templates = folder / TEMPLATES
+    if templates.is_dir():
+        found += sorted(f for f in templates.iterdir() if f.suffix == ".jinja" and not f.is_dir())
+    for file in found:
+        if not file.name.isprintable():
+            raise CheckpointError(
+                f"{folder} must have files with printable names, got {file.name!r}"
+            )
+        check_inside(folder, file)
+    return found
+
+
+def place_of(file: Path) -> str:
+    """Return the name of one of a model's files within the model's folder."""
+    # A model's own folder may have any name.
+    inner = file.parent.name == TEMPLATES and not (file.parent / "config.json").exists()
+    return f"{TEMPLATES}/{file.name}" if inner else file.name
+
+
+def copy_files(files: Iterable[Path], folder: Path) -> None:
+    """Copy a model's files, as ``files_to_copy`` gives them, to their places in a new folder."""
+    for file in files:
+        target = folder / place_of(file)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+
+
+def check_inside(folder: Path, file: Path) -> None:
+    """Raise CheckpointError unless a regular file lies in a folder, or in its store of blobs.
+
+    A link may lead to ``../../blobs`` beside the snapshots of a Hugging Face cache, nowhere else.
+    """
+    try:
+        found, there = file.is_file(), file.exists()
+        inside, real = folder.resolve(), file.resolve()
+        # Not resolved by itself: a folder of templates that is a link leads out.
+        own = inside / file.parent.relative_to(folder)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"the model's file {file} can't be read: {error}") from None
+    if not there:
+        raise CheckpointError(f"the model's file {file} is missing")
+    if not found:
+        raise CheckpointError(f"the model's file {file} must be a regular file")
+    blobs = inside.parent.parent / "blobs"
+    if real.parent != own and not (inside.parent.name == "snapshots" and real.parent == blobs):
+        raise CheckpointError(f"{file} must be a file of its own folder, it leads to {real}")
+
+
+def is_copied(name: str) -> bool:
+    """Tell whether a file belongs to the tokenizer or to generation and is kept byte for byte."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _TOKENIZER_PATTERNS)
+
+
+class _Quiet:
+    """Transformers' switches for progress bars and reports, off as long as one thread wants it.
+
+    They belong to the process: the first who comes switches them off, and the last who goes puts
+    back what nobody else has changed meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: tuple[int, bool, Any] = (0, False, None)
+        self._within: tuple[int, Any] = (0, None)
+
+    def __enter__(self) -> None:
+        log: Any = transformers.utils.logging
+        # The GGUF reader draws its bar without asking the switch.
+        reader: Any = modeling_gguf_pytorch_utils
+        with self._lock:
+            self._inside += 1
+            if self._inside > 1:
+                return
+            self._before = log.get_verbosity(), log.is_progress_bar_enabled(), reader.tqdm
+            log.set_verbosity_error()
+            log.disable_progress_bar()
+            reader.tqdm = functools.partial(reader.tqdm, disable=True)
+            self._within = log.get_verbosity(), reader.tqdm
+
+    def __exit__(self, *error: object) -> None:
+        log: Any = transformers.utils.logging
+        reader: Any = modeling_gguf_pytorch_utils
+        with self._lock:
+            self._inside -= 1
+            if self._inside:
+                return
+            verbosity, bars, gguf_bar = self._before
+            if log.get_verbosity() == self._within[0]:
+                log.set_verbosity(verbosity)
+            if reader.tqdm is self._within[1]:
+                reader.tqdm = gguf_bar
+            if bars:
+                log.enable_progress_bar()
+
+
+_QUIET = _Quiet()
+
+
+def quiet_transformers() -> AbstractContextManager[None]:
+    """Keep Transformers' own progress bars and reports off the terminal for a while."""
+    return _QUIET
+
+
+@contextmanager
+def _as_checkpoint_error(path: Path) -> Iterator[None]:
+    try:
+        with quiet_transformers():
+            yield
+    except CorequantError:
+        raise
+    except Exception as error:
+        # Transformers, safetensors and gguf each raise errors of their own for broken files.
+        raise CheckpointError(f"{path} can't be loaded: {type(error).__name__}: {error}") from error

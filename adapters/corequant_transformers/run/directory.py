@@ -1,0 +1,381 @@
+"""A run's directory: what is done so far, on the disk, so that a run that was killed can go on.
+
+It holds ``manifest.json`` (what the run is about), ``log.jsonl``, and for each step that is done a
+record with the SHA-256 of the step's files. The record is written last: without it a step counts as
+not done. Hidden states of the last two steps are kept, so that a step whose files were lost with
+the machine's power is done again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import stat
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors.torch
+import torch
+
+from corequant.errors import CorequantError, OutputError, RunError
+from corequant.storage.files import json_text, json_value
+from corequant_transformers.files.atomic import file_sha256, sync, write_json, write_tensors
+from corequant_transformers.run.ledger import Windows
+
+__all__ = ["RunDirectory", "WindowFile", "ended"]
+
+MANIFEST = "manifest.json"
+LOG = "log.jsonl"
+_LOCK = "lock"
+_KEPT_STATES = 2
+
+
+class WindowFile:
+    """Hidden states in a file, read and written a window at a time.
+
+    Parameters
+    ----------
+    path : Path
+    shape : tuple of int
+    dtype : torch.dtype
+    write : bool
+        Make the file; otherwise it is there.
+    """
+
+    def __init__(
+        self, path: Path, shape: tuple[int, ...], dtype: torch.dtype, *, write: bool = False
+    ) -> None:
+        self.path, self.shape, self.dtype = path, torch.Size(shape), dtype
+        self._bytes = self.element_size()
+        for size in self.shape[1:]:
+            self._bytes *= size
+        if write:
+            path.touch(exist_ok=True)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def element_size(self) -> int:
+        """Return the bytes of a number."""
+        return self.dtype.itemsize
+
+    def __getitem__(self, index: slice) -> torch.Tensor:
+        first, last, _ = index.indices(len(self))
+        data = bytearray((last - first) * self._bytes)
+        with self.path.open("rb") as file:
+            file.seek(first * self._bytes)
+            if file.readinto(data) != len(data):
+                raise RunError(f"{self.path} ends before window {last}")
+        return torch.frombuffer(data, dtype=self.dtype).reshape(-1, *self.shape[1:])
+
+    def __setitem__(self, index: int, value: torch.Tensor) -> None:
+        flat = value.detach().cpu().to(self.dtype).contiguous().reshape(-1)
+        try:
+            with self.path.open("r+b") as file:
+                file.seek(index * self._bytes)
+                data: Any = flat.view(torch.uint8).numpy()
+                file.write(data)
+        except OSError as error:
+            raise OutputError(f"{self.path} could not be written: {error}") from error
+
+
+def ended(path: Path) -> Path:
+    """Return the name that a run's directory has while it is removed."""
+    return path.with_name(f".{path.name}.ended")
+
+
+def _open_plain(name: str, flags: int) -> int:
+    # A pipe in its place would be waited for.
+    opened = os.open(name, flags | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise OSError(f"{name} must be a regular file")
+    return opened
+
+
+def _remove(path: Path) -> None:
+    """Remove whatever lies in the place of a step's file, if anything does."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json_text(record).encode()).hexdigest()
+
+
+class RunDirectory:
+    """A ledger on the disk.
+
+    Parameters
+    ----------
+    path : str or Path
+    manifest : mapping
+        What the run is about, as plain values. A run goes on only where they are the same.
+    resume : bool
+        Whether a run that is there goes on; otherwise it is refused. One that isn't there begins.
+
+    Raises
+    ------
+    OutputError
+        If it can't be written.
+    RunError
+        If a run is there and ``resume`` is false, or was about something else, or is being worked
+        on by another process.
+    """
+
+    def __init__(self, path: str | Path, manifest: Mapping[str, Any], *, resume: bool) -> None:
+        self.path = Path(path).absolute()
+        self._lock = self._acquire()
+        try:
+            self._begin(json.loads(json_text(manifest)), resume)
+        except BaseException:
+            self.close()
+            raise
+        self._records: dict[str, dict[str, Any]] = {}
+        self._order: list[str] = []
+
+    def _acquire(self) -> IO[bytes]:
+        try:
+            while True:
+                self.path.mkdir(exist_ok=True)
+                # The system frees the lock when its holder ends, however it ends.
+                lock = open(self.path / _LOCK, "ab", opener=_open_plain)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    lock.close()
+                    raise RunError(
+                        f"another process is working on the run in {self.path}"
+                    ) from None
+                if self._is_current(lock):
+                    return lock
+                lock.close()
+        except OSError as error:
+            if isinstance(error, CorequantError):
+                raise
+            raise OutputError(f"the run's directory can't be written: {error}") from error
+
+    def _is_current(self, lock: IO[bytes]) -> bool:
+        # Another run may have ended and removed the directory since the file was opened.
+        try:
+            return os.path.samestat(os.fstat(lock.fileno()), os.stat(self.path / _LOCK))
+        except FileNotFoundError:
+            return False
+
+    def _begin(self, manifest: dict[str, Any], resume: bool) -> None:
+        self._clear()
+        file = self.path / MANIFEST
+        if not file.exists():
+            if any(self.path.glob("*.json")):
+                raise RunError(f"{self.path} is not empty and holds no run")
+            write_json(file, manifest)
+            return
+        if not resume:
+            raise RunError(
+                f"a run was begun in {self.path}; go on with it (resume=True, --resume) or remove "
+                "the directory"
+            )
+        try:
+            found = json_value(file)
+        except (OSError, ValueError, RecursionError) as error:
+            raise RunError(f"{file} can't be read: {error}") from error
+        if not isinstance(found, dict):
+            raise RunError(
+                f"{file} must hold a JSON object, got {type(found).__name__}; remove {self.path} "
+                "to begin anew"
+            )
+        self._refuse_other(found, manifest)
+
+    def _refuse_other(self, found: dict[str, Any], wanted: dict[str, Any], field: str = "") -> None:
+        for key in sorted(set(found) | set(wanted)):
+            name, before, now = f"{field}{key}", found.get(key), wanted.get(key)
+            if isinstance(before, dict) and isinstance(now, dict):
+                self._refuse_other(before, now, f"{name}.")
+            elif before != now:
+                raise RunError(
+                    f"{name} must be as when the run was begun, {before!r}, to go on, got {now!r}; "
+                    f"remove {self.path} to begin anew"
+                )
+
+    # ---- the ledger
+
+    def windows(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Windows:
+        """Return room for hidden states that the next commit will hand on under ``name``."""
+        path = self.path / f".{name}.tmp"
+        try:
+            path.unlink(missing_ok=True)
+            return WindowFile(path, shape, dtype, write=True)
+        except OSError as error:
+            raise OutputError(f"{path} could not be written: {error}") from error
+
+    def commit(
+        self,
+        step: str,
+        report: Mapping[str, Any],
+        tensors: Mapping[str, torch.Tensor],
+        state: Mapping[str, Windows],
+    ) -> None:
+        """Write a step's files, and its record when they are on the disk."""
+        record: dict[str, Any] = {"report": report, "state": {}, "files": {}}
+        for name, windows in state.items():
+            record["state"][name] = self._keep(step, name, windows, record["files"])
+        if tensors:
+            file = self._tensor_file(step)
+            record["files"][file.name] = write_tensors(file, tensors)
+        write_json(self.path / f"{step}.json", {**record, "sha256": _digest(record)})
+        self._records[step] = json.loads(json_text(record))
+        self._order.append(step)
+        self._forget(self._order[:-_KEPT_STATES])
+        self._clear()
+
+    def _clear(self) -> None:
+        # Files of a step, or the output itself, of a process that was killed meanwhile.
+        for left in self.path.glob(".*.tmp"):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
+
+    def _keep(self, step: str, name: str, windows: Windows, files: dict[str, str]) -> Any:
+        """Give a file of hidden states the step's name, unless a step before gave it one."""
+        if not isinstance(windows, WindowFile):
+            written = self.windows(name, tuple(windows.shape), windows[0:1].dtype)
+            for k in range(len(windows)):
+                written[k] = windows[k : k + 1]
+            assert isinstance(written, WindowFile)
+            windows = written
+        target = self.path / f"{step}.{name}.bin"
+        try:
+            if windows.path.name.startswith("."):
+                sync(windows.path)
+                windows.path.replace(target)
+                windows.path = target
+                sync(self.path)
+            elif windows.path != target:
+                # A hard link: the same states, kept for as long as this step's are.
+                target.unlink(missing_ok=True)
+                os.link(windows.path, target)
+                windows = WindowFile(target, tuple(windows.shape), windows.dtype)
+                sync(self.path)
+            files[target.name] = file_sha256(target)
+        except OSError as error:
+            raise OutputError(f"{target} could not be written: {error}") from error
+        return [list(windows.shape), str(windows.dtype).removeprefix("torch.")]
+
+    def _forget(self, steps: list[str]) -> None:
+        for step in steps:
+            for name in self._records[step]["state"]:
+                (self.path / f"{step}.{name}.bin").unlink(missing_ok=True)
+
+    def resume(self, steps: list[str]) -> int:
+        """Return how many of the steps are done and whole; what lies after them is removed."""
+        whole, usable = 0, 0
+        for position, step in enumerate(steps):
+            record = self._read(step)
+            if record is None or not self._has(record["files"], states=False):
+                break
+            self._records[step] = record
+            whole = position + 1
+        for count in range(whole, 0, -1):
+            if self._has(self._records[steps[count - 1]]["files"], states=True):
+                usable = count
+                break
+        self._order = steps[:usable]
+        for step in steps[usable:]:
+            self._records.pop(step, None)
+            for file in (self.path / f"{step}.json", *self.path.glob(f"{step}.*")):
+                _remove(file)
+        return usable
+
+    def _read(self, step: str) -> dict[str, Any] | None:
+        try:
+            record = json_value(self.path / f"{step}.json")
+        except (OSError, ValueError, RecursionError):
+            return None
+        # One that isn't as it was written is as good as none: its step is done again.
+        whole = isinstance(record, dict) and record.pop("sha256", None) == _digest(record)
+        return record if whole else None
+
+    def _has(self, files: Mapping[str, str], *, states: bool) -> bool:
+        """Tell whether a step's hidden states, or its other files, are there and whole."""
+        try:
+            return all(
+                file_sha256(self.path / name) == digest
+                for name, digest in files.items()
+                if name.endswith(".bin") == states
+            )
+        except OSError:
+            return False
+
+    def report(self, step: str) -> dict[str, Any]:
+        """Return the report of a step that is done."""
+        found: dict[str, Any] = self._records[step]["report"]
+        return found
+
+    def tensors(self, step: str) -> dict[str, torch.Tensor]:
+        """Return the tensors of a step that is done."""
+        file = self._tensor_file(step)
+        return safetensors.torch.load_file(file) if file.exists() else {}
+
+    def state(self) -> dict[str, Windows]:
+        """Return the hidden states of the last step that is done."""
+        if not self._order:
+            return {}
+        step = self._order[-1]
+        return {
+            name: WindowFile(self.path / f"{step}.{name}.bin", tuple(shape), getattr(torch, dtype))
+            for name, (shape, dtype) in self._records[step]["state"].items()
+        }
+
+    # ---- what goes beyond a ledger
+
+    def _tensor_file(self, step: str) -> Path:
+        return self.path / f"{step}.safetensors"
+
+    def tensor_files(self, steps: list[str]) -> list[Path]:
+        """Return the files with the tensors of steps."""
+        return [f for f in map(self._tensor_file, steps) if f.exists()]
+
+    def log(self, event: Mapping[str, Any]) -> None:
+        """Append an event to the log, one JSON object a line."""
+        try:
+            with open(self.path / LOG, "a", encoding="utf-8", opener=_open_plain) as file:
+                file.write(json_text({"time": round(time.time(), 3), **event}, indent=None) + "\n")
+        except OSError as error:
+            raise OutputError(f"{self.path / LOG} could not be written: {error}") from error
+
+    def mark(self, name: str, value: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """Write a record beside the steps', or read it."""
+        if value is None:
+            try:
+                found = json_value(self.path / name)
+            except (OSError, ValueError, RecursionError):
+                return None
+            return found if isinstance(found, dict) else None
+        write_json(self.path / name, value)
+        return dict(value)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a step is done."""
+        return bool(self._order)
+
+    def close(self) -> None:
+        """Free the directory for other processes."""
+        self._lock.close()
+
+    def remove(self) -> None:
+        """Remove the directory: the run has ended."""
+        # It loses its name first, so that nobody finds half of it.
+        rest = ended(self.path)
+        shutil.rmtree(rest, ignore_errors=True)
+        self.path.rename(rest)
+        shutil.rmtree(rest, ignore_errors=True)
+        self.close()

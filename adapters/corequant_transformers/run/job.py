@@ -1,0 +1,438 @@
+"""The steps of quantizing a model, each about one part of it, and each resting on those before.
+
+First the float model runs over the calibration windows, block by block, and permutations and
+factors are chosen (``calibrate``). Then each part is transformed in float64, compared with the
+float model on some tokens, and rounded (``block``). What a step makes, and the hidden states that
+the next one reads, go to a ledger, in memory or on the disk.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from corequant.errors import ArchitectureError
+from corequant_torch.cpu.fast_forward import QuickForward
+from corequant_transformers.calibration.choices import Calibration, choose, choose_block_size
+from corequant_transformers.calibration.collector import Collector
+from corequant_transformers.calibration.gathering import collect_block
+from corequant_transformers.checkpoint.writer import part_tensors
+from corequant_transformers.model.devices import to_host
+from corequant_transformers.model.forward import block_arguments, enter, run_block
+from corequant_transformers.model.parts import ENTRY, EXIT, Parts, part_of
+from corequant_transformers.planning.cost import HELD_BYTES
+from corequant_transformers.planning.matrix_plan import Region
+from corequant_transformers.planning.model_plan import ModelPlan, plan_model
+from corequant_transformers.rounding.block import HiddenStates
+from corequant_transformers.rounding.layers import Rounding, transform_part
+from corequant_transformers.run.ledger import Crossing, Ledger, Windows
+from corequant_transformers.run.sign_trials import SignTrials
+from corequant_transformers.transforms.embeddings import transform_entry, transform_exit
+from corequant_transformers.transforms.matrices import Choices
+from corequant_transformers.transforms.verification import (
+    KeepFloat64,
+    Verification,
+    check_any_changed,
+    check_block_error,
+    check_choices,
+    check_logits_error,
+    is_identity,
+    stream_error,
+)
+
+__all__ = ["Job", "steps_of"]
+
+Tokens = npt.NDArray[np.int64]
+
+_VERIFIED_TOKENS = 128
+
+
+def steps_of(plan: ModelPlan) -> list[str]:
+    """Return the names of the steps that quantizing a model takes, in their order."""
+    blocks = range(plan.dimensions.blocks)
+    return [
+        *(f"calibrate-{i:05d}" for i in blocks),
+        "choose",
+        ENTRY,
+        *(f"block-{i:05d}" for i in blocks),
+        EXIT,
+    ]
+
+
+class Job:
+    """A model to be quantized.
+
+    Parameters
+    ----------
+    parts : Parts
+    plan : ModelPlan
+    tokens : numpy.ndarray (windows, length), int64
+    ledger : Ledger
+    calibration : Calibration, optional
+        What the first steps would find.
+    executor : concurrent.futures.Executor, optional
+        Rounds layers at the same time.
+    held_bytes : int
+        What forward passes may hold while they wait.
+    progress : callable
+        Called as ``progress(phase, done, total)``.
+    after : callable
+        Called with the name of each step that is done and the seconds that it took.
+
+    Attributes
+    ----------
+    plan : ModelPlan
+        With each layer's block size, once they are chosen.
+    choices : Choices
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        plan: ModelPlan,
+        tokens: Tokens,
+        ledger: Ledger,
+        *,
+        calibration: Calibration | None = None,
+        executor: Executor | None = None,
+        held_bytes: int = HELD_BYTES,
+        progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+        after: Callable[[str, float], None] = lambda step, seconds: None,
+    ) -> None:
+        self.parts, self.plan, self.tokens, self.ledger = parts, plan, tokens, ledger
+        self.calibration, self.executor, self.held_bytes = calibration, executor, held_bytes
+        self.progress, self.after = progress, after
+        self.steps = steps_of(plan)
+        self.choices = Choices({}, {})
+        self._permutations: dict[str, npt.NDArray[np.int64]] = {}
+        self._factors: dict[str, npt.NDArray[np.float64]] = {}
+        self._sizes: list[int] = []
+        self._arguments: dict[torch.dtype, list[dict[str, Any]]] = {}
+        self._check_rounding()
+        measures = calibration is None
+        self._collector = Collector(plan, (tokens.shape[0], tokens.shape[1]))
+        trials = measures and plan.recipe.sign_trials > 1 and bool(plan.draw_signs())
+        self._trials = SignTrials(parts, plan, tokens) if trials else None
+        length = tokens.shape[1]
+        self._states = (len(tokens), length, plan.dimensions.hidden)
+        self._verified = tokens[0, :_VERIFIED_TOKENS]
+
+    def _check_rounding(self) -> None:
+        recipe = self.plan.recipe
+        outside = [m.name for m in self.plan.quantized if m.block is None]
+        if outside and recipe.rounding_options().needs_moments:
+            raise ArchitectureError(
+                f"a matrix must lie in a decoder block to be rounded by {recipe.rounding}, got "
+                f"{min(outside)}"
+            )
+
+    def run(self) -> int:
+        """Carry out the steps that are not done yet; return how many were.
+
+        Raises
+        ------
+        CheckpointError, OutputError, RunError
+            If files can't be read or written.
+        HessianError, NonFiniteError
+            If weights or activations are of no use; names the layer.
+        VerificationError
+            If a transformed part doesn't compute what the float one does.
+        """
+        self._arguments = {
+            torch.float32: block_arguments(self.parts, self.tokens[0], torch.float32)
+        }
+        with KeepFloat64():
+            self._arguments[torch.float64] = block_arguments(
+                self.parts, self._verified, torch.float64
+            )
+        resumed = self.ledger.resume(self.steps)
+        for step in self.steps[:resumed]:
+            self._absorb(step)
+        self._restore_statistics()
+        for step in self.steps[resumed:]:
+            started = time.monotonic()
+            kind, _, index = step.partition("-")
+            action: Callable[..., None] = getattr(self, f"_do_{kind}")
+            with QuickForward():
+                action(step, *([int(index)] if index else []))
+            self._absorb(step)
+            self.after(step, time.monotonic() - started)
+        return resumed
+
+    def _absorb(self, step: str) -> None:
+        """Take over what a step chose."""
+        if not step.startswith("calibrate") and step != "choose":
+            return
+        report = self.ledger.report(step)
+        if "block_size" in report:
+            self._sizes.append(report["block_size"])
+        for name, tensor in self.ledger.tensors(step).items():
+            what, _, region = name.partition(":")
+            if what == "permutation":
+                self._permutations[region] = tensor.numpy()
+            else:
+                self._factors[region] = tensor.numpy()
+        if step == "choose":
+            if self._sizes:
+                recipe = replace(self.plan.recipe, block_size=tuple(self._sizes))
+                self.plan = plan_model(self.parts.model.config, recipe)
+            signs = self.plan.draw_signs(report["signs"]["draw"])
+            unmoved = [name for name, p in self._permutations.items() if is_identity(p)]
+            self.choices = Choices(
+                self._permutations, {**signs, **self._factors}, frozenset(unmoved)
+            )
+
+    # ---- calibrating
+
+    def _do_calibrate(self, step: str, index: int) -> None:
+        state = self._first_states() if index == 0 else self.ledger.state()
+        found = self.calibration
+        following: dict[str, Windows] = {}
+        with self.parts.open(index):
+            if found is None:
+                following = self._measure(index, state)
+                found = Calibration(
+                    self.tokens, self._collector.statistics, self._collector.held_out
+                )
+            report, tensors = self._choose(index, found)
+        self.ledger.commit(step, report, tensors, {**following, **self._spanning(index)})
+
+    def _first_states(self) -> dict[str, Windows]:
+        if self.calibration is not None:
+            return {}
+        state = {"hidden": self.ledger.windows("hidden", self._states, torch.float32)}
+        with self.parts.open(ENTRY), torch.no_grad():
+            for k, window in enumerate(self.tokens):
+                state["hidden"][k] = enter(self.parts, window)
+            if self._trials is not None:
+                state["draws"] = self.ledger.windows("draws", self._trials.shape, torch.float32)
+                self._trials.enter(state["draws"])
+        return state
+
+    @torch.no_grad()
+    def _measure(self, index: int, state: Mapping[str, Windows]) -> dict[str, Windows]:
+        after = self.ledger.windows("hidden-next", self._states, torch.float32)
+        states, arguments = Crossing(state["hidden"], after), self._arguments[torch.float32]
+        collect_block(
+            self.parts, self.plan, index, self._collector, states, arguments[index], self.progress
+        )
+        following: dict[str, Windows] = {"hidden": after}
+        if self._trials is not None:
+            draws = self.ledger.windows("draws-next", self._trials.shape, torch.float32)
+            self._trials.advance(index, Crossing(state["draws"], draws))
+            following["draws"] = draws
+        return following
+
+    def _choose(
+        self, index: int | None, found: Calibration
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Choose for the regions that lie in a block, or for those that span several."""
+        plan, rows = self.plan, list[dict[str, Any]]()
+        report: dict[str, Any] = {"regions": rows}
+        regions: dict[int, Region] = dict(enumerate(plan.regions))
+        own = [k for k, region in regions.items() if _block_of(region, plan) == index]
+        if index is not None and plan.recipe.block_size == "auto":
+            outputs = {m.name for m in plan.mlp_outputs}
+            read = [k for k in own if regions[k].name in outputs]
+            size = report["block_size"] = choose_block_size(plan, read, found)
+            plan = self._plan_with(index, size)
+        tensors: dict[str, torch.Tensor] = {}
+        for k in own:
+            name = regions[k].name
+            chosen = choose(plan, k, found, self._weight)
+            if chosen.permutation is not None:
+                tensors[f"permutation:{name}"] = torch.from_numpy(chosen.permutation)
+            if chosen.factors is not None:
+                tensors[f"factors:{name}"] = torch.from_numpy(chosen.factors)
+            rows.append({"index": k, **chosen.row})
+            if self.calibration is None:
+                self._collector.forget(name)
+        return report, tensors
+
+    def _plan_with(self, index: int, size: int) -> ModelPlan:
+        sizes = [size if i == index else None for i in self.parts.blocks]
+        width = self.plan.dimensions.intermediate
+        recipe = replace(self.plan.recipe, block_size=tuple(s or width for s in sizes))
+        return plan_model(self.parts.model.config, recipe)
+
+    def _weight(self, name: str) -> npt.NDArray[Any]:
+        return to_host(self.parts.model.get_submodule(name).weight)
+
+    def _spanning(self, index: int) -> dict[str, Windows]:
+        """Return the statistics of regions that later blocks read too, as rows of arrays."""
+        kept: dict[str, Windows] = {}
+        for what, held in self._collector.kinds():
+            for region, statistics in held.items():
+                for name, array in statistics.to_arrays().items():
+                    kept[f"{what}:{region}:{name}"] = torch.from_numpy(np.atleast_2d(array))
+        return kept
+
+    def _restore_statistics(self) -> None:
+        kinds = dict(self._collector.kinds())
+        found: dict[tuple[str, str], dict[str, npt.NDArray[Any]]] = {}
+        for key, rows in self.ledger.state().items():
+            what, _, rest = key.partition(":")
+            if what in kinds:
+                region, _, name = rest.rpartition(":")
+                array = rows[0 : len(rows)].numpy()
+                flat = array if name in ("gram", "energy_gram", "tokens") else array[0]
+                found.setdefault((what, region), {})[name] = flat
+        by_name = {region.name: region for region in self.plan.regions}
+        for (what, region), arrays in found.items():
+            self._collector.begin(by_name[region])
+            kinds[what][region].restore(arrays)
+
+    def _do_choose(self, step: str) -> None:
+        found, draw, losses = self.calibration, 0, []
+        if found is None:
+            found = Calibration(self.tokens, self._collector.statistics, self._collector.held_out)
+            if self._trials is not None:
+                with self.parts.open(EXIT), torch.no_grad():
+                    losses = self._trials.losses(self.ledger.state()["draws"])
+                draw = int(np.argmin(losses))
+        else:
+            draw, losses = found.draw, list(found.draw_losses)
+        report, tensors = self._choose(None, found)
+        report["signs"] = {"draw": draw, "losses": losses}
+        self.ledger.commit(step, report, tensors, {})
+
+    # ---- quantizing
+
+    @torch.no_grad()
+    def _do_entry(self, step: str) -> None:
+        shape = (1, len(self._verified), self.plan.dimensions.hidden)
+        state = {
+            name: self.ledger.windows(name, shape, torch.float64)
+            for name in ("reference", "transformed")
+        }
+        moving = check_choices(self.plan, self.choices)
+        with self.parts.open(ENTRY) as model:
+            before, after, changed = transform_entry(
+                self.parts, self.plan, self.choices, self._verified
+            )
+            state["reference"][0], state["transformed"][0] = before, after
+            options = self.plan.recipe.rounding_options()
+            if options.needs_moments:
+                names = ["quantized"]
+                if options.needs_float and self.plan.recipe.reference == "model":
+                    names.append("float")
+                for name in names:
+                    state[name] = self.ledger.windows(name, self._states, torch.float32)
+                for k, window in enumerate(self.tokens):
+                    first = enter(self.parts, window)
+                    for name in names:
+                        state[name][k] = first
+            tensors = part_tensors(model, self.plan, ENTRY)
+        self._report_progress(1)
+        self.ledger.commit(step, {"changed": changed, "moving": moving}, tensors, state)
+
+    @torch.no_grad()
+    def _do_block(self, step: str, index: int) -> None:
+        state = self.ledger.state()
+        shape = tuple(state["reference"].shape)
+        following = {
+            name: self.ledger.windows(f"{name}-next", shape, torch.float64)
+            for name in ("reference", "transformed")
+        }
+        with self.parts.open(index) as model:
+            model.double()
+            arguments = self._arguments[torch.float64][index]
+            with KeepFloat64():
+                before = run_block(self.parts.block(index), state["reference"][0:1], arguments)
+            changed = transform_part(self.parts, index, self.plan, self.choices)
+            with KeepFloat64():
+                after = run_block(self.parts.block(index), state["transformed"][0:1], arguments)
+            error = stream_error(before, after, self.plan, self.choices)
+            check_block_error(index, error)
+            following["reference"][0], following["transformed"][0] = before, after
+            hidden = self._read_quantized(state, following)
+            rounding = Rounding(
+                self.plan,
+                self._arguments[torch.float32],
+                self.executor,
+                self.held_bytes,
+                lambda done, total: self.progress("round", done, total),
+            )
+            rows = rounding.round(self.parts, index, hidden)
+            model.float()
+            tensors = part_tensors(model, self.plan, index)
+        self._report_progress(index + 2)
+        report = {"changed": changed, "error": error, "matrices": rows}
+        self.ledger.commit(step, report, tensors, following)
+
+    def _read_quantized(
+        self, state: Mapping[str, Windows], following: dict[str, Windows]
+    ) -> HiddenStates | None:
+        crossing = {}
+        for name in ("quantized", "float"):
+            if name in state:
+                following[name] = self.ledger.windows(f"{name}-next", self._states, torch.float32)
+                crossing[name] = Crossing(state[name], following[name])
+        if not crossing:
+            return None
+        return HiddenStates(crossing["quantized"], crossing.get("float"))
+
+    @torch.no_grad()
+    def _do_exit(self, step: str) -> None:
+        state = self.ledger.state()
+        ids = torch.from_numpy(self._verified)[None].to(self.parts.device)
+        with self.parts.open(EXIT) as model:
+            states = (state["reference"][0:1], state["transformed"][0:1])
+            error, changed = transform_exit(self.parts, self.plan, self.choices, states, ids)
+            check_logits_error(error)
+            rounding = Rounding(self.plan, [], self.executor)
+            rows = rounding.round_outside(self.parts, EXIT)
+            tensors = part_tensors(model, self.plan, EXIT)
+        changes = [self.ledger.report(s)["changed"] for s in self.quantizing_steps[:-1]]
+        check_any_changed(changed + sum(changes))
+        self._report_progress(len(self.parts.order))
+        self.ledger.commit(
+            step, {"changed": changed, "error": error, "matrices": rows}, tensors, {}
+        )
+
+    def _report_progress(self, done: int) -> None:
+        self.progress("quantize", done, len(self.parts.order))
+
+    # ---- what came of it
+
+    @property
+    def quantizing_steps(self) -> list[str]:
+        """The steps whose tensors make up the quantized model."""
+        return [step for step in self.steps if _quantizes(step)]
+
+    def report(self) -> dict[str, Any]:
+        """Return the report's rows: signs, regions, verification and matrices."""
+        reports = {step: self.ledger.report(step) for step in self.steps}
+        regions = [row for r in reports.values() for row in r.get("regions", [])]
+        regions.sort(key=lambda row: row["index"])
+        blocks = [r for step, r in reports.items() if step.startswith("block")]
+        verification = Verification(
+            reports[EXIT]["error"],
+            tuple(r["error"] for r in blocks),
+            sum(reports[step]["changed"] for step in self.quantizing_steps),
+            len(self.plan.online),
+            reports[ENTRY]["moving"],
+        )
+        return {
+            "verification": verification,
+            "signs": reports["choose"]["signs"],
+            "regions": [{k: v for k, v in row.items() if k != "index"} for row in regions],
+            "matrices": [row for r in reports.values() for row in r.get("matrices", [])],
+        }
+
+
+def _block_of(region: Region, plan: ModelPlan) -> int | None:
+    found = {part_of(f"{reader}.", plan) for reader in region.readers}
+    only = found.pop() if len(found) == 1 else None
+    return only if isinstance(only, int) else None
+
+
+def _quantizes(step: str) -> bool:
+    return step.startswith("block") or step in (ENTRY, EXIT)

@@ -1,0 +1,174 @@
+"""A run that is kept on the disk, from its beginning to the directory that it ends in."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from corequant.recipe import Recipe
+from corequant.storage.files import version_of
+from corequant_transformers.checkpoint.writer import WEIGHTS, writing
+from corequant_transformers.files.atomic import concatenate, file_sha256
+from corequant_transformers.files.digests import TEMPLATES, pieces
+from corequant_transformers.files.outputs import UNFINISHED, check_output, contents, real_path
+from corequant_transformers.model.sources import Source, place_of
+from corequant_transformers.run.directory import LOG, RunDirectory, ended
+from corequant_transformers.run.job import Job
+
+__all__ = ["begin_run", "describe_run", "has_run", "run_directory", "save_run"]
+
+_VERSIONS = ("corequant", "numpy", "numba", "torch", "transformers", "safetensors")
+_SAVED = "saved.json"
+
+
+def run_directory(output: str | Path) -> Path:
+    """Return where a run keeps what it needs on the way to ``output``."""
+    return Path(f"{real_path(output)}.run")
+
+
+def has_run(output: str | Path) -> bool:
+    """Tell whether a run to ``output`` was stopped, be it while it cleared up."""
+    folder = run_directory(output)
+    return folder.is_dir() or ended(folder).is_dir()
+
+
+def describe_run(
+    source: Source, recipe: Recipe, tokens: npt.NDArray[np.int64], device: torch.device
+) -> dict[str, Any]:
+    """Return all that a run's result depends on: recipe, versions, fingerprints of model and data.
+
+    Parameters
+    ----------
+    source : Source
+    recipe : Recipe
+        With its seed.
+    tokens : numpy.ndarray (windows, length), int64
+    device : torch.device
+        Where sums of products are made, whose last bits differ between devices.
+    """
+    files = {place_of(file): file_sha256(file) for file in source.files()}
+    data = hashlib.sha256(np.ascontiguousarray(tokens, "<i8").tobytes())
+    return {
+        "format": 1,
+        "recipe": recipe.to_dict(),
+        "data": {"shape": list(tokens.shape), "sha256": data.hexdigest()},
+        "model": files,
+        "device": _name_of(device),
+        "versions": {name: version_of(name) for name in _VERSIONS},
+    }
+
+
+def _name_of(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return device.type
+
+
+@contextmanager
+def begin_run(
+    output: str | Path, manifest: dict[str, Any], *, resume: bool
+) -> Iterator[RunDirectory]:
+    """Give a run's directory, which is removed at the end, or kept if the run is stopped.
+
+    A run that is stopped before its first step is done leaves nothing.
+
+    Raises
+    ------
+    OutputError, RunError
+        As ``RunDirectory``; also if something that this run didn't make is in ``output``.
+    """
+    run = RunDirectory(run_directory(output), manifest, resume=resume)
+    try:
+        saved = run.mark(_SAVED)
+        target = Path(output)
+        if saved is None or not _holds(target / WEIGHTS, saved.get("sha256")):
+            _clear(target, saved or {})
+            check_output(output)
+        yield run
+    except BaseException:
+        if run.begun:
+            run.close()
+        else:
+            run.remove()
+        raise
+    run.remove()
+
+
+def _found(folder: Path) -> dict[str, Any]:
+    files = {name: file_sha256(folder / name) for name in pieces(folder)}
+    return {"sha256": files[WEIGHTS], "files": files}
+
+
+def _holds(file: Path, digest: Any) -> bool:
+    return file.is_file() and file_sha256(file) == digest
+
+
+def _clear(target: Path, saved: dict[str, Any]) -> None:
+    """Remove from a directory what a run to it that was killed had written or moved there."""
+    if not target.is_dir():
+        return
+    for folder in target.glob(UNFINISHED):
+        shutil.rmtree(folder, ignore_errors=True)
+    files = saved.get("files")
+    system = {file.name for file in target.iterdir()} - {file.name for file in contents(target)}
+    found = [name for name in pieces(target) if name not in system]
+    if isinstance(files, dict) and all(_holds(target / n, files.get(n)) for n in found):
+        for name in found:
+            (target / name).unlink()
+        if (target / TEMPLATES).is_dir():
+            (target / TEMPLATES).rmdir()
+
+
+def save_run(
+    run: RunDirectory,
+    job: Job,
+    output: str | Path,
+    *,
+    report: dict[str, Any],
+    float_config: str,
+    tokenizer: Any,
+    copied_files: list[Path],
+) -> Path:
+    """Write the directory that a run ends in, a piece at a time, unless it is there already.
+
+    Parameters
+    ----------
+    run : RunDirectory
+    job : Job
+        All of its steps are done.
+    output : str or Path
+    report, float_config, tokenizer, copied_files
+        As for ``checkpoint.save``.
+
+    Raises
+    ------
+    OutputError
+        If it can't be written or doesn't read back equal; nothing is left there then.
+    """
+    target = Path(output).absolute()
+    if run.mark(_SAVED) is not None and (target / WEIGHTS).exists():
+        # begin_run found it whole: the run was stopped while it cleared up.
+        return target
+    with writing(
+        target,
+        type(job.parts.model).__name__,
+        job.plan,
+        report=report,
+        float_config=float_config,
+        tokenizer=tokenizer,
+        copied_files=copied_files,
+        within=run.path,
+        complete=lambda folder: run.mark(_SAVED, _found(folder)),
+    ) as folder:
+        concatenate(folder / WEIGHTS, run.tensor_files(job.quantizing_steps))
+        log = (run.path / LOG).read_bytes() if (run.path / LOG).exists() else b""
+        (folder / LOG).write_bytes(log)
+    return target

@@ -1,0 +1,210 @@
+"""Carry out a plan's rows: fold, permute and rotate, by the functions of ``corequant.merging``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import corequant as cq
+from corequant_transformers.model.devices import to_host
+from corequant_transformers.planning.matrix_plan import RESIDUAL, MatrixPlan, Side
+from corequant_transformers.planning.model_plan import ModelPlan
+
+__all__ = [
+    "Choices",
+    "OnlineRotation",
+    "restore",
+    "restructure",
+    "settle_norms",
+    "transform_matrix",
+    "transform_model",
+    "untie",
+]
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """What calibration chose and chance drew, by the names that a plan's sides give.
+
+    Attributes
+    ----------
+    permutations : mapping of str to numpy.ndarray (channels,), int64
+    factors : mapping of str to numpy.ndarray (channels,), float64
+    unmoved : frozenset of str
+        The permutations that are the identity because nothing better was found.
+    """
+
+    permutations: Mapping[str, npt.NDArray[np.int64]]
+    factors: Mapping[str, npt.NDArray[np.float64]]
+    unmoved: frozenset[str] = frozenset()
+
+
+class OnlineRotation:
+    """A forward pre-hook that rotates a layer's input by blocks at run time."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Rotate the first argument."""
+        return (cq.block_hadamard(args[0], self.block_size), *args[1:])
+
+
+def transform_matrix(
+    W: Array,
+    bias: Array | None,
+    matrix: MatrixPlan,
+    gain: Array | None,
+    choices: Choices,
+    shift: Array | None = None,
+) -> tuple[Array, Array | None]:
+    """Return a matrix and its bias after everything that the row says.
+
+    Parameters
+    ----------
+    W : numpy.ndarray (out_features, in_features)
+    bias : numpy.ndarray (out_features,), optional
+    matrix : MatrixPlan
+    gain, shift : numpy.ndarray (in_features,), optional
+        What the norm that the row folds multiplies by and adds; a shift gives the layer a bias.
+    choices : Choices
+    """
+    if shift is not None:
+        bias = cq.fold_norm_bias(W, bias, shift)
+    if gain is not None:
+        W = cq.fold_norm(W, gain)
+    W = _transform_side(W, matrix.input, "input", choices)
+    W = _transform_outputs(W, matrix, choices)
+    if bias is not None:
+        bias = _transform_outputs(bias, matrix, choices)
+    return W, bias
+
+
+def _transform_outputs(W: Array, matrix: MatrixPlan, choices: Choices) -> Array:
+    ends = np.cumsum([part.rows for part in matrix.outputs])
+    pieces = zip(np.split(W, ends[:-1]), matrix.outputs, strict=True)
+    return np.concatenate([_transform_side(w, p.output, "output", choices) for w, p in pieces])
+
+
+def _transform_side(W: Array, side: Side, name: str, choices: Choices) -> Array:
+    if side.centered:
+        W = cq.merge_centering(W, side=name)
+    if side.permutation is not None:
+        p = cq.repeat_permutation(choices.permutations[side.permutation], side.heads, side.repeat)
+        W = cq.merge_permutation(W, p, side=name)
+    if side.factors is not None:
+        W = cq.merge_factors(W, choices.factors[side.factors], side=name)
+    if side.rotation is not None:
+        W = cq.merge_rotation(W, side.rotation, side=name)
+    return W
+
+
+def restore(x: torch.Tensor, side: Side, choices: Choices) -> torch.Tensor:
+    """Undo on an activation (..., channels) what happened to its channels."""
+    if side.rotation is not None:
+        x = cq.block_hadamard(x, side.rotation, inverse=True)
+    if side.factors is not None:
+        x = x / torch.from_numpy(choices.factors[side.factors]).to(x.device)
+    if side.permutation is not None:
+        order = cq.invert_permutation(choices.permutations[side.permutation])
+        x = x[..., torch.from_numpy(order).to(x.device)]
+    return x
+
+
+def untie(model: Any, plan: ModelPlan) -> None:
+    """Give the head a matrix of its own if it shares the embedding's."""
+    embedding = model.get_submodule(plan.architecture.embedding)
+    head = model.get_submodule(plan.architecture.head)
+    if head.weight is embedding.weight:
+        head.weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
+
+
+def transform_model(
+    model: Any,
+    plan: ModelPlan,
+    choices: Choices,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Transform every matrix of a torch model in place, in its own precision, and hook rotations.
+
+    Embedding and head must not be tied any more, and the model must be in the layout of
+    ``layouts.standardize``.
+    """
+    for done, matrix in enumerate(plan.matrices):
+        module = model.get_submodule(matrix.name)
+        folds = plan.folds and matrix.norm is not None
+        norm = model.get_submodule(matrix.norm) if folds else None
+        W, b = transform_matrix(
+            to_host(module.weight),
+            _numpy(module, "bias"),
+            matrix,
+            None if norm is None else _gain(norm, plan),
+            choices,
+            None if norm is None else _numpy(norm, "bias"),
+        )
+        device = module.weight.device
+        module.weight = torch.nn.Parameter(torch.from_numpy(W).to(device), requires_grad=False)
+        if b is not None:
+            module.bias = torch.nn.Parameter(torch.from_numpy(b).to(device), requires_grad=False)
+        if matrix.online and matrix.input.rotation is not None:
+            module.register_forward_pre_hook(OnlineRotation(matrix.input.rotation))
+        progress(done + 1, len(plan.matrices))
+    settle_norms(model, plan, choices)
+
+
+def settle_norms(model: Any, plan: ModelPlan, choices: Choices) -> None:
+    """Make norms neutral whose gains are folded, or let them follow the stream, in place."""
+    restructure(model, plan)
+    for name in plan.norms:
+        norm = model.get_submodule(name)
+        if plan.folds:
+            # The kinds of norm differ in which weight is a gain of 1.
+            neutral = 0.0 if plan.architecture.norm == "rms_one_plus" else 1.0
+            # The memory may be that of the model that was given.
+            gain = torch.full_like(norm.weight, neutral)
+            norm.weight = torch.nn.Parameter(gain, requires_grad=False)
+        elif RESIDUAL in choices.permutations:
+            order = torch.from_numpy(choices.permutations[RESIDUAL])
+            for parameter in norm.parameters(recurse=False):
+                parameter.data = parameter.data[order.to(parameter.device)]
+
+
+def restructure(model: Any, plan: ModelPlan) -> None:
+    """Give a standardized model the modules that its transformed weights need, in place.
+
+    Where LayerNorms are folded, RMSNorms take their place, and the layers that read them get a
+    bias. Weights and biases that are there stay as they are.
+    """
+    if not plan.folds or plan.architecture.norm != "layer":
+        return
+    for name in plan.norms:
+        norm = model.get_submodule(name)
+        if isinstance(norm, torch.nn.LayerNorm):
+            weight = norm.weight
+            rms = torch.nn.RMSNorm(
+                norm.normalized_shape, norm.eps, dtype=weight.dtype, device=weight.device
+            )
+            model.set_submodule(name, rms.requires_grad_(False))
+    for matrix in plan.matrices:
+        module = model.get_submodule(matrix.name)
+        if matrix.norm is not None and module.bias is None:
+            zeros = module.weight.new_zeros(matrix.shape[0])
+            module.bias = torch.nn.Parameter(zeros, requires_grad=False)
+
+
+def _gain(norm: Any, plan: ModelPlan) -> Array:
+    weight = to_host(norm.weight)
+    return 1.0 + weight if plan.architecture.norm == "rms_one_plus" else weight
+
+
+def _numpy(module: torch.nn.Module, name: str) -> Array | None:
+    tensor = getattr(module, name, None)
+    return None if tensor is None else to_host(tensor)

@@ -1,0 +1,255 @@
+"""The NumPy kernels on the memory of CPU tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from corequant._dispatch import get_backend
+from corequant.formats import NumberFormat
+from corequant.protocols import Moments
+from corequant.quantization import QuantizedTensor
+from corequant.specs import QuantSpec
+from corequant_torch.cpu.bridge import (
+    quick_array,
+    quick_tensor,
+    to_numpy,
+    to_numpy_or_none,
+    to_torch,
+    to_torch_or_none,
+)
+from corequant_torch.device.grams import token_products
+
+__all__ = ["CpuKernels"]
+
+Signs = npt.NDArray[np.int8] | None
+Permutation = npt.NDArray[np.int64] | None
+
+
+class CpuKernels:
+    """Kernels on the memory of CPU tensors: the NumPy backend's, and torch's matrix products."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        self._numpy = get_backend("numpy")
+        self._rotate = self._numpy.block_hadamard
+
+    def describe(self) -> dict[str, str]:
+        """Return the NumPy backend's description."""
+        return self._numpy.describe()
+
+    def first_nonfinite(self, x: torch.Tensor) -> tuple[int, tuple[int, ...], float] | None:
+        """Return count, first index and value of NaN and Inf in ``x``, or None without any."""
+        return self._numpy.first_nonfinite(to_numpy(x))
+
+    def block_hadamard(
+        self,
+        x: torch.Tensor,
+        block_size: int,
+        *,
+        axis: int,
+        inverse: bool,
+        signs: Signs,
+        out: torch.Tensor | None,
+        threads: int | None,
+    ) -> torch.Tensor:
+        """Rotate blocks of one axis."""
+        array = quick_array(x)
+        if array is None:
+            # Detaches, or says what is wrong.
+            array = to_numpy(x)
+        target = array if out is x else to_numpy_or_none(out)
+        rotated = self._rotate(
+            array,
+            block_size,
+            axis=axis,
+            inverse=inverse,
+            signs=signs,
+            out=target,
+            threads=threads,
+        )
+        return quick_tensor(rotated, x.dtype) if out is None else out
+
+    def rotate_quantize(
+        self,
+        x: torch.Tensor,
+        block_size: int,
+        spec: QuantSpec,
+        *,
+        permutation: Permutation,
+        signs: Signs,
+        out: torch.Tensor | None,
+        threads: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+        """Return codes, scales and zero points in one pass, or None where it can't."""
+        fused = self._numpy.rotate_quantize(
+            to_numpy(x),
+            block_size,
+            spec,
+            permutation=permutation,
+            signs=signs,
+            out=to_numpy_or_none(out),
+            threads=threads,
+        )
+        if fused is None:
+            return None
+        codes, scales, zeros = fused[:3]
+        return (
+            to_torch(codes) if out is None else out,
+            to_torch(scales),
+            to_torch_or_none(zeros),
+        )
+
+    def rotate_fake_quantize(
+        self,
+        x: torch.Tensor,
+        block_size: int,
+        spec: QuantSpec,
+        *,
+        permutation: Permutation,
+        signs: Signs,
+        out: torch.Tensor | None,
+        threads: int | None,
+    ) -> torch.Tensor | None:
+        """Return the codes' values in one pass, or None where it can't."""
+        values = self._numpy.rotate_fake_quantize(
+            to_numpy(x),
+            block_size,
+            spec,
+            permutation=permutation,
+            signs=signs,
+            out=to_numpy_or_none(out),
+            threads=threads,
+        )
+        if values is None:
+            return None
+        return to_torch(values) if out is None else out
+
+    def token_normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """Return rows scaled to mean square 1; rows of zeros stay."""
+        return to_torch(self._numpy.token_normalize(to_numpy(x)))
+
+    def moments(self, x: torch.Tensor) -> Moments:
+        """Return float64 sums of |x| and x² and the largest |x| of each channel (d,)."""
+        return self._numpy.moments(to_numpy(x))
+
+    def add_gram(
+        self,
+        total: Any,
+        x: torch.Tensor,
+        other: torch.Tensor | None = None,
+        *,
+        double: bool = False,
+    ) -> npt.NDArray[Any]:
+        """Return ``total`` + XᵀY (d, d) of the rows of ``x`` and ``other``, or of ``x`` alone."""
+        for tensor in (x, other):
+            # Refused where it is not in plain memory.
+            to_numpy_or_none(tensor)
+        # By torch's threads: NumPy's would go on spinning beside the model that gives the next x.
+        product = to_numpy(token_products(x, other, double))
+        if total is None:
+            return product
+        summed = to_numpy(total.cpu()) if isinstance(total, torch.Tensor) else total
+        with np.errstate(over="ignore", invalid="ignore"):
+            summed += product
+        return summed
+
+    def encode(self, x: torch.Tensor, form: NumberFormat) -> torch.Tensor:
+        """Return the codes nearest to ``x``, which is finite, without any scale."""
+        return to_torch(self._numpy.encode(to_numpy(x), form))
+
+    def decode(self, codes: torch.Tensor, form: NumberFormat) -> torch.Tensor:
+        """Return what codes stand for, float32."""
+        return to_torch(self._numpy.decode(to_numpy(codes), form))
+
+    def choose_global_scale(self, x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+        """Return the divisor of all scales of a tensor, float32 (1,)."""
+        return to_torch(self._numpy.choose_global_scale(to_numpy(x), spec))
+
+    def choose_qparams(
+        self, x: torch.Tensor, spec: QuantSpec, global_scale: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return scales and zero points, shaped as ``spec`` asks."""
+        divisor = to_numpy_or_none(global_scale)
+        scales, zeros = self._numpy.choose_qparams(to_numpy(x), spec, divisor)
+        return to_torch(scales), to_torch_or_none(zeros)
+
+    def quantize(
+        self,
+        x: torch.Tensor,
+        spec: QuantSpec,
+        scales: torch.Tensor | None = None,
+        zero_points: torch.Tensor | None = None,
+        global_scale: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return codes of ``x``, scales and zero points."""
+        given = (to_numpy_or_none(t) for t in (scales, zero_points, global_scale))
+        codes, chosen, zeros = self._numpy.quantize(to_numpy(x), spec, *given)
+        if scales is not None:
+            return to_torch(codes), scales, to_torch_or_none(zeros)
+        return to_torch(codes), to_torch(chosen), to_torch_or_none(zeros)
+
+    def dequantize(
+        self,
+        codes: torch.Tensor,
+        spec: QuantSpec,
+        scales: torch.Tensor,
+        zero_points: torch.Tensor | None = None,
+        global_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return what codes stand for, in the dtype of the scales."""
+        given = (to_numpy_or_none(t) for t in (zero_points, global_scale))
+        return to_torch(self._numpy.dequantize(to_numpy(codes), spec, to_numpy(scales), *given))
+
+    def fake_quantize(
+        self,
+        x: torch.Tensor,
+        spec: QuantSpec,
+        global_scale: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
+        propagate: bool = False,
+    ) -> torch.Tensor:
+        """Return ``x`` rounded to the grid that it chooses for itself, in x's dtype."""
+        array = to_numpy(x)
+        target = array if out is x else to_numpy_or_none(out)
+        rounded = self._numpy.fake_quantize(
+            array, spec, to_numpy_or_none(global_scale), out=target, propagate=propagate
+        )
+        return to_torch(rounded) if out is None else out
+
+    def round_columns(self, method: str, **arguments: Any) -> Any:
+        """Return what NumPy's solver of that name gives."""
+        from corequant import rounding
+
+        given = {name: _as_numpy(value) for name, value in arguments.items()}
+        result = getattr(rounding, method)(**given)
+        if isinstance(result, np.ndarray):
+            return to_torch(result)
+        if not isinstance(result, QuantizedTensor):
+            return result
+        codes, scales, zeros, divisor = (to_torch_or_none(a) for a in _arrays(result))
+        q = QuantizedTensor(codes, scales, zeros, result.spec, divisor)
+        if isinstance(result, rounding.RoundedTensor):
+            return rounding.RoundedTensor.of(q, result.report)
+        return q
+
+
+def _arrays(q: QuantizedTensor) -> tuple[Any, ...]:
+    return q.codes, q.scales, q.zero_points, q.global_scale
+
+
+def _as_numpy(value: Any) -> Any:
+    """Return the same argument of NumPy's function."""
+    if isinstance(value, torch.Tensor):
+        return to_numpy(value)
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, QuantizedTensor):
+        codes, scales, zeros, divisor = (to_numpy_or_none(t) for t in _arrays(value))
+        return QuantizedTensor(codes, scales, zeros, value.spec, divisor)
+    return value

@@ -1,0 +1,1 @@
+"""Tensors of any device: the kernels as torch operations."""

@@ -1,0 +1,103 @@
+"""Permute, rotate and quantize straight to packed four-bit codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy.typing as npt
+import torch
+
+from corequant._validation import check_array, check_divides, check_permutation
+from corequant.errors import ShapeError, SpecError
+from corequant.formats import find_format
+from corequant.fusion import rotate_quantize
+from corequant.packed import PackedTensor
+from corequant.quantization import as_spec
+from corequant.rotation import check_block_size, check_signs
+from corequant.specs import QuantSpec, ScaleFormat, qparams_shape
+from corequant_torch.device.tables import device_table
+from corequant_torch.engines import engine_for
+from corequant_torch.gpu import fusion
+from corequant_torch.gpu.runtime import has_triton
+
+__all__ = ["rotate_quantize_packed"]
+
+_BYTES = {ScaleFormat.E8M0: "float8_e8m0fnu", ScaleFormat.E4M3: "float8_e4m3fn"}
+
+
+def rotate_quantize_packed(
+    x: torch.Tensor,
+    block_size: int | None,
+    spec: QuantSpec | str,
+    *,
+    permutation: npt.NDArray[Any] | None = None,
+    signs: npt.NDArray[Any] | None = None,
+) -> PackedTensor:
+    """Permute, sign, rotate and quantize a tensor to two codes a byte, the first in the low bits.
+
+    Parameters
+    ----------
+    x : torch.Tensor (..., d)
+        Floating and finite; d a multiple of 8.
+    block_size, permutation, signs
+        As for ``corequant.rotate_quantize``.
+    spec : QuantSpec or str
+        Of a format of 4 bits, such as ``"mxfp4"``, ``"nvfp4"`` or ``"int4:group32"``.
+
+    Returns
+    -------
+    PackedTensor
+        Of tensors on the device of ``x``: bytes (..., d/2) as ``pack_quantized`` makes them, scales
+        in their stored form. On CUDA one kernel permutes, rotates, rounds and packs (with a global
+        scale, a second one before it finds the largest magnitude); torch operations bring scales
+        to their stored form.
+
+    Raises
+    ------
+    NonFiniteError, BlockSizeError, HadamardOrderError, PermutationError, ShapeError, SpecError
+        As ``corequant.rotate_quantize``; SpecError for a format of other bits.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from corequant_torch import rotate_quantize_packed
+    >>> packed = rotate_quantize_packed(torch.ones(1, 32), 16, "mxfp4")
+    >>> packed.packed.shape, packed.scales
+    (torch.Size([1, 16]), tensor([[127]], dtype=torch.uint8))
+    """
+    spec = as_spec(spec)
+    check_array("x", x)
+    d = int(x.shape[-1])
+    if spec.format.bits != 4:
+        raise SpecError(f"spec must have a format of 4 bits, got {spec}")
+    if d % 8:
+        raise ShapeError(f"x must have a last axis of whole 32-bit words, 8 codes each, got d={d}")
+    if spec.group_size is not None:
+        check_divides("group_size", spec.group_size, d)
+    size = check_block_size("block_size", block_size, d)
+    order = None if permutation is None else check_permutation("permutation", permutation, d)
+    table = check_signs("signs", signs, d)
+    if x.is_cuda and has_triton():
+        tables = device_table(order, x), device_table(table, x)
+        found = fusion.fused(x.detach(), size, spec, *tables, fusion.PACKED)
+        if found is not None:
+            shape = qparams_shape(tuple(x.shape), spec)
+            scales: Any = _stored(found.scales.reshape(shape), spec)
+            zeros: Any = None if spec.symmetric else found.zeros.to(torch.int8).reshape(shape)
+            written: Any = found.out
+            divisor: Any = found.global_scale
+            return PackedTensor(written, scales, zeros, spec, d, divisor)
+    q = rotate_quantize(x.detach(), size, spec, permutation=order, signs=table)
+    nibbles = (q.codes.int() - spec.format.least_code).to(torch.uint8)
+    packed: Any = nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+    kept: Any = _stored(q.scales, spec)
+    return PackedTensor(packed, kept, q.zero_points, spec, d, q.global_scale)
+
+
+def _stored(scales: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    name = _BYTES.get(spec.scale_format)
+    if name is not None:
+        stored: torch.Tensor = engine_for(scales).encode(scales, find_format(name))
+        return stored
+    half = spec.scale_format is ScaleFormat.FLOAT16
+    return scales.half() if half else scales.float()

@@ -1,0 +1,1 @@
+"""The rounding methods on tensors of any device."""

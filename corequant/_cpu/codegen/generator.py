@@ -1,0 +1,337 @@
+"""The generator: turns a plan into one LLVM function body, loops and all.
+
+Numbers of a block have the address (chunk, vector): along rows a chunk is a tile of consecutive
+vectors, down columns it is a row's share of a strip. The first pass along rows works inside a
+chunk; every other pass combines the same vector of several chunks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from llvmlite import ir
+
+from corequant._cpu.codegen.cores import mix, mix_scratch
+from corequant._cpu.codegen.counting import counted
+from corequant._cpu.codegen.plans import Plan
+from corequant._cpu.codegen.shifted_stores import ShiftedStores
+from corequant._cpu.codegen.vectors import VECTOR_BYTES, Vectors
+
+__all__ = ["Body"]
+
+_WORD = ir.IntType(64)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where vectors lie: a byte pointer, and bytes from chunk to chunk."""
+
+    base: Any
+    step: Any
+    in_array: bool
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """What one pass works on: its number, the part of the unit, and chunks in a part."""
+
+    number: int
+    part: Any
+    chunks: int
+    last: bool = False
+
+
+class Body:
+    """A rotation under construction.
+
+    Its arguments are ``src, twin, dst, src_step, dst_step, units, signs, period, phase, scale,
+    scratch, choices``. It rotates ``units`` units of ``src`` into ``dst``, addresses that may be
+    the same. ``twin`` equals ``src``. The steps are bytes from row to row, used for columns only.
+    ``signs`` is the address of ``period`` bits as ``sign_bits`` puts them, of which the first unit
+    uses those from ``phase`` on. For columns it is that of a factor for each row of the block,
+    which after the rotation takes the place of ``scale``. ``see`` is given the vectors that are
+    written. ``choices`` is the address of what the core's function of that name returns.
+    """
+
+    def __init__(
+        self,
+        builder: Any,
+        plan: Plan,
+        arguments: Any,
+        see: Callable[[list[Any]], None] | None = None,
+    ) -> None:
+        self.b = builder
+        self.plan = plan
+        self.see = see
+        self.v = Vectors(builder, plan.dtype)
+        self.half = Vectors(builder, plan.dtype, VECTOR_BYTES // 2)
+        (src, twin, dst, src_step, dst_step, units, signs, period, phase, scale) = arguments[:10]
+        scratch, choices = arguments[10:]
+        self.src, self.twin, self.dst = map(self._pointer, (src, twin, dst))
+        self.signs, self.scratch = self._pointer(signs), self._pointer(scratch)
+        self.choices = self._pointer(choices)
+        self.steps = (src_step, dst_step)
+        self.units, self.period, self.phase = units, period, phase
+        self.factor = scale
+
+    def emit(self) -> None:
+        """Emit the loop over units."""
+        plan, b = self.plan, self.b
+        vectors = plan.strip or plan.unit // plan.lanes
+        moved = vectors * self.v.stored_bytes
+        with b.goto_entry_block():
+            phase = b.alloca(_WORD)
+            self.fused = {v: v.minus_one() if plan.mixed else None for v in (self.v, self.half)}
+        b.store(self.phase, phase)
+        if plan.stores == "shifted":
+            start = plan.kept + mix_scratch(plan.core)
+            shifted = ShiftedStores(self.v, self.dst, self.v.address(self.scratch, start))
+        with self._loop(self.units) as unit:
+            offset = b.mul(unit, _word(moved))
+            self.from_twin = self.v.address(self.twin, offset)
+            self.ahead = self.v.address(self.src, b.add(offset, _word(max(plan.ahead, moved))))
+            if plan.signs != "none" and not plan.strip:
+                at = b.load(phase)
+                self.unit_signs = self.v.address(self.signs, b.lshr(at, _word(3)))
+                following = b.add(at, _word(plan.unit))
+                wraps = b.icmp_signed("==", following, self.period)
+                b.store(b.select(wraps, _word(0), following), phase)
+            target = self.v.address(self.dst, offset)
+            if plan.stores == "shifted":
+                target = shifted.place
+            source = self.v.address(self.src, offset)
+            self._unit(self._array(source, 0), self._array(target, 1), moved)
+            if plan.stores == "shifted":
+                shifted.write(unit, moved)
+        if plan.stores == "shifted":
+            shifted.finish(self.units, moved)
+        if plan.stores != "ordinary":
+            self.v.fence()
+
+    def _unit(self, source: _Place, target: _Place, moved: int) -> None:
+        """All passes over one unit, all but the last one part after the other.
+
+        A part is what the last pass combines, so that it stays in the first-level cache until then.
+        """
+        plan = self.plan
+        rest = _Place(self.scratch, plan.pitch, in_array=False)
+        if plan.in_place:
+            rest = target
+        lines = -(-moved // VECTOR_BYTES)
+        self.share = -(-lines // plan.passes)
+        steps: list[Callable[..., None]] = [self._first_pass] if plan.tile else []
+        distance = 1
+        for radix in plan.radices:
+            steps.append(partial(self._pass, radix, distance))
+            distance *= radix
+        if plan.core > 1:
+            steps.append(partial(self._core_pass, distance))
+        *early, final = steps
+        chunks = plan.chunks // plan.parts
+        with self._loop(plan.parts if early else 1) as part:
+            for number, step in enumerate(early):
+                step(_Stretch(number, part, chunks), source if number == 0 else rest, rest)
+        whole = _Stretch(len(early), _word(0), plan.chunks, last=True)
+        final(whole, rest if early else source, target)
+
+    def _first_pass(self, over: _Stretch, source: _Place, target: _Place) -> None:
+        """Stages inside a vector, then between the vectors of a tile."""
+        plan = self.plan
+        v = self.half if plan.halved else self.v
+        parts = 2 if plan.split else 1
+        count = plan.tile * VECTOR_BYTES // v.bytes
+        stages = min(plan.power, v.lanes * parts).bit_length() - 1
+        together = max(parts, min(count, plan.power // v.lanes))
+        with self._loop(over.chunks) as index:
+            chunk = self._prefetch(over, index, over.chunks)
+            vectors = []
+            for i in range(0, count, parts):
+                if plan.paired_loads:
+                    at = self._offset(v, source, chunk, i)
+                    left, right = v.address(source.base, at), v.address(self.from_twin, at)
+                    vectors.append(v.load_butterfly(left, right))
+                elif plan.split:
+                    vectors += v.butterflies(self._load_split(v, source, chunk, i))
+                else:
+                    vectors.append(self._load(v, source, chunk, i, first=True))
+            done = int(plan.paired_loads or plan.split)
+            for stage in range(stages - done):
+                distance = 1 << (stage + int(plan.paired_loads))
+                vectors = [v.lane_butterfly(vector, distance) for vector in vectors]
+            for start, part in itertools.product(range(0, count, together), range(parts)):
+                run = slice(start + part, start + together, parts)
+                vectors[run] = v.butterflies(vectors[run], self.fused[v])
+            for i in range(0, count, parts):
+                self._store_some(v, vectors[i : i + parts], target, chunk, i, over.last)
+
+    def _pass(
+        self, radix: int, distance: int, over: _Stretch, source: _Place, target: _Place
+    ) -> None:
+        """Stages between ``radix`` chunks, each ``distance`` chunks from the next."""
+        joined = over.last and self.plan.split
+        parts = 2 if joined else 1
+        v = self.half if joined and self.plan.halved else self.v
+        width = (self.plan.tile or self.plan.strip) * VECTOR_BYTES // (v.bytes * parts)
+        groups = over.chunks // (radix * distance)
+        with self._loop(groups) as group, self._loop(distance) as inner, self._loop(width) as at:
+            number = self._number((group, distance), (inner, width), at)
+            self._prefetch(over, number, groups * distance * width)
+            start = self.b.mul(over.part, _word(over.chunks))
+            start = self.b.add(start, self.b.mul(group, _word(radix * distance)))
+            start = self.b.add(start, inner)
+            chunks = [self.b.add(start, _word(i * distance)) for i in range(radix)]
+            place = self.b.mul(at, _word(parts)) if joined else at
+            places = [place, self.b.add(place, _word(1))][:parts]
+            first = over.number == 0
+            turned = []
+            for one in places:
+                loaded = [self._load(v, source, chunk, one, first) for chunk in chunks]
+                turned.append(v.butterflies(loaded, self.fused[v]))
+            for chunk, *vectors in zip(chunks, *turned, strict=True):
+                self._store_some(v, vectors, target, chunk, place, over.last)
+
+    def _core_pass(self, distance: int, over: _Stretch, source: _Place, target: _Place) -> None:
+        """Emit the core's stage, between K chunks, each p numbers from the next."""
+        plan = self.plan
+        width = plan.tile or plan.strip
+        tables = self.v.address(self.scratch, plan.kept)
+        with self._loop(distance) as inner, self._loop(width) as at:
+            number = self._number((inner, width), at)
+
+            def meanwhile(part: Any, parts: int) -> None:
+                self._prefetch(over, number, distance * width, part, parts)
+
+            def load(k: Any) -> Any:
+                chunk = self._chunk(inner, k, distance)
+                return self._load(self.v, source, chunk, at, over.number == 0)
+
+            def store(k: Any, mixed: Any) -> None:
+                chunk = self._chunk(inner, k, distance)
+                self._store_some(self.v, [mixed], target, chunk, at, over.last)
+
+            mix(self.v, plan.core, plan.inverse, load, store, meanwhile, tables, self.choices)
+
+    def _chunk(self, inner: Any, k: Any, distance: int) -> Any:
+        step = _word(k * distance) if isinstance(k, int) else self.b.mul(k, _word(distance))
+        return self.b.add(inner, step)
+
+    def _load(self, v: Vectors, place: _Place, chunk: Any, vector: Any, first: bool) -> Any:
+        pointer = v.address(place.base, self._offset(v, place, chunk, vector))
+        if not place.in_array:
+            return v.load(pointer)
+        if first and self.plan.strip and self.plan.ahead:
+            v.prefetch(v.address(pointer, self.plan.ahead))
+        loaded = v.load_stored(pointer)
+        if first and self.plan.signs == "before":
+            loaded = self._signed(v, loaded, chunk, vector)
+        return loaded
+
+    def _load_split(self, v: Vectors, place: _Place, chunk: Any, vector: Any) -> list[Any]:
+        parted = v.load_split(v.address(place.base, self._offset(v, place, chunk, vector)))
+        if self.plan.signs == "before":
+            parted = [self._signed(v, half, chunk, vector + i) for i, half in enumerate(parted)]
+        return parted
+
+    def _store_some(
+        self, v: Vectors, vectors: list[Any], place: _Place, chunk: Any, at: Any, last: bool
+    ) -> None:
+        """Store vectors from ``at`` on: one, or the two that a split load made."""
+        pointer = v.address(place.base, self._offset(v, place, chunk, at))
+        if not last:
+            for i, vector in enumerate(vectors):
+                v.store(vector, v.address(pointer, i * v.bytes), 0 if place.in_array else v.bytes)
+            return
+        scaled = [self._scaled(v, vector, chunk, at, i) for i, vector in enumerate(vectors)]
+        if self.see is not None:
+            self.see(scaled)
+        stream = self.plan.stores == "streamed"
+        if len(scaled) > 1:
+            even, odd = scaled
+            v.store_split(even, odd, pointer, stream)
+        else:
+            v.store_stored(scaled[0], pointer, v.stored_bytes if stream else 0, stream)
+
+    def _scaled(self, v: Vectors, vector: Any, chunk: Any, at: Any, i: int) -> Any:
+        if self.plan.signs != "after":
+            return v.scale(vector, v.splat(self.factor))
+        if self.plan.strip:
+            return v.scale(vector, self._row_factor(v, chunk))
+        place = at + i if isinstance(at, int) else self.b.add(at, _word(i))
+        return self._signed(v, v.scale(vector, v.splat(self.factor)), chunk, place)
+
+    def _signed(self, v: Vectors, vector: Any, chunk: Any, at: Any) -> Any:
+        """Flip the signs of what is vector ``at`` of a chunk."""
+        if self.plan.strip:
+            return v.scale(vector, self._row_factor(v, chunk))
+        start = self.b.mul(chunk, _word(self.plan.tile * self.plan.lanes // 8))
+        if isinstance(at, int):
+            at, nibble = divmod(at * v.lanes // 4, 2)
+        else:
+            at, nibble = self.b.mul(at, _word(v.lanes // 8)), 0
+        pointer = v.address(self.unit_signs, self.b.add(start, _word(at)))
+        return v.negate_where(v.load_signs(pointer, nibble), vector)
+
+    def _row_factor(self, v: Vectors, chunk: Any) -> Any:
+        return v.load_scalar(v.address(self.signs, self.b.mul(chunk, _word(v.scalar_bytes))))
+
+    def _array(self, pointer: Any, which: int) -> _Place:
+        if self.plan.strip:
+            return _Place(pointer, self.steps[which], in_array=True)
+        return _Place(pointer, self.plan.tile * self.v.stored_bytes, in_array=True)
+
+    def _offset(self, v: Vectors, place: _Place, chunk: Any, vector: Any) -> Any:
+        size = v.stored_bytes if place.in_array else v.bytes
+        within = vector * size if isinstance(vector, int) else self.b.mul(vector, _word(size))
+        return self.b.add(self.b.mul(chunk, _word(place.step)), _word(within))
+
+    def _prefetch(
+        self, over: _Stretch, number: Any, tiles: int, piece: Any = 0, pieces: int = 1
+    ) -> Any:
+        """Fetch this tile's share of what comes next, so that all passes overlap with memory.
+
+        It may be fetched in ``pieces``. Returns the number of the tile in the unit.
+        """
+        plan, b = self.plan, self.b
+        tile = b.add(b.mul(over.part, _word(tiles)), number)
+        if plan.ahead and not plan.strip:
+            parts = plan.chunks // over.chunks
+            each = -(-self.share // (tiles * parts))
+            start = b.mul(tile, _word(each * VECTOR_BYTES))
+            offset = over.number * self.share * VECTOR_BYTES
+            if isinstance(piece, int):
+                lines = range(each * piece // pieces, each * (piece + 1) // pieces)
+            else:
+                # As many each time, even if the last pieces then fetch a few lines too many.
+                lines = range(-(-each // pieces))
+                start = b.add(start, b.mul(piece, _word(len(lines) * VECTOR_BYTES)))
+            for k in lines:
+                at = b.add(start, _word(offset + k * VECTOR_BYTES))
+                self.v.prefetch(self.v.address(self.ahead, at))
+        return tile
+
+    def _number(self, *parts: Any) -> Any:
+        """Count the turns of nested loops: ((i, n), (j, m), k) gives (i n + j) m + k."""
+        total = _word(0)
+        for index, length in parts[:-1]:
+            total = self.b.mul(self.b.add(total, index), _word(length))
+        return self.b.add(total, parts[-1])
+
+    @contextmanager
+    def _loop(self, count: Any) -> Iterator[Any]:
+        if isinstance(count, int) and count == 1:
+            yield _word(0)
+        else:
+            with counted(self.b, count) as index:
+                yield index
+
+    def _pointer(self, address: Any) -> Any:
+        return self.b.inttoptr(address, ir.IntType(8).as_pointer())
+
+
+def _word(value: Any) -> Any:
+    return ir.Constant(_WORD, value) if isinstance(value, int) else value

@@ -1,0 +1,202 @@
+"""Plans: how a rotation is cut into passes over a tile of registers.
+
+A block of K·p numbers is turned by the stages of Sylvester's matrix of order p, butterflies at
+distances 1, 2, 4, ..., p/2, then by the core of order K. A pass does several stages on as many
+vectors as registers hold. Every plan does the stages in that one order, so that every plan gives
+the same bits; plans differ in speed alone. ``docs/kernels.md`` tells why each is as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+
+from corequant._cpu.codegen.cores import mix_scratch
+from corequant._cpu.codegen.tuning import split, tuning
+from corequant._cpu.codegen.vectors import VECTOR_BYTES, lanes_of
+
+__all__ = ["Plan", "fitted", "plan_columns", "plan_rows"]
+
+_SHIFTED_BATCH = 1024
+"""Numbers put together before they are streamed, so many that no load waits for a store."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Passes of one kernel.
+
+    Attributes
+    ----------
+    dtype : str
+        Of the arrays; float16 and bfloat16 are computed in float32.
+    core : int
+        K, the order of the core; 1 without one.
+    power : int
+        p, the order of Sylvester's matrix.
+    inverse : bool
+        Multiply by the transpose of the core.
+    tile : int
+        Vectors in a tile of the first pass along rows; 0 for a rotation down columns.
+    radices : tuple of int
+        Tiles (rows of the matrix, for columns) combined by each pass that follows.
+    strip : int
+        Vectors beside each other in a rotation down columns; 0 along rows.
+    signs : {"none", "before", "after"}
+        Where signs are multiplied.
+    stores : {"ordinary", "streamed", "shifted"}
+        Streamed stores bypass the cache, whole lines only. Shifted ones too, for results that
+        don't start on a line: they are put together in the scratch first.
+    batch : int
+        Numbers that the outermost loop along rows takes at least.
+    ahead : int
+        Bytes to fetch ahead of the first pass; 0 leaves that to the processor.
+    paired_loads : bool
+        Let the load ports do the first butterfly's shuffles.
+    halved : bool
+        Do the first pass on vectors of 32 bytes.
+    in_place : bool
+        Keep a block in the result between passes instead of the scratch.
+    mixed : bool
+        Let the units that multiply take the differences of butterflies between vectors.
+    split : bool
+        Load bfloat16 by pairs, so that the first butterfly is one between vectors.
+    padding : int
+        Vectors left free after each tile in the scratch.
+    """
+
+    dtype: str
+    core: int
+    power: int
+    inverse: bool = False
+    tile: int = 0
+    radices: tuple[int, ...] = ()
+    strip: int = 0
+    signs: str = "none"
+    stores: str = "ordinary"
+    batch: int = 0
+    ahead: int = 0
+    paired_loads: bool = False
+    halved: bool = False
+    in_place: bool = False
+    mixed: bool = False
+    split: bool = False
+    padding: int = 1
+
+    def __str__(self) -> str:
+        """Write the form that ``parse`` reads; it is what a compiled kernel is cached under."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def parse(cls, text: str) -> Plan:
+        """Read the string form."""
+        fields = json.loads(text)
+        return cls(**{**fields, "radices": tuple(fields["radices"])})
+
+    @property
+    def lanes(self) -> int:
+        """Numbers in a vector."""
+        return lanes_of(self.dtype)
+
+    @property
+    def block(self) -> int:
+        """Block size K·p."""
+        return self.core * self.power
+
+    @property
+    def unit(self) -> int:
+        """Numbers that one turn of the outermost loop along rows covers: blocks, or one block."""
+        return max(self.block, self.tile * self.lanes, self.batch)
+
+    @property
+    def passes(self) -> int:
+        """How often a number is loaded and stored."""
+        return (self.tile > 0) + len(self.radices) + (self.core > 1)
+
+    @property
+    def pitch(self) -> int:
+        """Bytes from tile to tile in the scratch.
+
+        Without padding, tiles a power of two apart share a few sets of the first-level cache.
+        """
+        return ((self.tile or self.strip) + self.padding) * VECTOR_BYTES
+
+    @property
+    def chunks(self) -> int:
+        """Tiles in a unit; rows in a block, for columns."""
+        return self.block if self.strip else self.unit // (self.tile * self.lanes)
+
+    @property
+    def parts(self) -> int:
+        """Parts of a block that the last pass combines."""
+        if self.core > 1:
+            return self.core
+        return self.radices[-1] if self.radices else 1
+
+    @property
+    def kept(self) -> int:
+        """Bytes of scratch that hold a block between passes; 0 for a single pass."""
+        return self.chunks * self.pitch if self.passes > 1 and not self.in_place else 0
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of scratch that a kernel needs, 64-aligned."""
+        assembled = VECTOR_BYTES * (self.unit // self.lanes + 1) if self.stores == "shifted" else 0
+        return self.kept + mix_scratch(self.core) + assembled
+
+
+@lru_cache(maxsize=256)
+def plan_rows(dtype: str, core: int, power: int, inverse: bool, signs: str, stores: str) -> Plan:
+    """Plan a rotation along the last axis; p at least a vector's length, or K = 1."""
+    best = tuning()
+    vectors = max(1, power // lanes_of(dtype))
+    passes = best.passes(vectors, dtype, stores)
+    tile = min(passes.tile, vectors) if core > 1 else passes.tile
+    several = bool(passes.radices) or core > 1
+    wide = dtype in ("float32", "float64")
+    return Plan(
+        dtype=dtype,
+        core=core,
+        power=power,
+        inverse=inverse and core > 1,
+        tile=tile,
+        radices=passes.radices,
+        signs=signs,
+        stores=stores,
+        batch=_SHIFTED_BATCH if stores == "shifted" and core == 1 else 0,
+        ahead=best.ahead,
+        paired_loads=best.paired_loads and dtype == "float32" and power > 1 and signs != "before",
+        halved=passes.halved,
+        in_place=0 < best.in_place <= core * vectors and several and wide and stores == "ordinary",
+        mixed=best.mixed and bool(passes.radices),
+        split=best.split and dtype == "bfloat16" and core == 1 and power > 1 and tile > 1,
+        padding=best.padding,
+    )
+
+
+def fitted(plan: Plan, length: int) -> Plan | None:
+    """Return a plan whose units make up ``length`` numbers, with smaller tiles if need be."""
+    while length % plan.unit and plan.tile * plan.lanes > max(plan.power, plan.lanes):
+        tile = plan.tile // 2
+        plan = replace(plan, tile=tile, split=plan.split and tile > 1)
+    return None if length % plan.unit else plan
+
+
+@lru_cache(maxsize=256)
+def plan_columns(dtype: str, core: int, power: int, inverse: bool, signs: str, stores: str) -> Plan:
+    """Plan a rotation down the first axis: rows are combined, vectors lie along them."""
+    best = tuning()
+    radices = split(power)
+    single = len(radices) + (core > 1) == 1
+    return Plan(
+        dtype=dtype,
+        core=core,
+        power=power,
+        inverse=inverse and core > 1,
+        radices=radices,
+        strip=1 if single else 4,
+        signs=signs,
+        stores=stores,
+        ahead=best.columns_ahead,
+        padding=1,
+    )

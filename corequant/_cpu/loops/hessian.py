@@ -1,0 +1,60 @@
+"""One look at a matrix of second moments."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from corequant._cpu.loops.jit import jit
+
+__all__ = ["first_fault"]
+
+_TILE = 64
+
+
+@jit
+def _is_faulty(row, stop, column, end, H, root, slack, turned):  # type: ignore[no-untyped-def]
+    """Tell whether a tile has a fault at all: in loops that become vectors.
+
+    Unsigned, so that nothing has to find out whether an index counts from the end.
+    """
+    for j in range(np.uint64(end - column)):
+        for i in range(np.uint64(stop - row)):
+            turned[i, j] = H[column + j, row + i]
+    faults = 0
+    for i in range(np.uint64(stop - row)):
+        left = root[row + i]
+        for j in range(np.uint64(end - column)):
+            bound = left * root[column + j]
+            value = np.float64(H[row + i, column + j])
+            apart = abs(value - turned[i, j])
+            faults += (apart > slack * bound) | (abs(value) > (1 + slack) * bound)
+    return faults > 0
+
+
+@jit
+def first_fault(first, last, H, root, slack, found):  # type: ignore[no-untyped-def]
+    """Write where rows ``first..last-1`` of H stop being those of a Gram matrix.
+
+    ``root`` (d,) holds the roots of the diagonal. ``found`` (d, 2) gets, for each row, the first
+    column where ``H_ij`` and ``H_ji`` differ by more than ``slack`` times ``root_i root_j``, and
+    the first where ``|H_ij|`` is above that product by more than ``slack``; d where there is none.
+    """
+    d = H.shape[0]
+    turned = np.empty((_TILE, _TILE), H.dtype)
+    for row in range(first, last, _TILE):
+        stop = min(row + _TILE, last)
+        for i in range(row, stop):
+            found[i, 0] = d
+            found[i, 1] = d
+        for column in range(0, d, _TILE):
+            end = min(column + _TILE, d)
+            corner = (np.uint64(row), np.uint64(stop), np.uint64(column), np.uint64(end))
+            if not _is_faulty(*corner, H, root, slack, turned):
+                continue
+            for i in range(row, stop):
+                for j in range(column, end):
+                    bound = np.float64(root[i]) * root[j]
+                    if abs(np.float64(H[i, j]) - H[j, i]) > slack * bound and found[i, 0] == d:
+                        found[i, 0] = j
+                    if abs(H[i, j]) > (1 + slack) * bound and found[i, 1] == d:
+                        found[i, 1] = j

@@ -1,0 +1,104 @@
+"""Affine integer grids on groups: ``x`` is (groups, size), one scale and zero point each.
+
+Rounding is half to even and division is true division.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from corequant._cpu.loops.bits import like, to_bits, to_float
+from corequant._cpu.loops.jit import jit
+
+__all__ = [
+    "decode",
+    "encode",
+    "fake",
+    "look_up",
+    "magnitudes",
+    "ranges",
+    "row_magnitude",
+    "row_range",
+]
+
+
+@jit
+def row_magnitude(row, mask):  # type: ignore[no-untyped-def]
+    """Bits of the largest magnitude: integers compare as magnitudes do, NaN above infinity."""
+    most = like(0, mask)
+    for i in range(row.shape[0]):
+        most = max(most, like(to_bits(row[i]) & mask, mask))
+    return most
+
+
+@jit
+def row_range(row, mask):  # type: ignore[no-untyped-def]
+    """Bits of the largest magnitudes below and above zero."""
+    above = like(0, mask)
+    below = like(0, mask)
+    for i in range(row.shape[0]):
+        bits = to_bits(row[i])
+        b = like(bits & mask, mask)
+        negative = bits > mask
+        above = max(above, like(0, mask) if negative else b)
+        below = max(below, b if negative else like(0, mask))
+    return below, above
+
+
+@jit
+def magnitudes(x, mask, high):  # type: ignore[no-untyped-def]
+    """Largest |x| of each group."""
+    for g in range(x.shape[0]):
+        high[g] = to_float(row_magnitude(x[g], mask))
+
+
+@jit
+def ranges(x, mask, low, high):  # type: ignore[no-untyped-def]
+    """Smallest and largest entry of each group, zero included."""
+    for g in range(x.shape[0]):
+        below, above = row_range(x[g], mask)
+        low[g] = -to_float(below)
+        high[g] = to_float(above)
+
+
+@jit
+def encode(x, scales, zeros, least, most, codes):  # type: ignore[no-untyped-def]
+    """Integer codes of ``x``."""
+    for g in range(x.shape[0]):
+        scale = scales[g]
+        zero = zeros[g]
+        for i in range(x.shape[1]):
+            code = np.rint(x[g, i] / scale) + zero
+            code = least if code < least else code
+            codes[g, i] = np.int16(most if code > most else code)
+
+
+@jit
+def fake(x, scales, zeros, least, most, out):  # type: ignore[no-untyped-def]
+    """Encode and decode ``x``."""
+    for g in range(x.shape[0]):
+        scale = scales[g]
+        zero = zeros[g]
+        for i in range(x.shape[1]):
+            code = np.rint(x[g, i] / scale) + zero
+            code = least if code < least else code
+            out[g, i] = ((most if code > most else code) - zero) * scale
+
+
+@jit
+def decode(codes, scales, zeros, out):  # type: ignore[no-untyped-def]
+    """Numbers that integer codes stand for."""
+    for g in range(codes.shape[0]):
+        scale = scales[g]
+        zero = zeros[g]
+        for i in range(codes.shape[1]):
+            out[g, i] = (codes[g, i] - zero) * scale
+
+
+@jit
+def look_up(codes, scales, table, out):  # type: ignore[no-untyped-def]
+    """Numbers that codes stand for by a table of 256."""
+    for g in range(codes.shape[0]):
+        scale = scales[g]
+        for i in range(codes.shape[1]):
+            out[g, i] = table[codes[g, i]] * scale

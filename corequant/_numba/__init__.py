@@ -1,6 +1,0 @@
-"""Compiled loops: no checks, no allocation of results, no knowledge of specs.
-
-A kernel reads like its definition. It takes the range of rows to work on, so that the caller
-decides about threads, and contiguous arrays that the caller has checked. Rotations, whose
-definition no compiler turns into good vector code, are generated: see ``docs/kernels.md``.
-"""
