@@ -19,6 +19,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="export all of SmolLM2 to the programs that read it, not only its first blocks",
     )
+    parser.addoption(
+        "--exhaustive",
+        action="store_true",
+        help="go through whole domains of which only a part is tried otherwise",
+    )
 
 
 def asks_for_cuda(config: pytest.Config) -> bool:
