@@ -9,12 +9,13 @@ from corequant.rounding.accumulators import (
 from corequant.rounding.fitting import fit_scales
 from corequant.rounding.gpfq import gpfq
 from corequant.rounding.gptq import gptq
+from corequant.rounding.hessian import Damping
 from corequant.rounding.learned import learned_rounding
 from corequant.rounding.magr import magr
 from corequant.rounding.moments import InputMoments
 from corequant.rounding.nearest import round_to_nearest
 from corequant.rounding.qronos import qronos
-from corequant.rounding.report import Damping, RoundedTensor, RoundingReport, reconstruction_loss
+from corequant.rounding.report import RoundedTensor, RoundingReport, reconstruction_loss
 from corequant.rounding.together import RoundingOptions, round_together
 
 __all__ = [

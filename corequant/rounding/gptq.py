@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from corequant._dispatch import is_elsewhere
 from corequant.rounding.accumulators import AccumulatorSpec
-from corequant.rounding.elsewhere import is_elsewhere, solve_elsewhere
+from corequant.rounding.hessian import Factor, damped_factor, mean_diagonal
+from corequant.rounding.problem import ColumnOptions, Problem, check_damping
 from corequant.rounding.report import RoundedTensor
 from corequant.specs import QuantSpec
-
-if TYPE_CHECKING:
-    from corequant.rounding.hessian import Factor
-    from corequant.rounding.problem import Problem
 
 __all__ = ["gptq"]
 
@@ -112,28 +110,24 @@ def gptq(
     array([[ 2, -3],
            [ 1,  3]], dtype=int8)
     """
-    if is_elsewhere(W):
-        rounded: RoundedTensor = solve_elsewhere("gptq", locals())
-        return rounded
-    from corequant.rounding.hessian import damped_factor, mean_diagonal
-    from corequant.rounding.problem import Problem, check_damping
-
-    problem = Problem.of(
-        W,
-        H,
-        G,
+    options = ColumnOptions(
         spec,
-        act_order=act_order,
-        scales=scales,
-        zero_points=zero_points,
-        global_scale=global_scale,
-        refit=refit,
-        accumulator=accumulator,
-        dtype=dtype,
-        losses=losses,
-        tokens=tokens,
-        name=name,
+        act_order,
+        scales,
+        zero_points,
+        global_scale,
+        refit,
+        accumulator,
+        dtype,
+        losses,
+        tokens,
+        name,
     )
+    if is_elsewhere(W):
+        return options.round_elsewhere(
+            "gptq", W=W, H=H, G=G, correction=correction, damping=damping
+        )
+    problem = Problem.of(W, H, G, options)
     loop = problem.loop
     mean = mean_diagonal(np.diagonal(problem.H).astype(np.float64), problem.dead)
     value = check_damping(damping) * mean

@@ -14,10 +14,10 @@ from corequant._cpu.loops.triangular import factor_and_invert
 from corequant._cpu.threads import for_rows
 from corequant._validation import check_finite, check_floating, check_numpy
 from corequant.errors import HessianError, ShapeError
-from corequant.rounding.report import Damping
 
 __all__ = [
     "SLACK",
+    "Damping",
     "Factor",
     "asymmetric",
     "check_cross_moment",
@@ -257,6 +257,25 @@ def _panels(d: int) -> list[tuple[int, int]]:
 def mean_diagonal(diagonal: Array, dead: npt.NDArray[np.bool_]) -> float:
     """Return the mean of the living columns' H_jj; 1 where there is none."""
     return 1.0 if dead.all() else float(diagonal[~dead].mean(dtype=np.float64))
+
+
+@dataclass(frozen=True)
+class Damping:
+    """What was added to the diagonal of H.
+
+    Attributes
+    ----------
+    value : float
+        The number added.
+    relative : float
+        The same, divided by the mean of the diagonal.
+    tries : int
+        How many factorizations it took: 1 unless H was not positive definite enough.
+    """
+
+    value: float
+    relative: float
+    tries: int
 
 
 def damped_factor(

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from corequant._dispatch import is_elsewhere
 from corequant.rounding.accumulators import AccumulatorSpec
-from corequant.rounding.elsewhere import is_elsewhere, solve_elsewhere
+from corequant.rounding.hessian import damped_factor, largest_eigenvalue
+from corequant.rounding.problem import ColumnOptions, Problem, check_damping, moment_gap
 from corequant.rounding.report import RoundedTensor
 from corequant.specs import QuantSpec
 
@@ -86,30 +88,24 @@ def qronos(
     array([[ 2, -3],
            [-1,  3]], dtype=int8)
     """
+    options = ColumnOptions(
+        spec,
+        act_order,
+        scales,
+        zero_points,
+        global_scale,
+        refit,
+        accumulator,
+        dtype,
+        losses,
+        tokens,
+        name,
+    )
     if is_elsewhere(W):
-        rounded: RoundedTensor = solve_elsewhere("qronos", locals())
-        return rounded
-    from corequant.rounding.hessian import damped_factor, largest_eigenvalue
-    from corequant.rounding.problem import Problem, check_damping, moment_gap
-
+        return options.round_elsewhere("qronos", W=W, H=H, G=G, damping=damping)
     if G is None:
         raise TypeError("G must be a numpy.ndarray, got None; use gptq without it")
-    problem = Problem.of(
-        W,
-        H,
-        G,
-        spec,
-        act_order=act_order,
-        scales=scales,
-        zero_points=zero_points,
-        global_scale=global_scale,
-        refit=refit,
-        accumulator=accumulator,
-        dtype=dtype,
-        losses=losses,
-        tokens=tokens,
-        name=name,
-    )
+    problem = Problem.of(W, H, G, options)
     loop = problem.loop
     value = check_damping(damping) * largest_eigenvalue(problem.H)
     gap = moment_gap(problem, problem.W)

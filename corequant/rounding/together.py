@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from corequant._dispatch import is_elsewhere
 from corequant._validation import check_index, check_matrix
 from corequant.errors import ShapeError, SpecError
 from corequant.quantization import QuantizedTensor, as_spec, dequantize, quantize
 from corequant.rounding.accumulators import AccumulatorSpec
-from corequant.rounding.elsewhere import is_elsewhere
 from corequant.rounding.fitting import check_fitted, fit_scales
 from corequant.rounding.hessian import check_cross_moment, check_hessian
 from corequant.rounding.nearest import round_to_nearest

@@ -13,7 +13,7 @@ from corequant.errors import NonFiniteError, ShapeError
 from corequant.protocols import Backend
 from corequant.quantization import QuantizedTensor
 from corequant.rounding import hessian
-from corequant.rounding.report import Damping
+from corequant.rounding.hessian import Damping
 from corequant.rounding.shrinkage import (
     ENOUGH,
     LEAST_CHANNELS,
