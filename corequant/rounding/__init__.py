@@ -12,11 +12,12 @@ from corequant.rounding.gptq import gptq
 from corequant.rounding.hessian import Damping
 from corequant.rounding.learned import learned_rounding
 from corequant.rounding.magr import magr
+from corequant.rounding.methods import RoundingMethod, RoundingOptions, rounding_methods
 from corequant.rounding.moments import InputMoments
 from corequant.rounding.nearest import round_to_nearest
 from corequant.rounding.qronos import qronos
 from corequant.rounding.report import RoundedTensor, RoundingReport, reconstruction_loss
-from corequant.rounding.together import RoundingOptions, round_together
+from corequant.rounding.together import round_together
 
 __all__ = [
     "AccumulatorSpec",
@@ -24,6 +25,7 @@ __all__ = [
     "Damping",
     "InputMoments",
     "RoundedTensor",
+    "RoundingMethod",
     "RoundingOptions",
     "RoundingReport",
     "certify",
@@ -37,4 +39,5 @@ __all__ = [
     "reconstruction_loss",
     "round_to_nearest",
     "round_together",
+    "rounding_methods",
 ]

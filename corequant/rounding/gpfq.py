@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from corequant._dispatch import is_elsewhere
 from corequant.rounding.accumulators import AccumulatorSpec
+from corequant.rounding.methods import RoundingMethod
 from corequant.rounding.problem import ColumnOptions, Problem
 from corequant.rounding.report import RoundedTensor
 from corequant.specs import QuantSpec
@@ -85,19 +87,8 @@ def gpfq(
     """
     if isinstance(accumulator, AccumulatorSpec):
         accumulator = replace(accumulator, diffuse=True)
-    options = ColumnOptions(
-        spec,
-        act_order,
-        scales,
-        zero_points,
-        global_scale,
-        refit,
-        accumulator,
-        dtype,
-        losses,
-        tokens,
-        name,
-    )
+    quantizer = spec, scales, zero_points, global_scale
+    options = ColumnOptions(*quantizer, act_order, refit, accumulator, dtype, losses, tokens, name)
     if is_elsewhere(W):
         return options.round_elsewhere("gpfq", W=W, H=H, G=G)
     if G is None:
@@ -123,3 +114,8 @@ def gpfq(
         return sums, mixing, None
 
     return problem.solve("gpfq", centers * ratio, centers, pull, None)
+
+
+METHOD = RoundingMethod(
+    "gpfq", partial(gpfq, losses=False), ("act_order", "refit", "accumulator"), needs_cross=True
+)

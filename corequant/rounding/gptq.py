@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 from corequant._dispatch import is_elsewhere
 from corequant.rounding.accumulators import AccumulatorSpec
 from corequant.rounding.hessian import Factor, damped_factor, mean_diagonal
+from corequant.rounding.methods import RoundingMethod
 from corequant.rounding.problem import ColumnOptions, Problem, check_damping
 from corequant.rounding.report import RoundedTensor
 from corequant.specs import QuantSpec
@@ -110,19 +112,8 @@ def gptq(
     array([[ 2, -3],
            [ 1,  3]], dtype=int8)
     """
-    options = ColumnOptions(
-        spec,
-        act_order,
-        scales,
-        zero_points,
-        global_scale,
-        refit,
-        accumulator,
-        dtype,
-        losses,
-        tokens,
-        name,
-    )
+    quantizer = spec, scales, zero_points, global_scale
+    options = ColumnOptions(*quantizer, act_order, refit, accumulator, dtype, losses, tokens, name)
     if is_elsewhere(W):
         return options.round_elsewhere(
             "gptq", W=W, H=H, G=G, correction=correction, damping=damping
@@ -150,3 +141,10 @@ def _echo(problem: Problem, factor: Factor, strength: float) -> Array:
     at = np.ix_(order, order)
     gap = (problem.G[at].astype(dtype) - problem.H[at]).astype(dtype, copy=False)
     return np.tril(factor.forward(gap * dtype.type(strength)), -1)
+
+
+METHOD = RoundingMethod(
+    "gptq",
+    partial(gptq, losses=False),
+    ("damping", "correction", "act_order", "refit", "accumulator"),
+)

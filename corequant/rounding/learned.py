@@ -13,6 +13,7 @@ from corequant._validation import check_index, check_matrix, check_number
 from corequant.quantization import as_spec, dequantize
 from corequant.rounding.hessian import check_cross_moment, check_hessian
 from corequant.rounding.loop import Scales, column_grid
+from corequant.rounding.methods import RoundingMethod
 from corequant.rounding.problem import working_dtype
 from corequant.rounding.report import RoundedTensor, RoundingReport, loss_of
 from corequant.rounding.shrinkage import check_tokens, shrunk
@@ -289,3 +290,8 @@ class Descent:
             shift -= self.rate * (1 - t / steps) * xp.sign(gradient)
             xp.clip(shift, -0.5, 0.5, out=shift)
         search.keep(xp.where(share + shift > 0.5, search.high, search.low))
+
+
+METHOD = RoundingMethod(
+    "learned", learned_rounding, ("steps",), needs_cross=True, default_cross=True
+)

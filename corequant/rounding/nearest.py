@@ -9,6 +9,7 @@ import numpy as np
 from corequant._dispatch import is_elsewhere, round_elsewhere
 from corequant._validation import check_matrix
 from corequant.quantization import as_spec, quantize
+from corequant.rounding.methods import RoundingMethod
 from corequant.rounding.report import RoundedTensor, RoundingReport, reconstruction_loss
 from corequant.specs import QuantSpec
 
@@ -68,3 +69,6 @@ def round_to_nearest(
         dead = tuple(int(j) for j in np.flatnonzero(np.diagonal(H) == 0))
         report = RoundingReport("nearest", name, loss, loss, dead_columns=dead)
     return RoundedTensor.of(quantized, report)
+
+
+METHOD = RoundingMethod("nearest", None, needs_moments=False)

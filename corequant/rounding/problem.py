@@ -34,10 +34,10 @@ class ColumnOptions:
     """Arguments that ``gptq``, ``gpfq`` and ``qronos`` share, as they were given."""
 
     spec: QuantSpec | str
-    act_order: bool
     scales: Any
     zero_points: Any
     global_scale: Any
+    act_order: bool
     refit: bool
     accumulator: AccumulatorSpec | None
     dtype: Any
