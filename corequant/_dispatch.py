@@ -15,9 +15,17 @@ import numpy as np
 from corequant._cpu.backend import NumpyBackend
 from corequant._validation import check_writeable, is_plain_type
 from corequant.errors import BackendError, ShapeError
-from corequant.protocols import Backend
+from corequant.protocols import Backend, ColumnSolver
 
-__all__ = ["available_backends", "backend_for", "check_out", "get_backend", "owner_of"]
+__all__ = [
+    "available_backends",
+    "backend_for",
+    "check_out",
+    "get_backend",
+    "is_elsewhere",
+    "owner_of",
+    "round_elsewhere",
+]
 
 _GROUP = "corequant.backends"
 _EXTRAS = {"torch": "torch"}
@@ -156,3 +164,39 @@ def check_out(x: Any, out: Any, dtype: Any = None) -> None:
 
 def _kind(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def is_elsewhere(W: Any) -> bool:
+    """Return whether ``W`` is an array of another backend than NumPy's."""
+    return not isinstance(W, np.ndarray) and _is_array(W)
+
+
+def round_elsewhere(method: str, **arguments: Any) -> Any:
+    """Return the result of a rounding function on arrays of another backend.
+
+    Parameters
+    ----------
+    method : str
+        The public function's name.
+    **arguments
+        All of its arguments, by name.
+
+    Raises
+    ------
+    BackendError
+        If that backend has no adaptive rounding, or the arrays are on several devices.
+    TypeError
+        If the arrays belong to several backends, or to none.
+    """
+    arrays = {n: a for n, a in arguments.items() if _is_array(a) and len(a.shape)}
+    backend: Any = backend_for(**arrays)
+    if not isinstance(backend, ColumnSolver):
+        raise BackendError(
+            f"{method} must have a backend with round_columns, got arrays of {backend.name!r}, "
+            "which has none; convert them to NumPy's"
+        )
+    return backend.round_columns(method, **arguments)
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")

@@ -400,10 +400,14 @@ def find_format(text: str) -> NumberFormat:
         except ValueError:
             raise SpecError(f"a codebook lists numbers between commas, got {text!r}") from None
         return NumberFormat.codebook(numbers)
-    near = difflib.get_close_matches(text, formats, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     raise SpecError(
         f"unknown format {text!r}, expected int2 to int8, uint2 to uint8, eXmY of 3 to 8 bits "
         f"(eXmYbZ with bias Z), a name of ml_dtypes such as float8_e4m3fn, nf4 or "
-        f"codebook(...){hint}"
+        f"codebook(...){suggestion(text, formats)}"
     )
+
+
+def suggestion(word: str, known: Iterable[str], what: str = "") -> str:
+    """Return the end of an error message: the known words that are near, if any."""
+    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {what}{' or '.join(map(repr, near))}?" if near else ""

@@ -10,25 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from corequant._validation import check_index
 from corequant.errors import AccumulatorError, RecipeError, SpecError
+from corequant.rounding.accumulators import AccumulatorSpec, check_tile
+from corequant.rounding.methods import RoundingOptions, rounding_methods
+from corequant.selection import METHODS
 from corequant.specs import Granularity, QuantSpec
-
-if TYPE_CHECKING:
-    from corequant.rounding.accumulators import AccumulatorSpec
-    from corequant.rounding.together import RoundingOptions
 
 __all__ = ["FACTORS", "PERMUTATIONS", "REFERENCES", "ROTATIONS", "ROUNDINGS", "Recipe"]
 
-PERMUTATIONS = (
-    "identity",
-    "massdiff",
-    "zigzag",
-    "absmax",
-    "random",
-    "energy",
-    "energydiff",
-    "rangediff",
-    "auto",
-)
+PERMUTATIONS = (*METHODS, "auto")
 """Names that ``Recipe.permutation`` takes."""
 
 FACTORS = ("none", "signs", "scales")
@@ -40,13 +29,8 @@ ROTATIONS = ("merged", "online", "offline")
 REFERENCES = ("block", "model")
 """Names that ``Recipe.reference`` takes."""
 
-ROUNDINGS = ("nearest", "gptq", "gpfq", "qronos", "learned")
+ROUNDINGS = tuple(rounding_methods())
 """Names that ``Recipe.rounding`` takes."""
-
-_WEIGHT_ONLY_DAMPING = 1e-4
-"""1e-6 was published; that gives SmolLM2 perplexities of 153 and 247 at 2 bits (two draws of
-samples) where 1e-4 gives 72 and 105; 23.73 and 23.72 where it gives 23.72 and 23.86 at 3 bits; and
-19.11 where it gives 19.09 at 4."""
 
 _LEAST = {"samples": 1, "sequence_length": 2, "seed": 0, "steps": 0, "sign_trials": 1}
 _WEIGHTS = QuantSpec.parse("int4:channel:symmetric:mse")
@@ -283,11 +267,9 @@ class Recipe:
 
     def rounding_options(self) -> RoundingOptions:
         """Return how weights are rounded, for ``round_together``."""
-        from corequant.rounding.together import RoundingOptions
-
         damping = self.damping
-        if damping is None and self.rounding == "qronos" and self.activations is None:
-            damping = _WEIGHT_ONLY_DAMPING
+        if damping is None and self.activations is None:
+            damping = rounding_methods()[self.rounding].weight_only_damping
         try:
             options = RoundingOptions(
                 self.rounding,
@@ -308,8 +290,6 @@ class Recipe:
         return options
 
     def _accumulator(self) -> AccumulatorSpec | None:
-        from corequant.rounding.accumulators import AccumulatorSpec, check_tile
-
         if self.accumulator is None:
             return None
         found = re.fullmatch(r"(?:([1-9]\d*)[x×])?([1-9]\d*)", str(self.accumulator).strip())

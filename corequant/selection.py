@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,8 +30,11 @@ from corequant.specs import QuantSpec
 
 __all__ = [
     "METHODS",
+    "Channels",
+    "PermutationMethod",
     "Selection",
     "make_permutation",
+    "permutation_needs",
     "rotation_error",
     "select_permutation",
     "select_scales",
@@ -37,22 +42,112 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 
-METHODS = (
-    "identity",
-    "massdiff",
-    "zigzag",
-    "absmax",
-    "random",
-    "energy",
-    "energydiff",
-    "rangediff",
-)
-"""Names of the permutations that can be made from statistics."""
-
-_CANDIDATES = ("identity", "massdiff", "zigzag", "energy", "energydiff", "rangediff")
-
 _SEARCH_TOKENS = 512
 """Tokens that the range search sees: more cost time and gained nothing measurable."""
+
+
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """Channels to be permuted among themselves, and what is known of them.
+
+    Attributes
+    ----------
+    statistics : ActivationStats
+        Of all channels.
+    part : slice
+        The channels.
+    block_size : int
+    symmetric : bool
+        Whether the quantizer has no zero point.
+    generator : numpy.random.Generator
+    energies : numpy.ndarray (d, d), optional
+        ``statistics.energy_gram``, for methods that need it.
+    """
+
+    statistics: ActivationStats
+    part: slice
+    block_size: int
+    symmetric: bool
+    generator: np.random.Generator
+    energies: Array | None
+
+    @property
+    def width(self) -> int:
+        """Number of the channels."""
+        return int(self.part.stop - self.part.start)
+
+    @property
+    def energy_gram(self) -> Array:
+        """Energy Gram matrix (width, width) of the channels."""
+        assert self.energies is not None
+        return self.energies[self.part, self.part]
+
+
+@dataclass(frozen=True)
+class PermutationMethod:
+    """A way to make a permutation from statistics.
+
+    Attributes
+    ----------
+    name : str
+    make : callable
+        Returns the permutation of ``Channels``, counted from the first of them.
+    needs : tuple of str
+        Of ``"energy_gram"`` and ``"tokens"``: statistics that aren't always collected.
+    is_candidate : bool
+        Whether ``select_permutation`` tries it.
+    """
+
+    name: str
+    make: Callable[[Channels], npt.NDArray[np.int64]]
+    needs: tuple[str, ...] = ()
+    is_candidate: bool = True
+
+
+def _rangediff(c: Channels) -> npt.NDArray[np.int64]:
+    tokens = c.statistics.tokens[:_SEARCH_TOKENS, c.part]
+    _check_tokens("statistics.tokens", tokens)
+    start = energydiff(c.energy_gram, c.block_size)
+    return rangediff(tokens, c.block_size, start=start, symmetric=c.symmetric, seed=c.generator)
+
+
+_ROWS = (
+    PermutationMethod("identity", lambda c: identity_permutation(c.width)),
+    PermutationMethod("massdiff", lambda c: massdiff(c.statistics.mean_abs[c.part], c.block_size)),
+    PermutationMethod("zigzag", lambda c: zigzag(c.statistics.absmax[c.part], c.block_size)),
+    PermutationMethod(
+        "absmax", lambda c: absmax(c.statistics.absmax[c.part], c.block_size), is_candidate=False
+    ),
+    PermutationMethod(
+        "random", lambda c: random_permutation(c.width, c.generator), is_candidate=False
+    ),
+    PermutationMethod(
+        "energy",
+        lambda c: massdiff(c.statistics.mean_energy[c.part], c.block_size),
+        ("energy_gram",),
+    ),
+    PermutationMethod(
+        "energydiff", lambda c: energydiff(c.energy_gram, c.block_size), ("energy_gram",)
+    ),
+    PermutationMethod("rangediff", _rangediff, ("energy_gram", "tokens")),
+)
+METHODS: Mapping[str, PermutationMethod] = MappingProxyType({row.name: row for row in _ROWS})
+"""Permutations that can be made from statistics, by name (read-only): a row each."""
+
+
+def permutation_needs(name: str) -> frozenset[str]:
+    """Return what the permutation of a name needs; ``auto`` needs what all candidates do.
+
+    Examples
+    --------
+    >>> from corequant.selection import permutation_needs
+    >>> permutation_needs("massdiff"), sorted(permutation_needs("auto"))
+    (frozenset(), ['energy_gram', 'tokens'])
+    """
+    if name != "auto":
+        return frozenset(METHODS[name].needs)
+    rows = [row for row in METHODS.values() if row.is_candidate]
+    return frozenset({"tokens"}.union(*(row.needs for row in rows)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,9 +225,9 @@ def make_permutation(
     Parameters
     ----------
     method : str
-        One of ``METHODS``.
+        A key of ``METHODS``.
     statistics : ActivationStats
-        With what the method needs: ``energy_gram``, for ``rangediff`` a ``reservoir`` too.
+        With what the method needs, see ``permutation_needs``; tokens come from a ``reservoir``.
     block_size : int
         Must divide the channels of a head.
     symmetric : bool
@@ -164,33 +259,14 @@ def make_permutation(
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     generator = check_generator("seed", seed)
-    parts = [slice(k * d // heads, (k + 1) * d // heads) for k in range(heads)]
-    width = d // heads
+    row = METHODS[method]
     # The whole matrix is scaled by the number of tokens when it is asked for: once is enough.
-    energies = statistics.energy_gram if method in ("energydiff", "rangediff") else None
+    energies = statistics.energy_gram if "energy_gram" in row.needs else None
     made = []
-    for part in parts:
-        match method:
-            case "identity":
-                p = identity_permutation(width)
-            case "massdiff":
-                p = massdiff(statistics.mean_abs[part], block_size)
-            case "zigzag":
-                p = zigzag(statistics.absmax[part], block_size)
-            case "absmax":
-                p = absmax(statistics.absmax[part], block_size)
-            case "random":
-                p = random_permutation(width, generator)
-            case "energy":
-                p = massdiff(statistics.mean_energy[part], block_size)
-            case _:
-                assert energies is not None
-                p = energydiff(energies[part, part], block_size)
-        if method == "rangediff":
-            tokens = statistics.tokens[:_SEARCH_TOKENS, part]
-            _check_tokens("statistics.tokens", tokens)
-            p = rangediff(tokens, block_size, start=p, symmetric=symmetric, seed=generator)
-        made.append(p + part.start)
+    for k in range(heads):
+        part = slice(k * d // heads, (k + 1) * d // heads)
+        channels = Channels(statistics, part, block_size, symmetric, generator, energies)
+        made.append(row.make(channels) + part.start)
     return np.concatenate(made)
 
 
@@ -245,7 +321,8 @@ def select_permutation(
         name: make_permutation(
             name, statistics, block_size, symmetric=spec.symmetric, heads=heads, seed=seed
         )
-        for name in _CANDIDATES
+        for name, row in METHODS.items()
+        if row.is_candidate
     }
     errors = {
         name: rotation_error(held_out, block_size, spec, permutation=p) for name, p in made.items()

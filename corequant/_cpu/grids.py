@@ -36,13 +36,9 @@ __all__ = [
 Array = npt.NDArray[Any]
 
 _SCALES = {
-    ScaleFormat.FLOAT16: NumberFormat(
-        "float16", 16, FormatKind.FLOAT, True, 5, 10, 15, Specials.IEEE
-    ),
-    ScaleFormat.BFLOAT16: NumberFormat(
-        "bfloat16", 16, FormatKind.FLOAT, True, 8, 7, 127, Specials.IEEE
-    ),
-    ScaleFormat.E4M3: formats["float8_e4m3fn"],
+    kind: kind.numbers
+    for kind in ScaleFormat
+    if kind.numbers and kind.numbers.kind is FormatKind.FLOAT
 }
 
 

@@ -9,13 +9,15 @@ from corequant.rounding.accumulators import (
 from corequant.rounding.fitting import fit_scales
 from corequant.rounding.gpfq import gpfq
 from corequant.rounding.gptq import gptq
+from corequant.rounding.hessian import Damping
 from corequant.rounding.learned import learned_rounding
 from corequant.rounding.magr import magr
+from corequant.rounding.methods import RoundingMethod, RoundingOptions, rounding_methods
 from corequant.rounding.moments import InputMoments
 from corequant.rounding.nearest import round_to_nearest
 from corequant.rounding.qronos import qronos
-from corequant.rounding.report import Damping, RoundedTensor, RoundingReport, reconstruction_loss
-from corequant.rounding.together import RoundingOptions, round_together
+from corequant.rounding.report import RoundedTensor, RoundingReport, reconstruction_loss
+from corequant.rounding.together import round_together
 
 __all__ = [
     "AccumulatorSpec",
@@ -23,6 +25,7 @@ __all__ = [
     "Damping",
     "InputMoments",
     "RoundedTensor",
+    "RoundingMethod",
     "RoundingOptions",
     "RoundingReport",
     "certify",
@@ -36,4 +39,5 @@ __all__ = [
     "reconstruction_loss",
     "round_to_nearest",
     "round_together",
+    "rounding_methods",
 ]

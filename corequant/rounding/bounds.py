@@ -1,8 +1,7 @@
-"""The running state of an accumulator's bounds while columns are rounded."""
+"""The bounds of an accumulator, before any column is rounded."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,58 +12,41 @@ from corequant._cpu.threads import for_rows
 from corequant.exact import integer_unit
 from corequant.formats import FormatKind
 from corequant.rounding.accumulators import AccumulatorSpec, check_tile
-from corequant.rounding.columns import Scales
+from corequant.rounding.loop import Budget, Scales
 
-__all__ = ["Budget"]
+__all__ = ["budget_for"]
 
 Array = npt.NDArray[Any]
 
 
-@dataclass(frozen=True, eq=False)
-class Budget:
-    """Limits, soft thresholds and sums of each tile of each row."""
+def budget_for(
+    accumulator: AccumulatorSpec, W: Array, scales: Scales, dtype: np.dtype[Any]
+) -> Budget:
+    """Return fresh bounds for W, whose columns are in their own order."""
+    rows, d = W.shape
+    tile = min(accumulator.tile or d, max(1, d))
+    check_tile(accumulator, tile, scales.spec)
+    low, high = accumulator.range
+    form = scales.spec.format
+    unit = 1.0 if form.kind is FormatKind.INTEGER else integer_unit(form)
+    limits = Limits(float(accumulator.limit), float(low), float(high), unit, accumulator.diffuse)
+    count = -(-d // tile)
+    shrink = np.zeros((rows, count))
+    radius = 2.0 * accumulator.limit / (high - low)
+    steps, _ = scales.steps(rows, dtype)
+    most = max(-form.minimum, form.maximum) / integer_unit(form)
+    for t in range(count):
+        columns = slice(t * tile, min((t + 1) * tile, d))
+        step = steps[:, t * tile // scales.group, None]
+        weights = W[:, columns].astype(np.float64) / (step.astype(np.float64) * unit)
+        if scales.spec.symmetric:
+            weights = np.clip(weights, -most, most)
+        part = np.empty(rows)
 
-    limits: Limits
-    tile: int
-    shrink: Array
-    positive: Array
-    negative: Array
+        def work(first: int, last: int, w: Array = weights, out: Array = part) -> None:
+            shrink_thresholds(first, last, w, radius, out)
 
-    @classmethod
-    def of(
-        cls, accumulator: AccumulatorSpec | None, W: Array, scales: Scales, dtype: np.dtype[Any]
-    ) -> Budget:
-        """Return fresh bounds for W, whose columns are in their own order."""
-        rows, d = W.shape
-        if accumulator is None:
-            none = np.zeros((1, 1))
-            limits = Limits(0.0, 0.0, 1.0, 1.0, True)
-            return cls(limits, max(1, d), none.astype(dtype), none, none)
-        tile = min(accumulator.tile or d, max(1, d))
-        check_tile(accumulator, tile, scales.spec)
-        low, high = accumulator.range
-        form = scales.spec.format
-        unit = 1.0 if form.kind is FormatKind.INTEGER else integer_unit(form)
-        limits = Limits(
-            float(accumulator.limit), float(low), float(high), unit, accumulator.diffuse
-        )
-        count = -(-d // tile)
-        shrink = np.zeros((rows, count))
-        radius = 2.0 * accumulator.limit / (high - low)
-        steps, _ = scales.steps(rows, dtype)
-        most = max(-form.minimum, form.maximum) / integer_unit(form)
-        for t in range(count):
-            columns = slice(t * tile, min((t + 1) * tile, d))
-            step = steps[:, t * tile // scales.group, None]
-            weights = W[:, columns].astype(np.float64) / (step.astype(np.float64) * unit)
-            if scales.spec.symmetric:
-                weights = np.clip(weights, -most, most)
-            part = np.empty(rows)
-
-            def work(first: int, last: int, w: Array = weights, out: Array = part) -> None:
-                shrink_thresholds(first, last, w, radius, out)
-
-            for_rows(rows, 8 * weights.shape[1], work)
-            shrink[:, t] = part * unit
-        sums = np.zeros((2, rows, count))
-        return cls(limits, tile, shrink.astype(dtype), sums[0], sums[1])
+        for_rows(rows, 8 * weights.shape[1], work)
+        shrink[:, t] = part * unit
+    sums = np.zeros((2, rows, count))
+    return Budget(limits, tile, shrink.astype(dtype), sums[0], sums[1], accumulator)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from corequant._dispatch import is_elsewhere, round_elsewhere
 from corequant._validation import check_index, check_matrix
 from corequant.errors import SpecError
 from corequant.quantization import QuantizedTensor, as_spec, dequantize, quantize
-from corequant.rounding.elsewhere import is_elsewhere, solve_elsewhere
 from corequant.rounding.hessian import check_hessian
 from corequant.specs import Granularity, QuantSpec, ScaleFormat
 
@@ -81,7 +81,7 @@ def fit_scales(W: Any, H: Any, spec: QuantSpec | str, *, rank: int = 8) -> Quant
     True
     """
     if is_elsewhere(W):
-        fitted: QuantizedTensor = solve_elsewhere("fit_scales", locals())
+        fitted: QuantizedTensor = round_elsewhere("fit_scales", W=W, H=H, spec=spec, rank=rank)
         return fitted
     spec = check_fitted(spec)
     W = check_matrix("W", W)

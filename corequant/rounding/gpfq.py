@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from corequant._dispatch import is_elsewhere
 from corequant.rounding.accumulators import AccumulatorSpec
-from corequant.rounding.elsewhere import is_elsewhere, solve_elsewhere
+from corequant.rounding.methods import RoundingMethod
+from corequant.rounding.problem import ColumnOptions, Problem
 from corequant.rounding.report import RoundedTensor
 from corequant.specs import QuantSpec
 
@@ -84,29 +87,13 @@ def gpfq(
     """
     if isinstance(accumulator, AccumulatorSpec):
         accumulator = replace(accumulator, diffuse=True)
+    quantizer = spec, scales, zero_points, global_scale
+    options = ColumnOptions(*quantizer, act_order, refit, accumulator, dtype, losses, tokens, name)
     if is_elsewhere(W):
-        rounded: RoundedTensor = solve_elsewhere("gpfq", locals())
-        return rounded
-    from corequant.rounding.problem import Problem
-
+        return options.round_elsewhere("gpfq", W=W, H=H, G=G)
     if G is None:
         raise TypeError("G must be a numpy.ndarray, got None; pass H where inputs don't differ")
-    problem = Problem.of(
-        W,
-        H,
-        G,
-        spec,
-        act_order=act_order,
-        scales=scales,
-        zero_points=zero_points,
-        global_scale=global_scale,
-        refit=refit,
-        accumulator=accumulator,
-        dtype=dtype,
-        losses=losses,
-        tokens=tokens,
-        name=name,
-    )
+    problem = Problem.of(W, H, G, options)
     assert problem.G is not None
     order, dtype, cross, gram = problem.loop.order, problem.loop.dtype, problem.G, problem.H
     dead = problem.dead[order]
@@ -127,3 +114,8 @@ def gpfq(
         return sums, mixing, None
 
     return problem.solve("gpfq", centers * ratio, centers, pull, None)
+
+
+METHOD = RoundingMethod(
+    "gpfq", partial(gpfq, losses=False), ("act_order", "refit", "accumulator"), needs_cross=True
+)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from corequant._dispatch import is_elsewhere
 from corequant.rounding.accumulators import AccumulatorSpec
-from corequant.rounding.elsewhere import is_elsewhere, solve_elsewhere
+from corequant.rounding.hessian import Factor, damped_factor, mean_diagonal
+from corequant.rounding.methods import RoundingMethod
+from corequant.rounding.problem import ColumnOptions, Problem, check_damping
 from corequant.rounding.report import RoundedTensor
 from corequant.specs import QuantSpec
-
-if TYPE_CHECKING:
-    from corequant.rounding.hessian import Factor
-    from corequant.rounding.problem import Problem
 
 __all__ = ["gptq"]
 
@@ -112,28 +112,13 @@ def gptq(
     array([[ 2, -3],
            [ 1,  3]], dtype=int8)
     """
+    quantizer = spec, scales, zero_points, global_scale
+    options = ColumnOptions(*quantizer, act_order, refit, accumulator, dtype, losses, tokens, name)
     if is_elsewhere(W):
-        rounded: RoundedTensor = solve_elsewhere("gptq", locals())
-        return rounded
-    from corequant.rounding.hessian import damped_factor, mean_diagonal
-    from corequant.rounding.problem import Problem, check_damping
-
-    problem = Problem.of(
-        W,
-        H,
-        G,
-        spec,
-        act_order=act_order,
-        scales=scales,
-        zero_points=zero_points,
-        global_scale=global_scale,
-        refit=refit,
-        accumulator=accumulator,
-        dtype=dtype,
-        losses=losses,
-        tokens=tokens,
-        name=name,
-    )
+        return options.round_elsewhere(
+            "gptq", W=W, H=H, G=G, correction=correction, damping=damping
+        )
+    problem = Problem.of(W, H, G, options)
     loop = problem.loop
     mean = mean_diagonal(np.diagonal(problem.H).astype(np.float64), problem.dead)
     value = check_damping(damping) * mean
@@ -156,3 +141,10 @@ def _echo(problem: Problem, factor: Factor, strength: float) -> Array:
     at = np.ix_(order, order)
     gap = (problem.G[at].astype(dtype) - problem.H[at]).astype(dtype, copy=False)
     return np.tril(factor.forward(gap * dtype.type(strength)), -1)
+
+
+METHOD = RoundingMethod(
+    "gptq",
+    partial(gptq, losses=False),
+    ("damping", "correction", "act_order", "refit", "accumulator"),
+)

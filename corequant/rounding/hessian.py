@@ -14,10 +14,10 @@ from corequant._cpu.loops.triangular import factor_and_invert
 from corequant._cpu.threads import for_rows
 from corequant._validation import check_finite, check_floating, check_numpy
 from corequant.errors import HessianError, ShapeError
-from corequant.rounding.report import Damping
 
 __all__ = [
     "SLACK",
+    "Damping",
     "Factor",
     "asymmetric",
     "check_cross_moment",
@@ -27,6 +27,7 @@ __all__ = [
     "damped_factor",
     "foreign",
     "indefinite",
+    "lanczos",
     "largest_eigenvalue",
     "mean_diagonal",
     "misshapen",
@@ -39,6 +40,9 @@ _PANEL = 128
 SLACK = 1e-3
 """Largest asymmetry allowed, relative to the geometric mean of two diagonal entries; sums of
 float32 products taken in another order differ by less than 1e-4 of it."""
+
+_LEAST_STEPS, _MOST_STEPS, _TOLERANCE = 12, 48, 1e-4
+"""Steps of Lanczos' method, and the relative change with which it ends."""
 
 
 def check_hessian(H: Any, d: int, name: str) -> Array:
@@ -148,61 +152,50 @@ def column_order_within(score: Array) -> Array:
 
 
 def largest_eigenvalue(H: Array) -> float:
-    """Return the largest eigenvalue of a positive semidefinite H, to about 1e-4 of itself.
-
-    By Lanczos' method, all vectors kept orthogonal. The first one has something of every
-    direction: row sums alone can be orthogonal to the eigenvector that is looked for.
-    """
+    """Return the largest eigenvalue of a positive semidefinite H, to about 1e-4 of itself."""
     if not H.any():
         return 0.0
-    largest = float(np.abs(H).max())
-    vector = np.abs(H).sum(1, dtype=np.float64) / largest
-    vector = lanczos_start(vector / np.linalg.norm(vector))
-    basis = np.empty((0, len(H)))
-    found = Ritz()
-    while len(basis) < len(H):
+    sums = np.abs(H).sum(1, dtype=np.float64) / float(np.abs(H).max())
+    return lanczos(lambda v: (H @ v.astype(H.dtype)).astype(np.float64), sums)
+
+
+def lanczos(product: Callable[[Array], Array], sums: Array) -> float:
+    """Return the largest eigenvalue of a matrix by Lanczos' method with full orthogonalization.
+
+    Not ``scipy.sparse.linalg.eigsh``: where eigenvalues are equal, ARPACK restarts from vectors
+    that differ from call to call, and it takes nearly as long.
+
+    Parameters
+    ----------
+    product : callable
+        Returns ``H v`` of a vector v (d,), float64; H is positive semidefinite and not zero.
+    sums : numpy.ndarray (d,), float64
+        Proportional to the row sums of |H|. The first vector is half-way between them and a random
+        direction, since sums alone can be orthogonal to the eigenvector.
+    """
+    from scipy.linalg import eigvalsh_tridiagonal
+
+    drawn = np.random.default_rng(0).standard_normal(len(sums))
+    vector = sums / np.linalg.norm(sums) + drawn / np.linalg.norm(drawn)
+    vector = vector / np.linalg.norm(vector)
+    basis, largest = np.empty((0, len(sums))), 0.0
+    diagonal: list[float] = []
+    beside: list[float] = []
+    while len(basis) < min(len(sums), _MOST_STEPS):
         basis = np.vstack([basis, vector])
-        product = (H @ vector.astype(H.dtype)).astype(np.float64)
-        along = float(vector @ product)
+        image = product(vector)
+        diagonal.append(float(vector @ image))
         for _ in range(2):
-            product -= basis.T @ (basis @ product)
-        if found.settled(along, rest := float(np.linalg.norm(product))):
+            image -= basis.T @ (basis @ image)
+        found = eigvalsh_tridiagonal(np.array(diagonal), np.array(beside))
+        before, largest = largest, float(found[-1])
+        rest = float(np.linalg.norm(image))
+        settled = len(basis) >= _LEAST_STEPS and largest - before <= _TOLERANCE * largest
+        if settled or rest <= 1e-12 * abs(largest):
             break
-        vector = product / rest
-    return found.largest
-
-
-def lanczos_start(vector: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the direction half-way to one that is drawn with a seed of its own."""
-    drawn = np.random.default_rng(0).standard_normal(len(vector))
-    mixed = vector + drawn / np.linalg.norm(drawn)
-    normalized: npt.NDArray[np.float64] = mixed / np.linalg.norm(mixed)
-    return normalized
-
-
-class Ritz:
-    """The small matrix of Lanczos' method, tridiagonal, and its largest eigenvalue."""
-
-    _LEAST, _MOST, _TOLERANCE = 12, 48, 1e-4
-
-    def __init__(self) -> None:
-        self.diagonal: list[float] = []
-        self.beside: list[float] = []
-        self.largest = 0.0
-
-    def settled(self, along: float, rest: float) -> bool:
-        """Add a vector's part along itself and what is left; tell whether that was enough."""
-        from scipy.linalg import eigvalsh_tridiagonal
-
-        self.diagonal.append(along)
-        before, self.largest = (
-            self.largest,
-            float(eigvalsh_tridiagonal(np.array(self.diagonal), np.array(self.beside))[-1]),
-        )
-        self.beside.append(rest)
-        steps = len(self.diagonal)
-        still = steps >= self._LEAST and self.largest - before <= self._TOLERANCE * self.largest
-        return rest <= 1e-12 * abs(self.largest) or still or steps >= self._MOST
+        beside.append(rest)
+        vector = image / rest
+    return largest
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,6 +250,25 @@ def _panels(d: int) -> list[tuple[int, int]]:
 def mean_diagonal(diagonal: Array, dead: npt.NDArray[np.bool_]) -> float:
     """Return the mean of the living columns' H_jj; 1 where there is none."""
     return 1.0 if dead.all() else float(diagonal[~dead].mean(dtype=np.float64))
+
+
+@dataclass(frozen=True)
+class Damping:
+    """What was added to the diagonal of H.
+
+    Attributes
+    ----------
+    value : float
+        The number added.
+    relative : float
+        The same, divided by the mean of the diagonal.
+    tries : int
+        How many factorizations it took: 1 unless H was not positive definite enough.
+    """
+
+    value: float
+    relative: float
+    tries: int
 
 
 def damped_factor(

@@ -8,9 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from corequant._dispatch import is_elsewhere, round_elsewhere
 from corequant._validation import check_index, check_matrix, check_number
-from corequant.rounding.elsewhere import is_elsewhere, solve_elsewhere
-from corequant.rounding.report import RoundedTensor, RoundingReport
+from corequant.quantization import as_spec, dequantize
+from corequant.rounding.hessian import check_cross_moment, check_hessian
+from corequant.rounding.loop import Scales, column_grid
+from corequant.rounding.methods import RoundingMethod
+from corequant.rounding.problem import working_dtype
+from corequant.rounding.report import RoundedTensor, RoundingReport, loss_of
+from corequant.rounding.shrinkage import check_tokens, shrunk
 from corequant.specs import QuantSpec
 
 __all__ = ["Descent", "Search", "learned_rounding"]
@@ -111,15 +117,23 @@ def learned_rounding(
     True
     """
     if is_elsewhere(W):
-        rounded: RoundedTensor = solve_elsewhere("learned_rounding", locals())
+        rounded: RoundedTensor = round_elsewhere(
+            "learned_rounding",
+            W=W,
+            H=H,
+            spec=spec,
+            G=G,
+            objective=objective,
+            steps=steps,
+            rate=rate,
+            scales=scales,
+            zero_points=zero_points,
+            global_scale=global_scale,
+            dtype=dtype,
+            tokens=tokens,
+            name=name,
+        )
         return rounded
-    from corequant.quantization import as_spec, dequantize
-    from corequant.rounding.columns import Scales
-    from corequant.rounding.hessian import check_cross_moment, check_hessian
-    from corequant.rounding.problem import working_dtype
-    from corequant.rounding.report import loss_of
-    from corequant.rounding.shrinkage import check_tokens, shrunk
-
     W, spec = check_matrix("W", W), as_spec(spec)
     working = working_dtype(W, dtype)
     H = check_hessian(H, W.shape[1], name)
@@ -146,10 +160,8 @@ def learned_rounding(
     return RoundedTensor.of(quantized, report)
 
 
-def _neighbours(w: Array, scales: Any) -> tuple[Array, Array]:
+def _neighbours(w: Array, scales: Scales) -> tuple[Array, Array]:
     """Return the numbers of the grid next to each weight, below or equal, and above or equal."""
-    from corequant.rounding.columns import column_grid
-
     steps, zeros = scales.steps(len(w), w.dtype)
     steps, zeros = (np.repeat(a, scales.group, axis=1) for a in (steps, zeros))
     grid = column_grid(scales.spec.format, w.dtype)
@@ -278,3 +290,8 @@ class Descent:
             shift -= self.rate * (1 - t / steps) * xp.sign(gradient)
             xp.clip(shift, -0.5, 0.5, out=shift)
         search.keep(xp.where(share + shift > 0.5, search.high, search.low))
+
+
+METHOD = RoundingMethod(
+    "learned", learned_rounding, ("steps",), needs_cross=True, default_cross=True
+)

@@ -1,23 +1,29 @@
-"""The column loop that GPTQ, GPFQ and Qronos share, in lazy blocks."""
+"""The column loop that GPTQ, GPFQ and Qronos share, in lazy blocks, and its grid and scales."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from corequant._cpu.loops.columns import solve_block
+from corequant._cpu.grids import grid_for
+from corequant._cpu.loops.columns import ColumnGrid, Limits, solve_block
+from corequant._cpu.scales import effective
 from corequant._cpu.threads import for_rows
 from corequant.errors import NonFiniteError
-from corequant.quantization import QuantizedTensor
+from corequant.formats import FormatKind, NumberFormat
+from corequant.quantization import QuantizedTensor, choose_global_scale, choose_qparams, quantize
 from corequant.rounding.accumulators import AccumulatorSpec, ensure_certified
-from corequant.rounding.bounds import Budget
-from corequant.rounding.columns import Scales, column_grid
+from corequant.specs import Granularity, QuantSpec
 
-__all__ = ["BLOCK", "ColumnLoop", "Pull"]
+__all__ = ["BLOCK", "ColumnLoop", "Pull", "Scales", "column_grid"]
 
 Array = npt.NDArray[Any]
 
@@ -27,6 +33,114 @@ BLOCK = 128
 Pull = Callable[[int, int, Array, Array], tuple[Array, Array, Array | None]]
 """Of a block ``start..stop-1``, the errors so far and the arguments so far: the sums over the
 columns rounded before (rows, B), the block's own factor (B, B) and its echo (B, B) or None."""
+
+
+@lru_cache(maxsize=256)
+def column_grid(form: NumberFormat, dtype: np.dtype[Any]) -> ColumnGrid:
+    """Return a format's numbers as constants of the column loop, in float32 or float64."""
+    none = np.empty(0, dtype)
+    if form.kind is FormatKind.INTEGER:
+        return ColumnGrid(dtype.type(form.least_code), dtype.type(form.most_code), none, none)
+    table = form.finite_values.astype(dtype)
+    return ColumnGrid(table[0], table[-1], _thresholds(form, dtype), table)
+
+
+def _thresholds(form: NumberFormat, dtype: np.dtype[Any]) -> Array:
+    """Return the smallest float that the format rounds to each of its numbers but the first."""
+    exact = [Fraction(float(v)) for v in form.finite_values]
+    middles = [(a + b) / 2 for a, b in pairwise(exact)]
+    near = np.array([float(m) for m in middles]).astype(dtype)
+    found = np.nextafter(near, dtype.type(-np.inf))
+    one, none = np.ones(1, dtype), np.zeros(1, dtype)
+    rounded = np.empty((1, len(near)), dtype)
+    # Three neighbours of the middle: the first that is rounded up is where the next number begins.
+    for _ in range(3):
+        grid_for(form, dtype).fake(found.reshape(1, -1), one, none, rounded)
+        low = rounded[0] < form.finite_values[1:]
+        found[low] = np.nextafter(found[low], dtype.type(np.inf))
+    thresholds: Array = found
+    return thresholds
+
+
+@dataclass(frozen=True, eq=False)
+class Scales:
+    """Scales of a weight (rows, d): one for each row and each run of ``group`` columns.
+
+    Arrays are those of ``QuantizedTensor``, of one column for each group.
+    """
+
+    spec: QuantSpec
+    scales: Array
+    zero_points: Array | None
+    global_scale: Array | None
+    group: int
+
+    @classmethod
+    def choose(
+        cls,
+        W: Array,
+        spec: QuantSpec,
+        scales: Any = None,
+        zero_points: Any = None,
+        global_scale: Any = None,
+    ) -> Scales:
+        """Choose scales for W by the spec's search, or check those that are given."""
+        if global_scale is None and spec.granularity is Granularity.TENSOR_GROUP and scales is None:
+            global_scale = choose_global_scale(W, spec)
+        if scales is None:
+            if zero_points is not None:
+                raise ValueError("zero_points must come with scales, got zero_points alone")
+            scales, zero_points = choose_qparams(W, spec, global_scale=global_scale)
+        else:
+            # Rounding once checks shapes, signs and that everything belongs together.
+            fitted = quantize(W, spec, scales, zero_points, global_scale=global_scale)
+            scales, zero_points = fitted.scales, fitted.zero_points
+            global_scale = fitted.global_scale
+            zero_points = None if zero_points is None else np.array(zero_points)
+        return cls(spec, np.array(scales), zero_points, global_scale, spec.group_size or W.shape[1])
+
+    def steps(self, rows: int, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+        """Return what codes are multiplied by, and zero points, (rows, groups) of ``dtype``."""
+        steps = effective(self.scales, self.global_scale).astype(dtype)
+        if self.spec.format.kind is FormatKind.INTEGER:
+            steps = steps * dtype.type(math.ldexp(1.0, -self.spec.format.fraction_bits))
+        zeros = np.zeros_like(steps) if self.zero_points is None else self.zero_points.astype(dtype)
+        shape = (rows, steps.shape[1])
+        return (
+            np.ascontiguousarray(np.broadcast_to(steps, shape)),
+            np.ascontiguousarray(np.broadcast_to(zeros, shape)),
+        )
+
+    def refit(self, index: int, values: Array) -> None:
+        """Choose the scales of one group anew for the given values (rows, group), in place."""
+        scales, zero_points = choose_qparams(values, self.spec, global_scale=self.global_scale)
+        self.scales[:, index] = scales[:, 0]
+        if self.zero_points is not None:
+            self.zero_points[:, index] = zero_points[:, 0]
+
+    def encode(self, values: Array) -> QuantizedTensor:
+        """Round ``values`` (rows, d), in the order of the weight's own columns."""
+        return quantize(
+            values, self.spec, self.scales, self.zero_points, global_scale=self.global_scale
+        )
+
+
+_FREE = Limits(0.0, 0.0, 1.0, 1.0, True)
+
+
+@dataclass(frozen=True, eq=False)
+class Budget:
+    """Limits, soft thresholds and sums of each tile of each row, as ``solve_block`` updates them.
+
+    By default there are none.
+    """
+
+    limits: Limits = _FREE
+    tile: int | None = None
+    shrink: Array = field(default_factory=lambda: np.zeros((1, 1)))
+    positive: Array = field(default_factory=lambda: np.zeros((1, 1)))
+    negative: Array = field(default_factory=lambda: np.zeros((1, 1)))
+    accumulator: AccumulatorSpec | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +155,8 @@ class ColumnLoop:
         Of the weight's columns in their own order.
     refit : bool
         Choose the scales of a group when its first column is reached.
-    accumulator : AccumulatorSpec or None
-        What the integer weights must not overflow.
+    budget : Budget
+        Bounds of an accumulator that the integer weights must not overflow.
     dtype : dtype
         Float32 or float64.
     name : str
@@ -52,12 +166,12 @@ class ColumnLoop:
     order: Array
     scales: Scales
     refit: bool
-    accumulator: AccumulatorSpec | None
+    budget: Budget
     dtype: np.dtype[Any]
     name: str
 
     def run(
-        self, W: Array, values: Array, centers: Array, pull: Pull
+        self, values: Array, centers: Array, pull: Pull
     ) -> tuple[QuantizedTensor, float | None]:
         """Round ``values`` (rows, d) with D = ``centers`` - rounded, both in the loop's order.
 
@@ -67,8 +181,9 @@ class ColumnLoop:
         rows, d = values.shape
         errors = np.empty_like(values)
         grid = column_grid(self.scales.spec.format, self.dtype)
-        budget = Budget.of(self.accumulator, W, self.scales, self.dtype)
-        groups, tiles = self.order // self.scales.group, self.order // budget.tile
+        budget, accumulator = self.budget, self.budget.accumulator
+        groups, tiles = self.order // self.scales.group, self.order // (budget.tile or max(1, d))
+        shrink = budget.shrink.astype(self.dtype, copy=False)
         moved = np.zeros(rows, np.int64)
         steps, zeros = self.scales.steps(rows, self.dtype)
         for stop in self._edges(d):
@@ -79,7 +194,7 @@ class ColumnLoop:
                 steps, zeros = self.scales.steps(rows, self.dtype)
             none = np.empty((0, 0), self.dtype)
             arrays = (values, centers, sums, mixing, none if echo is None else echo, steps, zeros)
-            state = (tiles, budget.shrink, budget.positive, budget.negative, moved, errors)
+            state = (tiles, shrink, budget.positive, budget.negative, moved, errors)
 
             rest = (groups, grid, budget.limits, *state)
 
@@ -91,10 +206,10 @@ class ColumnLoop:
             for_rows(rows, (stop - start) * BLOCK, work)
         self._check(values)
         back = np.take(values, np.argsort(self.order), axis=1)
-        share = float(moved.sum()) / max(1, rows * d) if self.accumulator else None
+        share = float(moved.sum()) / max(1, rows * d) if accumulator else None
         rounded = self.scales.encode(back)
-        if self.accumulator is not None:
-            ensure_certified(rounded, self.accumulator, self.name)
+        if accumulator is not None:
+            ensure_certified(rounded, accumulator, self.name)
         return rounded, share
 
     @property

@@ -7,8 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._validation import check_index, check_matrix
-from corequant.rounding.elsewhere import is_elsewhere, solve_elsewhere
+from corequant._cpu.loops.projection import clip_rows
+from corequant._cpu.threads import for_rows
+from corequant._dispatch import is_elsewhere, round_elsewhere
+from corequant._validation import check_divides, check_index, check_matrix
+from corequant.rounding.hessian import check_hessian, largest_eigenvalue
+from corequant.rounding.problem import check_damping, working_dtype
 
 __all__ = ["magr"]
 
@@ -66,13 +70,9 @@ def magr(
     array([[0.62, 0.38, 0.28]])
     """
     if is_elsewhere(W):
-        return solve_elsewhere("magr", locals())
-    from corequant._cpu.loops.projection import clip_rows
-    from corequant._cpu.threads import for_rows
-    from corequant._validation import check_divides
-    from corequant.rounding.hessian import check_hessian, largest_eigenvalue
-    from corequant.rounding.problem import check_damping, working_dtype
-
+        return round_elsewhere(
+            "magr", W=W, H=H, alpha=alpha, steps=steps, group_size=group_size, name=name
+        )
     W = check_matrix("W", W)
     H = check_hessian(H, W.shape[1], name)
     strength, steps = check_damping(alpha, "alpha"), check_index("steps", steps, 0)

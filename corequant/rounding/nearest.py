@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from corequant._dispatch import is_elsewhere, round_elsewhere
 from corequant._validation import check_matrix
 from corequant.quantization import as_spec, quantize
-from corequant.rounding.elsewhere import is_elsewhere, solve_elsewhere
+from corequant.rounding.methods import RoundingMethod
 from corequant.rounding.report import RoundedTensor, RoundingReport, reconstruction_loss
 from corequant.specs import QuantSpec
 
@@ -58,7 +59,8 @@ def round_to_nearest(
            [ 2,  7]], dtype=int8)
     """
     if is_elsewhere(W):
-        result: RoundedTensor = solve_elsewhere("round_to_nearest", locals())
+        arguments = {"W": W, "spec": spec, "H": H, "G": G, "global_scale": global_scale}
+        result: RoundedTensor = round_elsewhere("round_to_nearest", name=name, **arguments)
         return result
     quantized = quantize(check_matrix("W", W), as_spec(spec), global_scale=global_scale)
     report = RoundingReport("nearest", name)
@@ -67,3 +69,6 @@ def round_to_nearest(
         dead = tuple(int(j) for j in np.flatnonzero(np.diagonal(H) == 0))
         report = RoundingReport("nearest", name, loss, loss, dead_columns=dead)
     return RoundedTensor.of(quantized, report)
+
+
+METHOD = RoundingMethod("nearest", None, needs_moments=False)

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from corequant._dispatch import round_elsewhere
 from corequant._validation import check_matrix, check_number
 from corequant.quantization import as_spec, dequantize, quantize
 from corequant.rounding.accumulators import AccumulatorSpec
-from corequant.rounding.columns import Scales
-from corequant.rounding.hessian import check_cross_moment, check_hessian, column_order
-from corequant.rounding.loop import ColumnLoop, Pull
+from corequant.rounding.bounds import budget_for
+from corequant.rounding.hessian import Damping, check_cross_moment, check_hessian, column_order
+from corequant.rounding.loop import Budget, ColumnLoop, Pull, Scales
 from corequant.rounding.report import (
-    Damping,
     RoundedTensor,
     RoundingReport,
     gap_product,
@@ -24,9 +24,44 @@ from corequant.rounding.report import (
 from corequant.rounding.shrinkage import check_tokens, shrunk
 from corequant.specs import QuantSpec
 
-__all__ = ["Problem", "check_damping", "check_options"]
+__all__ = ["ColumnOptions", "Problem", "check_damping", "moment_gap", "working_dtype"]
 
 Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnOptions:
+    """Arguments that ``gptq``, ``gpfq`` and ``qronos`` share, as they were given."""
+
+    spec: QuantSpec | str
+    scales: Any
+    zero_points: Any
+    global_scale: Any
+    act_order: bool
+    refit: bool
+    accumulator: AccumulatorSpec | None
+    dtype: Any
+    losses: bool
+    tokens: Any
+    name: str
+
+    def check(self, spec: QuantSpec) -> None:
+        """Raise unless an accumulator is one, and refit has something to choose."""
+        accumulator = self.accumulator
+        if accumulator is not None and not isinstance(accumulator, AccumulatorSpec):
+            got = type(accumulator).__name__
+            raise TypeError(f"accumulator must be an AccumulatorSpec, got {got}")
+        if self.refit and self.scales is not None:
+            raise ValueError("refit chooses scales of its own, got scales too")
+        if self.refit and spec.group_size is None:
+            raise ValueError(f"refit is for scales of groups, got {spec}")
+        if self.refit and accumulator is not None:
+            raise ValueError("an accumulator's bounds need fixed scales, got refit too")
+
+    def round_elsewhere(self, method: str, **arguments: Any) -> RoundedTensor:
+        """Return what the arrays' own backend makes of a method's arguments and these."""
+        rounded: RoundedTensor = round_elsewhere(method, **arguments, **vars(self))
+        return rounded
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,37 +81,24 @@ class Problem:
     loop: ColumnLoop
 
     @classmethod
-    def of(
-        cls,
-        W: Any,
-        H: Any,
-        G: Any,
-        spec: QuantSpec | str,
-        *,
-        act_order: bool,
-        scales: Any,
-        zero_points: Any,
-        global_scale: Any,
-        refit: bool,
-        accumulator: AccumulatorSpec | None,
-        dtype: npt.DTypeLike | None,
-        losses: bool,
-        tokens: Any,
-        name: str,
-    ) -> Problem:
+    def of(cls, W: Any, H: Any, G: Any, options: ColumnOptions) -> Problem:
         """Check every argument; raises as the public functions say."""
-        W, spec = check_matrix("W", W), as_spec(spec)
-        working = working_dtype(W, dtype)
+        W, spec, name = check_matrix("W", W), as_spec(options.spec), options.name
+        working = working_dtype(W, options.dtype)
         H = check_hessian(H, W.shape[1], name)
         if G is not None:
             G = check_cross_moment(G, H, name)
-        check_options(spec, scales, refit, accumulator)
-        chosen = Scales.choose(W, spec, scales, zero_points, global_scale)
+        options.check(spec)
+        chosen = Scales.choose(W, spec, options.scales, options.zero_points, options.global_scale)
         dead = np.diagonal(H) == 0
-        order = column_order(np.diagonal(H), dead, act_order, chosen.group if refit else 0)
-        loop = ColumnLoop(order, chosen, refit, accumulator, working, name)
-        used, cross, shrinkage = shrunk(H, G, check_tokens(tokens))
-        return cls(W, used, cross, (H, G), shrinkage, dead, bool(losses), loop)
+        group = chosen.group if options.refit else 0
+        order = column_order(np.diagonal(H), dead, options.act_order, group)
+        budget = Budget()
+        if options.accumulator is not None:
+            budget = budget_for(options.accumulator, W, chosen, working)
+        loop = ColumnLoop(order, chosen, options.refit, budget, working, name)
+        used, cross, shrinkage = shrunk(H, G, check_tokens(options.tokens))
+        return cls(W, used, cross, (H, G), shrinkage, dead, bool(options.losses), loop)
 
     @property
     def ordered(self) -> Array:
@@ -87,7 +109,7 @@ class Problem:
         self, method: str, values: Array, centers: Array, pull: Pull, damping: Damping | None
     ) -> RoundedTensor:
         """Run the column loop and report on it."""
-        quantized, share = self.loop.run(self.W, values, centers, pull)
+        quantized, share = self.loop.run(values, centers, pull)
         loss = nearest = None
         if self.losses:
             loss = loss_of(self.W, dequantize(quantized), *self.measured)
@@ -117,20 +139,6 @@ class Problem:
             return sums, block, np.ascontiguousarray(echo[start:stop, start:stop])
 
         return pull
-
-
-def check_options(
-    spec: QuantSpec, scales: Any, refit: bool, accumulator: AccumulatorSpec | None
-) -> None:
-    """Raise unless an accumulator is one, and refit has something to choose."""
-    if accumulator is not None and not isinstance(accumulator, AccumulatorSpec):
-        raise TypeError(f"accumulator must be an AccumulatorSpec, got {type(accumulator).__name__}")
-    if refit and scales is not None:
-        raise ValueError("refit chooses scales of its own, got scales too")
-    if refit and spec.group_size is None:
-        raise ValueError(f"refit is for scales of groups, got {spec}")
-    if refit and accumulator is not None:
-        raise ValueError("an accumulator's bounds need fixed scales, got refit too")
 
 
 def working_dtype(W: Array, dtype: npt.DTypeLike | None) -> np.dtype[Any]:

@@ -9,35 +9,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from corequant._dispatch import is_elsewhere, round_elsewhere
 from corequant._validation import check_matrix
 from corequant.errors import ShapeError
 from corequant.quantization import QuantizedTensor, dequantize
-from corequant.rounding.elsewhere import is_elsewhere, solve_elsewhere
+from corequant.rounding.hessian import Damping, check_cross_moment, check_hessian
 
-__all__ = ["Damping", "RoundedTensor", "RoundingReport", "reconstruction_loss"]
+__all__ = ["RoundedTensor", "RoundingReport", "reconstruction_loss"]
 
 Array = npt.NDArray[Any]
 
 _ROWS = 512
-
-
-@dataclass(frozen=True)
-class Damping:
-    """What was added to the diagonal of H.
-
-    Attributes
-    ----------
-    value : float
-        The number added.
-    relative : float
-        The same, divided by the mean of the diagonal.
-    tries : int
-        How many factorizations it took: 1 unless H was not positive definite enough.
-    """
-
-    value: float
-    relative: float
-    tries: int
 
 
 @dataclass(frozen=True)
@@ -127,9 +109,8 @@ def reconstruction_loss(W: Any, quantized: QuantizedTensor | Any, H: Any, G: Any
     0.36
     """
     if is_elsewhere(W):
-        return float(solve_elsewhere("reconstruction_loss", locals()))
-    from corequant.rounding.hessian import check_cross_moment, check_hessian
-
+        loss = round_elsewhere("reconstruction_loss", W=W, quantized=quantized, H=H, G=G)
+        return float(loss)
     W = check_matrix("W", W)
     Q = check_matrix(
         "quantized", dequantize(quantized) if isinstance(quantized, QuantizedTensor) else quantized

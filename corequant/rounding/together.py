@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from corequant._validation import check_index, check_matrix
-from corequant.errors import ShapeError, SpecError
+from corequant._dispatch import is_elsewhere
+from corequant._validation import check_matrix
+from corequant.errors import ShapeError
 from corequant.quantization import QuantizedTensor, as_spec, dequantize, quantize
-from corequant.rounding.accumulators import AccumulatorSpec
-from corequant.rounding.elsewhere import is_elsewhere
-from corequant.rounding.fitting import check_fitted, fit_scales
+from corequant.rounding.fitting import fit_scales
 from corequant.rounding.hessian import check_cross_moment, check_hessian
+from corequant.rounding.magr import magr
+from corequant.rounding.methods import RoundingOptions, rounding_methods
 from corequant.rounding.nearest import round_to_nearest
 from corequant.rounding.report import (
     RoundedTensor,
@@ -23,102 +24,11 @@ from corequant.rounding.report import (
     losses_of,
     reconstruction_loss,
 )
-from corequant.specs import GROUPED, Granularity, QuantSpec
+from corequant.specs import Granularity, QuantSpec
 
-__all__ = ["METHODS", "RoundingOptions", "round_together"]
+__all__ = ["round_together"]
 
 Array = npt.NDArray[Any]
-
-METHODS = ("nearest", "gptq", "gpfq", "qronos", "learned")
-"""Names that ``RoundingOptions.method`` takes."""
-
-
-@dataclass(frozen=True)
-class RoundingOptions:
-    """How weights are rounded.
-
-    Attributes
-    ----------
-    method : str
-        One of ``METHODS``: each entry by itself, or with the moments of the layer's inputs.
-    damping : float, optional
-        Of ``gptq`` and ``qronos``; by default what they take.
-    act_order : bool
-        Round columns of large inputs first; of ``gptq``, ``gpfq`` and ``qronos``.
-    correction : float
-        Strength of GPTAQ's correction towards the float network's outputs; of ``gptq``.
-    refit : bool
-        Choose a group's scale when its first column is reached.
-    fit_scales : bool
-        Choose scales for the least error of the outputs, not of the weights; see ``fit_scales``.
-    magr : float
-        Strength of MagR, which shrinks the weights' range beforehand; 0 leaves them alone.
-    accumulator : AccumulatorSpec, optional
-        What no dot product may overflow; of ``gptq``, ``gpfq`` and ``qronos``.
-    steps : int
-        Of ``learned``.
-
-    Raises
-    ------
-    SpecError, TypeError, ValueError
-        If a value has no meaning, or none for the method.
-    """
-
-    method: str = "nearest"
-    damping: float | None = None
-    act_order: bool = True
-    correction: float = 0.0
-    refit: bool = False
-    fit_scales: bool = False
-    magr: float = 0.0
-    accumulator: AccumulatorSpec | None = None
-    steps: int = 400
-
-    def __post_init__(self) -> None:
-        """Refuse what the method doesn't know."""
-        if self.method not in METHODS:
-            raise SpecError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        for name in ("damping", "correction", "magr"):
-            value = getattr(self, name)
-            if value is None and name == "damping":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must be finite and not negative, got {value}")
-        for name in ("act_order", "refit", "fit_scales"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        check_index("steps", self.steps, 0)
-        loops = ("gptq", "gpfq", "qronos")
-        for name, allowed in (
-            ("damping", ("gptq", "qronos")),
-            ("correction", ("gptq",)),
-            ("refit", loops),
-            ("accumulator", loops),
-            ("magr", METHODS[1:]),
-        ):
-            if getattr(self, name) and self.method not in allowed:
-                raise SpecError(
-                    f"{name} goes with {', '.join(allowed)}, got it with {self.method!r}"
-                )
-
-    def check_spec(self, spec: QuantSpec) -> None:
-        """Raise SpecError unless the options are of use for weights of a spec."""
-        if self.refit and spec.granularity not in GROUPED:
-            raise SpecError(f"refit is for scales of groups, got {spec}")
-        if self.fit_scales:
-            check_fitted(spec)
-
-    @property
-    def needs_moments(self) -> bool:
-        """Whether the method takes H."""
-        return self.method != "nearest" or self.fit_scales
-
-    @property
-    def needs_float(self) -> bool:
-        """Whether the method takes G, the float network's inputs against the quantized one's."""
-        return self.method in ("gpfq", "qronos", "learned") or bool(self.correction)
 
 
 def round_together(
@@ -175,7 +85,7 @@ def round_together(
     spec = as_spec(spec)
     if H is None and options.needs_moments:
         raise TypeError(f"H must be given for {options.method}, got None")
-    if G is None and options.needs_float and options.method != "learned":
+    if G is None and options.needs_float and not rounding_methods()[options.method].default_cross:
         raise TypeError(f"G must be given for {options.method}, got None")
     if any(is_elsewhere(W) for W in weights.values()):
         return {
@@ -242,38 +152,20 @@ def _round(
     name: str,
     tokens: int | None,
 ) -> RoundedTensor:
-    from corequant.rounding.gpfq import gpfq
-    from corequant.rounding.gptq import gptq
-    from corequant.rounding.learned import learned_rounding
-    from corequant.rounding.magr import magr
-    from corequant.rounding.qronos import qronos
-
-    spec = start.spec
-    if options.method == "nearest":
-        return RoundedTensor.of(start, RoundingReport("nearest", name))
-    shared: dict[str, Any] = {"name": name, "global_scale": start.global_scale}
+    spec, method = start.spec, rounding_methods()[options.method]
+    if method.round is None:
+        return RoundedTensor.of(start, RoundingReport(method.name, name))
+    given: dict[str, Any] = {"name": name, "tokens": tokens, "global_scale": start.global_scale}
     if options.magr:
         W = magr(W, H, alpha=options.magr, group_size=spec.group_size, name=name)
     elif not options.refit:
         # The search for scales is done already.
-        shared["scales"], shared["zero_points"] = start.scales, start.zero_points
-    shared["tokens"] = tokens
-    if options.method == "learned":
-        return learned_rounding(W, H, spec, G=G, steps=options.steps, **shared)
-    shared |= {
-        "act_order": options.act_order,
-        "refit": options.refit,
-        "accumulator": options.accumulator,
-        "losses": False,
-    }
-    if options.method == "gpfq":
-        return gpfq(W, H, G, spec, **shared)
-    if options.damping is not None:
-        shared["damping"] = options.damping
-    if options.method == "qronos":
-        return qronos(W, H, G, spec, **shared)
-    cross = {"G": G, "correction": options.correction} if options.correction else {}
-    return gptq(W, H, spec, **cross, **shared)
+        given |= {"scales": start.scales, "zero_points": start.zero_points}
+    if options.needs_float:
+        given["G"] = G
+    values = {option: getattr(options, option) for option in method.options}
+    given |= {option: value for option, value in values.items() if value is not None}
+    return method.round(W=W, H=H, spec=spec, **given)
 
 
 def _rows(q: QuantizedTensor, part: slice) -> QuantizedTensor:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from corequant.errors import CheckpointError
 from corequant.packing import pack, pack_bytes, packed_bytes, packed_words, unpack, unpack_bytes
 from corequant.quantization import QuantizedTensor
-from corequant.specs import Granularity, QuantSpec, ScaleFormat, qparams_shape
+from corequant.specs import Granularity, QuantSpec, qparams_shape
 from corequant.storage.scales import load_scales, store_scales
 
 __all__ = ["TARGETS", "from_arrays", "to_arrays"]
@@ -28,11 +28,6 @@ TARGETS = ("compressed-tensors", "gguf")
 """Programs' layouts that whole models are written in."""
 
 Arrays = dict[str, npt.NDArray[Any]]
-_SCALE_DTYPES = {
-    ScaleFormat.E8M0: np.uint8,
-    ScaleFormat.E4M3: np.uint8,
-    ScaleFormat.FLOAT16: np.float16,
-}
 
 
 def to_arrays(name: str, quantized: QuantizedTensor) -> Arrays:
@@ -99,16 +94,17 @@ def from_arrays(
         positive and finite.
     """
     parts, bits = qparams_shape(shape, spec), spec.format.bits
-    dtype = _SCALE_DTYPES.get(spec.scale_format, np.float32)
-    scales = load_scales(_take(arrays, f"{name}.weight_scale", parts, dtype), spec)
+    scales = load_scales(
+        _take(arrays, f"{name}.weight_scale", parts, spec.scale_format.dtype), spec
+    )
     if not (np.isfinite(scales) & (scales > 0)).all():
         raise CheckpointError(f"{name}.weight_scale must hold positive finite scales")
     if spec.format.least_code:
         words = (shape[0], packed_words(shape[1], bits))
         packed = _take(arrays, f"{name}.weight_packed", words, np.int32)
-        stored = _take(arrays, f"{name}.weight_shape", (2,), np.int64)
-        if tuple(stored) != shape:
-            got = tuple(stored.tolist())
+        told = _take(arrays, f"{name}.weight_shape", (2,), np.int64)
+        if tuple(told) != shape:
+            got = tuple(told.tolist())
             raise CheckpointError(f"{name}.weight_shape must be {shape}, got {got}")
         codes: npt.NDArray[Any] = unpack(packed, bits, shape[1])
     else:

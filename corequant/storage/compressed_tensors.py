@@ -41,13 +41,7 @@ _FP4 = {
     (presets[name].format, presets[name].granularity, presets[name].group_size): (name, dtype)
     for name, dtype in (("mxfp4", "torch.uint8"), ("nvfp4", "torch.float8_e4m3fn"))
 }
-_SCALES = {
-    ScaleFormat.FLOAT32: "F32",
-    ScaleFormat.FLOAT16: "F16",
-    ScaleFormat.BFLOAT16: "BF16",
-    ScaleFormat.E8M0: "U8",
-    ScaleFormat.E4M3: "F8_E4M3",
-}
+_SCALES = {kind: kind.tag for kind in ScaleFormat if kind.tag}
 _STRATEGIES = {
     Granularity.TENSOR: "tensor",
     Granularity.CHANNEL: "channel",

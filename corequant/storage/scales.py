@@ -16,7 +16,9 @@ __all__ = ["SCALE_BYTES", "load_scales", "numbers_of", "store_scales"]
 
 Array = npt.NDArray[Any]
 
-SCALE_BYTES = {ScaleFormat.E8M0: "float8_e8m0fnu", ScaleFormat.E4M3: "float8_e4m3fn"}
+SCALE_BYTES = {
+    kind: kind.numbers.name for kind in ScaleFormat if kind.numbers and kind.dtype == "uint8"
+}
 """Formats of scales that are stored as a byte."""
 
 

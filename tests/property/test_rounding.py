@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import corequant as cq
 from corequant._cpu.loops.columns import nearest_level
 from corequant.formats import FormatKind, formats
-from corequant.rounding.columns import column_grid
+from corequant.rounding.loop import column_grid
 
 SPECS = (
     "int4:channel",

@@ -8,8 +8,8 @@ import scipy.optimize
 
 import corequant as cq
 from corequant._cpu.loops.projection import clip_rows
-from corequant.rounding.columns import Scales
 from corequant.rounding.learned import _neighbours
+from corequant.rounding.loop import Scales
 from tests.property.test_rounding import SPECS, layer, moments
 
 

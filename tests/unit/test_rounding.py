@@ -319,6 +319,17 @@ def test_the_largest_eigenvalue():
     assert np.abs(weights).max() <= 1
 
 
+@pytest.mark.parametrize("d", [1, 2, 3, 64])
+def test_the_largest_of_equal_eigenvalues(d):
+    half = np.diag(np.arange(d) % 2 == 0).astype(float)
+    turned = np.linalg.qr(np.random.default_rng(1).normal(size=(d, d)))[0]
+    for H in (np.eye(d), half, turned @ half @ turned.T, np.full((d, d), 1 / d)):
+        found = largest_eigenvalue(H)
+        assert found == pytest.approx(1, rel=1e-6)
+        assert largest_eigenvalue(H) == found
+    assert largest_eigenvalue(np.zeros((d, d))) == 0
+
+
 @pytest.mark.parametrize(("spec", "bits"), [("e2m1:channel", 14), ("int8:channel", 16)])
 def test_float32_weights_keep_within_accumulators(spec, bits):
     generator, accumulator = np.random.default_rng(0), cq.AccumulatorSpec(bits, 64, "int8")

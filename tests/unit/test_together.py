@@ -137,7 +137,7 @@ def test_options_are_those_of_the_methods():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"method": "up"}, "method must be one of nearest, gptq"),
+        ({"method": "up"}, "method must be one of nearest, gpfq"),
         ({"method": "gpfq", "damping": 0.1}, "damping goes with gptq, qronos"),
         ({"method": "qronos", "correction": 0.1}, "correction goes with gptq"),
         ({"method": "learned", "refit": True}, "refit goes with"),

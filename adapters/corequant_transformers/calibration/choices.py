@@ -17,6 +17,7 @@ from corequant.recipe import Recipe
 from corequant.selection import (
     Selection,
     make_permutation,
+    permutation_needs,
     rotation_error,
     select_permutation,
     select_scales,
@@ -35,7 +36,6 @@ __all__ = [
 ]
 
 Array = npt.NDArray[Any]
-SECOND_ORDER = ("energy", "energydiff", "rangediff", "auto")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,12 +65,12 @@ class Calibration:
 
 def needs_second_order(recipe: Recipe) -> bool:
     """Tell whether the recipe's permutation needs the energy statistic."""
-    return recipe.permutation in SECOND_ORDER
+    return "energy_gram" in permutation_needs(recipe.permutation)
 
 
 def needs_tokens(recipe: Recipe) -> bool:
     """Tell whether the recipe's choices need tokens, not only sums over them."""
-    judged = recipe.permutation in ("rangediff", "auto") or recipe.block_size == "auto"
+    judged = "tokens" in permutation_needs(recipe.permutation) or recipe.block_size == "auto"
     return judged or recipe.factors != "none"
 
 

@@ -15,14 +15,13 @@ from corequant.packed import PackedTensor
 from corequant.quantization import as_spec
 from corequant.rotation import check_block_size, check_signs
 from corequant.specs import QuantSpec, ScaleFormat, qparams_shape
+from corequant.storage.scales import SCALE_BYTES
 from corequant_torch.device.tables import device_table
 from corequant_torch.engines import engine_for
 from corequant_torch.gpu import fusion
 from corequant_torch.gpu.runtime import has_triton
 
 __all__ = ["rotate_quantize_packed"]
-
-_BYTES = {ScaleFormat.E8M0: "float8_e8m0fnu", ScaleFormat.E4M3: "float8_e4m3fn"}
 
 
 def rotate_quantize_packed(
@@ -95,7 +94,7 @@ def rotate_quantize_packed(
 
 
 def _stored(scales: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    name = _BYTES.get(spec.scale_format)
+    name = SCALE_BYTES.get(spec.scale_format)
     if name is not None:
         stored: torch.Tensor = engine_for(scales).encode(scales, find_format(name))
         return stored

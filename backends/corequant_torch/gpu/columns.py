@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from corequant_torch.gpu.rotation import power_of_two
 from corequant_torch.gpu.runtime import on_device
-
-if TYPE_CHECKING:
-    from corequant_torch.rounding.loop import Levels
+from corequant_torch.rounding.levels import Levels
 
 __all__ = ["solve_block"]
 

@@ -5,16 +5,12 @@ The rules are those of ``corequant.rounding.bounds`` and ``corequant._cpu.loops.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from corequant.exact import integer_unit
 from corequant.formats import FormatKind
 from corequant.rounding.accumulators import AccumulatorSpec, check_tile
-
-if TYPE_CHECKING:
-    from corequant_torch.rounding.loop import Levels, TensorScales
+from corequant_torch.rounding.levels import Levels, TensorScales
 
 __all__ = ["Tiles", "excess_thresholds", "soft_thresholds"]
 

@@ -13,7 +13,7 @@ from corequant.errors import NonFiniteError, ShapeError
 from corequant.protocols import Backend
 from corequant.quantization import QuantizedTensor
 from corequant.rounding import hessian
-from corequant.rounding.report import Damping
+from corequant.rounding.hessian import Damping
 from corequant.rounding.shrinkage import (
     ENOUGH,
     LEAST_CHANNELS,
@@ -246,17 +246,8 @@ def largest_eigenvalue(H: Tensor) -> float:
     if not bool(H.any()):
         return 0.0
     sums = H.abs().sum(1, dtype=torch.float64) / H.abs().max()
-    start = hessian.lanczos_start((sums / sums.norm()).cpu().numpy())
-    vector = torch.from_numpy(start).to(H.device)
-    basis = vector.new_empty(0, len(H))
-    found = hessian.Ritz()
-    while len(basis) < len(H):
-        basis = torch.vstack([basis, vector])
-        product = (H @ vector.to(H.dtype)).double()
-        along = float(vector @ product)
-        for _ in range(2):
-            product = product - basis.T @ (basis @ product)
-        if found.settled(along, rest := float(product.norm())):
-            break
-        vector = product / rest
-    return found.largest
+
+    def product(vector: Any) -> Any:
+        return (H @ torch.from_numpy(vector).to(H.device, H.dtype)).double().cpu().numpy()
+
+    return hessian.lanczos(product, sums.cpu().numpy())

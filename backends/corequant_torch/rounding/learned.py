@@ -9,13 +9,13 @@ import torch
 
 from corequant.protocols import Backend
 from corequant.quantization import as_spec
-from corequant.rounding.columns import column_grid
 from corequant.rounding.learned import Descent, Search
+from corequant.rounding.loop import column_grid
 from corequant.rounding.report import RoundedTensor, RoundingReport
 from corequant.specs import QuantSpec
 from corequant_torch.device.grids import numpy_dtype
 from corequant_torch.rounding.hessian import Moments, check_matrix, values_of, working_dtype
-from corequant_torch.rounding.loop import TensorScales
+from corequant_torch.rounding.levels import TensorScales
 
 __all__ = ["learned_rounding"]
 

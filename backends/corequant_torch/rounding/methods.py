@@ -14,8 +14,9 @@ import torch
 from corequant.protocols import Backend
 from corequant.quantization import QuantizedTensor, as_spec
 from corequant.rounding import hessian
-from corequant.rounding.problem import check_damping, check_options
-from corequant.rounding.report import Damping, RoundedTensor, RoundingReport
+from corequant.rounding.hessian import Damping
+from corequant.rounding.problem import ColumnOptions, check_damping
+from corequant.rounding.report import RoundedTensor, RoundingReport
 from corequant.specs import QuantSpec
 from corequant_torch.rounding.bounds import Tiles
 from corequant_torch.rounding.hessian import (
@@ -26,7 +27,8 @@ from corequant_torch.rounding.hessian import (
     values_of,
     working_dtype,
 )
-from corequant_torch.rounding.loop import ColumnLoop, Pull, TensorScales
+from corequant_torch.rounding.levels import TensorScales
+from corequant_torch.rounding.loop import ColumnLoop, Pull
 
 __all__ = ["reconstruction_loss", "round_columns", "round_to_nearest"]
 
@@ -99,36 +101,28 @@ def round_columns(
     *,
     W: Any,
     H: Any,
-    spec: QuantSpec | str,
     G: Any,
-    act_order: bool,
-    scales: Any,
-    zero_points: Any,
-    global_scale: Any,
-    refit: bool,
-    accumulator: Any,
-    dtype: Any,
-    losses: bool,
-    tokens: Any,
-    name: str,
     damping: float = 0.01,
     correction: float = 0.25,
+    **shared: Any,
 ) -> RoundedTensor:
     """Round a weight by a method's name; the arguments are those of the public functions."""
-    W, spec = check_matrix(kernels, "W", W), as_spec(spec)
+    options = ColumnOptions(**shared)
+    W, spec, name = check_matrix(kernels, "W", W), as_spec(options.spec), options.name
     if G is None and method != "gptq":
         raise TypeError("G must be a torch.Tensor, got None; gptq does without")
-    working = working_dtype(W, dtype)
-    moments = Moments.of(kernels, H, G, W.shape[1], name, tokens)
-    check_options(spec, scales, refit, accumulator)
-    chosen = TensorScales.choose(kernels, W, spec, scales, zero_points, global_scale)
-    order = hessian.column_order(
-        moments.diagonal, moments.dead, act_order, chosen.group if refit else 0
-    )
-    tiles = None if accumulator is None else Tiles(accumulator, W, chosen, working)
-    loop = ColumnLoop(order, chosen, refit, tiles, working, name, triton)
+    working = working_dtype(W, options.dtype)
+    moments = Moments.of(kernels, H, G, W.shape[1], name, options.tokens)
+    options.check(spec)
+    given = options.scales, options.zero_points, options.global_scale
+    chosen = TensorScales.choose(kernels, W, spec, *given)
+    group = chosen.group if options.refit else 0
+    order = hessian.column_order(moments.diagonal, moments.dead, options.act_order, group)
+    bounds = options.accumulator
+    tiles = None if bounds is None else Tiles(bounds, W, chosen, working)
+    loop = ColumnLoop(order, chosen, options.refit, tiles, working, name, triton)
     places = torch.from_numpy(order.copy()).to(W.device)
-    problem = _Problem(kernels, W, moments, bool(losses), loop, places)
+    problem = _Problem(kernels, W, moments, bool(options.losses), loop, places)
     if method == "gptq":
         return _gptq(problem, check_damping(damping), check_damping(correction, "correction"))
     return _qronos(problem, check_damping(damping)) if method == "qronos" else _gpfq(problem)

@@ -1,13 +1,4 @@
-"""What to round to: number format, which entries share a scale, how scales are chosen and stored.
-
-Examples
---------
->>> from corequant.specs import QuantSpec, presets
->>> str(presets["mxfp4"].replace(scale_rounding="even"))
-'mxfp4:even'
->>> QuantSpec.parse("mxfp4").scale_format
-<ScaleFormat.E8M0: 'e8m0'>
-"""
+"""A quantizer as one value, and the string form that it reads and writes."""
 
 from __future__ import annotations
 
@@ -21,82 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from corequant._validation import check_index
 from corequant.errors import SpecError
-from corequant.formats import FormatKind, NumberFormat, find_format, formats
+from corequant.formats import FormatKind, NumberFormat, find_format, formats, suggestion
+from corequant.specs.enumerations import (
+    GROUPED,
+    POWERS_OF_TWO,
+    Granularity,
+    ScaleFormat,
+    ScaleRounding,
+    ScaleSearch,
+)
 
-__all__ = [
-    "Granularity",
-    "QuantSpec",
-    "ScaleFormat",
-    "ScaleRounding",
-    "ScaleSearch",
-    "presets",
-    "qparams_shape",
-]
-
-
-class Granularity(enum.Enum):
-    """Which entries share one scale.
-
-    ``TENSOR`` the whole array, ``CHANNEL`` each row of a weight ``(out_features, in_features)``,
-    ``TOKEN`` each row of activations ``(..., d)``, ``GROUP`` each run of ``group_size`` entries of
-    the last axis, ``TENSOR_GROUP`` the same with one more scale for the whole tensor.
-    """
-
-    TENSOR = "tensor"
-    CHANNEL = "channel"
-    TOKEN = "token"
-    GROUP = "group"
-    TENSOR_GROUP = "tensor_group"
+__all__ = ["QuantSpec", "presets", "qparams_shape"]
 
 
-class ScaleSearch(enum.Enum):
-    """How a scale is found.
-
-    ``ABSMAX`` from the largest magnitude; ``PERCENTILE`` from a percentile of the magnitudes;
-    ``MSE`` by least squared rounding error among 100 fractions of the full range, or among all
-    neighbouring scales where the scale format has few of them; ``HQO`` by half-quadratic
-    optimisation of scale and zero point; ``EXACT`` the scale of least squared error of all;
-    ``FOUR_OVER_SIX`` the better of mapping the largest magnitude to 6 and to 4.
-    """
-
-    ABSMAX = "absmax"
-    PERCENTILE = "percentile"
-    MSE = "mse"
-    HQO = "hqo"
-    EXACT = "exact"
-    FOUR_OVER_SIX = "four_over_six"
-
-
-class ScaleFormat(enum.Enum):
-    """How scales are stored: a float, a power of two, a byte with an exponent, a byte E4M3."""
-
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-    POWER_OF_TWO = "pow2"
-    E8M0 = "e8m0"
-    E4M3 = "e4m3"
-
-
-class ScaleRounding(enum.Enum):
-    """How a scale comes to its format; with E the exponent of a power of two.
-
-    ``NEAREST`` round to nearest, ties to even (formats with a mantissa). ``FLOOR``
-    ``E = floor(log2(max|x|)) - emax``, the rule of OCP MX: magnitudes above the largest number
-    saturate. ``CEIL`` the smallest E with which nothing saturates. ``EVEN`` as ``FLOOR`` after
-    max|x| was rounded, ties to even, to as many mantissa bits as the numbers have.
-    """
-
-    NEAREST = "nearest"
-    FLOOR = "floor"
-    CEIL = "ceil"
-    EVEN = "even"
-
-
-POWERS_OF_TWO = (ScaleFormat.POWER_OF_TWO, ScaleFormat.E8M0)
-GROUPED = (Granularity.GROUP, Granularity.TENSOR_GROUP)
 DEFAULT_PERCENTILE = 99.9
-
 _SYMMETRY = {"symmetric": True, "asymmetric": False}
 _GROUP = re.compile(r"(group|tensor_group)([1-9][0-9]{0,8})")
 _PERCENTILE = re.compile(r"percentile([0-9]+(?:\.[0-9]+)?)")
@@ -345,8 +274,7 @@ class QuantSpec:
     @property
     def scale_bits(self) -> int:
         """Bits that one stored scale takes."""
-        widths = {ScaleFormat.FLOAT32: 32, ScaleFormat.FLOAT16: 16, ScaleFormat.BFLOAT16: 16}
-        return widths.get(self.scale_format, 8)
+        return self.scale_format.bits
 
 
 _ENUMS: dict[str, type[enum.Enum]] = {
@@ -443,12 +371,8 @@ def _find(name: str) -> NumberFormat:
     try:
         return find_format(name)
     except SpecError as error:
-        import difflib
-
-        near = difflib.get_close_matches(name, presets, n=3, cutoff=0.5)
-        joined = ", ".join(presets)
-        hint = f"; did you mean the preset {' or '.join(map(repr, near))}?" if near else ""
-        raise SpecError(f"{error}; or one of the presets {joined}{hint}") from None
+        hint = suggestion(name, presets, "the preset ")
+        raise SpecError(f"{error}; or one of the presets {', '.join(presets)}{hint}") from None
 
 
 def _lookup(what: str, name: str, table: Any) -> Any:
@@ -458,8 +382,4 @@ def _lookup(what: str, name: str, table: Any) -> Any:
 
 
 def _hint(word: str, known: list[str]) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
-    did = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return f", expected one of {', '.join(known)}{did}"
+    return f", expected one of {', '.join(known)}{suggestion(word, known)}"
