@@ -16,8 +16,7 @@ CODE = """
 import json, re
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from corequant_torch.gpu import column_kernels, fusion, fusion_kernels
-from corequant_torch.gpu import rotation, rotation_kernels, statistics_kernels
+from corequant_torch.gpu import columns, fusion, rotation, statistics
 from corequant.specs import QuantSpec
 
 def build(name, kernel, constants, integers=(), floats=(), warps=8, kind="i32", **pointers):
@@ -39,7 +38,7 @@ def build(name, kernel, constants, integers=(), floats=(), warps=8, kind="i32", 
 
 build(
     "columns",
-    column_kernels.round_block,
+    columns.round_block,
     dict(R=8, B=128, ECHO=True, WHOLE=False, LEAST=-1.0, MOST=1.0, STEPS=4),
     ("rows", "width", "start", "size", "per_row", "count"),
     warps=4,
@@ -47,7 +46,7 @@ build(
 )
 build(
     "moments",
-    statistics_kernels.channel_moments,
+    statistics.channel_moments,
     dict(R=16, C=128),
     ("rows", "d", "length"),
     x="*bf16",
@@ -55,7 +54,7 @@ build(
 )
 build(
     "decode",
-    statistics_kernels.decode_groups,
+    statistics.decode_groups,
     dict(WHOLE=True, SHIFTED=True, N=2048),
     ("count", "size"),
     codes="*i8",
@@ -65,14 +64,14 @@ for power, kind, signs in [*turned, (16384, "*fp32", 1), (512, "*bf16", 2)]:
     constants, warps = rotation.turning_tile(power)
     build(
         f"rotate {power} {kind}",
-        rotation_kernels.rotate_powers,
+        rotation.rotate_powers,
         constants | dict(SIGNS=signs, INTERPRETED=False),
         ("blocks", "per_row"), ("scale",), warps, x=kind, out=kind, sign_table="*i8",
     )
 constants, warps = rotation.turning_tile(64)
 build(
     "rotate more than 2**31 blocks",
-    rotation_kernels.rotate_powers,
+    rotation.rotate_powers,
     constants | dict(SIGNS=1, INTERPRETED=False),
     ("blocks", "per_row"), ("scale",), warps, "i64", x="*bf16", out="*bf16", sign_table="*i8",
 )
@@ -80,7 +79,7 @@ for core, power, kind in [(12, 1, "*fp16"), (28, 512, "*bf16"), (172, 64, "*fp32
     constants, warps = rotation.mixing_tile(core, power)
     build(
         f"mix {core} {power} {kind}",
-        rotation_kernels.mix_cores,
+        rotation.mix_cores,
         constants | dict(SIGNS=2, INTERPRETED=False),
         ("columns", "per_row"), ("scale",), warps,
         out=kind, sign_table="*i8", core_table="*i8",
@@ -95,7 +94,7 @@ for text, kind, out, what in [
     spec = QuantSpec.parse(text)
     build(
         f"fused {text}, {what}",
-        fusion_kernels.rotate_quantize_tiles,
+        fusion.rotate_quantize_tiles,
         dict(R=32, T=128, BLOCK=128, GROUP=spec.group_size, PERMUTED=True, SIGNED=True,
              **fusion._scheme(spec), OUT=what, INTERPRETED=False),
         ("tiles", "per_row", "d"), ("factor",),

@@ -1,4 +1,10 @@
-"""Choice and launch of the fused Triton kernel; None where there is none for the case."""
+"""Permute, sign, rotate and quantize in one Triton kernel, in one pass over memory.
+
+It does NumPy's operations in NumPy's order (butterflies, true division, exponents from bits). A
+tile is R runs of T columns; groups and blocks lie within a run.
+
+Bit-exact twin: `corequant._cpu.codegen.row_kernels`, `corequant._cpu.loops.group_passes`.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +15,33 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton
+import triton.language as tl
 
 from corequant._cpu.grids import rule_for
 from corequant._cpu.loops.scales import POWER, ROUNDED
 from corequant.formats import FormatKind
 from corequant.hadamard import hadamard_factors
 from corequant.specs import Granularity, QuantSpec, ScaleFormat, ScaleSearch
-from corequant_torch.gpu.rotation import KINDS, LARGEST_TILE, TILE, power_of_two
-from corequant_torch.gpu.runtime import all_good, interpreted, on_device
+from corequant_torch.device.graphs import all_good
+from corequant_torch.device.scales import global_scale_for
+from corequant_torch.gpu.rotation import (
+    KINDS,
+    LARGEST_TILE,
+    TILE,
+    butterflies,
+    narrowed,
+    power_of_two,
+)
+from corequant_torch.gpu.runtime import interpreted, on_device
 
-__all__ = ["CODES", "PACKED", "VALUES", "Fused", "fused"]
+__all__ = ["CODES", "NOTHING", "PACKED", "VALUES", "Fused", "fused", "rotate_quantize_tiles"]
 
 Tensor = torch.Tensor
 
 _FLOAT32 = np.dtype(np.float32)
 _INFINITY = 0x7F800000
+_MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2**23: adding it leaves no place for a fraction
 
 NOTHING, CODES, PACKED, VALUES = 0, 1, 2, 3
 """What the fused kernel writes."""
@@ -145,8 +163,6 @@ def fused(
 
     divisor = None
     if spec.granularity is Granularity.TENSOR_GROUP:
-        from corequant_torch.device.scales import global_scale_for
-
         run(NOTHING, scales)
         divisor = global_scale_for(tops.amax().reshape(1).view(torch.float32), spec)
     run(kind, scales if divisor is None else divisor)
@@ -159,9 +175,201 @@ def fused(
 
 
 def _launch(programs: int, *tensors: Any, **constants: Any) -> None:
-    from corequant_torch.gpu.fusion_kernels import rotate_quantize_tiles
-
     with on_device(tensors[0]):
         rotate_quantize_tiles[(programs,)](
             *tensors, **constants, num_warps=8, enable_fp_fusion=False
         )
+
+
+@triton.jit
+def _field(  # type: ignore[no-untyped-def]
+    a,
+    largest: tl.constexpr,
+    bias: tl.constexpr,
+    mantissa: tl.constexpr,
+):
+    """Return a minifloat's code of the magnitude ``a``, and its number.
+
+    As ``corequant._cpu.loops.minifloat_grid``: below the smallest normal number a sum rounds, whose
+    last place is the minifloat's step; above it bits are rounded, and a carry moves the exponent.
+    """
+    origin: tl.constexpr = (127 - bias) << 23
+    shift: tl.constexpr = 23 - mantissa
+    least_bits: tl.constexpr = (128 - bias) << 23
+    magic_bits: tl.constexpr = (128 - bias - mantissa + 23) << 23
+    a = tl.minimum(a, largest)
+    own = a.to(tl.int32, bitcast=True)
+    bits = tl.maximum(own, least_bits) - origin
+    field = (bits + ((1 << (shift - 1)) - 1) + ((bits >> shift) & 1)) >> shift
+    large = ((field << shift) + origin).to(tl.float32, bitcast=True)
+    magic = tl.full(a.shape, magic_bits, tl.int32).to(tl.float32, bitcast=True)
+    raised = a + magic
+    low = own < least_bits
+    code = tl.where(low, raised.to(tl.int32, bitcast=True) - magic_bits, field)
+    return code, tl.where(low, raised - magic, large)
+
+
+@triton.jit
+def _power_scale(  # type: ignore[no-untyped-def]
+    largest,
+    offset: tl.constexpr,
+    threshold: tl.constexpr,
+    lowest: tl.constexpr,
+    highest: tl.constexpr,
+):
+    """Return 2**E of OCP's rules, as ``corequant._cpu.loops.scales.exponent_for``."""
+    small = largest < 1.1754943508222875e-38
+    scaled = tl.where(small, largest * 8388608.0, largest)
+    bits = scaled.to(tl.int32, bitcast=True)
+    exponent = (bits >> 23) - 127 - offset - tl.where(small, 23, 0)
+    exponent += tl.where((bits & 0x7FFFFF) >= threshold, 1, 0)
+    exponent = tl.minimum(tl.maximum(exponent, lowest), highest) + 127
+    # The smallest E8M0 scale, 2**-127, is a subnormal.
+    found = tl.where(exponent > 0, exponent << 23, 1 << 22)
+    return found.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _whole(v):  # type: ignore[no-untyped-def]
+    """Round half to even what a code's range will cut anyway."""
+    return (tl.minimum(tl.maximum(v, -1048576.0), 1048576.0) + _MAGIC) - _MAGIC
+
+
+@triton.jit(do_not_specialize=["tiles", "per_row", "d"])
+def rotate_quantize_tiles(  # type: ignore[no-untyped-def]
+    x,
+    order,
+    sign_table,
+    divisor,
+    out,
+    scales,
+    zeros,
+    largest_bits,
+    tiles,
+    per_row,
+    d,
+    factor,
+    R: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    PERMUTED: tl.constexpr,
+    SIGNED: tl.constexpr,
+    SCALE: tl.constexpr,
+    STEPS: tl.constexpr,
+    TOP: tl.constexpr,
+    TINY: tl.constexpr,
+    IDLE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    LOWEST: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    INTEGERS: tl.constexpr,
+    LEAST: tl.constexpr,
+    LEAST_CODE: tl.constexpr,
+    MOST: tl.constexpr,
+    OUT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Quantize runs; ``largest_bits`` gets each program's largest magnitude, as bits.
+
+    Scales and numbers of a group that isn't finite are NaN.
+
+    SCALE: 0 symmetric floats, 1 asymmetric ones, 2 powers of two, 3 bytes E4M3; the constants
+    after it are those of ``corequant._cpu.loops.scales.Rule``. INTEGERS: integers from LEAST to
+    MOST, otherwise E2M1. OUT: 0 nothing but the magnitudes, 1 codes, 2 packed nibbles, 3 numbers.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    tile = program * R + tl.arange(0, R)[:, None]
+    row = tile // per_row
+    start = (tile % per_row) * T
+    column = start + tl.arange(0, T)[None, :]
+    inside = (tile < tiles) & (column < d)
+    source = column
+    if PERMUTED:
+        source = tl.load(order + column, mask=inside, other=0).to(tl.int64)
+    y = tl.load(x + row * d + source, mask=inside, other=0.0).to(tl.float32)
+    if SIGNED:
+        y = y * tl.load(sign_table + column, mask=inside, other=1).to(tl.float32)
+    y = butterflies(tl.reshape(y, (R * T // BLOCK, BLOCK)), R * T // BLOCK, BLOCK) * factor
+    y = narrowed(y, x.dtype.element_ty, INTERPRETED).to(tl.float32)
+    z = tl.reshape(y, (R * T // GROUP, GROUP))
+    bits = z.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    tops = tl.max(bits, 1)
+    tl.store(largest_bits + program, tl.max(tops, 0))
+    if OUT > 0:
+        largest = tops.to(tl.float32, bitcast=True)
+        zero = tl.zeros_like(largest)
+        unit = zero + 1.0
+        if SCALE == 1:
+            above = tl.maximum(tl.max(z, 1), 0.0)
+            below = tl.maximum(tl.max(-z, 1), 0.0)
+            scale = tl.div_rn(above * 0.5 + below * 0.5, unit * STEPS)
+            scale = tl.maximum(scale, unit * TINY)
+            zero = _whole(tl.div_rn(below, scale) + LEAST)
+            zero = tl.minimum(tl.maximum(zero, LEAST), MOST)
+            widest = tl.maximum(zero - LEAST, MOST - zero)
+            scale = tl.minimum(scale, tl.div_rn(unit * TOP, widest))
+            scale = tl.where(largest == 0, unit * IDLE, scale)
+            zero = tl.where(largest == 0, 0.0, zero)
+        elif SCALE == 2:
+            scale = _power_scale(largest, OFFSET, THRESHOLD, LOWEST, HIGHEST)
+            scale = tl.where(largest == 0, unit * IDLE, scale)
+        else:
+            scale = tl.div_rn(largest, unit * STEPS)
+            if SCALE == 3:
+                whole = tl.load(divisor)
+                scale = tl.minimum(scale * whole, unit * TOP)
+                _, scale = _field(scale, 448.0, 7, 3)
+                scale = tl.where(largest == 0, unit * IDLE, tl.maximum(scale, unit * TINY))
+            else:
+                scale = tl.maximum(tl.minimum(scale, unit * TOP), unit * TINY)
+                scale = tl.where(largest == 0, unit * IDLE, scale)
+        # Nobody may be there to say so: a replayed graph asks nothing.
+        infinite = tops >= 0x7F800000
+        scale = tl.where(infinite, 0x7FC00000, scale.to(tl.int32, bitcast=True))
+        scale = scale.to(tl.float32, bitcast=True)
+        step = scale
+        if SCALE == 3:
+            step = tl.div_rn(scale, unit * whole)
+        group = (program * R * (T // GROUP)) + tl.arange(0, R * T // GROUP)
+        known = group < tiles * (T // GROUP)
+        tl.store(scales + group, scale, mask=known)
+        if SCALE == 1:
+            tl.store(zeros + group, zero, mask=known)
+        quotient = tl.div_rn(z, tl.broadcast_to(step[:, None], z.shape))
+        if INTEGERS:
+            code = _whole(quotient) + zero[:, None]
+            code = tl.minimum(tl.maximum(code, LEAST), MOST)
+            number = (code - zero[:, None]) * step[:, None]
+            codes = code.to(tl.int32)
+        else:
+            negative = quotient.to(tl.int32, bitcast=True) < 0
+            codes, number = _field(tl.abs(quotient), 6.0, 1, 1)
+            codes = codes | tl.where(negative, 8, 0)
+            number = tl.where(negative, -number, number) * step[:, None]
+        if OUT == 1:
+            wide = tl.reshape(codes, (R, T))
+            tl.store(out + row * d + column, wide.to(out.dtype.element_ty), mask=inside)
+        elif OUT == 2:
+            nibbles = codes
+            if INTEGERS:
+                # Packed signed integers are offset binary.
+                nibbles = code.to(tl.int32) - LEAST_CODE
+            first, second = tl.split(tl.reshape(nibbles, (R, T // 2, 2)))
+            pair = tl.arange(0, T // 2)[None, :]
+            column2 = start // 2 + pair
+            held = (tile < tiles) & (column2 * 2 < d)
+            packed = first | (second << 4)
+            tl.store(out + row * (d // 2) + column2, packed.to(tl.uint8), mask=held)
+        else:
+            wide = tl.reshape(number, (R, T))
+            # Cutting would make a number of NaN.
+            if x.dtype.element_ty == tl.float16:
+                cut = tl.minimum(tl.maximum(wide, -65504.0), 65504.0)
+                wide = tl.where(wide == wide, cut, wide)
+            elif x.dtype.element_ty == tl.bfloat16:
+                cut = tl.minimum(tl.maximum(wide, -3.3895313892515355e38), 3.3895313892515355e38)
+                wide = tl.where(wide == wide, cut, wide)
+            kept = narrowed(wide, out.dtype.element_ty, INTERPRETED)
+            tl.store(out + row * d + column, kept, mask=inside)
