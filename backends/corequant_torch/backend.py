@@ -20,9 +20,9 @@ from corequant.quantization import QuantizedTensor
 from corequant.specs import QuantSpec
 from corequant_torch import compile, operators
 from corequant_torch.cpu.bridge import quick_array, quick_tensor, to_numpy, to_torch
-from corequant_torch.cpu.kernels import CpuKernels
 from corequant_torch.device.tables import device_table
-from corequant_torch.engines import check_apart, check_devices, engine_for, is_plain_call
+from corequant_torch.kernels.cpu import CpuKernels
+from corequant_torch.kernels.engines import check_apart, check_devices, engine_for, is_plain_call
 
 __all__ = ["TorchBackend"]
 
@@ -62,7 +62,7 @@ class TorchBackend:
 
     def describe(self) -> dict[str, str]:
         """Return torch's version, the devices that it sees, and Triton's version."""
-        from corequant_torch.device.kernels import triton_version
+        from corequant_torch.kernels.device import triton_version
 
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         devices = ", ".join(["cpu", *gpus])

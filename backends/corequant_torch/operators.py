@@ -19,7 +19,7 @@ from corequant.fusion import rotate_fake_quantize as rotate_and_round
 from corequant.fusion import rotate_quantize as rotate_to_codes
 from corequant.rotation import check_block_size
 from corequant.specs import Granularity, QuantSpec, qparams_shape
-from corequant_torch.engines import engine_for
+from corequant_torch.kernels.engines import engine_for
 
 __all__ = ["block_hadamard", "fake_quantize", "rotate_fake_quantize", "rotate_quantize"]
 

@@ -11,9 +11,9 @@ import torch
 import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
-from corequant_torch import engines
 from corequant_torch.cpu.bridge import to_numpy
-from corequant_torch.device.kernels import DeviceKernels
+from corequant_torch.kernels import engines
+from corequant_torch.kernels.device import DeviceKernels
 from corequant_transformers.model.quantized_linear import QuantizedLinear
 
 SPECS = ("int4:channel", "int4:group16:asymmetric", "mxfp4", "nvfp4", "e3m2:channel:mse")

@@ -7,7 +7,7 @@ import torch
 
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
-from corequant_torch.cpu import attention, fast_forward, products
+from corequant_torch.cpu import fast_forward, onednn
 from tests.models.test_architectures import DESCRIBED
 
 CALLS = ["_linear_pointwise", "causal_attention"]
@@ -27,9 +27,9 @@ def used(monkeypatch):
 
         monkeypatch.setattr(owner, name, spy)
 
-    monkeypatch.setattr(products, "_has_operator", lambda: True)
-    monkeypatch.setattr(products, "_LEAST_PRODUCTS", 1)
-    monkeypatch.setattr(attention, "_ROWS", 16)
+    monkeypatch.setattr(onednn, "_has_operator", lambda: True)
+    monkeypatch.setattr(onednn, "_LEAST_PRODUCTS", 1)
+    monkeypatch.setattr(onednn, "_ROWS", 16)
     counted(torch.ops.mkldnn, CALLS[0])
     counted(fast_forward, CALLS[1])
     return counts
@@ -41,7 +41,7 @@ def test_perplexity_is_the_same(kind, tokens, used):
     found = cqhf.evaluate(model, tokens).perplexity
     assert used["_linear_pointwise"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "_has_operator", lambda: False)
+        patch.setattr(onednn, "_has_operator", lambda: False)
         before = dict(used)
         expected = cqhf.evaluate(model, tokens).perplexity
         assert used == before
@@ -55,7 +55,7 @@ def test_a_model_is_quantized_by_them(rounding, tokens, used):
     found = cqhf.quantize(model, recipe, tokens)
     assert all(used.values())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "_has_operator", lambda: False)
+        patch.setattr(onednn, "_has_operator", lambda: False)
         other = cqhf.quantize(model, recipe, tokens)
     # Sums in another order move single codes.
     rows, others = found.report["matrices"], other.report["matrices"]

@@ -16,8 +16,7 @@ CODE = """
 import json, re
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from corequant_torch import launch, triton_columns, triton_fused, triton_rotation, triton_streams
-from corequant_torch import launch_rotation
+from corequant_torch.gpu import columns, fusion, rotation, statistics
 from corequant.specs import QuantSpec
 
 def build(name, kernel, constants, integers=(), floats=(), warps=8, kind="i32", **pointers):
@@ -39,7 +38,7 @@ def build(name, kernel, constants, integers=(), floats=(), warps=8, kind="i32", 
 
 build(
     "columns",
-    triton_columns.round_block,
+    columns.round_block,
     dict(R=8, B=128, ECHO=True, WHOLE=False, LEAST=-1.0, MOST=1.0, STEPS=4),
     ("rows", "width", "start", "size", "per_row", "count"),
     warps=4,
@@ -47,7 +46,7 @@ build(
 )
 build(
     "moments",
-    triton_streams.channel_moments,
+    statistics.channel_moments,
     dict(R=16, C=128),
     ("rows", "d", "length"),
     x="*bf16",
@@ -55,49 +54,49 @@ build(
 )
 build(
     "decode",
-    triton_streams.decode_groups,
+    statistics.decode_groups,
     dict(WHOLE=True, SHIFTED=True, N=2048),
     ("count", "size"),
     codes="*i8",
 )
 turned = [(1, "*bf16", 1), (16, "*bf16", 1), (128, "*fp32", 2), (4096, "*fp16", 0)]
 for power, kind, signs in [*turned, (16384, "*fp32", 1), (512, "*bf16", 2)]:
-    constants, warps = launch_rotation.turning_tile(power)
+    constants, warps = rotation.turning_tile(power)
     build(
         f"rotate {power} {kind}",
-        triton_rotation.rotate_powers,
+        rotation.rotate_powers,
         constants | dict(SIGNS=signs, INTERPRETED=False),
         ("blocks", "per_row"), ("scale",), warps, x=kind, out=kind, sign_table="*i8",
     )
-constants, warps = launch_rotation.turning_tile(64)
+constants, warps = rotation.turning_tile(64)
 build(
     "rotate more than 2**31 blocks",
-    triton_rotation.rotate_powers,
+    rotation.rotate_powers,
     constants | dict(SIGNS=1, INTERPRETED=False),
     ("blocks", "per_row"), ("scale",), warps, "i64", x="*bf16", out="*bf16", sign_table="*i8",
 )
 for core, power, kind in [(12, 1, "*fp16"), (28, 512, "*bf16"), (172, 64, "*fp32")]:
-    constants, warps = launch_rotation.mixing_tile(core, power)
+    constants, warps = rotation.mixing_tile(core, power)
     build(
         f"mix {core} {power} {kind}",
-        triton_rotation.mix_cores,
+        rotation.mix_cores,
         constants | dict(SIGNS=2, INTERPRETED=False),
         ("columns", "per_row"), ("scale",), warps,
         out=kind, sign_table="*i8", core_table="*i8",
     )
 for text, kind, out, what in [
-    ("mxfp4", "*bf16", "*u8", launch.PACKED),
-    ("nvfp4", "*fp32", "*u8", launch.NOTHING),
-    ("nvfp4", "*fp32", "*u8", launch.PACKED),
-    ("int4:group128:asymmetric", "*fp16", "*i8", launch.CODES),
-    ("int4:group32", "*bf16", "*bf16", launch.VALUES),
+    ("mxfp4", "*bf16", "*u8", fusion.PACKED),
+    ("nvfp4", "*fp32", "*u8", fusion.NOTHING),
+    ("nvfp4", "*fp32", "*u8", fusion.PACKED),
+    ("int4:group128:asymmetric", "*fp16", "*i8", fusion.CODES),
+    ("int4:group32", "*bf16", "*bf16", fusion.VALUES),
 ]:
     spec = QuantSpec.parse(text)
     build(
         f"fused {text}, {what}",
-        triton_fused.rotate_quantize_tiles,
+        fusion.rotate_quantize_tiles,
         dict(R=32, T=128, BLOCK=128, GROUP=spec.group_size, PERMUTED=True, SIGNED=True,
-             **launch._scheme(spec), OUT=what, INTERPRETED=False),
+             **fusion._scheme(spec), OUT=what, INTERPRETED=False),
         ("tiles", "per_row", "d"), ("factor",),
         x=kind, order="*i64", sign_table="*i8", out=out, largest_bits="*i32",
     )

@@ -11,7 +11,7 @@ from corequant._dispatch import get_backend
 from corequant.formats import FormatKind, formats
 from corequant.specs import QuantSpec, presets
 from corequant_torch.cpu.bridge import to_numpy, to_torch
-from corequant_torch.device.kernels import DeviceKernels
+from corequant_torch.kernels.device import DeviceKernels
 from tests.conftest import heavy_tailed
 
 NUMBERS = [n for n, f in formats.items() if f.kind is not FormatKind.POWER]

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from corequant.errors import ShapeError
-from corequant_torch.cpu import products
-from corequant_torch.cpu.attention import causal_attention
+from corequant_torch.cpu import onednn
 from corequant_torch.cpu.fast_forward import QuickForward
-from corequant_torch.cpu.products import linear, multiplies_quickly
+from corequant_torch.cpu.onednn import causal_attention, linear, multiplies_quickly
 from corequant_torch.device.grams import token_products
 
 F = torch.nn.functional
@@ -20,7 +19,7 @@ def _on_any_processor(monkeypatch):
     # Which processors are quicker so is one thing; the numbers are those of all of them.
     if not torch.backends.mkldnn.is_available():
         pytest.fail("this torch was built without oneDNN")
-    monkeypatch.setattr(products, "_has_operator", lambda: True)
+    monkeypatch.setattr(onednn, "_has_operator", lambda: True)
 
 
 @pytest.fixture
@@ -98,7 +97,7 @@ def test_what_is_left_to_torch(used, monkeypatch):
         assert linear(x, weight).dtype == torch.bfloat16
     with torch.backends.mkldnn.flags(enabled=False):
         assert not multiplies_quickly(x, weight)
-    monkeypatch.setattr(products, "_has_operator", lambda: False)
+    monkeypatch.setattr(onednn, "_has_operator", lambda: False)
     assert torch.equal(linear(x, weight), F.linear(x, weight))
     assert not used
 
@@ -110,15 +109,15 @@ class Own(torch.Tensor):
 def test_a_processor_or_a_torch_without_it(monkeypatch):
     monkeypatch.undo()
     x, weight = normal(96, 300), normal(200, 300, seed=1)
-    products._has_operator.cache_clear()
+    onednn._has_operator.cache_clear()
     with monkeypatch.context() as without:
         without.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
         assert not multiplies_quickly(x, weight)
-    products._has_operator.cache_clear()
+    onednn._has_operator.cache_clear()
     with monkeypatch.context() as without:
         without.setattr(torch.backends.mkldnn, "is_available", lambda: False)
         assert not multiplies_quickly(x, weight)
-    products._has_operator.cache_clear()
+    onednn._has_operator.cache_clear()
 
 
 def test_gradients_are_torchs(used):

@@ -11,8 +11,8 @@ from corequant import testing
 from corequant._dispatch import get_backend
 from corequant.rounding import InputMoments
 from corequant_torch import rotate_quantize_packed
-from corequant_torch.device.kernels import DeviceKernels
-from corequant_torch.engines import engine_for
+from corequant_torch.kernels.device import DeviceKernels
+from corequant_torch.kernels.engines import engine_for
 
 CALLS = {
     "block_hadamard": lambda x: cq.block_hadamard(x, 16),

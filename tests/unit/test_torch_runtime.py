@@ -17,10 +17,10 @@ import corequant as cq
 from corequant._dispatch import get_backend
 from corequant.specs import Granularity, QuantSpec
 from corequant_torch import nonfinite_replays
-from corequant_torch.device import kernels as device
-from corequant_torch.device import tables
-from corequant_torch.device.kernels import DeviceKernels
-from corequant_torch.gpu import fusion, rotation, rotation_kernels, runtime
+from corequant_torch.device import graphs, tables
+from corequant_torch.gpu import fusion, rotation, runtime
+from corequant_torch.kernels import device
+from corequant_torch.kernels.device import DeviceKernels
 from tests.conftest import heavy_tailed
 
 pytestmark = [
@@ -40,7 +40,7 @@ def kernels():
 @pytest.fixture(autouse=True)
 def counted_anew(monkeypatch):
     """What a test leaves in the counts of replays is no other's business."""
-    monkeypatch.setattr(runtime, "_counters", {})
+    monkeypatch.setattr(graphs, "_counters", {})
 
 
 def sample(dtype):
@@ -56,7 +56,7 @@ def test_captured_launches_count_instead_of_asking(kernels, monkeypatch):
     for text in texts:
         kernels.fake_quantize(x, QuantSpec.parse(text))
     nonfinite_replays("cpu")
-    monkeypatch.setattr(runtime, "capturing", lambda device: True)
+    monkeypatch.setattr(graphs, "capturing", lambda device: True)
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "__bool__", refused)
         found = {text: kernels.fake_quantize(x, QuantSpec.parse(text)) for text in texts}
@@ -67,7 +67,7 @@ def test_captured_launches_count_instead_of_asking(kernels, monkeypatch):
         kernels.fake_quantize(x, QuantSpec.parse(text))
     assert nonfinite_replays("cpu") == len(texts)
     assert nonfinite_replays("cpu") == 0
-    monkeypatch.setattr(runtime, "capturing", lambda device: False)
+    monkeypatch.setattr(graphs, "capturing", lambda device: False)
     with pytest.raises(cq.NonFiniteError):
         kernels.fake_quantize(x, QuantSpec.parse("nvfp4"))
 
@@ -79,7 +79,7 @@ def test_what_is_not_finite_is_not_a_number_in_a_replay(kernels, monkeypatch, dt
     x, spec = sample(dtype), QuantSpec.parse(text)
     expected = kernels.fake_quantize(x, spec)
     x[2, 7] = bad
-    monkeypatch.setattr(runtime, "capturing", lambda device: True)
+    monkeypatch.setattr(graphs, "capturing", lambda device: True)
     found = kernels.fake_quantize(x, spec)
     _, scales, *_ = kernels.rotate_quantize(
         x, 1, spec, permutation=None, signs=None, out=None, threads=None
@@ -96,9 +96,9 @@ def refused(tensor):
 
 
 def test_a_call_that_is_captured_first_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(runtime, "capturing", lambda device: True)
+    monkeypatch.setattr(graphs, "capturing", lambda device: True)
     with pytest.raises(cq.BackendError, match="call the function once with the same arguments"):
-        runtime.all_good(torch.ones((), dtype=torch.bool))
+        graphs.all_good(torch.ones((), dtype=torch.bool))
     assert nonfinite_replays("cpu") == 0
 
 
@@ -175,15 +175,15 @@ def test_tables_that_a_graph_reads_are_never_dropped(monkeypatch):
 def test_what_is_kept_in_inference_mode_serves_outside_of_it(monkeypatch):
     kept, p = tables.KeptTables(limit=1000), np.array([1, 0, 2])
     with torch.inference_mode():
-        runtime.all_good(torch.ones((), dtype=torch.bool))
+        graphs.all_good(torch.ones((), dtype=torch.bool))
         table = kept.find("p", torch.device("cpu"), lambda: p)
     x = torch.ones(3, requires_grad=True)
     x[table].sum().backward()
     assert torch.equal(x.grad, torch.ones(3))
-    monkeypatch.setattr(runtime, "capturing", lambda device: True)
-    assert runtime.all_good(torch.zeros((), dtype=torch.bool))
+    monkeypatch.setattr(graphs, "capturing", lambda device: True)
+    assert graphs.all_good(torch.zeros((), dtype=torch.bool))
     with torch.inference_mode():
-        assert runtime.all_good(torch.zeros((), dtype=torch.bool))
+        assert graphs.all_good(torch.zeros((), dtype=torch.bool))
     assert nonfinite_replays("cpu") == 2
 
 
@@ -209,7 +209,7 @@ def test_triton_that_cant_run_says_what_to_do(monkeypatch):
         def __getitem__(self, grid):
             return broken
 
-    monkeypatch.setattr(rotation_kernels, "rotate_powers", Kernel())
+    monkeypatch.setattr(rotation, "rotate_powers", Kernel())
     with pytest.raises(cq.BackendError, match=r"Failed to find C compiler.*uninstall triton"):
         rotation.rotate(sample(torch.float32), 16, False, None, None)
 
@@ -255,9 +255,9 @@ def test_what_earlier_work_has_broken_stays_torchs_error(gpu, monkeypatch):
 
 def test_the_stream_of_the_tensors_device_is_asked(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpu[0] == 1)
-    assert runtime.capturing(torch.device("cuda", 1))
-    assert not runtime.capturing(torch.device("cuda", 0))
-    assert not runtime.capturing(torch.device("cpu"))
+    assert graphs.capturing(torch.device("cuda", 1))
+    assert not graphs.capturing(torch.device("cuda", 0))
+    assert not graphs.capturing(torch.device("cpu"))
 
 
 def test_memory_that_runs_out_stays_torchs_error():

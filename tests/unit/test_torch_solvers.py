@@ -15,7 +15,7 @@ import torch
 import corequant as cq
 from corequant.rounding import AccumulatorSpec, RoundingOptions, round_together
 from corequant_torch.cpu.bridge import to_numpy
-from corequant_torch.device.kernels import DeviceKernels
+from corequant_torch.kernels.device import DeviceKernels
 from corequant_torch.rounding.bounds import soft_thresholds
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning:triton")
@@ -329,7 +329,7 @@ def test_every_option_on_a_device(monkeypatch, options):
     arrays = {"H": H, "G": G if options.needs_float else None}
     expected = round_together({"a": W[:5], "b": W[5:]}, "int4:channel", options, **arrays)
     kernels = DeviceKernels()
-    for module in ("engines", "backend"):
+    for module in ("kernels.engines", "backend"):
         monkeypatch.setattr(f"corequant_torch.{module}.engine_for", lambda x: kernels)
     W, H, G = (torch.from_numpy(a) for a in (W, H, G))
     arrays = {"H": H, "G": G if options.needs_float else None}

@@ -9,7 +9,7 @@ import torch
 
 import corequant as cq
 from corequant_torch.cpu.bridge import to_numpy, to_torch
-from corequant_torch.engines import check_apart, check_devices
+from corequant_torch.kernels.engines import check_apart, check_devices
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 BYTES = [

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -10,16 +13,8 @@ from triton.runtime import autotuner
 import corequant as cq
 from corequant.specs import QuantSpec
 from corequant_torch import rotate_quantize_packed
-from corequant_torch.device.kernels import DeviceKernels
-from corequant_torch.gpu import (
-    column_kernels,
-    fusion,
-    fusion_kernels,
-    rotation,
-    rotation_kernels,
-    runtime,
-    statistics_kernels,
-)
+from corequant_torch.gpu import columns, fusion, rotation, runtime, statistics
+from corequant_torch.kernels.device import DeviceKernels
 from tests.conftest import heavy_tailed
 
 pytestmark = [
@@ -130,7 +125,7 @@ def measured_twice(self, call, quantiles):
 
 
 def test_no_kernel_is_tuned_by_running_it():
-    for module in (column_kernels, fusion_kernels, rotation_kernels, statistics_kernels):
+    for module in (columns, fusion, rotation, statistics):
         kinds = {type(value) for value in vars(module).values()}
         assert autotuner.Autotuner not in kinds
 
@@ -247,11 +242,27 @@ class Gpu(torch.Tensor):
 
 
 def test_without_triton_torch_operations_do_it(monkeypatch):
-    monkeypatch.setattr("corequant_torch.device.kernels.has_triton", lambda: False)
+    monkeypatch.setattr("corequant_torch.kernels.device.has_triton", lambda: False)
     assert not DeviceKernels()._triton(torch.ones(1).as_subclass(Gpu))
-    monkeypatch.setattr("corequant_torch.device.kernels.has_triton", lambda: True)
+    monkeypatch.setattr("corequant_torch.kernels.device.has_triton", lambda: True)
     assert DeviceKernels()._triton(torch.ones(1).as_subclass(Gpu))
     assert not DeviceKernels()._triton(torch.ones(1))
+
+
+ABSENT = """
+import sys
+sys.modules["triton"] = None
+import torch, corequant as cq
+from corequant_torch.gpu.runtime import has_triton
+from corequant_torch.kernels.device import DeviceKernels
+x, spec = torch.arange(16.0).reshape(2, 8), cq.QuantSpec.parse("int4:token")
+print(has_triton(), torch.equal(DeviceKernels().fake_quantize(x, spec), cq.fake_quantize(x, spec)))
+"""
+
+
+def test_triton_may_be_absent():
+    done = subprocess.run([sys.executable, "-c", ABSENT], capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True"], done.stderr
 
 
 @pytest.mark.parametrize(

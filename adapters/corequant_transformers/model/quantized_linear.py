@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import corequant as cq
-from corequant_torch.cpu.products import linear
+from corequant_torch.cpu.onednn import linear
 
 __all__ = ["QuantizedLinear"]
 

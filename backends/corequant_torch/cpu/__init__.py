@@ -1,1 +1,1 @@
-"""CPU tensors: NumPy's kernels on their memory, and float32 products by oneDNN."""
+"""CPU tensors: their memory as NumPy arrays, and float32 products by oneDNN."""

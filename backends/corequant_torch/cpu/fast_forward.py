@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from corequant_torch.cpu.attention import attends_quickly, causal_attention
-from corequant_torch.cpu.products import linear
+from corequant_torch.cpu.onednn import attends_quickly, causal_attention, linear
 
 __all__ = ["QuickForward"]
 
@@ -19,7 +18,7 @@ Tensor = torch.Tensor
 class QuickForward(TorchFunctionMode):
     """A context in which any model's linear layers and causal attention are those of this package.
 
-    They are where they are faster, see ``products`` and ``attention``; everything else is torch's.
+    They are where they are faster, see ``onednn``; everything else is torch's.
 
     Examples
     --------

@@ -1,1 +1,1 @@
-"""Tensors of any device: the kernels as torch operations."""
+"""Torch operations that run on any device, and what is kept there."""

@@ -1,7 +1,8 @@
 """Rotations and statistics as torch operations, for any device.
 
-The butterflies and the core's sums run in the order of
-``corequant._cpu.loops.rotation_reference``, so that the results are NumPy's bit for bit.
+The butterflies and the core's sums run in NumPy's order.
+
+Bit-exact twin: `corequant._cpu.loops.rotation_reference`, `corequant_torch.gpu.rotation`.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import math
 from functools import partial
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from corequant.hadamard import hadamard_factors
+from corequant.hadamard import hadamard_factors, hadamard_matrix
 from corequant_torch.device.tables import kept_table
-from corequant_torch.gpu.rotation import core_signs
 
-__all__ = ["moments", "rotate", "token_normalize", "working"]
+__all__ = ["core_signs", "moments", "rotate", "token_normalize", "working"]
 
 Tensor = torch.Tensor
 
@@ -51,11 +53,26 @@ def rotate(x: Tensor, block_size: int, axis: int, inverse: bool, signs: Tensor |
     return y.to(x.dtype).movedim(-1, axis).contiguous()
 
 
+def core_signs(order: int, inverse: bool, device: torch.device) -> Tensor:
+    """Return the signs by which a core's inputs are multiplied, int8 (order/4, 4, order).
+
+    For each four of the core's rows, with the signs s, t, u and v, these are s, s·t, s·u and u·v:
+    the sum of the four is s·((a + st·b) + su·(c + uv·d)), as in ``corequant._cpu.codegen.cores``,
+    whose zeros have these signs.
+    """
+    return kept_table(("core's fours", order, inverse), device, partial(_fours, order, inverse))
+
+
+def _fours(order: int, inverse: bool) -> npt.NDArray[np.int8]:
+    matrix = hadamard_matrix(order)
+    s, t, u, v = np.moveaxis((matrix.T if inverse else matrix).reshape(-1, 4, order), 1, 0)
+    return np.stack([s, s * t, s * u, u * v], axis=1)
+
+
 def _mix(y: Tensor, inverse: bool) -> Tensor:
-    """Multiply axis 1 by the core, as ``triton_rotation.mix_cores``."""
+    """Multiply axis 1 by the core, as ``corequant_torch.gpu.rotation.mix_cores``."""
     order = y.shape[1]
-    make = partial(core_signs, order, inverse)
-    signs = kept_table(("core's fours", order, inverse), y.device, make).to(y.dtype)
+    signs = core_signs(order, inverse, y.device).to(y.dtype)
     mixed = torch.empty_like(y)
     a, b, c, d = y[:, 0::4], y[:, 1::4], y[:, 2::4], y[:, 3::4]
     for k in range(order):

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from corequant.errors import BackendError
-from corequant_torch.gpu.runtime import capturing
+from corequant_torch.device.graphs import capturing
 
 __all__ = ["KeptTables", "device_table", "kept_table"]
 

@@ -1,27 +1,37 @@
-"""Launch of the Triton kernels of rotations."""
+"""Block rotations in Triton: NumPy's sums in NumPy's order, in float32.
+
+A block of K·p numbers is turned by butterflies at the distances 1, 2, 4, ..., p/2, then by the core
+of order K. There is no product of matrices: tensor cores cut off what their sums can't hold instead
+of rounding it, and sum in an order of their own.
+
+Bit-exact twin: `corequant._cpu.loops.rotation_reference`, `corequant_torch.device.rotation`.
+"""
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
+import triton
+import triton.language as tl
 
-from corequant.hadamard import hadamard_factors, hadamard_matrix
-from corequant_torch.device.tables import kept_table
+from corequant.hadamard import hadamard_factors
+from corequant_torch.device.rotation import core_signs
 from corequant_torch.gpu.runtime import interpreted, on_device
 
 __all__ = [
     "KINDS",
     "LARGEST_TILE",
     "TILE",
-    "core_signs",
+    "butterflies",
+    "mix_cores",
     "mixing_tile",
+    "narrowed",
     "power_of_two",
     "rotate",
+    "rotate_powers",
     "turning_tile",
 ]
 
@@ -65,18 +75,6 @@ def mixing_tile(core: int, power: int) -> tuple[dict[str, int], int]:
     return constants, _warps(rows * columns)
 
 
-def core_signs(order: int, inverse: bool) -> npt.NDArray[np.int8]:
-    """Return what ``mix_cores`` multiplies (order/4, 4, order): by fours of the core's rows.
-
-    Of rows with the signs s, t, u and v these are s, s·t, s·u and u·v: the sum of the four is
-    s·((a + st·b) + su·(c + uv·d)), as in ``corequant._cpu.codegen.cores``, whose zeros have these
-    signs.
-    """
-    matrix = hadamard_matrix(order)
-    s, t, u, v = np.moveaxis((matrix.T if inverse else matrix).reshape(-1, 4, order), 1, 0)
-    return np.stack([s, s * t, s * u, u * v], axis=1)
-
-
 _factors = lru_cache(maxsize=512)(hadamard_factors)
 
 
@@ -104,8 +102,6 @@ def rotate(
 def _turn(
     x: Tensor, out: Tensor, power: int, d: int, scale: float, signs: Tensor | None, after: bool
 ) -> None:
-    from corequant_torch.gpu.rotation_kernels import rotate_powers
-
     constants, warps = turning_tile(power)
     blocks = x.numel() // power
     table = x if signs is None else signs
@@ -124,15 +120,11 @@ def _mix(
     inverse: bool,
     signs: Tensor | None,
 ) -> None:
-    from corequant_torch.gpu.rotation_kernels import mix_cores
-
     constants, warps = mixing_tile(core, power)
     columns = x.numel() // core
-    core_table = kept_table(
-        ("core's fours", core, inverse), x.device, partial(core_signs, core, inverse)
-    )
     table = x if signs is None else signs
-    arguments = (x, out, table, core_table, columns, d // (core * power), scale)
+    cores = core_signs(core, inverse, x.device)
+    arguments = (x, out, table, cores, columns, d // (core * power), scale)
     where = 0 if signs is None else 2
     _launch(mix_cores, -(-columns // constants["C"]), arguments, constants, where, warps)
 
@@ -155,3 +147,113 @@ def _launch(
             num_warps=warps,
             enable_fp_fusion=False,
         )
+
+
+@triton.jit
+def narrowed(y, kind: tl.constexpr, interpreted: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return float32 in the dtype ``kind``, rounded to nearest even.
+
+    The interpreter cuts bfloat16 off, and holds it as bits that it can't multiply.
+    """
+    if interpreted and kind == tl.bfloat16:
+        bits = y.to(tl.uint32, bitcast=True)
+        even = (bits >> 16) & 1
+        # NaN would carry into infinity.
+        rounded = tl.where(y == y, (bits + 0x7FFF + even) & 0xFFFF0000, 0x7FC00000)
+        y = rounded.to(tl.uint32).to(tl.float32, bitcast=True)
+    return y.to(kind)
+
+
+@triton.jit
+def butterflies(y, rows: tl.constexpr, order: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Multiply the rows (rows, order) by Sylvester's matrix, in NumPy's order of sums."""
+    for stage in tl.static_range(15):
+        if (1 << stage) < order:
+            pairs = tl.reshape(y, (rows * order // (2 << stage), 2, 1 << stage))
+            a, b = tl.split(tl.permute(pairs, (0, 2, 1)))
+            both = tl.permute(tl.join(a + b, a - b), (0, 2, 1))
+            y = tl.reshape(both, (rows, order))
+    return y
+
+
+@triton.jit(do_not_specialize=["blocks", "per_row"])
+def rotate_powers(  # type: ignore[no-untyped-def]
+    x,
+    out,
+    sign_table,
+    blocks,
+    per_row,
+    scale,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    SIGNS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Rotate contiguous blocks of P numbers, a power of two; L of them a program.
+
+    ``SIGNS``: 0 none, 1 before, 2 after the rotation.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    block = program * L + tl.arange(0, L)[:, None]
+    inner = tl.arange(0, P)[None, :]
+    at = block * P + inner
+    channel = (block % per_row) * P + inner
+    inside = (block < blocks) & (inner < P)
+    y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if SIGNS == 1:
+        y = y * tl.load(sign_table + channel, mask=inside, other=1).to(tl.float32)
+    y = butterflies(y, L, P) * scale
+    if SIGNS == 2:
+        y = y * tl.load(sign_table + channel, mask=inside, other=1).to(tl.float32)
+    tl.store(out + at, narrowed(y, out.dtype.element_ty, INTERPRETED), mask=inside)
+
+
+@triton.jit(do_not_specialize=["columns", "per_row"])
+def mix_cores(  # type: ignore[no-untyped-def]
+    x,
+    out,
+    sign_table,
+    core_table,
+    columns,
+    per_row,
+    scale,
+    K: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    C: tl.constexpr,
+    SIGNS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Multiply columns of K numbers, P apart, by a core; C columns a program, and L ≥ K.
+
+    Inputs are added in fours, two and two, then from left to right. ``core_table`` (K/4, 4, K) has
+    the signs of each four as ``core_signs`` puts them; ``x`` is float32, ``SIGNS`` 2 multiplies
+    signs afterwards.
+    """
+    k = tl.arange(0, L)
+    column = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
+    block = column // P
+    first = block * (K * P) + column % P
+    known = column < columns
+    total = tl.zeros((L, C), tl.float32)
+    for four in range(K // 4):
+        source = x + first + four * (4 * P)
+        a = tl.load(source, mask=known, other=0.0)[None, :]
+        b = tl.load(source + P, mask=known, other=0.0)[None, :]
+        c = tl.load(source + 2 * P, mask=known, other=0.0)[None, :]
+        d = tl.load(source + 3 * P, mask=known, other=0.0)[None, :]
+        table = core_table + four * (4 * K) + k
+        whole = tl.load(table, mask=k < K, other=1).to(tl.float32)[:, None]
+        second = tl.load(table + K, mask=k < K, other=1).to(tl.float32)[:, None]
+        right = tl.load(table + 2 * K, mask=k < K, other=1).to(tl.float32)[:, None]
+        fourth = tl.load(table + 3 * K, mask=k < K, other=1).to(tl.float32)[:, None]
+        term = whole * ((a + second * b) + right * (c + fourth * d))
+        # The first is not added to zero: that would change -0.0.
+        total = tl.where(four == 0, term, total + term)
+    y = total * scale
+    at = first[None, :] + (k * P)[:, None]
+    inside = (k < K)[:, None] & known[None, :]
+    if SIGNS == 2:
+        channel = ((block % per_row) * (K * P) + column % P)[None, :] + (k * P)[:, None]
+        y = y * tl.load(sign_table + channel, mask=inside, other=1).to(tl.float32)
+    tl.store(out + at, narrowed(y, out.dtype.element_ty, INTERPRETED), mask=inside)

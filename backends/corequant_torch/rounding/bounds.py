@@ -10,7 +10,7 @@ import torch
 from corequant.exact import integer_unit
 from corequant.formats import FormatKind
 from corequant.rounding.accumulators import AccumulatorSpec, check_tile
-from corequant_torch.rounding.levels import Levels, TensorScales
+from corequant_torch.device.levels import Levels, TensorScales
 
 __all__ = ["Tiles", "excess_thresholds", "soft_thresholds"]
 

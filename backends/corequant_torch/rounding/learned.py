@@ -14,8 +14,8 @@ from corequant.rounding.loop import column_grid
 from corequant.rounding.report import RoundedTensor, RoundingReport
 from corequant.specs import QuantSpec
 from corequant_torch.device.grids import numpy_dtype
+from corequant_torch.device.levels import TensorScales
 from corequant_torch.rounding.hessian import Moments, check_matrix, values_of, working_dtype
-from corequant_torch.rounding.levels import TensorScales
 
 __all__ = ["learned_rounding"]
 

@@ -18,9 +18,9 @@ from corequant.errors import NonFiniteError
 from corequant.quantization import QuantizedTensor
 from corequant.rounding.accumulators import ensure_certified
 from corequant.rounding.loop import BLOCK
+from corequant_torch.device.levels import Levels, TensorScales
 from corequant_torch.gpu import columns
 from corequant_torch.rounding.bounds import Tiles
-from corequant_torch.rounding.levels import Levels, TensorScales
 
 __all__ = ["ColumnLoop", "Pull"]
 

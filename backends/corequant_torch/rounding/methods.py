@@ -18,6 +18,7 @@ from corequant.rounding.hessian import Damping
 from corequant.rounding.problem import ColumnOptions, check_damping
 from corequant.rounding.report import RoundedTensor, RoundingReport
 from corequant.specs import QuantSpec
+from corequant_torch.device.levels import TensorScales
 from corequant_torch.rounding.bounds import Tiles
 from corequant_torch.rounding.hessian import (
     Moments,
@@ -27,7 +28,6 @@ from corequant_torch.rounding.hessian import (
     values_of,
     working_dtype,
 )
-from corequant_torch.rounding.levels import TensorScales
 from corequant_torch.rounding.loop import ColumnLoop, Pull
 
 __all__ = ["reconstruction_loss", "round_columns", "round_to_nearest"]

@@ -22,14 +22,14 @@ _transforms = torch._C._are_functorch_transforms_active
 
 @cache
 def _cpu() -> Backend:
-    from corequant_torch.cpu.kernels import CpuKernels
+    from corequant_torch.kernels.cpu import CpuKernels
 
     return CpuKernels()
 
 
 @cache
 def _device() -> Backend:
-    from corequant_torch.device.kernels import DeviceKernels
+    from corequant_torch.kernels.device import DeviceKernels
 
     return DeviceKernels()
 

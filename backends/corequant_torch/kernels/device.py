@@ -14,15 +14,14 @@ from corequant.errors import NonFiniteError
 from corequant.formats import FormatKind, NumberFormat
 from corequant.protocols import Moments, Quantized
 from corequant.specs import Granularity, QuantSpec, qparams_shape
-from corequant_torch.device import rotation as plain_rotation
+from corequant_torch.device import rotation
 from corequant_torch.device.grams import token_products
+from corequant_torch.device.graphs import all_good
 from corequant_torch.device.grids import Grid, encode_powers, numpy_dtype, table_of
 from corequant_torch.device.rotation import working
 from corequant_torch.device.scales import choose, effective, global_scale_for, ranges
 from corequant_torch.device.tables import device_table
-from corequant_torch.gpu import fusion, statistics
-from corequant_torch.gpu import rotation as launch_rotation
-from corequant_torch.gpu.runtime import all_good, has_triton
+from corequant_torch.gpu.runtime import has_triton
 
 __all__ = ["DeviceKernels", "triton_version"]
 
@@ -81,10 +80,12 @@ class DeviceKernels:
         """Rotate blocks of one axis."""
         table = device_table(signs, x)
         if axis == x.ndim - 1 and self._triton(x):
-            turned = launch_rotation.rotate(x.detach(), block_size, inverse, table, out)
+            from corequant_torch.gpu.rotation import rotate
+
+            turned = rotate(x.detach(), block_size, inverse, table, out)
             if turned is not None:
                 return turned
-        y = plain_rotation.rotate(x.detach(), block_size, axis, inverse, table)
+        y = rotation.rotate(x.detach(), block_size, axis, inverse, table)
         return y if out is None else out.copy_(y)
 
     def rotate_quantize(
@@ -101,6 +102,8 @@ class DeviceKernels:
         """Return codes, scales, zero points and a global scale in one pass, None where it can't."""
         if not self._triton(x):
             return None
+        from corequant_torch.gpu import fusion
+
         tables = device_table(permutation, x), device_table(signs, x)
         found = fusion.fused(x.detach(), block_size, spec, *tables, fusion.CODES, out)
         if found is None:
@@ -123,20 +126,26 @@ class DeviceKernels:
         """Return the codes' values in one pass, or None where it can't."""
         if not self._triton(x):
             return None
+        from corequant_torch.gpu import fusion
+
         tables = device_table(permutation, x), device_table(signs, x)
         found = fusion.fused(x.detach(), block_size, spec, *tables, fusion.VALUES, out)
         return None if found is None else found.out
 
     def token_normalize(self, x: Tensor) -> Tensor:
         """Return rows scaled to mean square 1; rows of zeros stay."""
-        return plain_rotation.token_normalize(x.detach())
+        return rotation.token_normalize(x.detach())
 
     def moments(self, x: Tensor) -> Moments:
         """Return float64 sums of |x| and x² and the largest |x| of each channel (d,)."""
         x = x.detach()
-        found = statistics.moments(x) if self._triton(x) else None
+        found = None
+        if self._triton(x):
+            from corequant_torch.gpu import statistics
+
+            found = statistics.moments(x)
         if found is None:
-            found = plain_rotation.moments(x)
+            found = rotation.moments(x)
         a, b, c = torch.stack(found).cpu().numpy()
         return a, b, c
 
@@ -217,6 +226,8 @@ class DeviceKernels:
     ) -> Tensor:
         """Return what codes stand for, in the dtype of the scales."""
         if self._triton(codes):
+            from corequant_torch.gpu import statistics
+
             found = statistics.dequantize(codes, spec, scales, zero_points, global_scale)
             if found is not None:
                 return found
@@ -241,6 +252,8 @@ class DeviceKernels:
         """Return ``x`` rounded to the grid that it chooses for itself, in x's dtype."""
         source = x.detach()
         if not propagate and global_scale is None and self._triton(x):
+            from corequant_torch.gpu import fusion
+
             found = fusion.fused(source, 1, spec, None, None, fusion.VALUES, out)
             if found is not None:
                 return found.out

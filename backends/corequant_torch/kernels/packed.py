@@ -17,9 +17,8 @@ from corequant.rotation import check_block_size, check_signs
 from corequant.specs import QuantSpec, ScaleFormat, qparams_shape
 from corequant.storage.scales import SCALE_BYTES
 from corequant_torch.device.tables import device_table
-from corequant_torch.engines import engine_for
-from corequant_torch.gpu import fusion
 from corequant_torch.gpu.runtime import has_triton
+from corequant_torch.kernels.engines import engine_for
 
 __all__ = ["rotate_quantize_packed"]
 
@@ -77,6 +76,8 @@ def rotate_quantize_packed(
     order = None if permutation is None else check_permutation("permutation", permutation, d)
     table = check_signs("signs", signs, d)
     if x.is_cuda and has_triton():
+        from corequant_torch.gpu import fusion
+
         tables = device_table(order, x), device_table(table, x)
         found = fusion.fused(x.detach(), size, spec, *tables, fusion.PACKED)
         if found is not None:
