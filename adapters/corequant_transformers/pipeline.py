@@ -38,7 +38,7 @@ from corequant_transformers.model.text import (
     check_tokens,
     token_windows,
 )
-from corequant_transformers.planning.cost import held_bytes, peak_bytes, peak_rss_mib
+from corequant_transformers.planning.cost import peak_bytes, peak_rss_mib
 from corequant_transformers.planning.model_plan import ModelPlan, plan_model
 from corequant_transformers.run.estimate import Pace, efforts
 from corequant_transformers.run.job import Job
@@ -264,8 +264,8 @@ def quantize(
         Go on with a run that was stopped, or begin one. The result has the same bytes as that of a
         run that was not stopped.
     memory : int, optional
-        Bytes that the run may take, which ``limit_memory`` has the system enforce. Where that is
-        little, forward passes hold less and are repeated instead; the result is the same.
+        Bytes that the run may take, which ``limit_memory`` has the system enforce. What a part
+        leaves behind then goes back to the system at once.
     device : str or torch.device, optional
         Where forward passes, statistics, adaptive rounding and verification happen, such as
         ``"cuda"``, and where the result is if it is not written; by default where a model in
@@ -355,7 +355,6 @@ def quantize(
             ledger,
             calibration=found,
             executor=executor,
-            held_bytes=held_bytes(table, memory),
             progress=progress,
             after=after,
         )

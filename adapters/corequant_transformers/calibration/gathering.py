@@ -13,9 +13,9 @@ import torch
 from corequant_transformers.calibration.choices import Calibration
 from corequant_transformers.calibration.collector import Collector
 from corequant_transformers.model.forward import block_arguments, enter, run_block
+from corequant_transformers.model.hidden_states import Windows
 from corequant_transformers.model.parts import ENTRY, EXIT, Parts, part_of
 from corequant_transformers.planning.model_plan import ModelPlan
-from corequant_transformers.run.ledger import Windows
 from corequant_transformers.run.sign_trials import SignTrials
 
 __all__ = ["collect_block", "gather"]

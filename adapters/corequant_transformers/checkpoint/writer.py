@@ -264,13 +264,7 @@ def place_tensors(
         own = {k: array_of(k, t, where) for k, t in tensors.items() if k.startswith(prefix)}
         quantized = from_arrays(matrix.name, own, plan.recipe.weights, matrix.shape)
         bias = tensors.pop(f"{matrix.name}.bias", None)
-        layer = QuantizedLinear(
-            quantized,
-            bias,
-            matrix.input.rotation if matrix.online else None,
-            plan.recipe.activations,
-            matrix.name,
-        )
+        layer = QuantizedLinear.of(matrix, quantized, bias, plan.recipe.activations)
         had_bias = model.get_submodule(matrix.name).bias is not None
         if had_bias != (bias is not None):
             raise CheckpointError(f"{where} must hold {matrix.name}.bias: {had_bias}")

@@ -15,17 +15,12 @@ if TYPE_CHECKING:
     from corequant_transformers.planning.model_plan import ModelPlan
 
 __all__ = [
-    "HELD_BYTES",
     "fates",
-    "held_bytes",
     "limit_memory",
     "peak_bytes",
     "peak_rss_mib",
     "trim_memory",
 ]
-
-HELD_BYTES = 2**30
-"""What forward passes may hold while they wait, unless a limit leaves less."""
 
 _BASE = 600 * 2**20
 """What Python, torch, Transformers and compiled kernels take before any weight is read."""
@@ -82,47 +77,11 @@ def _resident() -> float:
         return math.inf
 
 
-def peak_bytes(plan: ModelPlan, memory: int | None = None) -> int:
+def peak_bytes(plan: ModelPlan) -> int:
     """Return the estimated peak memory of quantizing a model on disk.
 
     Depth has no part in it where the model is read a part at a time.
-
-    Parameters
-    ----------
-    plan : ModelPlan
-    memory : int, optional
-        A limit in bytes. Forward passes that wait hold no more than it leaves.
     """
-    least = _peak(plan, 0)
-    most = _peak(plan, min(HELD_BYTES, _wanted(plan)))
-    return most if memory is None else max(least, min(most, memory))
-
-
-def held_bytes(plan: ModelPlan, memory: int | None) -> int:
-    """Return what forward passes may hold while they wait, for a limit in bytes.
-
-    Parameters
-    ----------
-    plan : ModelPlan
-    memory : int, optional
-        Without a limit they may hold 1 GiB.
-    """
-    if memory is None:
-        return HELD_BYTES
-    return max(0, min(HELD_BYTES, memory - _peak(plan, 0)))
-
-
-def _wanted(plan: ModelPlan) -> int:
-    """Return what waiting passes hold where they may."""
-    recipe, options = plan.recipe, plan.recipe.rounding_options()
-    if not options.needs_moments:
-        return 0
-    widest = max(m.shape[1] for m in plan.quantized)
-    numbers = recipe.samples * recipe.sequence_length * (2 * plan.dimensions.hidden + 3 * widest)
-    return 4 * (2 if options.needs_float else 1) * numbers
-
-
-def _peak(plan: ModelPlan, held: int) -> int:
     recipe, sizes = plan.recipe, plan.dimensions
     blocks: dict[int, int] = {}
     edge = 0
@@ -141,7 +100,7 @@ def _peak(plan: ModelPlan, held: int) -> int:
     running = 4 * block + window + moments
     rounding = _BLOCK_BYTES * block
     if recipe.rounding_options().needs_moments:
-        rounding += moments + window + held
+        rounding += moments + window
     return _BASE + plan.whole_bytes + max(running, rounding, _VOCABULARY_BYTES * edge + logits)
 
 
@@ -174,7 +133,7 @@ def limit_memory(size: str, plan: ModelPlan) -> int:
             f"memory must be below {most // 2**20}MiB, what the system allows, got {size[:40]}"
         )
     limit = int(wanted)
-    needed = peak_bytes(plan, limit)
+    needed = peak_bytes(plan)
     if needed > limit:
         raise RecipeError(
             f"memory must be at least {needed / 2**20:.0f}MiB for this model and recipe, got {size}"

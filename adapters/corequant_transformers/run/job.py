@@ -26,13 +26,13 @@ from corequant_transformers.calibration.gathering import collect_block
 from corequant_transformers.checkpoint.writer import part_tensors
 from corequant_transformers.model.devices import to_host
 from corequant_transformers.model.forward import block_arguments, enter, run_block
-from corequant_transformers.model.parts import ENTRY, EXIT, Parts, part_of
-from corequant_transformers.planning.cost import HELD_BYTES
+from corequant_transformers.model.hidden_states import Crossing, HiddenStates, Windows
+from corequant_transformers.model.parts import ENTRY, EXIT, Parts, part_of, part_plan
 from corequant_transformers.planning.matrix_plan import Region
 from corequant_transformers.planning.model_plan import ModelPlan, plan_model
-from corequant_transformers.rounding.block import HiddenStates
-from corequant_transformers.rounding.layers import Rounding, transform_part
-from corequant_transformers.run.ledger import Crossing, Ledger, Windows
+from corequant_transformers.rounding.block import groups_of, round_block
+from corequant_transformers.rounding.layers import round_nearest
+from corequant_transformers.run.ledger import Ledger
 from corequant_transformers.run.sign_trials import SignTrials
 from corequant_transformers.transforms.embeddings import transform_entry, transform_exit
 from corequant_transformers.transforms.matrices import Choices
@@ -45,6 +45,7 @@ from corequant_transformers.transforms.verification import (
     check_logits_error,
     is_identity,
     stream_error,
+    transform_checked,
 )
 
 __all__ = ["Job", "steps_of"]
@@ -79,8 +80,6 @@ class Job:
         What the first steps would find.
     executor : concurrent.futures.Executor, optional
         Rounds layers at the same time.
-    held_bytes : int
-        What forward passes may hold while they wait.
     progress : callable
         Called as ``progress(phase, done, total)``.
     after : callable
@@ -102,12 +101,11 @@ class Job:
         *,
         calibration: Calibration | None = None,
         executor: Executor | None = None,
-        held_bytes: int = HELD_BYTES,
         progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
         after: Callable[[str, float], None] = lambda step, seconds: None,
     ) -> None:
         self.parts, self.plan, self.tokens, self.ledger = parts, plan, tokens, ledger
-        self.calibration, self.executor, self.held_bytes = calibration, executor, held_bytes
+        self.calibration, self.executor = calibration, executor
         self.progress, self.after = progress, after
         self.steps = steps_of(plan)
         self.choices = Choices({}, {})
@@ -346,26 +344,43 @@ class Job:
             arguments = self._arguments[torch.float64][index]
             with KeepFloat64():
                 before = run_block(self.parts.block(index), state["reference"][0:1], arguments)
-            changed = transform_part(self.parts, index, self.plan, self.choices)
+            changed = transform_checked(model, part_plan(self.plan, index), self.choices)
             with KeepFloat64():
                 after = run_block(self.parts.block(index), state["transformed"][0:1], arguments)
             error = stream_error(before, after, self.plan, self.choices)
             check_block_error(index, error)
             following["reference"][0], following["transformed"][0] = before, after
             hidden = self._read_quantized(state, following)
-            rounding = Rounding(
-                self.plan,
-                self._arguments[torch.float32],
-                self.executor,
-                self.held_bytes,
-                lambda done, total: self.progress("round", done, total),
-            )
-            rows = rounding.round(self.parts, index, hidden)
+            rows = self._round(index, hidden)
             model.float()
             tensors = part_tensors(model, self.plan, index)
         self._report_progress(index + 2)
         report = {"changed": changed, "error": error, "matrices": rows}
         self.ledger.commit(step, report, tensors, following)
+
+    def _round(self, index: int, hidden: HiddenStates | None) -> list[dict[str, Any]]:
+        """Round a transformed block in place and return rows for the report."""
+        model, rows, recipe = self.parts.model, part_plan(self.plan, index), self.plan.recipe
+        if hidden is None:
+            return round_nearest(model, rows, self.executor)
+        model.float()
+        counts = [len(groups_of(part_plan(self.plan, i).quantized)) for i in self.parts.blocks]
+        before, total = sum(counts[:index]), sum(counts)
+        rounded = round_block(
+            self.parts.block(index),
+            self.plan.architecture.block.format(index),
+            rows.quantized,
+            hidden,
+            self._arguments[torch.float32][index],
+            recipe.weights,
+            recipe.activations,
+            recipe.rounding_options(),
+            executor=self.executor,
+            progress=lambda done: self.progress("round", before + done, total),
+        )
+        for name, layer in rounded.layers.items():
+            model.set_submodule(name, layer)
+        return rounded.rows
 
     def _read_quantized(
         self, state: Mapping[str, Windows], following: dict[str, Windows]
@@ -387,8 +402,7 @@ class Job:
             states = (state["reference"][0:1], state["transformed"][0:1])
             error, changed = transform_exit(self.parts, self.plan, self.choices, states, ids)
             check_logits_error(error)
-            rounding = Rounding(self.plan, [], self.executor)
-            rows = rounding.round_outside(self.parts, EXIT)
+            rows = round_nearest(model, part_plan(self.plan, EXIT), self.executor)
             tensors = part_tensors(model, self.plan, EXIT)
         changes = [self.ledger.report(s)["changed"] for s in self.quantizing_steps[:-1]]
         check_any_changed(changed + sum(changes))

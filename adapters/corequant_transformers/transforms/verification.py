@@ -29,6 +29,7 @@ from corequant_transformers.transforms.matrices import (
     OnlineRotation,
     restore,
     transform_matrix,
+    transform_model,
 )
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "relative_error",
     "stream_error",
     "trace",
+    "transform_checked",
     "verify",
 ]
 
@@ -266,6 +268,19 @@ def check_changed(before: dict[str, float], model: Any, plan: ModelPlan, choices
                 "alone, once; transform a fresh copy of the float model"
             )
     return len(planned)
+
+
+def transform_checked(model: Any, plan: ModelPlan, choices: Choices) -> int:
+    """Transform the matrices of a plan in place and return how many changed.
+
+    Raises
+    ------
+    VerificationError
+        If a matrix that should change doesn't, or a run-time rotation is missing.
+    """
+    before = fingerprints(model, plan)
+    transform_model(model, plan, choices)
+    return check_changed(before, model, plan, choices)
 
 
 def check_choices(plan: ModelPlan, choices: Choices) -> int:
