@@ -18,18 +18,15 @@ import torch
 from corequant.errors import BackendError, CheckpointError
 from corequant.recipe import Recipe
 from corequant.storage.files import read_text
-from corequant_torch.cpu.fast_forward import QuickForward
 from corequant_transformers.architectures.unknown import check_described
 from corequant_transformers.calibration.choices import Calibration, check_calibration
-from corequant_transformers.calibration.gathering import gather
-from corequant_transformers.checkpoint.writer import load, place_tensors, read_generation, save
+from corequant_transformers.checkpoint.writer import load, place_tensors, save
 from corequant_transformers.files.outputs import check_output
 from corequant_transformers.model.devices import check_device, device_of
 from corequant_transformers.model.layouts import standardize
 from corequant_transformers.model.parts import ModelWeights, Parts, skeleton
 from corequant_transformers.model.replicas import check_given, check_plain, unwrap
-from corequant_transformers.model.shards import FileWeights, make_skeleton
-from corequant_transformers.model.sources import Source
+from corequant_transformers.model.sources import Source, read_generation
 from corequant_transformers.model.structures import check_blocks, check_places, check_untouched
 from corequant_transformers.model.surroundings import undisturbed
 from corequant_transformers.model.text import (
@@ -38,7 +35,7 @@ from corequant_transformers.model.text import (
     check_tokens,
     token_windows,
 )
-from corequant_transformers.planning.cost import peak_bytes, peak_rss_mib
+from corequant_transformers.planning.memory import peak_rss_mib
 from corequant_transformers.planning.model_plan import ModelPlan, plan_model
 from corequant_transformers.run.estimate import Pace, efforts
 from corequant_transformers.run.job import Job
@@ -158,10 +155,10 @@ def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
         _check_structure(model, table)
     if source is not None:
         # What no model can be made of should be known before any work.
-        bare = make_skeleton(source)
+        bare = source.skeleton()
         if not source.is_gguf:
             read_generation(source.path)
-            FileWeights(source, bare, table)
+            source.weights(bare, table)
     if source is None or not source.is_gguf:
         return table
     shapes = [m.shape for m in table.matrices]
@@ -221,8 +218,7 @@ def calibrate(
     _check_structure(model, table)
     _check_windows(table, tokens)
     parts = Parts(skeleton(model), table, ModelWeights(model), device_of(model))
-    with QuickForward():
-        return gather(parts, table, tokens, progress)
+    return Job(parts, table, tokens, MemoryLedger(), progress=progress).calibrate()
 
 
 @undisturbed()
@@ -346,7 +342,7 @@ def quantize(
     def make(ledger: Ledger, after: Callable[[str, float], None] = lambda step, s: None) -> _Made:
         given = model if source is None else source
         # What the plan foresees may be kept; a limit counts what was freed, too.
-        spare = peak_bytes(table) if memory is None else 0
+        spare = table.peak_bytes() if memory is None else 0
         parts, float_config = _parts(given, table, where, spare, progress)
         job = Job(
             parts,
@@ -440,8 +436,8 @@ def _parts(
 ) -> tuple[Parts, str]:
     """Return a model's parts, and the text of its config."""
     if isinstance(model, Source) and not model.is_gguf:
-        bare = make_skeleton(model)
-        weights = FileWeights(model, bare, table)
+        bare = model.skeleton()
+        weights = model.weights(bare, table)
         text = read_text(model.config_file)
         return Parts(bare, table, weights, device, spare), text
     if isinstance(model, Source):

@@ -10,10 +10,13 @@ import torch
 
 import corequant as cq
 from corequant_transformers.calibration.choices import needs_second_order, needs_tokens
+from corequant_transformers.model.forward import run_block
+from corequant_transformers.model.hidden_states import Windows
+from corequant_transformers.model.parts import Parts, part_of
 from corequant_transformers.planning.matrix_plan import Region
 from corequant_transformers.planning.model_plan import ModelPlan
 
-__all__ = ["Collector"]
+__all__ = ["Collector", "collect_block"]
 
 _RESERVOIR = 1024
 """Tokens kept of each layer: 6 MiB at 1536 channels."""
@@ -113,6 +116,44 @@ class Collector:
                 raise cq.NonFiniteError(name, error.count, error.index, error.value) from None
 
         return hook
+
+
+@torch.no_grad()
+def collect_block(
+    parts: Parts,
+    plan: ModelPlan,
+    index: int,
+    collector: Collector,
+    hidden: Windows,
+    arguments: dict[str, Any],
+    progress: Callable[[str, int, int], None],
+) -> None:
+    """Run an open float block over all windows and collect what its layers read.
+
+    Parameters
+    ----------
+    parts : Parts
+    plan : ModelPlan
+    index : int
+    collector : Collector
+    hidden : Windows
+        What the block reads; overwritten by what it gives.
+    arguments : dict
+        Of the block, besides its hidden states.
+    progress : callable
+        Called as ``progress("calibrate", done, total)``, counting windows through all blocks.
+    """
+    readers = [
+        (region, reader)
+        for region in plan.regions
+        for reader in region.readers
+        if part_of(f"{reader}.", plan) == index
+    ]
+    with collector.watching(parts.model, readers):
+        for k in range(len(hidden)):
+            collector.position = k
+            hidden[k] = run_block(parts.block(index), hidden[k : k + 1], arguments)
+            progress("calibrate", index * len(hidden) + k + 1, len(parts.blocks) * len(hidden))
 
 
 def _tokens(x: torch.Tensor, region: Region) -> torch.Tensor:

@@ -11,8 +11,8 @@ from corequant.errors import CheckpointError
 from corequant.storage.arrays import from_arrays
 from corequant.storage.tensor_file import RawTensor, TensorFile
 from corequant_transformers.checkpoint.writer import WEIGHTS, read_plan
+from corequant_transformers.files.atomic import read_json
 from corequant_transformers.files.digests import check_digests, warn_of_none
-from corequant_transformers.model.configs import read_json
 from corequant_transformers.model.sources import files_to_copy
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 

@@ -24,7 +24,7 @@ from corequant.errors import CheckpointError, OutputError, RecipeError
 from corequant.recipe import Recipe
 from corequant.storage.arrays import from_arrays, to_arrays
 from corequant.storage.files import json_text, open_regular, read_text, version_of
-from corequant_transformers.files.atomic import compare
+from corequant_transformers.files.atomic import compare, read_json
 from corequant_transformers.files.digests import (
     DIGESTS,
     check_digests,
@@ -33,18 +33,13 @@ from corequant_transformers.files.digests import (
     write_digests,
 )
 from corequant_transformers.files.outputs import check_output, new_directory
-from corequant_transformers.model.configs import (
-    as_config_errors,
-    check_config,
-    read_json,
-    settle_config,
-)
+from corequant_transformers.model.configs import as_config_errors, check_config, settle_config
 from corequant_transformers.model.floats import array_of, as_float32, check_writable
 from corequant_transformers.model.layouts import standardize
 from corequant_transformers.model.parts import Part, part_of, part_plan, skeleton
 from corequant_transformers.model.quantized_linear import QuantizedLinear
-from corequant_transformers.model.sources import copy_files, quiet_transformers
-from corequant_transformers.model.surroundings import undisturbed
+from corequant_transformers.model.sources import copy_files, read_generation
+from corequant_transformers.model.surroundings import quiet_transformers, undisturbed
 from corequant_transformers.planning.model_plan import ModelPlan, plan_model
 from corequant_transformers.transforms.matrices import restructure
 
@@ -219,24 +214,6 @@ def _load(folder: Path) -> Any:
     tensors = _read_tensors(folder / WEIGHTS)
     model.generation_config = read_generation(folder) or model.generation_config
     return place_tensors(model, plan, tensors, folder / WEIGHTS)
-
-
-def read_generation(folder: Path) -> Any:
-    """Return what a directory says about generating text; None where it says nothing.
-
-    Raises
-    ------
-    CheckpointError
-        If the file is malformed.
-    """
-    file = folder / "generation_config.json"
-    if not file.is_file():
-        return None
-    try:
-        with quiet_transformers():
-            return transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{file} can't be loaded: {error}") from error
 
 
 def place_tensors(

@@ -32,8 +32,8 @@ from corequant_transformers.model.forward import run_block
 from corequant_transformers.model.hidden_states import HiddenStates, Windows
 from corequant_transformers.model.layouts import ExpertList
 from corequant_transformers.model.quantized_linear import QuantizedLinear
-from corequant_transformers.planning.cost import peak_rss_mib
 from corequant_transformers.planning.matrix_plan import MatrixPlan
+from corequant_transformers.planning.memory import peak_rss_mib
 from corequant_transformers.rounding.block_passes import BlockPasses
 from corequant_transformers.rounding.int8_products import (
     RoundedInputs,

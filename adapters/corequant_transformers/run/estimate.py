@@ -8,7 +8,7 @@ from typing import Any
 
 from corequant.specs import ScaleSearch
 from corequant_transformers.model.parts import ENTRY, EXIT, part_plan
-from corequant_transformers.planning.cost import peak_rss_mib
+from corequant_transformers.planning.memory import peak_rss_mib
 from corequant_transformers.planning.model_plan import ModelPlan
 
 __all__ = ["Pace", "efforts"]

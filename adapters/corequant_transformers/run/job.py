@@ -21,15 +21,14 @@ import torch
 from corequant.errors import ArchitectureError
 from corequant_torch.cpu.fast_forward import QuickForward
 from corequant_transformers.calibration.choices import Calibration, choose, choose_block_size
-from corequant_transformers.calibration.collector import Collector
-from corequant_transformers.calibration.gathering import collect_block
+from corequant_transformers.calibration.collector import Collector, collect_block
 from corequant_transformers.checkpoint.writer import part_tensors
 from corequant_transformers.model.devices import to_host
 from corequant_transformers.model.forward import block_arguments, enter, run_block
 from corequant_transformers.model.hidden_states import Crossing, HiddenStates, Windows
 from corequant_transformers.model.parts import ENTRY, EXIT, Parts, part_of, part_plan
 from corequant_transformers.planning.matrix_plan import Region
-from corequant_transformers.planning.model_plan import ModelPlan, plan_model
+from corequant_transformers.planning.model_plan import VERIFIED_TOKENS, ModelPlan, plan_model
 from corequant_transformers.rounding.block import groups_of, round_block
 from corequant_transformers.rounding.layers import round_nearest
 from corequant_transformers.run.ledger import Ledger
@@ -51,8 +50,6 @@ from corequant_transformers.transforms.verification import (
 __all__ = ["Job", "steps_of"]
 
 Tokens = npt.NDArray[np.int64]
-
-_VERIFIED_TOKENS = 128
 
 
 def steps_of(plan: ModelPlan) -> list[str]:
@@ -120,7 +117,7 @@ class Job:
         self._trials = SignTrials(parts, plan, tokens) if trials else None
         length = tokens.shape[1]
         self._states = (len(tokens), length, plan.dimensions.hidden)
-        self._verified = tokens[0, :_VERIFIED_TOKENS]
+        self._verified = tokens[0, :VERIFIED_TOKENS]
 
     def _check_rounding(self) -> None:
         recipe = self.plan.recipe
@@ -130,6 +127,23 @@ class Job:
                 f"a matrix must lie in a decoder block to be rounded by {recipe.rounding}, got "
                 f"{min(outside)}"
             )
+
+    def calibrate(self) -> Calibration:
+        """Run the float model over all windows and return its statistics; nothing is chosen.
+
+        Raises
+        ------
+        NonFiniteError
+            If weights or activations hold NaN or infinity.
+        """
+        self._prepare_arguments()
+        with QuickForward():
+            state = self._first_states()
+            for index in self.parts.blocks:
+                with self.parts.open(index):
+                    state = self._measure(index, state)
+            draw, losses = self._draw(state)
+        return replace(self._found(), draw=draw, draw_losses=tuple(losses))
 
     def run(self) -> int:
         """Carry out the steps that are not done yet; return how many were.
@@ -143,13 +157,7 @@ class Job:
         VerificationError
             If a transformed part doesn't compute what the float one does.
         """
-        self._arguments = {
-            torch.float32: block_arguments(self.parts, self.tokens[0], torch.float32)
-        }
-        with KeepFloat64():
-            self._arguments[torch.float64] = block_arguments(
-                self.parts, self._verified, torch.float64
-            )
+        self._prepare_arguments()
         resumed = self.ledger.resume(self.steps)
         for step in self.steps[:resumed]:
             self._absorb(step)
@@ -163,6 +171,12 @@ class Job:
             self._absorb(step)
             self.after(step, time.monotonic() - started)
         return resumed
+
+    def _prepare_arguments(self) -> None:
+        self._arguments[torch.float32] = block_arguments(self.parts, self.tokens[0], torch.float32)
+        with KeepFloat64():
+            verified = block_arguments(self.parts, self._verified, torch.float64)
+        self._arguments[torch.float64] = verified
 
     def _absorb(self, step: str) -> None:
         """Take over what a step chose."""
@@ -196,11 +210,12 @@ class Job:
         with self.parts.open(index):
             if found is None:
                 following = self._measure(index, state)
-                found = Calibration(
-                    self.tokens, self._collector.statistics, self._collector.held_out
-                )
+                found = self._found()
             report, tensors = self._choose(index, found)
         self.ledger.commit(step, report, tensors, {**following, **self._spanning(index)})
+
+    def _found(self) -> Calibration:
+        return Calibration(self.tokens, self._collector.statistics, self._collector.held_out)
 
     def _first_states(self) -> dict[str, Windows]:
         if self.calibration is not None:
@@ -287,14 +302,19 @@ class Job:
             self._collector.begin(by_name[region])
             kinds[what][region].restore(arrays)
 
+    def _draw(self, state: Mapping[str, Windows]) -> tuple[int, list[float]]:
+        """Return which draw of signs loses least, and the losses of all that were tried."""
+        if self._trials is None:
+            return 0, []
+        with self.parts.open(EXIT), torch.no_grad():
+            losses = self._trials.losses(state["draws"])
+        return int(np.argmin(losses)), losses
+
     def _do_choose(self, step: str) -> None:
-        found, draw, losses = self.calibration, 0, []
+        found = self.calibration
         if found is None:
-            found = Calibration(self.tokens, self._collector.statistics, self._collector.held_out)
-            if self._trials is not None:
-                with self.parts.open(EXIT), torch.no_grad():
-                    losses = self._trials.losses(self.ledger.state()["draws"])
-                draw = int(np.argmin(losses))
+            found = self._found()
+            draw, losses = self._draw(self.ledger.state())
         else:
             draw, losses = found.draw, list(found.draw_losses)
         report, tensors = self._choose(None, found)

@@ -331,7 +331,7 @@ def _acts(matrix: MatrixPlan, plan: ModelPlan, choices: Choices) -> bool:
     """Tell whether carrying out a row has to change its matrix."""
     if plan.folds and matrix.norm is not None:
         return True
-    for side in (matrix.input, *(part.output for part in matrix.outputs)):
+    for side in (matrix.input, *(rows.output for rows in matrix.row_slices)):
         order = choices.permutations.get(side.permutation or "")
         factors = choices.factors.get(side.factors or "")
         moved = order is not None and bool((order != np.arange(len(order))).any())
