@@ -37,10 +37,10 @@ from corequant_transformers.model.text import (
 )
 from corequant_transformers.planning.memory import peak_rss_mib
 from corequant_transformers.planning.model_plan import ModelPlan, plan_model
-from corequant_transformers.run.estimate import Pace, efforts
-from corequant_transformers.run.job import Job
+from corequant_transformers.run.job import Job, steps_of
 from corequant_transformers.run.ledger import Ledger, MemoryLedger
 from corequant_transformers.run.output import begin_run, describe_run, has_run, save_run
+from corequant_transformers.run.pace import Pace
 from corequant_transformers.transforms.matrices import Choices, restructure
 from corequant_transformers.transforms.verification import Verification
 
@@ -271,7 +271,7 @@ def quantize(
         may.
     events : callable
         Called with a dictionary after each step of a model on disk: the step, the seconds that it
-        took, and, from the second decoder block on, those that remain.
+        took, and, from the second rounded block on, those that the remaining blocks take.
     progress : callable
         Called as ``progress(phase, done, total)``.
 
@@ -383,7 +383,7 @@ def quantize(
         return done
     manifest = describe_run(source, recipe, tokens, where)
     with begin_run(output, manifest, resume=resume) as run:
-        pace = Pace(efforts(table, tokens.shape), run.log, events)
+        pace = Pace(steps_of(table), run.log, events)
         made = make(run, pace.step)
         progress("save", 0, 1)
         save_run(
