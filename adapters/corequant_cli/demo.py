@@ -18,7 +18,7 @@ import torch
 
 from corequant.errors import CheckpointError
 from corequant.recipe import Recipe
-from corequant_transformers.checkpoint.writer import load
+from corequant_transformers.checkpoint.reader import load
 from corequant_transformers.files.outputs import check_output
 from corequant_transformers.model.sources import Source
 from corequant_transformers.model.surroundings import quiet_transformers, undisturbed

@@ -2,7 +2,7 @@
 
 from corequant_transformers.architectures.known import Architecture, Experts, register
 from corequant_transformers.calibration.choices import Calibration
-from corequant_transformers.checkpoint.writer import load, load_tokenizer
+from corequant_transformers.checkpoint.reader import load, load_tokenizer
 from corequant_transformers.exports.targets import export
 from corequant_transformers.exports.transformers_hook import install
 from corequant_transformers.files.digests import check_digests

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 import corequant as cq
@@ -48,6 +50,7 @@ class Collector:
     def __init__(self, plan: ModelPlan, shape: tuple[int, int]) -> None:
         windows, length = shape
         self._recipe = plan.recipe
+        self._regions = {region.name: region for region in plan.regions}
         self._windows = windows
         self._stride = _energy_stride(plan, windows * length)
         self._kept = _RESERVOIR if needs_tokens(plan.recipe) else 0
@@ -76,12 +79,34 @@ class Collector:
 
     def forget(self, region: str) -> None:
         """Drop what is not needed any more."""
-        for _, held in self.kinds():
+        for held in self._kinds().values():
             held.pop(region, None)
 
-    def kinds(self) -> list[tuple[str, dict[str, cq.ActivationStats]]]:
-        """Return both kinds of statistics with their names."""
-        return [("statistics", self.statistics), ("held_out", self.held_out)]
+    def _kinds(self) -> dict[str, dict[str, cq.ActivationStats]]:
+        return {"statistics": self.statistics, "held_out": self.held_out}
+
+    def state(self) -> dict[str, Windows]:
+        """Return the statistics that are not dropped yet, as rows of arrays."""
+        kept: dict[str, Windows] = {}
+        for what, held in self._kinds().items():
+            for region, statistics in held.items():
+                for name, array in statistics.to_arrays().items():
+                    kept[f"{what}:{region}:{name}"] = torch.from_numpy(np.atleast_2d(array))
+        return kept
+
+    def restore(self, state: Mapping[str, Windows]) -> None:
+        """Take over what ``state`` returned; other entries are ignored."""
+        found: dict[tuple[str, str], dict[str, npt.NDArray[Any]]] = {}
+        for key, rows in state.items():
+            what, _, rest = key.partition(":")
+            if what in self._kinds():
+                region, _, name = rest.rpartition(":")
+                array = rows[0 : len(rows)].numpy()
+                flat = array if name in ("gram", "energy_gram", "tokens") else array[0]
+                found.setdefault((what, region), {})[name] = flat
+        for (what, region), arrays in found.items():
+            self.begin(self._regions[region])
+            self._kinds()[what][region].restore(arrays)
 
     @contextmanager
     def watching(self, model: Any, readers: Iterable[tuple[Region, str]]) -> Iterator[None]:

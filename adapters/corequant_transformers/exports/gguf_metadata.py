@@ -20,8 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant.errors import ArchitectureError, CheckpointError
-from corequant_transformers.checkpoint.reader import Stored
-from corequant_transformers.checkpoint.writer import load_tokenizer
+from corequant_transformers.checkpoint.reader import Stored, load_tokenizer
 from corequant_transformers.files.atomic import read_json
 from corequant_transformers.files.digests import check_digests
 from corequant_transformers.model.sources import Source

@@ -22,7 +22,7 @@ from corequant.errors import ArchitectureError
 from corequant_torch.cpu.fast_forward import QuickForward
 from corequant_transformers.calibration.choices import Calibration, choose, choose_block_size
 from corequant_transformers.calibration.collector import Collector, collect_block
-from corequant_transformers.checkpoint.writer import part_tensors
+from corequant_transformers.checkpoint.tensors import part_tensors
 from corequant_transformers.model.devices import to_host
 from corequant_transformers.model.forward import block_arguments, enter, run_block
 from corequant_transformers.model.hidden_states import Crossing, HiddenStates, Windows
@@ -161,7 +161,7 @@ class Job:
         resumed = self.ledger.resume(self.steps)
         for step in self.steps[:resumed]:
             self._absorb(step)
-        self._restore_statistics()
+        self._collector.restore(self.ledger.state())
         for step in self.steps[resumed:]:
             started = time.monotonic()
             kind, _, index = step.partition("-")
@@ -212,7 +212,7 @@ class Job:
                 following = self._measure(index, state)
                 found = self._found()
             report, tensors = self._choose(index, found)
-        self.ledger.commit(step, report, tensors, {**following, **self._spanning(index)})
+        self.ledger.commit(step, report, tensors, {**following, **self._collector.state()})
 
     def _found(self) -> Calibration:
         return Calibration(self.tokens, self._collector.statistics, self._collector.held_out)
@@ -277,30 +277,6 @@ class Job:
 
     def _weight(self, name: str) -> npt.NDArray[Any]:
         return to_host(self.parts.model.get_submodule(name).weight)
-
-    def _spanning(self, index: int) -> dict[str, Windows]:
-        """Return the statistics of regions that later blocks read too, as rows of arrays."""
-        kept: dict[str, Windows] = {}
-        for what, held in self._collector.kinds():
-            for region, statistics in held.items():
-                for name, array in statistics.to_arrays().items():
-                    kept[f"{what}:{region}:{name}"] = torch.from_numpy(np.atleast_2d(array))
-        return kept
-
-    def _restore_statistics(self) -> None:
-        kinds = dict(self._collector.kinds())
-        found: dict[tuple[str, str], dict[str, npt.NDArray[Any]]] = {}
-        for key, rows in self.ledger.state().items():
-            what, _, rest = key.partition(":")
-            if what in kinds:
-                region, _, name = rest.rpartition(":")
-                array = rows[0 : len(rows)].numpy()
-                flat = array if name in ("gram", "energy_gram", "tokens") else array[0]
-                found.setdefault((what, region), {})[name] = flat
-        by_name = {region.name: region for region in self.plan.regions}
-        for (what, region), arrays in found.items():
-            self._collector.begin(by_name[region])
-            kinds[what][region].restore(arrays)
 
     def _draw(self, state: Mapping[str, Windows]) -> tuple[int, list[float]]:
         """Return which draw of signs loses least, and the losses of all that were tried."""
