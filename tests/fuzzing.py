@@ -22,7 +22,6 @@ from corequant.recipe import Recipe
 from corequant.storage.tensor_file import TensorFile, parse_header
 from corequant_transformers.checkpoint.reader import Stored
 from corequant_transformers.model.parts import skeleton
-from corequant_transformers.model.shards import FileWeights
 from corequant_transformers.model.sources import Source
 
 __all__ = ["Found", "Target", "fuzz", "targets"]
@@ -116,7 +115,7 @@ def targets(folder: Path) -> list[Target]:
     def open_shards(path: Path) -> Callable[[], Any]:
         # Reading headers gives the skeleton nothing, so that one is enough.
         bare, table = skeleton(Source(path).config()), cqhf.plan(path, recipe)
-        return lambda: FileWeights(Source(path), bare, table)
+        return lambda: Source(path).weights(bare, table)
 
     def weights() -> None:
         file = TensorFile(folder / "x")

@@ -256,7 +256,7 @@ def evaluate(
     """Measure perplexity over consecutive windows of a text."""
     words = _read_text("text", text)
     import corequant_transformers as cqhf
-    from corequant_transformers.checkpoint.writer import is_quantized
+    from corequant_transformers.checkpoint.reader import is_quantized
     from corequant_transformers.model.devices import check_device
 
     where = check_device(device)
@@ -327,7 +327,7 @@ def inspect(
     given = None if text is None else _read_text("text", text)
     import corequant_transformers as cqhf
     from corequant_cli.demo import help_topics
-    from corequant_transformers.checkpoint.writer import is_quantized
+    from corequant_transformers.checkpoint.reader import is_quantized
     from corequant_transformers.inspection.html import check_report_output
 
     if is_quantized(model):
@@ -347,8 +347,8 @@ def inspect(
 
 def _inspect_quantized(model: Path, verify: bool, as_json: bool) -> None:
     from corequant_transformers import check_digests
+    from corequant_transformers.checkpoint.reader import read_recipe
     from corequant_transformers.checkpoint.reports import read_report
-    from corequant_transformers.checkpoint.writer import read_recipe
     from corequant_transformers.files.digests import warn_of_none
 
     recipe, report = read_recipe(model), read_report(model)

@@ -2,7 +2,7 @@
 
 from corequant_transformers.architectures.known import Architecture, Experts, register
 from corequant_transformers.calibration.choices import Calibration
-from corequant_transformers.checkpoint.writer import load, load_tokenizer
+from corequant_transformers.checkpoint.reader import load, load_tokenizer
 from corequant_transformers.exports.targets import export
 from corequant_transformers.exports.transformers_hook import install
 from corequant_transformers.files.digests import check_digests
@@ -11,7 +11,8 @@ from corequant_transformers.inspection.outliers import Inspection, inspect
 from corequant_transformers.model.sources import Source
 from corequant_transformers.model.text import Evaluation, evaluate, token_windows
 from corequant_transformers.pipeline import Quantized, calibrate, plan, quantize
-from corequant_transformers.planning.cost import fates, limit_memory
+from corequant_transformers.planning.fates import fates
+from corequant_transformers.planning.memory import limit_memory
 from corequant_transformers.testing import tiny_model
 from corequant_transformers.transforms.matrices import Choices
 from corequant_transformers.transforms.verification import Trace, Verification, trace, verify

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -18,18 +17,16 @@ import torch
 from corequant.errors import BackendError, CheckpointError
 from corequant.recipe import Recipe
 from corequant.storage.files import read_text
-from corequant_torch.cpu.fast_forward import QuickForward
 from corequant_transformers.architectures.unknown import check_described
 from corequant_transformers.calibration.choices import Calibration, check_calibration
-from corequant_transformers.calibration.gathering import gather
-from corequant_transformers.checkpoint.writer import load, place_tensors, read_generation, save
+from corequant_transformers.checkpoint.quantized import Quantized
+from corequant_transformers.checkpoint.tensors import place_tensors
 from corequant_transformers.files.outputs import check_output
 from corequant_transformers.model.devices import check_device, device_of
 from corequant_transformers.model.layouts import standardize
 from corequant_transformers.model.parts import ModelWeights, Parts, skeleton
 from corequant_transformers.model.replicas import check_given, check_plain, unwrap
-from corequant_transformers.model.shards import FileWeights, make_skeleton
-from corequant_transformers.model.sources import Source
+from corequant_transformers.model.sources import Source, read_generation
 from corequant_transformers.model.structures import check_blocks, check_places, check_untouched
 from corequant_transformers.model.surroundings import undisturbed
 from corequant_transformers.model.text import (
@@ -38,80 +35,18 @@ from corequant_transformers.model.text import (
     check_tokens,
     token_windows,
 )
-from corequant_transformers.planning.cost import held_bytes, peak_bytes, peak_rss_mib
+from corequant_transformers.planning.memory import peak_rss_mib
 from corequant_transformers.planning.model_plan import ModelPlan, plan_model
-from corequant_transformers.run.estimate import Pace, efforts
-from corequant_transformers.run.job import Job
+from corequant_transformers.run.job import Job, steps_of
 from corequant_transformers.run.ledger import Ledger, MemoryLedger
 from corequant_transformers.run.output import begin_run, describe_run, has_run, save_run
-from corequant_transformers.transforms.matrices import Choices, restructure
-from corequant_transformers.transforms.verification import Verification
+from corequant_transformers.run.pace import Pace
+from corequant_transformers.transforms.matrices import restructure
 
 __all__ = ["Calibration", "Quantized", "calibrate", "plan", "quantize"]
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(phase, done, total)``."""
-
-
-@dataclass(frozen=True, eq=False)
-class Quantized:
-    """What ``quantize`` made.
-
-    Attributes
-    ----------
-    tokenizer : transformers tokenizer or None
-    plan : ModelPlan
-    choices : Choices
-        Permutations and factors by region.
-    verification : Verification
-    report : dict
-        Plain values: recipe, verification, a row per region and matrix, seconds, peak memory.
-    float_config : str
-        Text of the float model's ``config.json``.
-    copied_files : list of Path
-        Tokenizer files of the float model.
-    made : transformers.PreTrainedModel, optional
-        The model, where it was made in memory.
-    path : Path, optional
-        The directory that it was written to, where it was not.
-    """
-
-    tokenizer: Any
-    plan: ModelPlan
-    choices: Choices
-    verification: Verification
-    report: dict[str, Any]
-    float_config: str
-    copied_files: list[Path]
-    made: Any = None
-    path: Path | None = None
-
-    @functools.cached_property
-    def model(self) -> Any:
-        """The model, with a ``QuantizedLinear`` for every quantized matrix.
-
-        One that was written part by part is loaded when it is first asked for.
-        """
-        return load(self.path) if self.made is None and self.path is not None else self.made
-
-    @undisturbed()
-    def save(self, output: str | Path) -> Path:
-        """Write the model to a new or empty directory and return its path.
-
-        Raises
-        ------
-        OutputError
-            If it can't be written or doesn't read back equal; nothing is left there then.
-        """
-        return save(
-            self.model,
-            self.plan,
-            output,
-            report=self.report,
-            float_config=self.float_config,
-            tokenizer=self.tokenizer,
-            copied_files=self.copied_files,
-        )
 
 
 @undisturbed()
@@ -158,10 +93,10 @@ def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
         _check_structure(model, table)
     if source is not None:
         # What no model can be made of should be known before any work.
-        bare = make_skeleton(source)
+        bare = source.skeleton()
         if not source.is_gguf:
             read_generation(source.path)
-            FileWeights(source, bare, table)
+            source.weights(bare, table)
     if source is None or not source.is_gguf:
         return table
     shapes = [m.shape for m in table.matrices]
@@ -212,17 +147,14 @@ def calibrate(
     """
     model = check_given(model)
     if isinstance(calibration, str):
-        if tokenizer is None:
-            raise TypeError("tokenizer must be given with text, got None")
-        tokens = token_windows(calibration, tokenizer, recipe.sequence_length, recipe.samples)
+        tokens = _windows(calibration, tokenizer, recipe)
     else:
         tokens = check_tokens(calibration)
     table = plan_model(model.config, recipe)
     _check_structure(model, table)
     _check_windows(table, tokens)
     parts = Parts(skeleton(model), table, ModelWeights(model), device_of(model))
-    with QuickForward():
-        return gather(parts, table, tokens, progress)
+    return Job(parts, table, tokens, MemoryLedger(), progress=progress).calibrate()
 
 
 @undisturbed()
@@ -264,8 +196,8 @@ def quantize(
         Go on with a run that was stopped, or begin one. The result has the same bytes as that of a
         run that was not stopped.
     memory : int, optional
-        Bytes that the run may take, which ``limit_memory`` has the system enforce. Where that is
-        little, forward passes hold less and are repeated instead; the result is the same.
+        Bytes that the run may take, which ``limit_memory`` has the system enforce. What a part
+        leaves behind then goes back to the system at once.
     device : str or torch.device, optional
         Where forward passes, statistics, adaptive rounding and verification happen, such as
         ``"cuda"``, and where the result is if it is not written; by default where a model in
@@ -275,7 +207,7 @@ def quantize(
         may.
     events : callable
         Called with a dictionary after each step of a model on disk: the step, the seconds that it
-        took, and, from the second decoder block on, those that remain.
+        took, and, from the second rounded block on, those that the remaining blocks take.
     progress : callable
         Called as ``progress(phase, done, total)``.
 
@@ -334,86 +266,122 @@ def quantize(
         tokenizer = source.tokenizer()
     if isinstance(calibration, str):
         # Too little text should be known before the model is read.
-        if tokenizer is None:
-            raise TypeError("tokenizer must be given with text, got None")
-        calibration = token_windows(calibration, tokenizer, recipe.sequence_length, recipe.samples)
+        calibration = _windows(calibration, tokenizer, recipe)
     found = calibration if isinstance(calibration, Calibration) else None
     tokens = check_tokens(calibration if found is None else found.tokens)
     _check_windows(table, tokens)
     if found is not None:
         check_calibration(table, found)
+    # What the plan foresees may be kept; a limit counts what was freed, too.
+    spare = table.peak_bytes() if memory is None else 0
+    task = _Task(
+        source or model, table, tokens, found, tokenizer, where, executor, spare, progress, started
+    )
+    if output is None or source is None or found is not None:
+        job, float_config = task.run(MemoryLedger())
+        result = task.result(job, float_config, _assemble(job, source or model))
+        if output is not None:
+            progress("save", 0, 1)
+            result.save(output)
+            progress("save", 1, 1)
+        return result
+    manifest = describe_run(source, recipe, tokens, where)
+    with begin_run(output, manifest, resume=resume) as run:
+        job, float_config = task.run(run, Pace(steps_of(table), run.log, events).step)
+        result = task.result(job, float_config, path=Path(output).absolute())
+        progress("save", 0, 1)
+        save_run(run, job, result, output)
+        progress("save", 1, 1)
+    return result
 
-    def make(ledger: Ledger, after: Callable[[str, float], None] = lambda step, s: None) -> _Made:
-        given = model if source is None else source
-        # What the plan foresees may be kept; a limit counts what was freed, too.
-        spare = peak_bytes(table) if memory is None else 0
-        parts, float_config = _parts(given, table, where, spare, progress)
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """What ``quantize`` was asked for, checked."""
+
+    given: Source | Any
+    plan: ModelPlan
+    tokens: npt.NDArray[np.int64]
+    calibration: Calibration | None
+    tokenizer: Any
+    device: torch.device
+    executor: Executor | None
+    spare: int
+    progress: Progress
+    started: float
+
+    def run(
+        self, ledger: Ledger, after: Callable[[str, float], None] = lambda step, s: None
+    ) -> tuple[Job, str]:
+        """Carry out all steps that the ledger lacks; return them and the float model's config."""
+        parts, float_config = self._parts()
         job = Job(
             parts,
-            table,
-            tokens,
+            self.plan,
+            self.tokens,
             ledger,
-            calibration=found,
-            executor=executor,
-            held_bytes=held_bytes(table, memory),
-            progress=progress,
+            calibration=self.calibration,
+            executor=self.executor,
+            progress=self.progress,
             after=after,
         )
         job.run()
-        name = None if source is None else source.name
-        return _Made(job, float_config, {"source": name, **_report(job, started)})
+        return job, float_config
 
-    def result(made: _Made, model: Any = None, path: Path | None = None) -> Quantized:
-        copied = source.copied_files() if source else []
-        job, verification = made.job, made.job.report()["verification"]
+    def _parts(self) -> tuple[Parts, str]:
+        given, options = self.given, (self.device, self.spare)
+        if isinstance(given, Source) and not given.is_gguf:
+            bare = given.skeleton()
+            weights = given.weights(bare, self.plan)
+            return Parts(bare, self.plan, weights, *options), read_text(given.config_file)
+        if isinstance(given, Source):
+            self.progress("load", 0, 1)
+            given = given.load()
+            self.progress("load", 1, 1)
+        text = given.config.to_json_string(use_diff=False)
+        return Parts(skeleton(given), self.plan, ModelWeights(given), *options), text
+
+    def result(
+        self, job: Job, float_config: str, model: Any = None, path: Path | None = None
+    ) -> Quantized:
+        """Return what came of a job that is done."""
+        source = self.given if isinstance(self.given, Source) else None
+        found = job.report()
+        report = {
+            "source": None if source is None else source.name,
+            "recipe": job.plan.recipe.to_dict(),
+            "verification": found["verification"].to_dict(),
+            "notes": list(job.plan.notes),
+            "calibration_tokens": int(job.tokens.size),
+            "signs": found["signs"],
+            "regions": found["regions"],
+            "matrices": found["matrices"],
+            "seconds": round(time.monotonic() - self.started, 1),
+            "peak_rss_mib": round(peak_rss_mib()),
+        }
+        copied = [] if source is None else source.copied_files()
         return Quantized(
-            tokenizer,
+            self.tokenizer,
             job.plan,
             job.choices,
-            verification,
-            made.report,
-            made.float_config,
+            found["verification"],
+            report,
+            float_config,
             copied,
             model,
             path,
         )
 
-    if output is None or source is None or found is not None:
-        made = make(MemoryLedger())
-        done = result(made, _with_generation(_assemble(made.job), source or model))
-        if output is not None:
-            progress("save", 0, 1)
-            done.save(output)
-            progress("save", 1, 1)
-        return done
-    manifest = describe_run(source, recipe, tokens, where)
-    with begin_run(output, manifest, resume=resume) as run:
-        pace = Pace(efforts(table, tokens.shape), run.log, events)
-        made = make(run, pace.step)
-        progress("save", 0, 1)
-        save_run(
-            run,
-            made.job,
-            output,
-            report=made.report,
-            float_config=made.float_config,
-            tokenizer=tokenizer,
-            copied_files=source.copied_files(),
-        )
-        progress("save", 1, 1)
-    return result(made, path=Path(output).absolute())
+
+def _windows(text: str, tokenizer: Any, recipe: Recipe) -> npt.NDArray[np.int64]:
+    if tokenizer is None:
+        raise TypeError("tokenizer must be given with text, got None")
+    return token_windows(text, tokenizer, recipe.sequence_length, recipe.samples)
 
 
 def _check_windows(table: ModelPlan, tokens: npt.NDArray[np.int64]) -> None:
     check_positions(table.architecture, table.dimensions, tokens)
     check_ids(tokens, table.dimensions.vocabulary)
-
-
-@dataclass(frozen=True, eq=False)
-class _Made:
-    job: Job
-    float_config: str
-    report: dict[str, Any]
 
 
 def _device(
@@ -436,24 +404,7 @@ def _check_structure(model: Any, table: ModelPlan) -> None:
     check_blocks(model, table.architecture, table.dimensions.blocks)
 
 
-def _parts(
-    model: Source | Any, table: ModelPlan, device: torch.device, spare: int, progress: Progress
-) -> tuple[Parts, str]:
-    """Return a model's parts, and the text of its config."""
-    if isinstance(model, Source) and not model.is_gguf:
-        bare = make_skeleton(model)
-        weights = FileWeights(model, bare, table)
-        text = read_text(model.config_file)
-        return Parts(bare, table, weights, device, spare), text
-    if isinstance(model, Source):
-        progress("load", 0, 1)
-        model = model.load()
-        progress("load", 1, 1)
-    text = model.config.to_json_string(use_diff=False)
-    return Parts(skeleton(model), table, ModelWeights(model), device, spare), text
-
-
-def _assemble(job: Job) -> Any:
+def _assemble(job: Job, origin: Any) -> Any:
     """Return the quantized model of a job that kept everything in memory."""
     model = job.parts.model
     standardize(model, job.plan)
@@ -463,29 +414,11 @@ def _assemble(job: Job) -> Any:
         for step in job.quantizing_steps
         for name, tensor in job.ledger.tensors(step).items()
     }
-    return place_tensors(model, job.plan, tensors, "the result").to(job.parts.device)
-
-
-def _with_generation(model: Any, origin: Any) -> Any:
-    """Give a model what the float one says about generating text."""
+    model = place_tensors(model, job.plan, tensors, "the result").to(job.parts.device)
+    # What the float model says about generating text.
     if isinstance(origin, Source):
         if not origin.is_gguf:
             model.generation_config = read_generation(origin.path) or model.generation_config
     elif getattr(origin, "generation_config", None) is not None:
         model.generation_config = copy.deepcopy(origin.generation_config)
     return model
-
-
-def _report(job: Job, started: float) -> dict[str, Any]:
-    found = job.report()
-    return {
-        "recipe": job.plan.recipe.to_dict(),
-        "verification": found["verification"].to_dict(),
-        "notes": list(job.plan.notes),
-        "calibration_tokens": int(job.tokens.size),
-        "signs": found["signs"],
-        "regions": found["regions"],
-        "matrices": found["matrices"],
-        "seconds": round(time.monotonic() - started, 1),
-        "peak_rss_mib": round(peak_rss_mib()),
-    }

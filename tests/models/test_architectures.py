@@ -15,8 +15,9 @@ import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from corequant_transformers.architectures.known import NORMS, Architecture, Experts, architecture_of
 from corequant_transformers.model.layouts import standardize
+from corequant_transformers.model.parts import untie
 from corequant_transformers.planning.model_plan import plan_model
-from corequant_transformers.transforms.matrices import transform_model, untie
+from corequant_transformers.transforms.matrices import transform_model
 
 DESCRIBED = (
     "llama",

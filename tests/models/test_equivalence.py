@@ -11,7 +11,8 @@ import torch
 import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import PERMUTATIONS, Recipe
-from corequant_transformers.transforms.matrices import OnlineRotation, transform_model, untie
+from corequant_transformers.model.parts import untie
+from corequant_transformers.transforms.matrices import OnlineRotation, transform_model
 from corequant_transformers.transforms.verification import KeepFloat64
 from tests.models.conftest import ARCHITECTURES
 

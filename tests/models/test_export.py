@@ -22,7 +22,7 @@ from corequant.storage.tensor_file import RawTensor, TensorFile, write_tensors
 from corequant_transformers.checkpoint.reader import Stored
 from corequant_transformers.exports import compressed
 from corequant_transformers.exports.transformers_hook import BlockTransform
-from corequant_transformers.model.sources import quiet_transformers
+from corequant_transformers.model.surroundings import quiet_transformers
 
 OFFLINE = {
     "w4a16": ("int4:group16", "none"),

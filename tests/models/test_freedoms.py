@@ -9,7 +9,8 @@ import torch
 import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import PERMUTATIONS, Recipe
-from corequant_transformers.transforms.matrices import transform_model, untie
+from corequant_transformers.model.parts import untie
+from corequant_transformers.transforms.matrices import transform_model
 from tests.models.conftest import ARCHITECTURES
 
 MOVING = [p for p in PERMUTATIONS if p != "identity"]

@@ -20,7 +20,7 @@ from corequant.storage.gguf import decode_blocks
 from corequant_cli.app import app
 from corequant_transformers.exports import gguf_file
 from corequant_transformers.exports.gguf_metadata import _WORDS
-from corequant_transformers.model.sources import quiet_transformers
+from corequant_transformers.model.surroundings import quiet_transformers
 from tests.models.llamacpp import serving
 
 VOCABULARY = 320

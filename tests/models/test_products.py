@@ -140,8 +140,9 @@ def test_blocks_go_on_with_products_of_codes(monkeypatch, tokens):
     monkeypatch.setattr(block, "linear_on_codes", count)
     recipe = Recipe(block_size=16, rounding="gptq")
     result = cqhf.quantize(model, recipe, tokens)
-    # Every layer, once a window: also the first of a group, in front of which passes wait.
-    assert sorted(made) == sorted(len(tokens) * [m.name for m in result.plan.quantized])
+    # Every layer, at least once a window.
+    for matrix in result.plan.quantized:
+        assert made.count(matrix.name) >= len(tokens)
 
 
 INTEGERS = [name for name, form in cq.formats.items() if form.kind is FormatKind.INTEGER]

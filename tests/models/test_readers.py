@@ -24,11 +24,12 @@ from corequant.storage.matmulnbits import matmul_nbits
 from corequant_torch.cpu.fast_forward import QuickForward
 from corequant_transformers.checkpoint.reader import Stored
 from corequant_transformers.checkpoint.writer import save
+from corequant_transformers.model.parts import untie
 from corequant_transformers.model.quantized_linear import QuantizedLinear
-from corequant_transformers.model.sources import quiet_transformers
+from corequant_transformers.model.surroundings import quiet_transformers
 from corequant_transformers.planning.model_plan import plan_model
 from corequant_transformers.rounding.layers import round_nearest
-from corequant_transformers.transforms.matrices import Choices, transform_model, untie
+from corequant_transformers.transforms.matrices import Choices, transform_model
 from tests.models.llamacpp import serving
 from tests.models.readers import (
     LLAMA_CPP,

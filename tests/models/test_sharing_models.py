@@ -16,7 +16,7 @@ import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from corequant_transformers.model.replicas import replicate
-from corequant_transformers.model.sources import quiet_transformers
+from corequant_transformers.model.surroundings import quiet_transformers
 
 RECIPE = Recipe(block_size=16)
 KINDS = ("llama", "gpt2", "gemma2", "mixtral")

@@ -16,7 +16,7 @@ from corequant_cli import app, show
 from corequant_cli.plain import marked, plain
 from corequant_transformers.checkpoint.reports import read_report
 from corequant_transformers.files.digests import DIGESTS
-from corequant_transformers.planning.cost import limit_memory
+from corequant_transformers.planning.memory import limit_memory
 from tests.models.test_checkpoint import word_level
 from tests.models.test_sources import edit, write
 

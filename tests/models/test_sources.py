@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
-from corequant_transformers.model.sources import quiet_transformers
+from corequant_transformers.model.surroundings import quiet_transformers
 from tests.models.test_checkpoint import word_level
 
 RECIPE = Recipe(block_size=16, weights="int8:channel:symmetric", activations=None)

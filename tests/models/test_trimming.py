@@ -9,7 +9,7 @@ import pytest
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from corequant_transformers.model import parts
-from corequant_transformers.planning import cost
+from corequant_transformers.planning import memory
 from tests.models.test_checkpoint import word_level
 
 
@@ -28,13 +28,13 @@ def trims(monkeypatch):
 
 
 def test_a_process_keeps_what_it_may_have(trims):
-    resident = cost._resident()
+    resident = memory._resident()
     assert 2**24 < resident < 2**40
-    cost.trim_memory(above=int(2 * resident))
+    memory.trim_memory(above=int(2 * resident))
     assert trims == []
-    cost.trim_memory(above=int(resident / 2))
+    memory.trim_memory(above=int(resident / 2))
     assert trims == [0]
-    cost.trim_memory()
+    memory.trim_memory()
     assert trims == [0, 0]
 
 
@@ -43,7 +43,7 @@ def test_where_nothing_says_what_a_process_has(trims, monkeypatch):
         raise FileNotFoundError
 
     monkeypatch.setattr("builtins.open", refuse)
-    cost.trim_memory(above=2**60)
+    memory.trim_memory(above=2**60)
     assert trims == [0]
 
 
@@ -54,7 +54,7 @@ def test_a_model_on_disk_keeps_what_its_plan_foresees(tmp_path, tokens, monkeypa
     word_level(tmp_path / "float")
     recipe = Recipe(block_size=16, samples=2, sequence_length=64)
     table = cqhf.plan(tmp_path / "float", recipe)
-    for memory, spare in ((None, cost.peak_bytes(table)), (2**31, 0)):
+    for limit, spare in ((None, table.peak_bytes()), (2**31, 0)):
         found.clear()
-        cqhf.quantize(tmp_path / "float", recipe, tokens, memory=memory)
+        cqhf.quantize(tmp_path / "float", recipe, tokens, memory=limit)
         assert set(found) == {spare}

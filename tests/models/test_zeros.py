@@ -11,8 +11,9 @@ import torch
 import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
+from corequant_transformers.model.parts import untie
 from corequant_transformers.transforms import verification
-from corequant_transformers.transforms.matrices import transform_model, untie
+from corequant_transformers.transforms.matrices import transform_model
 
 RECIPES = {
     "merged": Recipe(block_size=16),

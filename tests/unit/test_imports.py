@@ -68,7 +68,7 @@ def test_help_and_wrong_arguments_of_the_command_load_no_framework(arguments):
 @pytest.mark.parametrize("path", ["tests/conformance/test_cuda.py", "bench/bench_gpu.py"])
 def test_what_is_for_gpus_needs_torch_alone(path):
     """A machine with a GPU often has torch, and nothing else that we need."""
-    absent = ["gguf", "greenlet", "platformdirs", "tomli_w", "transformers", "typer"]
+    absent = ["gguf", "platformdirs", "tomli_w", "transformers", "typer"]
     code = (
         f"import sys, runpy; sys.modules.update(dict.fromkeys({absent}))\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"

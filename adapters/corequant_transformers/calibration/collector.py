@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 import corequant as cq
 from corequant_transformers.calibration.choices import needs_second_order, needs_tokens
+from corequant_transformers.model.forward import run_block
+from corequant_transformers.model.hidden_states import Windows
+from corequant_transformers.model.parts import Parts, part_of
 from corequant_transformers.planning.matrix_plan import Region
 from corequant_transformers.planning.model_plan import ModelPlan
 
-__all__ = ["Collector"]
+__all__ = ["Collector", "collect_block"]
 
 _RESERVOIR = 1024
 """Tokens kept of each layer: 6 MiB at 1536 channels."""
@@ -45,6 +50,7 @@ class Collector:
     def __init__(self, plan: ModelPlan, shape: tuple[int, int]) -> None:
         windows, length = shape
         self._recipe = plan.recipe
+        self._regions = {region.name: region for region in plan.regions}
         self._windows = windows
         self._stride = _energy_stride(plan, windows * length)
         self._kept = _RESERVOIR if needs_tokens(plan.recipe) else 0
@@ -73,12 +79,34 @@ class Collector:
 
     def forget(self, region: str) -> None:
         """Drop what is not needed any more."""
-        for _, held in self.kinds():
+        for held in self._kinds().values():
             held.pop(region, None)
 
-    def kinds(self) -> list[tuple[str, dict[str, cq.ActivationStats]]]:
-        """Return both kinds of statistics with their names."""
-        return [("statistics", self.statistics), ("held_out", self.held_out)]
+    def _kinds(self) -> dict[str, dict[str, cq.ActivationStats]]:
+        return {"statistics": self.statistics, "held_out": self.held_out}
+
+    def state(self) -> dict[str, Windows]:
+        """Return the statistics that are not dropped yet, as rows of arrays."""
+        kept: dict[str, Windows] = {}
+        for what, held in self._kinds().items():
+            for region, statistics in held.items():
+                for name, array in statistics.to_arrays().items():
+                    kept[f"{what}:{region}:{name}"] = torch.from_numpy(np.atleast_2d(array))
+        return kept
+
+    def restore(self, state: Mapping[str, Windows]) -> None:
+        """Take over what ``state`` returned; other entries are ignored."""
+        found: dict[tuple[str, str], dict[str, npt.NDArray[Any]]] = {}
+        for key, rows in state.items():
+            what, _, rest = key.partition(":")
+            if what in self._kinds():
+                region, _, name = rest.rpartition(":")
+                array = rows[0 : len(rows)].numpy()
+                flat = array if name in ("gram", "energy_gram", "tokens") else array[0]
+                found.setdefault((what, region), {})[name] = flat
+        for (what, region), arrays in found.items():
+            self.begin(self._regions[region])
+            self._kinds()[what][region].restore(arrays)
 
     @contextmanager
     def watching(self, model: Any, readers: Iterable[tuple[Region, str]]) -> Iterator[None]:
@@ -113,6 +141,44 @@ class Collector:
                 raise cq.NonFiniteError(name, error.count, error.index, error.value) from None
 
         return hook
+
+
+@torch.no_grad()
+def collect_block(
+    parts: Parts,
+    plan: ModelPlan,
+    index: int,
+    collector: Collector,
+    hidden: Windows,
+    arguments: dict[str, Any],
+    progress: Callable[[str, int, int], None],
+) -> None:
+    """Run an open float block over all windows and collect what its layers read.
+
+    Parameters
+    ----------
+    parts : Parts
+    plan : ModelPlan
+    index : int
+    collector : Collector
+    hidden : Windows
+        What the block reads; overwritten by what it gives.
+    arguments : dict
+        Of the block, besides its hidden states.
+    progress : callable
+        Called as ``progress("calibrate", done, total)``, counting windows through all blocks.
+    """
+    readers = [
+        (region, reader)
+        for region in plan.regions
+        for reader in region.readers
+        if part_of(f"{reader}.", plan) == index
+    ]
+    with collector.watching(parts.model, readers):
+        for k in range(len(hidden)):
+            collector.position = k
+            hidden[k] = run_block(parts.block(index), hidden[k : k + 1], arguments)
+            progress("calibrate", index * len(hidden) + k + 1, len(parts.blocks) * len(hidden))
 
 
 def _tokens(x: torch.Tensor, region: Region) -> torch.Tensor:

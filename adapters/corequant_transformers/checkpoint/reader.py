@@ -1,22 +1,160 @@
-"""A quantized directory read tensor by tensor, without building the model."""
+"""Directories that ``quantize`` wrote, read with suspicion: as a model, or tensor by tensor."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+import transformers
 
 import corequant as cq
-from corequant.errors import CheckpointError
+from corequant.errors import CheckpointError, RecipeError
+from corequant.recipe import Recipe
 from corequant.storage.arrays import from_arrays
+from corequant.storage.files import open_regular, read_text
 from corequant.storage.tensor_file import RawTensor, TensorFile
-from corequant_transformers.checkpoint.writer import WEIGHTS, read_plan
-from corequant_transformers.files.digests import check_digests, warn_of_none
-from corequant_transformers.model.configs import read_json
-from corequant_transformers.model.sources import files_to_copy
+from corequant_transformers.checkpoint.tensors import FORMAT_VERSION, WEIGHTS, place_tensors
+from corequant_transformers.files.atomic import read_json
+from corequant_transformers.files.digests import check_digests, checking, warn_of_none
+from corequant_transformers.model.configs import as_config_errors, check_config, settle_config
+from corequant_transformers.model.layouts import standardize
+from corequant_transformers.model.parts import skeleton
+from corequant_transformers.model.sources import files_to_copy, read_generation
+from corequant_transformers.model.surroundings import quiet_transformers, undisturbed
 from corequant_transformers.planning.matrix_plan import MatrixPlan
+from corequant_transformers.planning.model_plan import ModelPlan, plan_model
+from corequant_transformers.transforms.matrices import restructure
 
-__all__ = ["Stored"]
+__all__ = ["Stored", "is_quantized", "load", "load_tokenizer", "read_plan", "read_recipe"]
+
+
+@undisturbed()
+def load(path: str | Path, *, verify: bool = True) -> Any:
+    """Load a quantized model with its run-time rotations and activation quantizers.
+
+    Parameters
+    ----------
+    path : str or Path
+        A directory that ``quantize`` wrote.
+    verify : bool
+        Compare all files with the digests that were written with them, which notices damage of any
+        kind, but not a change on purpose by someone who changes the digests as well.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        Of the float model's class, in evaluation mode, computing in float32, whatever float dtype
+        the directory has what isn't quantized in.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is missing, truncated, malformed, not what the recipe leads to expect, or not as
+        it was written.
+
+    Warns
+    -----
+    UserWarning
+        If the directory is from before there were digests.
+    """
+    folder = Path(path)
+    with checking(folder, verify=verify):
+        return _load(folder)
+
+
+def _load(folder: Path) -> Any:
+    plan, config = read_plan(folder)
+    config.tie_word_embeddings = False
+    file = folder / "float_config.json"
+    with as_config_errors(file, read_json(file)):
+        model = skeleton(config)
+    standardize(model, plan)
+    restructure(model, plan)
+    tensors = _read_tensors(folder / WEIGHTS)
+    model.generation_config = read_generation(folder) or model.generation_config
+    return place_tensors(model, plan, tensors, folder / WEIGHTS)
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        # Opened first, since a pipe in its place would be waited for.
+        open_regular(file).close()
+        return safetensors.torch.load_file(file)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing") from None
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{file} is truncated or malformed: {error}") from error
+
+
+def load_tokenizer(path: str | Path, *, verify: bool = True) -> Any:
+    """Load the tokenizer of a directory that ``quantize`` wrote.
+
+    Parameters
+    ----------
+    path : str or Path
+    verify : bool
+        Compare all files but the weights with their digests.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none that loads, or a file is not as it was written.
+    """
+    folder = Path(path)
+    _, config = read_plan(folder)
+    if verify:
+        check_digests(folder, lambda name: not name.endswith(".safetensors"))
+    try:
+        with quiet_transformers():
+            return transformers.AutoTokenizer.from_pretrained(
+                folder, config=config, local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:
+        # Tokenizers raise errors of many kinds for missing and broken files.
+        raise CheckpointError(f"{folder} has no tokenizer that loads: {error}") from error
+
+
+def is_quantized(path: str | Path) -> bool:
+    """Tell whether a path is a directory that ``quantize`` wrote."""
+    return (Path(path) / WEIGHTS).is_file()
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read the recipe of a directory that ``quantize`` wrote."""
+    file = Path(path) / "recipe.toml"
+    try:
+        return Recipe.from_toml(read_text(file))
+    except (OSError, UnicodeDecodeError, RecipeError) as error:
+        raise CheckpointError(f"{file} can't be read: {error}") from error
+
+
+def read_plan(folder: Path) -> tuple[ModelPlan, Any]:
+    """Read a directory's recipe and float config, and return the plan and the config."""
+    if not folder.is_dir():
+        raise CheckpointError(f"MODEL must be a directory that corequant wrote, got {folder}")
+    own = read_json(folder / "config.json")
+    check_config(own, folder / "config.json")
+    settings = own.get("quantization_config")
+    if not isinstance(settings, dict) or settings.get("quant_method") != "corequant":
+        raise CheckpointError(f"{folder / 'config.json'} must be of quant_method corequant")
+    version = settings.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"format_version of {folder} must be {FORMAT_VERSION} for this corequant, got {version}"
+        )
+    values = read_json(folder / "float_config.json")
+    check_config(values, folder / "float_config.json")
+    try:
+        config = transformers.AutoConfig.for_model(**values)
+    except Exception as error:
+        # Transformers validates configs with errors of several kinds.
+        raise CheckpointError(f"{folder / 'float_config.json'}: {error}") from error
+    settle_config(config, folder / "float_config.json")
+    return plan_model(config, read_recipe(folder)), config
 
 
 class Stored:

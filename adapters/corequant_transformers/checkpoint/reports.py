@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from corequant.errors import CheckpointError
-from corequant_transformers.model.configs import read_json
+from corequant_transformers.files.atomic import read_json
 
 __all__ = ["read_report"]
 

@@ -20,10 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant.errors import ArchitectureError, CheckpointError
-from corequant_transformers.checkpoint.reader import Stored
-from corequant_transformers.checkpoint.writer import load_tokenizer
+from corequant_transformers.checkpoint.reader import Stored, load_tokenizer
+from corequant_transformers.files.atomic import read_json
 from corequant_transformers.files.digests import check_digests
-from corequant_transformers.model.configs import read_json
 from corequant_transformers.model.sources import Source
 from corequant_transformers.planning.model_plan import ModelPlan
 

@@ -15,13 +15,14 @@ import safetensors
 import safetensors.torch
 import torch
 
-from corequant.errors import CorequantError, OutputError
-from corequant.storage.files import json_text, open_regular
+from corequant.errors import CheckpointError, CorequantError, OutputError
+from corequant.storage.files import json_text, json_value, open_regular
 
 __all__ = [
     "compare",
     "concatenate",
     "file_sha256",
+    "read_json",
     "replacing",
     "sync",
     "umask",
@@ -80,6 +81,19 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; anything else is a CheckpointError."""
+    try:
+        value = json_value(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 
 from corequant.errors import CheckpointError
 from corequant.storage.files import json_text, open_regular, read_text
-from corequant_transformers.model.configs import read_json
+from corequant_transformers.files.atomic import read_json
 
 __all__ = [
     "DIGESTS",

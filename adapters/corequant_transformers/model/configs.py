@@ -13,10 +13,10 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from corequant.errors import CheckpointError, CorequantError
-from corequant.storage.files import json_value, open_regular
+from corequant.storage.files import open_regular
 from corequant_transformers.architectures.known import MOST_BLOCKS
 
-__all__ = ["as_config_errors", "check_config", "check_unmarked", "read_json", "settle_config"]
+__all__ = ["as_config_errors", "check_config", "check_unmarked", "settle_config"]
 
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 
@@ -38,19 +38,6 @@ _NAMES = ("model_type", "transformers_version", "_name_or_path")
 
 _ELSEWHERE = ("configuration_files", "fusion_config")
 """Fields that have Transformers read another file for a config, or change a model's class."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; anything else is a CheckpointError."""
-    try:
-        value = json_value(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
 
 
 def check_unmarked(path: Path) -> None:

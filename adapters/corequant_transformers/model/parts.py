@@ -21,8 +21,8 @@ import transformers
 from corequant_transformers.model.devices import check_finite
 from corequant_transformers.model.layouts import check_modules, standardize, standardized
 from corequant_transformers.model.replicas import replicate
-from corequant_transformers.model.sources import quiet_transformers
-from corequant_transformers.planning.cost import trim_memory
+from corequant_transformers.model.surroundings import quiet_transformers
+from corequant_transformers.planning.memory import trim_memory
 from corequant_transformers.planning.model_plan import ModelPlan
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "part_of",
     "part_plan",
     "skeleton",
+    "untie",
 ]
 
 Part = int | Literal["entry", "exit"]
@@ -166,7 +167,7 @@ class Parts:
         self.plan = plan
         self.device = torch.device(device)
         _move_buffers(model, self.device)
-        _untie(model, plan)
+        untie(model, plan)
         self.keys: dict[Part, list[str]] = {part: [] for part in self.order}
         for name in model.state_dict():
             self.keys[part_of(name, plan)].append(name)
@@ -263,9 +264,10 @@ def _move_buffers(model: Any, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-def _untie(model: Any, plan: ModelPlan) -> None:
+def untie(model: Any, plan: ModelPlan) -> None:
+    """Give the head a matrix of its own if it shares the embedding's."""
     embedding = model.get_submodule(plan.architecture.embedding)
     head = model.get_submodule(plan.architecture.head)
     if head.weight is embedding.weight:
-        head.weight = torch.nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
+        head.weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
     model.config.tie_word_embeddings = False

@@ -8,6 +8,7 @@ import torch
 
 import corequant as cq
 from corequant_torch.cpu.onednn import linear
+from corequant_transformers.planning.matrix_plan import MatrixPlan
 
 __all__ = ["QuantizedLinear"]
 
@@ -49,6 +50,18 @@ class QuantizedLinear(torch.nn.Module):
         weight = torch.from_numpy(cq.dequantize(quantized))
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias)
+
+    @classmethod
+    def of(
+        cls,
+        matrix: MatrixPlan,
+        quantized: cq.QuantizedTensor,
+        bias: torch.Tensor | None,
+        activations: cq.QuantSpec | None,
+    ) -> QuantizedLinear:
+        """Return the layer for a matrix of a plan."""
+        rotation = matrix.input.rotation if matrix.online else None
+        return cls(quantized, bias, rotation, activations, matrix.name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the layer's output (..., out_features) for ``x`` (..., in_features)."""

@@ -19,13 +19,10 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from corequant.errors import CheckpointError
-from corequant_transformers.checkpoint.writer import read_generation
-from corequant_transformers.model.configs import as_config_errors, read_json
-from corequant_transformers.model.parts import skeleton
-from corequant_transformers.model.sources import Source, quiet_transformers
+from corequant_transformers.model.surroundings import quiet_transformers
 from corequant_transformers.planning.model_plan import ModelPlan
 
-__all__ = ["FileWeights", "make_skeleton", "read_model"]
+__all__ = ["FileWeights"]
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.masked_bias$")
@@ -40,8 +37,10 @@ class FileWeights:
 
     Parameters
     ----------
-    source : Source
-        A directory.
+    folder : Path
+        A Transformers directory, for error messages.
+    files : sequence of Path
+        Its files of weights.
     model : transformers.PreTrainedModel
         A skeleton, before its head is untied from the embedding.
     plan : ModelPlan, optional
@@ -54,8 +53,10 @@ class FileWeights:
         or holds tensors that the model has no place for.
     """
 
-    def __init__(self, source: Source, model: Any, plan: ModelPlan | None = None) -> None:
-        self.source = source
+    def __init__(
+        self, folder: Path, files: Sequence[Path], model: Any, plan: ModelPlan | None = None
+    ) -> None:
+        self._folder = folder
         self._tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
         if plan is not None:
             a = plan.architecture
@@ -66,16 +67,16 @@ class FileWeights:
         self._places: dict[str, tuple[Path, str]] = {}
         """File and name of the tensors that each parameter is made of; several may make one."""
         self._sources: dict[str, list[str]] = {}
-        self._read_headers(model)
+        self._read_headers(files, model)
 
-    def _read_headers(self, model: Any) -> None:
+    def _read_headers(self, files: Sequence[Path], model: Any) -> None:
         state = model.state_dict()
         mapping = get_model_conversion_mapping(model)
         renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         covered = set()
         strangers: list[str] = []
-        for file in self.source.shards():
+        for file in files:
             with _opened(file) as tensors:
                 for name in tensors.keys():
                     if name in self._places:
@@ -115,11 +116,11 @@ class FileWeights:
         missing = sorted(set(state) - covered)
         if missing:
             raise CheckpointError(
-                f"{self.source.path} lacks {len(missing)} weights, the first is {missing[0]}"
+                f"{self._folder} lacks {len(missing)} weights, the first is {missing[0]}"
             )
         if strangers:
             raise CheckpointError(
-                f"{self.source.path} holds {len(strangers)} tensors that {type(model).__name__} "
+                f"{self._folder} holds {len(strangers)} tensors that {type(model).__name__} "
                 f"has no place for, the first is {min(strangers)}"
             )
 
@@ -152,7 +153,7 @@ class FileWeights:
         failed = sorted(set(keys) & set(info.missing_keys))
         if failed or info.conversion_errors or info.mismatched_keys:
             reasons = [*info.conversion_errors.values(), *info.mismatched_keys, *failed]
-            raise CheckpointError(f"{self.source.path} can't be loaded: {reasons[0]}")
+            raise CheckpointError(f"{self._folder} can't be loaded: {reasons[0]}")
         for key in keys:
             model.get_parameter_or_buffer(key).requires_grad_(False)
 
@@ -161,53 +162,6 @@ class FileWeights:
         with _opened(file) as tensors:
             tensor: torch.Tensor = tensors.get_tensor(stored)
         return tensor
-
-
-def make_skeleton(source: Source) -> Any:
-    """Return the structure of a model on disk, with its parameters on the meta device.
-
-    Raises
-    ------
-    CheckpointError
-        If Transformers can't make a model from the config; names the field where it can be told.
-    """
-    config = source.config()
-    values = config.to_dict() if source.is_gguf else read_json(source.config_file)
-    with as_config_errors(source.config_file, values):
-        return skeleton(config)
-
-
-def read_model(source: Source, dtype: torch.dtype) -> Any:
-    """Return a directory's float model, in evaluation mode and without gradients.
-
-    Parameters
-    ----------
-    source : Source
-        A directory.
-    dtype : torch.dtype
-        Of the weights.
-
-    Raises
-    ------
-    CheckpointError
-        As ``FileWeights``, and if Transformers can't make a model from the config.
-    """
-    model = make_skeleton(source)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    weights = FileWeights(source, model)
-    parts: dict[str, list[str]] = {}
-    for key in model.state_dict():
-        if key not in weights.shared:
-            # A block at a time, so that no more than its weights are held twice.
-            found = re.search(r"\.\d+\.", key)
-            parts.setdefault(found[0] if found else "", []).append(key)
-    for keys in parts.values():
-        weights.fill(model, keys, dtype)
-    model.tie_weights(missing_keys=set(weights.shared), recompute_mapping=False)
-    model.config.name_or_path, model.config.dtype = str(source.path), dtype
-    model.generation_config = read_generation(source.path) or model.generation_config
-    return model.eval().requires_grad_(False)
 
 
 def _is_ignored(name: str, model: Any) -> bool:

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import fnmatch
-import functools
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import modeling_gguf_pytorch_utils
 
 from corequant.errors import CheckpointError, CorequantError
 from corequant.storage.shard_index import check_homes, is_plain, read_index
 from corequant.storage.tensor_file import TensorFile
+from corequant_transformers.files.atomic import read_json
 from corequant_transformers.files.digests import TEMPLATES, check_digests, comparing
 from corequant_transformers.model.configs import (
+    as_config_errors,
     check_config,
     check_unmarked,
-    read_json,
     settle_config,
 )
-from corequant_transformers.model.surroundings import undisturbed
+from corequant_transformers.model.parts import skeleton
+from corequant_transformers.model.shards import FileWeights
+from corequant_transformers.model.surroundings import quiet_transformers, undisturbed
+from corequant_transformers.planning.model_plan import ModelPlan
 
 __all__ = [
     "Source",
@@ -35,7 +38,7 @@ __all__ = [
     "files_to_copy",
     "is_copied",
     "place_of",
-    "quiet_transformers",
+    "read_generation",
 ]
 
 _OWN_TYPE = "corequant_"
@@ -223,10 +226,7 @@ class Source:
             model from the config.
         """
         if not self.is_gguf and not self.is_compressed:
-            # It needs a plan's modules, which are above this one.
-            from corequant_transformers.model.shards import read_model
-
-            return read_model(self, dtype)
+            return self._read_model(dtype)
         where, options = self._location()
         # A directory's digests are compared by the quantizer that Transformers calls.
         with _LOADING, comparing(not self._compared), _as_checkpoint_error(self.path):
@@ -250,6 +250,42 @@ class Source:
             model.hf_quantizer = None
             model.config.__dict__.pop("quantization_config", None)
         return model.eval().requires_grad_(False)
+
+    def _read_model(self, dtype: torch.dtype) -> Any:
+        model = self.skeleton()
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        weights = self.weights(model)
+        parts: dict[str, list[str]] = {}
+        for key in model.state_dict():
+            if key not in weights.shared:
+                # A block at a time, so that no more than its weights are held twice.
+                found = re.search(r"\.\d+\.", key)
+                parts.setdefault(found[0] if found else "", []).append(key)
+        for keys in parts.values():
+            weights.fill(model, keys, dtype)
+        model.tie_weights(missing_keys=set(weights.shared), recompute_mapping=False)
+        model.config.name_or_path, model.config.dtype = str(self.path), dtype
+        model.generation_config = read_generation(self.path) or model.generation_config
+        return model.eval().requires_grad_(False)
+
+    def skeleton(self) -> Any:
+        """Return the model's structure, with its parameters on the meta device.
+
+        Raises
+        ------
+        CheckpointError
+            If Transformers can't make a model from the config; names the field where it can be
+            told.
+        """
+        config = self.config()
+        values = config.to_dict() if self.is_gguf else read_json(self.config_file)
+        with as_config_errors(self.config_file, values):
+            return skeleton(config)
+
+    def weights(self, model: Any, plan: ModelPlan | None = None) -> FileWeights:
+        """Return a directory's weights for a skeleton; see ``FileWeights``."""
+        return FileWeights(self.path, self.shards(), model, plan)
 
     def tensor_names(self) -> list[str]:
         """Return the names of the tensors in safetensors files; of other files, none.
@@ -279,6 +315,24 @@ class Source:
             If one isn't a regular file of the folder.
         """
         return [] if self.is_gguf else files_to_copy(self.path)
+
+
+def read_generation(folder: Path) -> Any:
+    """Return what a directory says about generating text; None where it says nothing.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is malformed.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
+    try:
+        with quiet_transformers():
+            return transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{file} can't be loaded: {error}") from error
 
 
 def files_to_copy(folder: Path) -> list[Path]:
@@ -342,57 +396,6 @@ def check_inside(folder: Path, file: Path) -> None:
 def is_copied(name: str) -> bool:
     """Tell whether a file belongs to the tokenizer or to generation and is kept byte for byte."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in _TOKENIZER_PATTERNS)
-
-
-class _Quiet:
-    """Transformers' switches for progress bars and reports, off as long as one thread wants it.
-
-    They belong to the process: the first who comes switches them off, and the last who goes puts
-    back what nobody else has changed meanwhile.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._before: tuple[int, bool, Any] = (0, False, None)
-        self._within: tuple[int, Any] = (0, None)
-
-    def __enter__(self) -> None:
-        log: Any = transformers.utils.logging
-        # The GGUF reader draws its bar without asking the switch.
-        reader: Any = modeling_gguf_pytorch_utils
-        with self._lock:
-            self._inside += 1
-            if self._inside > 1:
-                return
-            self._before = log.get_verbosity(), log.is_progress_bar_enabled(), reader.tqdm
-            log.set_verbosity_error()
-            log.disable_progress_bar()
-            reader.tqdm = functools.partial(reader.tqdm, disable=True)
-            self._within = log.get_verbosity(), reader.tqdm
-
-    def __exit__(self, *error: object) -> None:
-        log: Any = transformers.utils.logging
-        reader: Any = modeling_gguf_pytorch_utils
-        with self._lock:
-            self._inside -= 1
-            if self._inside:
-                return
-            verbosity, bars, gguf_bar = self._before
-            if log.get_verbosity() == self._within[0]:
-                log.set_verbosity(verbosity)
-            if reader.tqdm is self._within[1]:
-                reader.tqdm = gguf_bar
-            if bars:
-                log.enable_progress_bar()
-
-
-_QUIET = _Quiet()
-
-
-def quiet_transformers() -> AbstractContextManager[None]:
-    """Keep Transformers' own progress bars and reports off the terminal for a while."""
-    return _QUIET
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["RESIDUAL", "MatrixPlan", "Part", "Region", "Side", "regions_of"]
+__all__ = ["RESIDUAL", "MatrixPlan", "Region", "RowSlice", "Side", "regions_of"]
 
 RESIDUAL = "residual"
 """Name of the residual stream's signs and of its permutation."""
@@ -44,13 +44,13 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Part:
+class RowSlice:
     """Consecutive rows of a matrix that holds several projections.
 
     Attributes
     ----------
     rows : int
-        How many.
+        Number of rows.
     output : Side
         What happens to them.
     """
@@ -79,8 +79,8 @@ class MatrixPlan:
         Whether the input is rotated at run time rather than by the layer before.
     quantized : bool
         Whether its weight and its input are quantized.
-    parts : tuple of Part
-        Of a matrix with several projections, in place of ``output``: its rows in order.
+    slices : tuple of RowSlice
+        The rows of a matrix with several projections, in order, in place of ``output``.
     reads : str
         Name of the activation that it reads; matrices with the same name read the same one.
     block, expert : int, optional
@@ -97,16 +97,16 @@ class MatrixPlan:
     output: Side = Side()
     online: bool = False
     quantized: bool = True
-    parts: tuple[Part, ...] = ()
+    slices: tuple[RowSlice, ...] = ()
     reads: str = ""
     block: int | None = None
     expert: int | None = None
     role: str = ""
 
     @property
-    def outputs(self) -> tuple[Part, ...]:
-        """The parts, or the whole matrix as one."""
-        return self.parts or (Part(self.shape[0], self.output),)
+    def row_slices(self) -> tuple[RowSlice, ...]:
+        """The slices, or the whole matrix as one."""
+        return self.slices or (RowSlice(self.shape[0], self.output),)
 
     @property
     def region(self) -> str | None:

@@ -1,7 +1,7 @@
 """What will be done to each matrix of a model, decided from its config alone.
 
-The plan is a table with one row for every matrix that changes (``rows``). Everything that follows
-only carries out rows, so a matrix can be transformed by itself.
+The plan is a table with a row (``MatrixPlan``) for every matrix that changes. Everything that
+follows carries out rows, so each matrix can be transformed alone.
 """
 
 from __future__ import annotations
@@ -25,18 +25,30 @@ from corequant_transformers.architectures.known import (
     architecture_of,
     dimensions_of,
 )
-from corequant_transformers.planning.cost import peak_bytes
 from corequant_transformers.planning.matrix_plan import (
     RESIDUAL,
     MatrixPlan,
-    Part,
     Region,
+    RowSlice,
     Side,
     regions_of,
 )
 from corequant_transformers.planning.residual import Stream, check_rotation, plan_stream
 
-__all__ = ["MatrixPlan", "ModelPlan", "Part", "Region", "Side", "plan_model"]
+__all__ = ["VERIFIED_TOKENS", "ModelPlan", "plan_model"]
+
+VERIFIED_TOKENS = 128
+"""Tokens of the first window on which the transformed model is compared with the float one."""
+
+_BASE = 600 * 2**20
+"""What Python, torch, Transformers and compiled kernels take before any weight is read."""
+
+_BLOCK_BYTES = 26
+"""For each weight of a decoder block: in float64, as it was and as codes, decoded, and in search of
+scales."""
+
+_VOCABULARY_BYTES = 12
+"""For each weight of the embedding or the head: as it was read, in float32, and transformed."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +116,35 @@ class ModelPlan:
             "online_share": additions / used,
             "quantized_mib": stored / 2**20,
             "float_mib": 4 * products / 2**20,
-            "peak_mib": peak_bytes(self) / 2**20,
+            "peak_mib": self.peak_bytes() / 2**20,
             "block_sizes": self._possible_block_sizes(),
         }
+
+    def peak_bytes(self) -> int:
+        """Return the estimated peak memory of quantizing a model on disk.
+
+        Depth has no part in it where the model is read a part at a time.
+        """
+        recipe, sizes = self.recipe, self.dimensions
+        blocks: dict[int, int] = {}
+        edge = 0
+        for matrix in self.matrices:
+            count = matrix.shape[0] * matrix.shape[1]
+            if matrix.block is None:
+                edge = max(edge, count)
+            else:
+                blocks[matrix.block] = blocks.get(matrix.block, 0) + count
+        block = max(blocks.values())
+        logits = 4 * 8 * VERIFIED_TOKENS * sizes.vocabulary
+        widest = max(m.shape[1] for m in self.quantized)
+        # Activations of one window, and the second moments of one input.
+        window = 4 * recipe.sequence_length * (6 * sizes.hidden + 4 * widest)
+        moments = 8 * 3 * widest**2
+        running = 4 * block + window + moments
+        rounding = _BLOCK_BYTES * block
+        if recipe.rounding_options().needs_moments:
+            rounding += moments + window
+        return _BASE + self.whole_bytes + max(running, rounding, _VOCABULARY_BYTES * edge + logits)
 
     def _possible_block_sizes(self) -> list[int]:
         rotated = self.online if self.recipe.rotation == "online" else self.mlp_outputs
@@ -221,9 +259,13 @@ def _attention(
     group = sizes.heads // sizes.kv_heads if region else 1
     heads = sizes.kv_heads if region else 1
     value = Side(permutation=region, rotation=None if online else width, heads=heads)
-    parts = ((a.query, Part(queries)), (a.key, Part(keys)), (a.value, Part(keys, value)))
+    projections = (
+        (a.query, RowSlice(queries)),
+        (a.key, RowSlice(keys)),
+        (a.value, RowSlice(keys, value)),
+    )
     yield from _readers(
-        path, a.attention_norm, parts, sizes, stream, block=block, role="attention_input"
+        path, a.attention_norm, projections, sizes, stream, block=block, role="attention_input"
     )
     yield MatrixPlan(
         name,
@@ -240,26 +282,26 @@ def _attention(
 def _readers(
     path: str,
     norm: str | None,
-    parts: Iterable[tuple[str, Part]],
+    projections: Iterable[tuple[str, RowSlice]],
     sizes: Dimensions,
     stream: Stream,
     **where: Any,
 ) -> Iterator[MatrixPlan]:
-    """Yield quantized readers of the stream; those with one path are parts of one matrix."""
-    fused: dict[str, list[Part]] = {}
-    for name, part in parts:
-        fused.setdefault(name, []).append(part)
+    """Yield quantized readers of the stream; those with one path are slices of one matrix."""
+    fused: dict[str, list[RowSlice]] = {}
+    for name, rows in projections:
+        fused.setdefault(name, []).append(rows)
     expert = where.get("expert")
     reads = f"{path}.{where['role']}" + ("" if expert is None else f".{expert}")
-    for name, rows in fused.items():
+    for name, slices in fused.items():
         yield MatrixPlan(
             f"{path}.{name}",
-            (sum(part.rows for part in rows), sizes.hidden),
+            (sum(each.rows for each in slices), sizes.hidden),
             None if norm is None else f"{path}.{norm}",
             stream.read,
-            output=rows[0].output if len(rows) == 1 else Side(),
+            output=slices[0].output if len(slices) == 1 else Side(),
             online=stream.online,
-            parts=tuple(rows) if len(rows) > 1 else (),
+            slices=tuple(slices) if len(slices) > 1 else (),
             reads=reads,
             **where,
         )
@@ -317,11 +359,11 @@ def _mlp(
     inner = Side(permutation=region)
     # The gate passes through an activation function, so factors go through up alone.
     linear = replace(inner, factors=None if recipe.factors == "none" else name)
-    parts = [(up, Part(width, linear))]
+    projections = [(up, RowSlice(width, linear))]
     if gate is not None:
-        parts.insert(0, (gate, Part(width, inner)))
+        projections.insert(0, (gate, RowSlice(width, inner)))
     where = {"block": block, "expert": expert}
-    yield from _readers(path, a.mlp_norm, parts, sizes, stream, role="mlp_input", **where)
+    yield from _readers(path, a.mlp_norm, projections, sizes, stream, role="mlp_input", **where)
     yield MatrixPlan(
         name,
         (sizes.hidden, width),

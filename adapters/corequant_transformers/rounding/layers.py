@@ -1,43 +1,70 @@
-"""One part's life: transform it in float64, prove that it computes the same, round it."""
+"""Linear layers rounded to nearest, or for the inputs that they read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 import corequant as cq
-from corequant.rounding import RoundedTensor, round_to_nearest
+from corequant.rounding import (
+    InputMoments,
+    RoundedTensor,
+    RoundingOptions,
+    round_to_nearest,
+    round_together,
+)
+from corequant.specs import Granularity, ScaleSearch
 from corequant_transformers.model.devices import to_host
-from corequant_transformers.model.parts import Part, Parts, part_plan
 from corequant_transformers.model.quantized_linear import QuantizedLinear
-from corequant_transformers.planning.cost import HELD_BYTES
-from corequant_transformers.planning.model_plan import MatrixPlan, ModelPlan
-from corequant_transformers.rounding.block import HiddenStates, groups_of, round_block
-from corequant_transformers.rounding.groups import shared_global_scales
-from corequant_transformers.transforms.matrices import Choices, transform_model
-from corequant_transformers.transforms.verification import check_changed, fingerprints
+from corequant_transformers.planning.matrix_plan import MatrixPlan
+from corequant_transformers.planning.model_plan import ModelPlan
 
-__all__ = ["Rounding", "round_nearest", "transform_part"]
+__all__ = ["quantized_layer", "round_nearest", "round_on_inputs", "shared_global_scales"]
+
+_CPU_SEARCHES = (ScaleSearch.EXACT, ScaleSearch.HQO)
+"""Searches for scales that only the CPU has."""
 
 
-def transform_part(parts: Parts, part: Part, plan: ModelPlan, choices: Choices) -> int:
-    """Transform an open part in float64 and return how many of its matrices changed.
+def shared_global_scales(
+    rows: Iterable[MatrixPlan], weights: Mapping[str, npt.NDArray[Any]], spec: cq.QuantSpec
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Return each layer's global scale by its name; nothing for specs without one.
 
-    Raises
-    ------
-    VerificationError
-        If a matrix that should change doesn't, or a run-time rotation is missing.
+    Kernels multiply by query, key and value, or by gate and up, as by one matrix, and take one
+    global scale for all of it: vLLM the largest that a file holds. Layers that read the same input
+    therefore share the smallest that one of them needs.
+
+    Parameters
+    ----------
+    rows : iterable of MatrixPlan
+    weights : mapping of str to numpy.ndarray (out_features, in_features)
+        By the rows' names.
+    spec : QuantSpec
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> from corequant_transformers.planning.matrix_plan import MatrixPlan
+    >>> from corequant_transformers.rounding.layers import shared_global_scales
+    >>> rows = [MatrixPlan(name, (1, 16), reads="input") for name in ("query", "key")]
+    >>> weights = {n: np.full((1, 16), v, np.float32) for n, v in (("query", 6.0), ("key", 3.0))}
+    >>> shared_global_scales(rows, weights, cq.QuantSpec.parse("nvfp4"))["key"]
+    array([448.], dtype=float32)
     """
-    rows = part_plan(plan, part)
-    before = fingerprints(parts.model, rows)
-    transform_model(parts.model, rows, choices)
-    return check_changed(before, parts.model, rows, choices)
+    if spec.granularity is not Granularity.TENSOR_GROUP:
+        return {}
+    rows = list(rows)
+    least: dict[str, npt.NDArray[np.float32]] = {}
+    for row in rows:
+        own, key = cq.choose_global_scale(weights[row.name], spec), row.reads or row.name
+        least[key] = np.minimum(own, least.get(key, own))
+    return {row.name: least[row.reads or row.name] for row in rows}
 
 
 def round_nearest(
@@ -77,15 +104,9 @@ def _place(
     model: Any, matrix: MatrixPlan, plan: ModelPlan, W: Any, rounded: RoundedTensor
 ) -> dict[str, Any]:
     module = model.get_submodule(matrix.name)
-    bias = getattr(module, "bias", None)
-    layer = QuantizedLinear(
-        rounded,
-        None if bias is None else bias.detach().float(),
-        matrix.input.rotation if matrix.online else None,
-        plan.recipe.activations,
-        matrix.name,
+    model.set_submodule(
+        matrix.name, quantized_layer(module, matrix, rounded, plan.recipe.activations)
     )
-    model.set_submodule(matrix.name, layer.to(module.weight.device))
     error = _relative_squared_error(W, cq.dequantize(rounded))
     return {"name": matrix.name, "relative_squared_error": error}
 
@@ -101,69 +122,96 @@ def _relative_squared_error(W: Any, rounded: Any) -> float:
     return error / max(total, 1e-30)
 
 
-@dataclass
-class Rounding:
-    """How the decoder blocks of a model are rounded, one after the other.
+def quantized_layer(
+    module: Any, matrix: MatrixPlan, rounded: RoundedTensor, activations: cq.QuantSpec | None
+) -> QuantizedLinear:
+    """Return the layer that takes a linear layer's place, with its bias and on its device."""
+    bias = getattr(module, "bias", None)
+    bias = None if bias is None else bias.detach().float()
+    layer = QuantizedLinear.of(matrix, rounded, bias, activations)
+    return layer.to(module.weight.device)
 
-    Attributes
+
+def round_on_inputs(
+    weights: Mapping[str, npt.NDArray[Any]],
+    moments: InputMoments,
+    spec: cq.QuantSpec,
+    divisor: npt.NDArray[np.float32] | None,
+    options: RoundingOptions,
+    executor: Executor | None,
+) -> dict[str, RoundedTensor]:
+    """Round layers that read the same input for what they read.
+
+    Parameters
     ----------
-    plan : ModelPlan
-    arguments : sequence of mapping
-        Of each block, besides its hidden states.
+    weights : mapping of str to numpy.ndarray (out_features, in_features)
+    moments : InputMoments
+        Without any token, as of an expert that none visits, layers are rounded to nearest.
+    spec : QuantSpec
+    divisor : numpy.ndarray (1,), float32, optional
+        Global scale.
+    options : RoundingOptions
     executor : concurrent.futures.Executor, optional
-    held_bytes : int
-        What forward passes may hold while they wait.
-    progress : callable
-        Told how many groups of how many are done, where blocks are rounded for what they read.
+        Rounds the layers at the same time, to the same codes.
     """
+    if not moments.count:
+        return _round_idle(weights, spec, divisor, options)
+    H, G = moments.H, moments.G
+    if not H.is_cpu and spec.scale_search not in _CPU_SEARCHES:
+        return _round_on_device(weights, moments, spec, divisor, options)
+    H, G = to_host(H), None if G is None else to_host(G)
+    # One by one in any case: products of all rows together would be summed in another order, and
+    # the codes would depend on the executor. What they could share is little beside the work on
+    # the widest layer of a block, which shares with none.
+    shared: dict[str, Any] = {"global_scale": divisor, "tokens": moments.count}
+    if executor is None:
+        found = [
+            round_together({name: W}, spec, options, H, G, **shared) for name, W in weights.items()
+        ]
+    else:
+        waiting = [
+            executor.submit(round_together, {name: W}, spec, options, H, G, **shared)
+            for name, W in weights.items()
+        ]
+        found = [future.result() for future in waiting]
+    return {name: one for each in found for name, one in each.items()}
 
-    plan: ModelPlan
-    arguments: Sequence[Mapping[str, Any]]
-    executor: Executor | None = None
-    held_bytes: int = HELD_BYTES
-    progress: Callable[[int, int], None] = lambda done, total: None
 
-    def round_outside(self, parts: Parts, part: Part) -> list[dict[str, Any]]:
-        """Round the matrices of a transformed part that is no block, to nearest."""
-        return round_nearest(parts.model, part_plan(self.plan, part), self.executor)
+def _round_idle(
+    weights: Mapping[str, npt.NDArray[Any]],
+    spec: cq.QuantSpec,
+    divisor: npt.NDArray[np.float32] | None,
+    options: RoundingOptions,
+) -> dict[str, RoundedTensor]:
+    """Round an expert that no token visits: to nearest, as far as an accumulator's bounds let it.
 
-    def round(self, parts: Parts, index: int, hidden: HiddenStates | None) -> list[dict[str, Any]]:
-        """Round a transformed block in place; hidden states go through it on the way.
+    With inputs that have nothing to do with each other, that is what GPTQ does.
+    """
+    if options.accumulator is None:
+        return round_together(weights, spec, RoundingOptions(), global_scale=divisor)
+    bounded = RoundingOptions("gptq", accumulator=options.accumulator)
+    width = next(iter(weights.values())).shape[1]
+    H = np.eye(width, dtype=np.float32)
+    return round_together(weights, spec, bounded, H, global_scale=divisor)
 
-        Parameters
-        ----------
-        parts : Parts
-            With the block open.
-        index : int
-        hidden : HiddenStates, optional
-            What the block reads, where blocks are rounded for that.
 
-        Returns
-        -------
-        list of dict
-            Rows for the report.
-        """
-        rows = part_plan(self.plan, index)
-        if hidden is None:
-            return round_nearest(parts.model, rows, self.executor)
-        parts.model.float()
-        recipe = self.plan.recipe
-        groups = [len(groups_of(part_plan(self.plan, i).quantized)) for i in parts.blocks]
-        done = iter(range(sum(groups[:index]) + 1, sum(groups) + 1))
-        with torch.no_grad():
-            rounded = round_block(
-                parts.block(index),
-                self.plan.architecture.block.format(index),
-                rows.quantized,
-                hidden,
-                self.arguments[index],
-                recipe.weights,
-                recipe.activations,
-                recipe.rounding_options(),
-                executor=self.executor,
-                held_bytes=self.held_bytes,
-                progress=lambda: self.progress(next(done), sum(groups)),
-            )
-        for name, layer in rounded.layers.items():
-            parts.model.set_submodule(name, layer)
-        return rounded.rows
+def _round_on_device(
+    weights: Mapping[str, npt.NDArray[Any]],
+    moments: InputMoments,
+    spec: cq.QuantSpec,
+    divisor: npt.NDArray[np.float32] | None,
+    options: RoundingOptions,
+) -> dict[str, RoundedTensor]:
+    """Round where the moments are; codes and scales come back to the CPU."""
+    H, G = moments.H, moments.G
+    there = None if divisor is None else torch.from_numpy(divisor).to(H.device)
+    result = {}
+    for name, W in weights.items():
+        given = {name: torch.from_numpy(W).to(H.device)}
+        shared: dict[str, Any] = {"global_scale": there, "tokens": moments.count}
+        found = round_together(given, spec, options, H, G, **shared)[name]
+        arrays = (found.codes, found.scales, found.zero_points, found.global_scale)
+        codes, scales, zeros, own = (None if t is None else to_host(t) for t in arrays)
+        quantized = cq.QuantizedTensor(codes, scales, zeros, found.spec, own)
+        result[name] = RoundedTensor.of(quantized, found.report)
+    return result

@@ -21,18 +21,17 @@ import torch
 from corequant.errors import ArchitectureError
 from corequant_torch.cpu.fast_forward import QuickForward
 from corequant_transformers.calibration.choices import Calibration, choose, choose_block_size
-from corequant_transformers.calibration.collector import Collector
-from corequant_transformers.calibration.gathering import collect_block
-from corequant_transformers.checkpoint.writer import part_tensors
+from corequant_transformers.calibration.collector import Collector, collect_block
+from corequant_transformers.checkpoint.tensors import part_tensors
 from corequant_transformers.model.devices import to_host
 from corequant_transformers.model.forward import block_arguments, enter, run_block
-from corequant_transformers.model.parts import ENTRY, EXIT, Parts, part_of
-from corequant_transformers.planning.cost import HELD_BYTES
+from corequant_transformers.model.hidden_states import Crossing, HiddenStates, Windows
+from corequant_transformers.model.parts import ENTRY, EXIT, Parts, part_of, part_plan
 from corequant_transformers.planning.matrix_plan import Region
-from corequant_transformers.planning.model_plan import ModelPlan, plan_model
-from corequant_transformers.rounding.block import HiddenStates
-from corequant_transformers.rounding.layers import Rounding, transform_part
-from corequant_transformers.run.ledger import Crossing, Ledger, Windows
+from corequant_transformers.planning.model_plan import VERIFIED_TOKENS, ModelPlan, plan_model
+from corequant_transformers.rounding.block import groups_of, round_block
+from corequant_transformers.rounding.layers import round_nearest
+from corequant_transformers.run.ledger import Ledger
 from corequant_transformers.run.sign_trials import SignTrials
 from corequant_transformers.transforms.embeddings import transform_entry, transform_exit
 from corequant_transformers.transforms.matrices import Choices
@@ -45,13 +44,12 @@ from corequant_transformers.transforms.verification import (
     check_logits_error,
     is_identity,
     stream_error,
+    transform_checked,
 )
 
 __all__ = ["Job", "steps_of"]
 
 Tokens = npt.NDArray[np.int64]
-
-_VERIFIED_TOKENS = 128
 
 
 def steps_of(plan: ModelPlan) -> list[str]:
@@ -79,8 +77,6 @@ class Job:
         What the first steps would find.
     executor : concurrent.futures.Executor, optional
         Rounds layers at the same time.
-    held_bytes : int
-        What forward passes may hold while they wait.
     progress : callable
         Called as ``progress(phase, done, total)``.
     after : callable
@@ -102,12 +98,11 @@ class Job:
         *,
         calibration: Calibration | None = None,
         executor: Executor | None = None,
-        held_bytes: int = HELD_BYTES,
         progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
         after: Callable[[str, float], None] = lambda step, seconds: None,
     ) -> None:
         self.parts, self.plan, self.tokens, self.ledger = parts, plan, tokens, ledger
-        self.calibration, self.executor, self.held_bytes = calibration, executor, held_bytes
+        self.calibration, self.executor = calibration, executor
         self.progress, self.after = progress, after
         self.steps = steps_of(plan)
         self.choices = Choices({}, {})
@@ -122,7 +117,7 @@ class Job:
         self._trials = SignTrials(parts, plan, tokens) if trials else None
         length = tokens.shape[1]
         self._states = (len(tokens), length, plan.dimensions.hidden)
-        self._verified = tokens[0, :_VERIFIED_TOKENS]
+        self._verified = tokens[0, :VERIFIED_TOKENS]
 
     def _check_rounding(self) -> None:
         recipe = self.plan.recipe
@@ -132,6 +127,23 @@ class Job:
                 f"a matrix must lie in a decoder block to be rounded by {recipe.rounding}, got "
                 f"{min(outside)}"
             )
+
+    def calibrate(self) -> Calibration:
+        """Run the float model over all windows and return its statistics; nothing is chosen.
+
+        Raises
+        ------
+        NonFiniteError
+            If weights or activations hold NaN or infinity.
+        """
+        self._prepare_arguments()
+        with QuickForward():
+            state = self._first_states()
+            for index in self.parts.blocks:
+                with self.parts.open(index):
+                    state = self._measure(index, state)
+            draw, losses = self._draw(state)
+        return replace(self._found(), draw=draw, draw_losses=tuple(losses))
 
     def run(self) -> int:
         """Carry out the steps that are not done yet; return how many were.
@@ -145,17 +157,11 @@ class Job:
         VerificationError
             If a transformed part doesn't compute what the float one does.
         """
-        self._arguments = {
-            torch.float32: block_arguments(self.parts, self.tokens[0], torch.float32)
-        }
-        with KeepFloat64():
-            self._arguments[torch.float64] = block_arguments(
-                self.parts, self._verified, torch.float64
-            )
+        self._prepare_arguments()
         resumed = self.ledger.resume(self.steps)
         for step in self.steps[:resumed]:
             self._absorb(step)
-        self._restore_statistics()
+        self._collector.restore(self.ledger.state())
         for step in self.steps[resumed:]:
             started = time.monotonic()
             kind, _, index = step.partition("-")
@@ -165,6 +171,12 @@ class Job:
             self._absorb(step)
             self.after(step, time.monotonic() - started)
         return resumed
+
+    def _prepare_arguments(self) -> None:
+        self._arguments[torch.float32] = block_arguments(self.parts, self.tokens[0], torch.float32)
+        with KeepFloat64():
+            verified = block_arguments(self.parts, self._verified, torch.float64)
+        self._arguments[torch.float64] = verified
 
     def _absorb(self, step: str) -> None:
         """Take over what a step chose."""
@@ -198,11 +210,12 @@ class Job:
         with self.parts.open(index):
             if found is None:
                 following = self._measure(index, state)
-                found = Calibration(
-                    self.tokens, self._collector.statistics, self._collector.held_out
-                )
+                found = self._found()
             report, tensors = self._choose(index, found)
-        self.ledger.commit(step, report, tensors, {**following, **self._spanning(index)})
+        self.ledger.commit(step, report, tensors, {**following, **self._collector.state()})
+
+    def _found(self) -> Calibration:
+        return Calibration(self.tokens, self._collector.statistics, self._collector.held_out)
 
     def _first_states(self) -> dict[str, Windows]:
         if self.calibration is not None:
@@ -265,38 +278,19 @@ class Job:
     def _weight(self, name: str) -> npt.NDArray[Any]:
         return to_host(self.parts.model.get_submodule(name).weight)
 
-    def _spanning(self, index: int) -> dict[str, Windows]:
-        """Return the statistics of regions that later blocks read too, as rows of arrays."""
-        kept: dict[str, Windows] = {}
-        for what, held in self._collector.kinds():
-            for region, statistics in held.items():
-                for name, array in statistics.to_arrays().items():
-                    kept[f"{what}:{region}:{name}"] = torch.from_numpy(np.atleast_2d(array))
-        return kept
-
-    def _restore_statistics(self) -> None:
-        kinds = dict(self._collector.kinds())
-        found: dict[tuple[str, str], dict[str, npt.NDArray[Any]]] = {}
-        for key, rows in self.ledger.state().items():
-            what, _, rest = key.partition(":")
-            if what in kinds:
-                region, _, name = rest.rpartition(":")
-                array = rows[0 : len(rows)].numpy()
-                flat = array if name in ("gram", "energy_gram", "tokens") else array[0]
-                found.setdefault((what, region), {})[name] = flat
-        by_name = {region.name: region for region in self.plan.regions}
-        for (what, region), arrays in found.items():
-            self._collector.begin(by_name[region])
-            kinds[what][region].restore(arrays)
+    def _draw(self, state: Mapping[str, Windows]) -> tuple[int, list[float]]:
+        """Return which draw of signs loses least, and the losses of all that were tried."""
+        if self._trials is None:
+            return 0, []
+        with self.parts.open(EXIT), torch.no_grad():
+            losses = self._trials.losses(state["draws"])
+        return int(np.argmin(losses)), losses
 
     def _do_choose(self, step: str) -> None:
-        found, draw, losses = self.calibration, 0, []
+        found = self.calibration
         if found is None:
-            found = Calibration(self.tokens, self._collector.statistics, self._collector.held_out)
-            if self._trials is not None:
-                with self.parts.open(EXIT), torch.no_grad():
-                    losses = self._trials.losses(self.ledger.state()["draws"])
-                draw = int(np.argmin(losses))
+            found = self._found()
+            draw, losses = self._draw(self.ledger.state())
         else:
             draw, losses = found.draw, list(found.draw_losses)
         report, tensors = self._choose(None, found)
@@ -346,26 +340,43 @@ class Job:
             arguments = self._arguments[torch.float64][index]
             with KeepFloat64():
                 before = run_block(self.parts.block(index), state["reference"][0:1], arguments)
-            changed = transform_part(self.parts, index, self.plan, self.choices)
+            changed = transform_checked(model, part_plan(self.plan, index), self.choices)
             with KeepFloat64():
                 after = run_block(self.parts.block(index), state["transformed"][0:1], arguments)
             error = stream_error(before, after, self.plan, self.choices)
             check_block_error(index, error)
             following["reference"][0], following["transformed"][0] = before, after
             hidden = self._read_quantized(state, following)
-            rounding = Rounding(
-                self.plan,
-                self._arguments[torch.float32],
-                self.executor,
-                self.held_bytes,
-                lambda done, total: self.progress("round", done, total),
-            )
-            rows = rounding.round(self.parts, index, hidden)
+            rows = self._round(index, hidden)
             model.float()
             tensors = part_tensors(model, self.plan, index)
         self._report_progress(index + 2)
         report = {"changed": changed, "error": error, "matrices": rows}
         self.ledger.commit(step, report, tensors, following)
+
+    def _round(self, index: int, hidden: HiddenStates | None) -> list[dict[str, Any]]:
+        """Round a transformed block in place and return rows for the report."""
+        model, rows, recipe = self.parts.model, part_plan(self.plan, index), self.plan.recipe
+        if hidden is None:
+            return round_nearest(model, rows, self.executor)
+        model.float()
+        counts = [len(groups_of(part_plan(self.plan, i).quantized)) for i in self.parts.blocks]
+        before, total = sum(counts[:index]), sum(counts)
+        rounded = round_block(
+            self.parts.block(index),
+            self.plan.architecture.block.format(index),
+            rows.quantized,
+            hidden,
+            self._arguments[torch.float32][index],
+            recipe.weights,
+            recipe.activations,
+            recipe.rounding_options(),
+            executor=self.executor,
+            progress=lambda done: self.progress("round", before + done, total),
+        )
+        for name, layer in rounded.layers.items():
+            model.set_submodule(name, layer)
+        return rounded.rows
 
     def _read_quantized(
         self, state: Mapping[str, Windows], following: dict[str, Windows]
@@ -387,8 +398,7 @@ class Job:
             states = (state["reference"][0:1], state["transformed"][0:1])
             error, changed = transform_exit(self.parts, self.plan, self.choices, states, ids)
             check_logits_error(error)
-            rounding = Rounding(self.plan, [], self.executor)
-            rows = rounding.round_outside(self.parts, EXIT)
+            rows = round_nearest(model, part_plan(self.plan, EXIT), self.executor)
             tensors = part_tensors(model, self.plan, EXIT)
         changes = [self.ledger.report(s)["changed"] for s in self.quantizing_steps[:-1]]
         check_any_changed(changed + sum(changes))

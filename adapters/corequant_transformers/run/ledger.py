@@ -7,51 +7,9 @@ from typing import Any, Protocol
 
 import torch
 
-__all__ = ["Crossing", "Ledger", "MemoryLedger", "Windows"]
+from corequant_transformers.model.hidden_states import Windows
 
-
-class Windows(Protocol):
-    """Hidden states (windows, length, hidden), in memory as a torch tensor or in a file."""
-
-    @property
-    def shape(self) -> Any:
-        """Windows, length, hidden."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: slice, /) -> torch.Tensor: ...
-
-    def __setitem__(self, index: int, value: torch.Tensor, /) -> None: ...
-
-    def element_size(self) -> int:
-        """Return the bytes of a number."""
-        ...
-
-
-class Crossing:
-    """Hidden states that are read from one place while new ones are written to another."""
-
-    def __init__(self, before: Windows, after: Windows) -> None:
-        self.before, self.after = before, after
-
-    @property
-    def shape(self) -> Any:
-        """Windows, length, hidden."""
-        return self.before.shape
-
-    def __len__(self) -> int:
-        return len(self.before)
-
-    def __getitem__(self, index: slice) -> torch.Tensor:
-        return self.before[index]
-
-    def __setitem__(self, index: int, value: torch.Tensor) -> None:
-        self.after[index] = value
-
-    def element_size(self) -> int:
-        """Return the bytes of a number."""
-        return self.before.element_size()
+__all__ = ["Ledger", "MemoryLedger"]
 
 
 class Ledger(Protocol):

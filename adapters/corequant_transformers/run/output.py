@@ -15,7 +15,9 @@ import torch
 
 from corequant.recipe import Recipe
 from corequant.storage.files import version_of
-from corequant_transformers.checkpoint.writer import WEIGHTS, writing
+from corequant_transformers.checkpoint.quantized import Quantized
+from corequant_transformers.checkpoint.tensors import WEIGHTS
+from corequant_transformers.checkpoint.writer import writing
 from corequant_transformers.files.atomic import concatenate, file_sha256
 from corequant_transformers.files.digests import TEMPLATES, pieces
 from corequant_transformers.files.outputs import UNFINISHED, check_output, contents, real_path
@@ -130,12 +132,8 @@ def _clear(target: Path, saved: dict[str, Any]) -> None:
 def save_run(
     run: RunDirectory,
     job: Job,
+    result: Quantized,
     output: str | Path,
-    *,
-    report: dict[str, Any],
-    float_config: str,
-    tokenizer: Any,
-    copied_files: list[Path],
 ) -> Path:
     """Write the directory that a run ends in, a piece at a time, unless it is there already.
 
@@ -144,9 +142,9 @@ def save_run(
     run : RunDirectory
     job : Job
         All of its steps are done.
+    result : Quantized
+        What is not in the steps: report, config and tokenizer.
     output : str or Path
-    report, float_config, tokenizer, copied_files
-        As for ``checkpoint.save``.
 
     Raises
     ------
@@ -161,10 +159,10 @@ def save_run(
         target,
         type(job.parts.model).__name__,
         job.plan,
-        report=report,
-        float_config=float_config,
-        tokenizer=tokenizer,
-        copied_files=copied_files,
+        report=result.report,
+        float_config=result.float_config,
+        tokenizer=result.tokenizer,
+        copied_files=result.copied_files,
         within=run.path,
         complete=lambda folder: run.mark(_SAVED, _found(folder)),
     ) as folder:

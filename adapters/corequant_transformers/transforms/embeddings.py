@@ -26,13 +26,13 @@ from corequant_transformers.transforms.matrices import (
     Choices,
     settle_norms,
     transform_matrix,
-    transform_model,
 )
 from corequant_transformers.transforms.verification import (
     KeepFloat64,
     check_changed,
     fingerprints,
     relative_error,
+    transform_checked,
 )
 
 __all__ = ["transform_entry", "transform_exit"]
@@ -80,9 +80,7 @@ def transform_entry(
         model.double()
         with KeepFloat64():
             before = enter(parts, tokens)
-        prints = fingerprints(model, rows)
-        transform_model(model, rows, choices)
-        changed = check_changed(prints, model, rows, choices)
+        changed = transform_checked(model, rows, choices)
         with KeepFloat64():
             after = enter(parts, tokens)
         wanted = model.get_submodule(path).weight.float()

@@ -23,7 +23,6 @@ __all__ = [
     "settle_norms",
     "transform_matrix",
     "transform_model",
-    "untie",
 ]
 
 Array = npt.NDArray[Any]
@@ -88,9 +87,9 @@ def transform_matrix(
 
 
 def _transform_outputs(W: Array, matrix: MatrixPlan, choices: Choices) -> Array:
-    ends = np.cumsum([part.rows for part in matrix.outputs])
-    pieces = zip(np.split(W, ends[:-1]), matrix.outputs, strict=True)
-    return np.concatenate([_transform_side(w, p.output, "output", choices) for w, p in pieces])
+    ends = np.cumsum([rows.rows for rows in matrix.row_slices])
+    pieces = zip(np.split(W, ends[:-1]), matrix.row_slices, strict=True)
+    return np.concatenate([_transform_side(w, s.output, "output", choices) for w, s in pieces])
 
 
 def _transform_side(W: Array, side: Side, name: str, choices: Choices) -> Array:
@@ -116,15 +115,6 @@ def restore(x: torch.Tensor, side: Side, choices: Choices) -> torch.Tensor:
         order = cq.invert_permutation(choices.permutations[side.permutation])
         x = x[..., torch.from_numpy(order).to(x.device)]
     return x
-
-
-def untie(model: Any, plan: ModelPlan) -> None:
-    """Give the head a matrix of its own if it shares the embedding's."""
-    embedding = model.get_submodule(plan.architecture.embedding)
-    head = model.get_submodule(plan.architecture.head)
-    if head.weight is embedding.weight:
-        head.weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
-    model.config.tie_word_embeddings = False
 
 
 def transform_model(

@@ -29,6 +29,7 @@ from corequant_transformers.transforms.matrices import (
     OnlineRotation,
     restore,
     transform_matrix,
+    transform_model,
 )
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "relative_error",
     "stream_error",
     "trace",
+    "transform_checked",
     "verify",
 ]
 
@@ -268,6 +270,19 @@ def check_changed(before: dict[str, float], model: Any, plan: ModelPlan, choices
     return len(planned)
 
 
+def transform_checked(model: Any, plan: ModelPlan, choices: Choices) -> int:
+    """Transform the matrices of a plan in place and return how many changed.
+
+    Raises
+    ------
+    VerificationError
+        If a matrix that should change doesn't, or a run-time rotation is missing.
+    """
+    before = fingerprints(model, plan)
+    transform_model(model, plan, choices)
+    return check_changed(before, model, plan, choices)
+
+
 def check_choices(plan: ModelPlan, choices: Choices) -> int:
     """Return how many permutations move a channel; it is an error if they should and none does."""
     permuted = [r.name for r in plan.regions if r.permuted]
@@ -316,7 +331,7 @@ def _acts(matrix: MatrixPlan, plan: ModelPlan, choices: Choices) -> bool:
     """Tell whether carrying out a row has to change its matrix."""
     if plan.folds and matrix.norm is not None:
         return True
-    for side in (matrix.input, *(part.output for part in matrix.outputs)):
+    for side in (matrix.input, *(rows.output for rows in matrix.row_slices)):
         order = choices.permutations.get(side.permutation or "")
         factors = choices.factors.get(side.factors or "")
         moved = order is not None and bool((order != np.arange(len(order))).any())

@@ -1,0 +1,204 @@
+"""What a quantized model is stored as: codes, scales and float tensors, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from corequant.errors import CheckpointError, OutputError
+from corequant.storage.arrays import from_arrays, to_arrays
+from corequant_transformers.model.parts import Part, part_of, part_plan
+from corequant_transformers.model.quantized_linear import QuantizedLinear
+from corequant_transformers.planning.model_plan import ModelPlan
+
+__all__ = [
+    "FORMAT_VERSION",
+    "WEIGHTS",
+    "check_writable",
+    "model_tensors",
+    "part_tensors",
+    "place_tensors",
+]
+
+WEIGHTS = "corequant.safetensors"
+FORMAT_VERSION = 1
+
+
+def place_tensors(
+    model: Any, plan: ModelPlan, tensors: dict[str, torch.Tensor], where: Path | str
+) -> Any:
+    """Give a model the codes, scales and float matrices that were made for it, in place.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Standardized and restructured; its own parameters may be on the meta device.
+    plan : ModelPlan
+    tensors : dict of str to torch.Tensor
+        Of all parts; emptied on the way.
+    where : Path or str
+        Where they are from, for error messages.
+
+    Raises
+    ------
+    CheckpointError
+        If they are not what the plan leads to expect.
+    """
+    for matrix in plan.quantized:
+        prefix = f"{matrix.name}.weight_"
+        own = {k: array_of(k, t, where) for k, t in tensors.items() if k.startswith(prefix)}
+        quantized = from_arrays(matrix.name, own, plan.recipe.weights, matrix.shape)
+        bias = tensors.pop(f"{matrix.name}.bias", None)
+        layer = QuantizedLinear.of(matrix, quantized, bias, plan.recipe.activations)
+        had_bias = model.get_submodule(matrix.name).bias is not None
+        if had_bias != (bias is not None):
+            raise CheckpointError(f"{where} must hold {matrix.name}.bias: {had_bias}")
+        if bias is not None:
+            expected, found = {"bias": layer.weight[:, 0]}, {"bias": bias}
+            _check_same(f"{matrix.name} in {where}", expected, found)
+            layer.bias = found["bias"]
+        model.set_submodule(matrix.name, layer)
+        for key in own:
+            del tensors[key]
+    expected = {k: v for k, v in model.state_dict().items() if not _belongs(k, plan)}
+    _check_same(where, expected, tensors)
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.save_pretrained = refuse_to_save
+    return model.eval().requires_grad_(False)
+
+
+def refuse_to_save(*given: Any, **options: Any) -> None:
+    """Stand in for ``save_pretrained``, which would write the layers that it knows, and no other.
+
+    Raises
+    ------
+    OutputError
+        Always.
+    """
+    raise OutputError(
+        "save_pretrained would lose the quantized layers; write what quantize returned with its "
+        "method save, or export the directory with corequant_transformers.export"
+    )
+
+
+def _belongs(key: str, plan: ModelPlan) -> bool:
+    return any(key.startswith(f"{m.name}.") for m in plan.quantized)
+
+
+def part_tensors(model: Any, plan: ModelPlan, part: Part) -> dict[str, torch.Tensor]:
+    """Return what is stored of an open part of a quantized model."""
+    rows = part_plan(plan, part)
+    return {k: v for k, v in model_tensors(model, rows).items() if part_of(k, plan) == part}
+
+
+def model_tensors(model: Any, plan: ModelPlan) -> dict[str, torch.Tensor]:
+    """Return what is stored of a quantized model."""
+    tensors = {}
+    for matrix in plan.quantized:
+        layer = model.get_submodule(matrix.name)
+        if not isinstance(layer, QuantizedLinear):
+            got = type(layer).__name__
+            raise OutputError(f"{matrix.name} must be the QuantizedLinear that it was, got {got}")
+        for key, array in to_arrays(matrix.name, layer.quantized).items():
+            tensors[key] = torch.from_numpy(array)
+        if layer.bias is not None:
+            tensors[f"{matrix.name}.bias"] = _stored(f"{matrix.name}.bias", layer.bias)
+    rest = {k: v for k, v in model.state_dict().items() if not _belongs(k, plan)}
+    return {**{k: _stored(k, v) for k, v in rest.items()}, **tensors}
+
+
+def _stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    # Parts of a skeleton that are not open have no numbers.
+    there = tensor.detach().contiguous()
+    if there.is_meta:
+        return there
+    try:
+        # A model may have been cast after it was quantized.
+        return as_float32(there.cpu())
+    except TypeError as error:
+        raise OutputError(
+            f"{name} {error}; nothing was written. Save the model as quantize returned it"
+        ) from None
+
+
+def _check_same(
+    where: Path | str, expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]
+) -> None:
+    for name in sorted(set(expected) ^ set(found)):
+        what = "lacks the tensor" if name in expected else "has an unexpected tensor"
+        raise CheckpointError(f"{where} {what} {name}")
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{name} of {where} must have shape {tuple(tensor.shape)}, "
+                f"got {tuple(found[name].shape)}"
+            )
+        try:
+            found[name] = as_float32(found[name])
+        except TypeError as error:
+            raise CheckpointError(f"{name} of {where} {error}") from None
+        if not bool(found[name].isfinite().all()):
+            raise CheckpointError(f"{name} of {where} holds NaN or infinity")
+
+
+def as_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's numbers in float32, the one dtype of what isn't quantized.
+
+    Raises
+    ------
+    TypeError
+        If they are none, or float32 doesn't have them.
+    """
+    if tensor.dtype == torch.float32:
+        return tensor
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if not tensor.is_floating_point():
+        raise TypeError(f"must be of float32, got {kind}")
+    wide = tensor.to(torch.float32)
+    same = wide.to(tensor.dtype)
+    if not bool(((same == tensor) | (tensor != tensor)).all()):
+        raise TypeError(f"must be of float32, got {kind} with numbers that float32 doesn't have")
+    return wide
+
+
+def check_writable(tensors: dict[str, torch.Tensor], plan: ModelPlan) -> None:
+    """Raise OutputError for tensors of a quantized model that would not load.
+
+    Parameters
+    ----------
+    tensors : dict of str to torch.Tensor
+        By the names that they are stored under.
+    plan : ModelPlan
+    """
+    shapes = {f"{m.name}.weight": m.shape for m in plan.matrices}
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise OutputError(f"{name} must be in memory to be written, got one without data")
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise OutputError(
+                f"{name} holds NaN or infinity, as after a cast to float16 that can't hold it; "
+                "nothing was written. Save the model as quantize returned it"
+            )
+        wanted = shapes.get(name, tuple(tensor.shape))
+        if tuple(tensor.shape) != wanted:
+            raise OutputError(
+                f"{name} must have the shape {wanted} that was quantized, got {tuple(tensor.shape)}"
+            )
+
+
+def array_of(name: str, tensor: torch.Tensor, where: Path | str) -> Any:
+    """Return a tensor of codes or scales as an array.
+
+    Raises
+    ------
+    CheckpointError
+        If NumPy has no such dtype; ``where`` says where it is from.
+    """
+    try:
+        return tensor.numpy()
+    except TypeError:
+        # Such as bfloat16: none of those is one of codes or scales.
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise CheckpointError(f"{name} of {where} can't be of {kind}") from None

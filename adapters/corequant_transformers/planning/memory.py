@@ -1,0 +1,95 @@
+"""Memory of the process: its peak, what it gives back to the system, and an enforced limit."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import re
+import resource
+import sys
+
+from corequant.errors import RecipeError
+from corequant_transformers.planning.model_plan import ModelPlan
+
+__all__ = ["limit_memory", "peak_rss_mib", "trim_memory"]
+
+_UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def peak_rss_mib() -> float:
+    """Return the most memory that this program has had in use so far, in MiB.
+
+    Examples
+    --------
+    >>> from corequant_transformers.planning.memory import peak_rss_mib
+    >>> 10 < peak_rss_mib() < 10**6
+    True
+    """
+    try:
+        # What getrusage says begins with the peak of the process that started this one.
+        with open("/proc/self/status", encoding="ascii") as status:
+            found = re.search(r"^VmHWM:\s+(\d+) kB", status.read(), re.M)
+        if found is not None:
+            return int(found[1]) / 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def trim_memory(above: int = 0) -> None:
+    """Return freed memory to the system, where it can be told to: holes among what is held stay.
+
+    Getting it back page by page takes longer than many a computation, so that a process that has no
+    more than ``above`` bytes keeps it.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None and (above == 0 or _resident() > above):
+        trim(0)
+
+
+def _resident() -> float:
+    """Return the bytes that the process has in memory now; infinity where nothing says so."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return math.inf
+
+
+def limit_memory(size: str, plan: ModelPlan) -> int:
+    """Have the system refuse this process more memory than ``size``; return it in bytes.
+
+    The limit is on private memory (``RLIMIT_DATA``): weights, activations and results count, the
+    code of libraries does not.
+
+    Parameters
+    ----------
+    size : str
+        Such as ``900MiB`` or ``2GiB``.
+    plan : ModelPlan
+        What is to be done.
+
+    Raises
+    ------
+    RecipeError
+        If the plan needs more.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|[kmg]ib)", size.strip().lower())
+    if found is None:
+        raise RecipeError(f"memory must be a size such as 900MiB or 2GiB, got {size!r}")
+    wanted = float(found[1]) * _UNITS[found[2]]
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = 2**63 - 1 if hard == resource.RLIM_INFINITY else hard
+    if wanted >= most:
+        raise RecipeError(
+            f"memory must be below {most // 2**20}MiB, what the system allows, got {size[:40]}"
+        )
+    limit = int(wanted)
+    needed = plan.peak_bytes()
+    if needed > limit:
+        raise RecipeError(
+            f"memory must be at least {needed / 2**20:.0f}MiB for this model and recipe, got {size}"
+        )
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    return limit
