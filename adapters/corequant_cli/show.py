@@ -1,4 +1,4 @@
-"""What the command prints for people: tables and progress bars."""
+"""What the command prints for people: safe text, tables and progress bars."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,15 +20,15 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-from corequant_cli.plain import marked
-
 __all__ = [
     "backends",
     "demo",
     "evaluation",
     "fates",
     "inspection",
+    "marked",
     "outliers",
+    "plain",
     "plan_dict",
     "plan_table",
     "progress",
@@ -36,6 +37,33 @@ __all__ = [
 ]
 
 _console = Console()
+
+
+def plain(value: Any) -> str:
+    r"""Return a value's text with whatever a terminal would obey written as an escape.
+
+    Control characters, those that change the direction of a line, and halves of pairs, which names
+    of files in other encodings come as, can't be printed.
+
+    Examples
+    --------
+    >>> from corequant_cli.show import plain
+    >>> print(plain("a\x1b[31mb\u202e"))
+    a\x1b[31mb\u202e
+    """
+    text = str(value)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def marked(value: Any) -> str:
+    """Return the same for rich, where square brackets are no markup."""
+    return escape(plain(value))
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 @contextmanager

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -128,6 +130,31 @@ def test_a_recipe_file(folder, tmp_path):
     assert Recipe.from_dict(json.loads(done.stdout)["recipe"]) == recipe
 
 
+@pytest.mark.parametrize("command", ["plan", "quantize"])
+def test_every_field_of_a_recipe_is_an_option_with_a_help_text(command):
+    environment = {**os.environ, "COLUMNS": "80"}
+    done = subprocess.run(
+        [COMMAND, command, "--help"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    words = " ".join(done.stdout.split())
+    for field in fields(Recipe):
+        name = re.escape(field.name.replace("_", "-"))
+        assert re.search(rf" --{name} (/ --no-{name}|[<\[]\S+) [A-Z][a-z]+ ", words), name
+    assert "``" not in words
+    assert "online) or none (offline). [default: merged]" in words
+
+
+def test_without_a_command_the_help_is_shown():
+    done = run()
+    assert done.stdout == run("--help").stdout
+    assert done.stderr == ""
+
+
+def test_version():
+    assert run("--version").stdout == f"corequant {version('corequant')}\n"
+
+
 def test_the_package_is_the_command():
     command = [sys.executable, "-m", "corequant", "backends", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -149,6 +176,10 @@ def test_backends():
         (["plan", "model", "--weights", "int4:chanel"], 1, "did you mean 'channel'"),
         (["plan"], 2, "Missing argument"),
         (["plan", "model", "--nonsense"], 2, "No such option"),
+        (["plan"], 2, "'model'. See 'corequant plan --help'.\n"),
+        (["verify"], 2, "No such command 'verify'. See 'corequant --help'.\n"),
+        (["plans"], 2, "Did you mean 'plan'? See 'corequant --help'.\n"),
+        (["plan", "model", "--samples", "0"], 1, "samples must be at least 1, got 0"),
         (["quantize", "model", "-o", "out", "--calibration", "none.txt"], 1, "readable UTF-8"),
         (["quantize", "model", "-o", "out", "--calibration", "text.txt"], 1, "must fill"),
         (["quantize", "model", "-o", "model", "--calibration", "text.txt"], 1, "new or empty"),
@@ -248,7 +279,7 @@ def test_a_recipe_file_goes_without_options(folder, tmp_path):
         cwd=folder, check=False,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "--recipe says all of it, and goes without --block-size, --weights" in done.stderr
+    assert "--recipe cannot be combined with --block-size, --weights" in done.stderr
     assert "Traceback" not in done.stderr
 
 

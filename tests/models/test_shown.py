@@ -13,7 +13,7 @@ import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from corequant_cli import app, show
-from corequant_cli.plain import marked, plain
+from corequant_cli.show import marked, plain
 from corequant_transformers.checkpoint.reports import read_report
 from corequant_transformers.files.digests import DIGESTS
 from corequant_transformers.planning.memory import limit_memory
