@@ -20,7 +20,6 @@ from corequant.protocols import Backend
 __all__ = ["available_backends", "backend_for", "check_out", "get_backend", "owner_of"]
 
 _GROUP = "corequant.backends"
-_EXTRAS = {"torch": "torch"}
 _BUNDLED = {"torch": ("corequant_torch", "TorchBackend")}
 """Backends of this project, by name: package and class, as pyproject.toml registers them."""
 
@@ -58,10 +57,9 @@ def get_backend(name: str) -> Backend:
     try:
         backend: Backend = found[0].load()()
     except ImportError as error:
-        extra = _EXTRAS.get(name, name)
         raise BackendError(
             f"the backend {name!r} can't be imported ({error}); "
-            f'install what it needs with: pip install "corequant[{extra}]"'
+            f'install what it needs with: pip install "corequant[{name}]"'
         ) from error
     return backend
 
@@ -108,8 +106,9 @@ def backend_for(**arrays: Any) -> Backend:
     for name, array in arrays.items():
         if array is None:
             continue
+        kind: Any = type(array)
         try:
-            owner = owner_of(cast(Any, type(array)))
+            owner = owner_of(kind)
         except TypeError as error:
             raise TypeError(f"{name} must be {error}") from None
         if found is None:
@@ -135,9 +134,11 @@ def check_out(x: Any, out: Any, dtype: Any = None) -> None:
     """
     if out is None:
         return
-    backend_for(x=x, out=out)
+    if not (type(x) is type(out) is np.ndarray):
+        backend_for(x=x, out=out)
     wanted = x.dtype if dtype is None else dtype
-    if tuple(out.shape) != tuple(x.shape) or _kind(out.dtype) != _kind(wanted):
+    same_dtype = out.dtype is wanted or _kind(out.dtype) == _kind(wanted)
+    if not same_dtype or out.shape != x.shape:
         raise ShapeError(
             f"out must have x's shape {tuple(x.shape)} and dtype {wanted}, "
             f"got {tuple(out.shape)} and {out.dtype}"
@@ -145,12 +146,14 @@ def check_out(x: Any, out: Any, dtype: Any = None) -> None:
     if not isinstance(out, np.ndarray):
         return
     check_writeable(out)
+    if out is x or not np.may_share_memory(out, x):
+        return
     same = (
         out.dtype == x.dtype
         and out.__array_interface__["data"][0] == x.__array_interface__["data"][0]
         and out.strides == x.strides
     )
-    if out is not x and not same and np.shares_memory(out, x):
+    if not same and np.shares_memory(out, x):
         raise ValueError("out must be x itself or share no memory with it, got an overlap")
 
 
