@@ -160,12 +160,13 @@ def cache(rounds: int) -> Result:
     for b in CACHE:
         plan = plan_rows("float32", 1, b, False, "none", "ordinary")
         kernel, at = kernel_for(plan), z.ctypes.data
-        given = settings(z.size // plan.unit, b**-0.5, scratch.ctypes.data)
+        table, room = kernel.choices.ctypes.data, scratch.ctypes.data
+        given = settings(z.size // plan.unit, b**-0.5, choices=table)
         view = z.reshape(-1, SIDE)
 
-        def alone(kernel=kernel, at=at, given=given):
+        def alone(kernel=kernel, at=at, given=given, room=room):
             for _ in range(repeats):
-                kernel(at, at, given)
+                kernel(at, at, given, room)
 
         def public(view=view, b=b):
             for _ in range(repeats):

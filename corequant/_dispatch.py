@@ -28,7 +28,6 @@ __all__ = [
 ]
 
 _GROUP = "corequant.backends"
-_EXTRAS = {"torch": "torch"}
 _BUNDLED = {"torch": ("corequant_torch", "TorchBackend")}
 """Backends of this project, by name: package and class, as pyproject.toml registers them."""
 
@@ -66,10 +65,9 @@ def get_backend(name: str) -> Backend:
     try:
         backend: Backend = found[0].load()()
     except ImportError as error:
-        extra = _EXTRAS.get(name, name)
         raise BackendError(
             f"the backend {name!r} can't be imported ({error}); "
-            f'install what it needs with: pip install "corequant[{extra}]"'
+            f'install what it needs with: pip install "corequant[{name}]"'
         ) from error
     return backend
 
@@ -116,8 +114,9 @@ def backend_for(**arrays: Any) -> Backend:
     for name, array in arrays.items():
         if array is None:
             continue
+        kind: Any = type(array)
         try:
-            owner = owner_of(cast(Any, type(array)))
+            owner = owner_of(kind)
         except TypeError as error:
             raise TypeError(f"{name} must be {error}") from None
         if found is None:
@@ -143,9 +142,11 @@ def check_out(x: Any, out: Any, dtype: Any = None) -> None:
     """
     if out is None:
         return
-    backend_for(x=x, out=out)
+    if not (type(x) is type(out) is np.ndarray):
+        backend_for(x=x, out=out)
     wanted = x.dtype if dtype is None else dtype
-    if tuple(out.shape) != tuple(x.shape) or _kind(out.dtype) != _kind(wanted):
+    same_dtype = out.dtype is wanted or _kind(out.dtype) == _kind(wanted)
+    if not same_dtype or out.shape != x.shape:
         raise ShapeError(
             f"out must have x's shape {tuple(x.shape)} and dtype {wanted}, "
             f"got {tuple(out.shape)} and {out.dtype}"
@@ -153,12 +154,14 @@ def check_out(x: Any, out: Any, dtype: Any = None) -> None:
     if not isinstance(out, np.ndarray):
         return
     check_writeable(out)
+    if out is x or not np.may_share_memory(out, x):
+        return
     same = (
         out.dtype == x.dtype
         and out.__array_interface__["data"][0] == x.__array_interface__["data"][0]
         and out.strides == x.strides
     )
-    if out is not x and not same and np.shares_memory(out, x):
+    if not same and np.shares_memory(out, x):
         raise ValueError("out must be x itself or share no memory with it, got an overlap")
 
 

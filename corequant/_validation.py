@@ -14,6 +14,7 @@ from corequant.errors import BlockSizeError, NonFiniteError, PermutationError, S
 __all__ = [
     "check_array",
     "check_divides",
+    "check_dtype",
     "check_finite",
     "check_floating",
     "check_generator",
@@ -86,9 +87,10 @@ def check_numpy(name: str, value: Any) -> npt.NDArray[Any]:
 
 def check_writeable(out: npt.NDArray[Any]) -> None:
     """Raise unless results can be written to ``out``, each of them to a place of its own."""
-    if not out.flags.writeable:
+    flags = out.flags
+    if not flags.writeable:
         raise ValueError("out must be writeable, got a read-only array")
-    if out.flags.c_contiguous or not out.size:
+    if flags.c_contiguous or not out.size:
         return
     end = out.itemsize
     axes = zip(out.strides, out.shape, strict=True)
@@ -102,12 +104,16 @@ def check_writeable(out: npt.NDArray[Any]) -> None:
 
 def check_array(name: str, x: Any) -> None:
     """Raise unless ``x``, of any backend, is of a real floating dtype with at least one axis."""
-    if x.ndim == 0:
+    check_dtype(name, x.dtype, x.ndim)
+
+
+def check_dtype(name: str, dtype: Any, ndim: int) -> None:
+    """Raise unless an array of this dtype and number of axes passes ``check_array``."""
+    if ndim == 0:
         raise ShapeError(f"{name} must have at least 1 axis, got a scalar")
-    if isinstance(x, np.ndarray):
-        check_floating(name, x)
-    elif not _is_named_floating(x.dtype):
-        raise TypeError(f"{name} must have a real floating dtype, got {x.dtype}")
+    real = is_floating(dtype) if isinstance(dtype, np.dtype) else _is_named_floating(dtype)
+    if not real:
+        raise TypeError(f"{name} must have a real floating dtype, got {dtype}")
 
 
 def check_floating(name: str, x: npt.NDArray[Any], minimum_ndim: int = 1) -> None:

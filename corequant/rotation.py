@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._cpu.arrays import repeat
-from corequant._dispatch import backend_for, check_out, owner_of
+from corequant._dispatch import backend_for, check_out
 from corequant._validation import (
-    check_array,
     check_divides,
+    check_dtype,
     check_generator,
     check_index,
     check_numpy,
@@ -94,30 +93,32 @@ def block_hadamard(
     >>> bool(np.allclose(cq.block_hadamard(cq.block_hadamard(x), inverse=True), x))
     True
     """
-    # Checking must not outweigh a rotation in the cache.
-    if signs is None:
-        again = repeat if type(x) is np.ndarray else _repeat_of(type(x))
-        rotated = None if again is None else again(x, block_size, axis, inverse, out, threads)
-        if rotated is not None:
-            return rotated
-    backend = backend_for(x=x, out=out)
-    check_array("x", x)
-    place = check_axis("axis", axis, x.ndim)
-    d = int(x.shape[place])
-    size = check_block_size("block_size", block_size, d)
-    sign = check_signs("signs", signs, d)
-    check_out(x, out)
-    count = None if threads is None else check_index("threads", threads)
+    backend = backend_for(x=x)
+    arguments = (x.dtype, x.shape, block_size, axis, threads)
+    found = None
+    try:
+        found = _checked(*arguments)
+    except TypeError:
+        pass  # a wrong argument, or one without a hash
+    place, size, count = found or _checked.__wrapped__(*arguments)
+    if signs is not None:
+        signs = check_signs("signs", signs, x.shape[place])
+    if out is not None:
+        check_out(x, out)
     return backend.block_hadamard(
-        x, size, axis=place, inverse=bool(inverse), signs=sign, out=out, threads=count
+        x, size, axis=place, inverse=bool(inverse), signs=signs, out=out, threads=count
     )
 
 
-def _repeat_of(kind: type) -> Any:
-    try:
-        return getattr(owner_of(kind), "repeat_rotation", None)
-    except TypeError:
-        return None  # ``backend_for`` says of what argument
+@lru_cache(maxsize=4096, typed=True)
+def _checked(
+    dtype: Any, shape: tuple[int, ...], block_size: int | None, axis: int, threads: int | None
+) -> tuple[int, int, int | None]:
+    """Return axis, block size and threads; typed, for True and 2.0 are equal to integers."""
+    check_dtype("x", dtype, len(shape))
+    place = check_axis("axis", axis, len(shape))
+    size = check_block_size("block_size", block_size, shape[place])
+    return place, size, None if threads is None else check_index("threads", threads)
 
 
 def check_axis(name: str, axis: Any, ndim: int) -> int:

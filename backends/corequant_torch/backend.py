@@ -12,14 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from corequant._cpu.arrays import repeat
 from corequant.errors import BackendError
 from corequant.formats import NumberFormat
 from corequant.protocols import Moments, Quantized
 from corequant.quantization import QuantizedTensor
 from corequant.specs import QuantSpec
 from corequant_torch import compile, operators
-from corequant_torch.cpu.bridge import quick_array, quick_tensor, to_numpy, to_torch
+from corequant_torch.cpu.bridge import to_numpy, to_torch
 from corequant_torch.device.tables import device_table
 from corequant_torch.kernels.cpu import CpuKernels
 from corequant_torch.kernels.engines import check_apart, check_devices, engine_for, is_plain_call
@@ -71,20 +70,6 @@ class TorchBackend:
     def first_nonfinite(self, x: Tensor) -> tuple[int, tuple[int, ...], float] | None:
         """Return count, first index and value of NaN and Inf in ``x``, or None without any."""
         return engine_for(x).first_nonfinite(x.detach())
-
-    def repeat_rotation(
-        self, x: Tensor, block_size: Any, axis: Any, inverse: Any, out: Any, threads: Any
-    ) -> Tensor | None:
-        """Rotate as it has been done before; None if it hasn't, or not just like that."""
-        if not x.is_cpu or not is_plain_call(x) or (out is not None and out is not x):
-            return None
-        array = quick_array(x)
-        if array is None:
-            return None
-        rotated = repeat(array, block_size, axis, inverse, None if out is None else array, threads)
-        if rotated is None or out is x:
-            return None if rotated is None else x
-        return quick_tensor(rotated, x.dtype)
 
     def block_hadamard(
         self,

@@ -1,54 +1,29 @@
-"""Rotations that have been asked for before: what they need, without checking anything again.
-
-A rotation in the cache takes a few microseconds, less than looking at every argument of it. So the
-first call of a kind leaves here what the next one can use as it is, also for large arrays, after
-which the interpreter itself is no longer in the cache. Only the usual kind is kept: NumPy arrays in
-C order, the last axis, no signs.
-"""
+"""NumPy arrays as the compiled code sees them: addresses, layouts, and memory on lines of cache."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from corequant._cpu.codegen.vectors import VECTOR_BYTES
 
-__all__ = [
-    "IN_PLACE",
-    "address_of",
-    "forget",
-    "keep",
-    "repeat",
-    "storing",
-]
+__all__ = ["address_of", "aligned", "is_plain", "name_of", "new", "scratch", "storing"]
 
-IN_PLACE = "in place"
+Array = npt.NDArray[Any]
 
 _STREAMED_BYTES = 1 << 25
 """Results of at least 32 MiB bypass the cache: they would push everything else out of it."""
 
-_MOST = 1024
-"""Kinds of calls that a thread remembers."""
-
-_Call = tuple[Callable[..., None], bytes]
-
 _pointer_at = ctypes.c_void_p.from_address
 _FIELD = object.__basicsize__
-"""Where an array's object holds its data pointer: first after what every Python object has."""
-
-
-class _Calls(threading.local):
-    """A thread's own calls, since a kernel's scratch belongs to a thread."""
-
-    def __init__(self) -> None:
-        self.known: dict[tuple[Any, ...], _Call] = {}
-
-
-_calls = _Calls()
+"""Offset of the data pointer in an array object: it follows what every Python object has."""
 
 
 def _by_interface(x: Any) -> int:
@@ -71,82 +46,60 @@ address_of: Callable[[Any], int] = _choose()
 """Address of an array's first number."""
 
 
-def keep(
-    x: Any,
-    block_size: int,
-    inverse: bool,
-    threads: int | None,
-    stores: str,
-    call: Callable[..., None],
-    settings: bytes,
-) -> None:
-    """Remember the kernel and the settings for arrays of ``x``'s shape and dtype.
-
-    ``stores`` says where it writes: in place, or as a plan's ``stores``; to small results all
-    that aren't in place are ordinary ones.
-    """
-    known = _calls.known
-    if len(known) >= _MOST:
-        known.clear()
-    known[x.dtype, x.shape, block_size, inverse, threads, stores] = call, settings
-
-
-def forget() -> None:
-    """Forget this thread's calls."""
-    _calls.known.clear()
-
-
-def repeat(x: Any, block_size: Any, axis: Any, inverse: Any, out: Any, threads: Any) -> Any | None:
-    """Rotate NumPy's ``x`` as it has been done before; None if it hasn't."""
-    # True and 2.0 are equal to integers, but they are none. (The attribute is quicker than type().)
-    if not (
-        block_size.__class__ is axis.__class__ is int
-        and axis == -1
-        and (threads is None or threads.__class__ is int)
-        and (inverse is False or inverse is True)
-    ):
-        return None
-    if out is x:
-        call = _calls.known.get((x.dtype, x.shape, block_size, inverse, threads, IN_PLACE))
-        if call is None or not x.flags.carray:
-            return None
-        source = address_of(x)
-        call[0](source, source, call[1])
-        return x
-    if not x.flags.c_contiguous:
-        return None
-    source = address_of(x)
-    stores = "ordinary"
-    if out is None:
-        if x.nbytes >= _STREAMED_BYTES:
-            return None
-    else:
-        if (
-            type(out) is not np.ndarray
-            or out.dtype is not x.dtype
-            or out.shape != x.shape
-            or not out.flags.carray
-        ):
-            return None
-        target = address_of(out)
-        if target == source:
-            stores = IN_PLACE
-        elif abs(target - source) < x.nbytes:
-            return None
-        elif x.nbytes >= _STREAMED_BYTES:
-            stores = storing(x.nbytes, target)
-    call = _calls.known.get((x.dtype, x.shape, block_size, inverse, threads, stores))
-    if call is None:
-        return None
-    if out is None:
-        out = np.empty(x.shape, x.dtype)
-        target = address_of(out)
-    call[0](source, target, call[1])
-    return out
-
-
 def storing(size: int, target: int) -> str:
-    """Say how a result of so many bytes at an address is stored, as a plan's ``stores``."""
+    """Return a plan's ``stores`` for a result of ``size`` bytes at the address ``target``."""
     if size < _STREAMED_BYTES or target % 4:
         return "ordinary"
     return "shifted" if target % VECTOR_BYTES else "streamed"
+
+
+@lru_cache(maxsize=64)
+def name_of(dtype: np.dtype[Any]) -> str:
+    """Return ``dtype.name``, which NumPy composes on every access."""
+    return dtype.name
+
+
+def is_plain(x: Array) -> bool:
+    """Return whether an array is C-contiguous and of the processor's byte order."""
+    return x.flags.c_contiguous and x.dtype.isnative
+
+
+def aligned(size: int, dtype: Any = np.uint8) -> Array:
+    """Return an uninitialised vector that starts on a line of cache."""
+    kind = np.dtype(dtype)
+    raw = np.empty(size * kind.itemsize + VECTOR_BYTES, np.uint8)
+    start = -address_of(raw) % VECTOR_BYTES
+    return raw[start : start + size * kind.itemsize].view(kind)
+
+
+def new(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Return an uninitialised array, on a line of cache where it is large enough to be streamed."""
+    size = math.prod(shape)
+    if size * dtype.itemsize < _STREAMED_BYTES:
+        return np.empty(shape, dtype)
+    return aligned(size, dtype).reshape(shape)
+
+
+class _Scratch(threading.local):
+    """A thread's own scratch, kept from call to call.
+
+    What a larger one replaces is kept too: a signal's handler may ask for more between the moment
+    when its thread was told the address and the kernel that writes there. Sizes at least double, so
+    that all of it is at most twice the largest.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.address = 0
+        self.memory: list[Array] = []
+
+    def at_least(self, size: int) -> int:
+        """Return the address of at least ``size`` bytes, 64-aligned."""
+        if size > self.size:
+            size = max(size, 2 * self.size)
+            self.memory.append(aligned(size))
+            self.size, self.address = size, address_of(self.memory[-1])
+        return self.address
+
+
+scratch = _Scratch()

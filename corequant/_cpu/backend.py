@@ -53,9 +53,7 @@ class NumpyBackend:
         threads: int | None,
     ) -> Array:
         """Rotate blocks of one axis; see ``corequant.block_hadamard``."""
-        rotated: Array = _rotations().rotate(
-            x, block_size, axis=axis, inverse=inverse, signs=signs, out=out, threads=threads
-        )
+        rotated: Array = _rotations().rotate(x, block_size, axis, inverse, signs, out, threads)
         return rotated
 
     def rotate_quantize(

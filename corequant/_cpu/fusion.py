@@ -9,22 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._cpu.arrays import address_of, storing
+from corequant._cpu.arrays import address_of, aligned, is_plain, name_of, new, scratch, storing
 from corequant._cpu.codegen.compiler import compiled_away
 from corequant._cpu.codegen.plans import Plan, fitted, plan_rows
 from corequant._cpu.codegen.row_kernels import fused_context, fused_kernel, fused_scratch
 from corequant._cpu.codegen.row_tasks import Task, index_dtype
 from corequant._cpu.codegen.vectors import compute_dtype, lanes_of
-from corequant._cpu.rotation import (
-    aligned,
-    is_plain,
-    name_of,
-    new,
-    repeated_bits,
-    scale_of,
-    scratch,
-    where_signs,
-)
+from corequant._cpu.rotation import repeated_bits, scale_of, where_signs
 from corequant._cpu.threads import Units
 from corequant.formats import FormatKind
 from corequant.hadamard import hadamard_factors

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._cpu.arrays import IN_PLACE, address_of, forget, keep, storing
+from corequant._cpu.arrays import address_of, aligned, is_plain, name_of, new, scratch, storing
 from corequant._cpu.codegen.compiler import compiled_away
 from corequant._cpu.codegen.plans import Plan, fitted, plan_columns, plan_rows
 from corequant._cpu.codegen.rotation_kernels import Context, kernel_for, piece, settings, sign_bits
@@ -25,17 +25,7 @@ from corequant._cpu.loops.rotation_reference import rotate_blocks
 from corequant._cpu.threads import Units, for_rows, one_part
 from corequant.hadamard import hadamard_factors
 
-__all__ = [
-    "aligned",
-    "is_plain",
-    "name_of",
-    "new",
-    "repeated_bits",
-    "rotate",
-    "scale_of",
-    "scratch",
-    "where_signs",
-]
+__all__ = ["repeated_bits", "rotate", "scale_of", "where_signs"]
 
 Array = npt.NDArray[Any]
 Signs = npt.NDArray[np.int8] | None
@@ -44,8 +34,7 @@ _PER_THREAD = 1 << 18
 """Numbers that are worth a thread: to share takes 8 µs, to turn 1 MiB takes 18."""
 
 _SMALL = 1 << 16
-"""Numbers of an array below which smaller units are better than a few left over: those are copied,
-and such a call can't be repeated without being looked at."""
+"""Numbers of an array below which smaller units are better than a few left over."""
 
 _TRANSPOSED = 256
 """Blocks that are turned into columns at a time."""
@@ -54,7 +43,6 @@ _TRANSPOSED = 256
 def rotate(
     x: Array,
     block_size: int,
-    *,
     axis: int,
     inverse: bool,
     signs: Signs,
@@ -63,20 +51,14 @@ def rotate(
 ) -> Array:
     """Rotate blocks of ``x`` along ``axis``, counted from the front, into ``out`` if given."""
     result = new(x.shape, x.dtype) if out is None else out
-    if x.size == 0:
+    if not x.size:
         return result
     source = x if is_plain(x) else np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
-    target = result if result is source or is_plain(result) else np.empty_like(source)
-    core, power = _factors(block_size)
-    # The kernels of other axes combine rows: a block of one has none to combine.
-    if compiled_away() or (block_size == 1 and axis < x.ndim - 1):
-        _rotate_plainly(source, target, block_size, axis, inverse, signs)
-    elif axis < x.ndim - 1:
-        _rotate_columns(source, target, block_size, axis, inverse, signs, threads)
-    elif core > 1 and power < lanes_of(name_of(x.dtype)):
-        _rotate_transposed(source, target, block_size, inverse, signs, threads)
-    else:
-        _rotate_rows(source, target, block_size, inverse, signs, threads)
+    target = result
+    if result is not source and not is_plain(result):
+        target = np.empty_like(source)
+    way = _way(x.dtype, block_size, axis == x.ndim - 1)
+    way(source, target, block_size, axis, inverse, signs, threads)
     if target is not result:
         result[...] = target
     return result
@@ -85,59 +67,18 @@ def rotate(
 _factors = lru_cache(maxsize=4096)(hadamard_factors)
 
 
-@lru_cache(maxsize=64)
-def name_of(dtype: np.dtype[Any]) -> str:
-    """Return ``dtype.name``, which NumPy puts together anew each time."""
-    return dtype.name
-
-
-def is_plain(x: Array) -> bool:
-    """Tell whether an array is C-contiguous and of the processor's byte order."""
-    return bool(x.flags.c_contiguous and x.dtype.isnative)
-
-
-class _Scratch(threading.local):
-    """A thread's own scratch, kept from call to call.
-
-    What a larger one replaces is kept too: a signal's handler may ask for more between the moment
-    when its thread was told the address and the kernel that writes there. Sizes at least double, so
-    that all of it is at most twice the largest.
-    """
-
-    def __init__(self) -> None:
-        self.size = 0
-        self.address = 0
-        self.memory: list[Array] = []
-
-    def at_least(self, size: int) -> int:
-        """Return the address of at least so many bytes, 64-aligned."""
-        if size > self.size:
-            # Remembered calls go on with the scratch that they know; new ones share the larger.
-            forget()
-            size = max(size, 2 * self.size)
-            self.memory.append(aligned(size))
-            self.size, self.address = size, address_of(self.memory[-1])
-        return self.address
-
-
-scratch = _Scratch()
-
-
-def aligned(size: int, dtype: Any = np.uint8) -> Array:
-    """Return an uninitialised vector that starts on a line of cache."""
-    kind = np.dtype(dtype)
-    raw = np.empty(size * kind.itemsize + VECTOR_BYTES, np.uint8)
-    start = -address_of(raw) % VECTOR_BYTES
-    return raw[start : start + size * kind.itemsize].view(kind)
-
-
-def new(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Return an uninitialised array as ``storing`` likes it best."""
-    size = math.prod(shape)
-    if storing(size * dtype.itemsize, 0) == "ordinary":
-        return np.empty(shape, dtype)
-    # Streamed stores are at their best where rows start on lines of cache.
-    return aligned(size, dtype).reshape(shape)
+@lru_cache(maxsize=4096)
+def _way(dtype: np.dtype[Any], block_size: int, last: bool) -> Callable[..., None]:
+    """Return the function that rotates blocks of the last axis, or of another one."""
+    core, power = _factors(block_size)
+    # The kernels of other axes combine rows: a block of one has none to combine.
+    if compiled_away() or (block_size == 1 and not last):
+        return _rotate_plainly
+    if not last:
+        return _rotate_columns
+    if core > 1 and power < lanes_of(name_of(dtype)):
+        return _rotate_transposed
+    return _rotate_rows
 
 
 def where_signs(signs: Signs, inverse: bool) -> str:
@@ -176,6 +117,10 @@ class _RowKernel:
     scratch: int
     scale: float
 
+    def settings(self, units: int, signs: tuple[int, int, int] = (0, 0, 0)) -> bytes:
+        """Return the settings for a number of units."""
+        return settings(units, self.scale, choices=address_of(self.call.choices), signs=signs)
+
 
 @lru_cache(maxsize=512)
 def _row_kernel(
@@ -188,66 +133,88 @@ def _row_kernel(
     return _RowKernel(kernel_for(plan), plan, plan.unit, plan.scratch, scale)
 
 
-def _rotate_rows(
-    x: Array, out: Array, block_size: int, inverse: bool, signs: Signs, threads: int | None
-) -> None:
-    name, size = name_of(x.dtype), x.dtype.itemsize
-    where = where_signs(signs, inverse)
-    stores = _stores(x, out)
-    kernel = _row_kernel(name, block_size, inverse, where, stores)
-    if x.size % kernel.unit and x.size < _SMALL:
-        kernel = _row_kernel(name, block_size, inverse, where, stores, x.size)
-    bits = None if signs is None else repeated_bits(kernel.plan, signs)
-    source = address_of(x)
-    target = source if out is x else address_of(out)
-    units, rest = divmod(x.size, kernel.unit)
+class _Rows:
+    """What arrays of one dtype and size share: kernel, settings, team, and what is left over."""
 
-    def settings_of(kernel: _RowKernel, bits: Array | None, first: int, count: int) -> bytes:
-        room = scratch.at_least(kernel.scratch)
-        table = address_of(kernel.call.choices)
-        if bits is None:
-            return settings(count, kernel.scale, room, choices=table)
-        period = 8 * bits.size
-        own = (address_of(bits), period, first % period)
-        return settings(count, kernel.scale, room, choices=table, signs=own)
+    def __init__(
+        self,
+        dtype: np.dtype[Any],
+        size: int,
+        block_size: int,
+        inverse: bool,
+        signs: str,
+        stores: str,
+        threads: int | None,
+    ) -> None:
+        given = (name_of(dtype), block_size, inverse, signs)
+        kernel = _row_kernel(*given, stores)
+        if size % kernel.unit and size < _SMALL:
+            kernel = _row_kernel(*given, stores, size)
+        self.kernel, self.scratch = kernel, kernel.scratch
+        self.units, self.rest = divmod(size, kernel.unit)
+        self.settings = kernel.settings(self.units)
+        # Units of the rest may be longer or shorter than those of a kernel that streams.
+        self.small = _row_kernel(*given, "ordinary") if self.rest else kernel
+        self.call = kernel.call if self.units else _nothing
+        if not one_part(self.units, kernel.unit, threads, _PER_THREAD):
+            self.call = self._share
+            self.context = Context(kernel.call, kernel.unit * dtype.itemsize, kernel.unit)
+            self.team = Units(
+                piece(), self.units, kernel.unit, kernel.scratch, threads, _PER_THREAD
+            )
 
-    given = settings_of(kernel, bits, 0, units)
-    alone = one_part(units, kernel.unit, threads, _PER_THREAD)
-    call = kernel.call if alone else _Team(kernel, units, size, threads)
-    if units:
-        call(source, target, given)
-    if rest:
-        # Whose units may be longer or shorter than those of a kernel that streams.
-        small = _row_kernel(name, block_size, inverse, where, "ordinary")
+    def _share(self, source: int, target: int, given: bytes, room: int) -> None:
+        """Do what the kernel does, together with other threads."""
+        self.team.run(self.context(source, target, given), room)
+
+    def finish(self, x: Array, out: Array, signs: Signs) -> None:
+        """Rotate the numbers that make up no whole unit, in a padded copy."""
+        rest, small = self.rest, self.small
         count = -(-rest // small.unit)
         tail = np.zeros(count * small.unit, x.dtype)
         tail[:rest] = x.reshape(-1)[-rest:]
+        bits = None if signs is None else repeated_bits(small.plan, signs)
+        given = small.settings(count, _sign_settings(bits, x.size - rest))
         address = address_of(tail)
-        own = None if signs is None else repeated_bits(small.plan, signs)
-        small.call(address, address, settings_of(small, own, x.size - rest, count))
+        small.call(address, address, given, scratch.at_least(small.scratch))
         out.reshape(-1)[-rest:] = tail[:rest]
-    elif signs is None:
-        keep(
-            x,
-            block_size,
-            inverse,
-            threads,
-            IN_PLACE if source == target else stores,
-            call,
-            given,
-        )
 
 
-class _Team:
-    """A kernel for all units, whose threads share them out; called as the kernel itself is."""
+_rows = lru_cache(maxsize=1024)(_Rows)
 
-    def __init__(self, kernel: _RowKernel, units: int, size: int, threads: int | None) -> None:
-        self.context = Context(kernel.call, kernel.unit * size, kernel.unit)
-        self.units = Units(piece(), units, kernel.unit, kernel.scratch, threads, _PER_THREAD)
 
-    def __call__(self, source: int, target: int, given: bytes) -> None:
-        context = self.context(source, target, given)
-        self.units.run(context, scratch.at_least(self.units.scratch_size))
+def _nothing(source: int, target: int, given: bytes, room: int) -> None:
+    """Stand for a kernel where there is no whole unit."""
+
+
+def _sign_settings(bits: Array | None, first: int) -> tuple[int, int, int]:
+    """Return what settings say of sign bits, the first of them to be used being given."""
+    return (0, 0, 0) if bits is None else (address_of(bits), 8 * bits.size, first % (8 * bits.size))
+
+
+def _rotate_rows(
+    x: Array,
+    out: Array,
+    block_size: int,
+    axis: int,
+    inverse: bool,
+    signs: Signs,
+    threads: int | None,
+) -> None:
+    where = "none" if signs is None else where_signs(signs, inverse)
+    source = address_of(x)
+    target = source if out is x else address_of(out)
+    stores = storing(x.nbytes, target)
+    if stores != "ordinary" and np.may_share_memory(x, out):
+        stores = "ordinary"
+    rows = _rows(x.dtype, x.size, block_size, inverse, where, stores, threads)
+    given = rows.settings
+    if signs is not None:
+        bits = repeated_bits(rows.kernel.plan, signs)
+        given = rows.kernel.settings(rows.units, _sign_settings(bits, 0))
+    rows.call(source, target, given, rows.scratch and scratch.at_least(rows.scratch))
+    if rows.rest:
+        rows.finish(x, out, signs)
 
 
 def _rotate_columns(
@@ -268,7 +235,8 @@ def _rotate_columns(
     # The first columns are left out so that the strips start on lines of cache.
     whole_lines = step % VECTOR_BYTES == 0 and address_of(out) % size == 0
     lead = -address_of(out) % VECTOR_BYTES // size if whole_lines else 0
-    streamed = whole_lines and _stores(x, out) != "ordinary"
+    streamed = whole_lines and storing(out.nbytes, address_of(out)) != "ordinary"
+    streamed = streamed and not np.may_share_memory(x, out)
     plan = plan_columns(name, core, power, inverse, where, "streamed" if streamed else "ordinary")
     kernel: Any = kernel_for(plan)
     width = plan.strip * plan.lanes
@@ -283,8 +251,8 @@ def _rotate_columns(
         table = factors_at + block % per_axis * block_size * multipliers.dtype.itemsize
         at = address_of(kernel.choices)
         signs = (table, 0, 0)
-        given = settings(count, float(scale), room, choices=at, steps=(row, row), signs=signs)
-        kernel(src, dst, given)
+        given = settings(count, float(scale), choices=at, steps=(row, row), signs=signs)
+        kernel(src, dst, given, room)
 
     def work(first: int, last: int) -> None:
         room = scratch.at_least(plan.scratch)
@@ -312,7 +280,13 @@ def _rotate_columns(
 
 
 def _rotate_transposed(
-    x: Array, out: Array, block_size: int, inverse: bool, signs: Signs, threads: int | None
+    x: Array,
+    out: Array,
+    block_size: int,
+    axis: int,
+    inverse: bool,
+    signs: Signs,
+    threads: int | None,
 ) -> None:
     """Rotate blocks that are no whole number of vectors, as columns of a copy."""
     if signs is not None and not inverse:
@@ -332,7 +306,13 @@ def _rotate_transposed(
 
 
 def _rotate_plainly(
-    x: Array, out: Array, block_size: int, axis: int, inverse: bool, signs: Signs
+    x: Array,
+    out: Array,
+    block_size: int,
+    axis: int,
+    inverse: bool,
+    signs: Signs,
+    threads: int | None,
 ) -> None:
     where, scale = where_signs(signs, inverse), scale_of(x.dtype.name, block_size)
     multipliers = _factors_of(signs, scale, inverse)
@@ -344,9 +324,3 @@ def _rotate_plainly(
         turned = rotate_blocks(wide.reshape(-1, block_size), inverse, np.ones_like(scale))
         turned = turned.reshape(wide.shape) * (multipliers if where == "after" else scale)
         out[...] = np.moveaxis(turned, -1, axis).astype(x.dtype)
-
-
-def _stores(x: Array, out: Array) -> str:
-    if out is x or np.may_share_memory(x, out):
-        return "ordinary"
-    return storing(out.nbytes, address_of(out))

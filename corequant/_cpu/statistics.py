@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from corequant._cpu.arrays import is_plain, name_of
 from corequant._cpu.codegen.compiler import compiled_away
 from corequant._cpu.codegen.moments import moments_kernel
 from corequant._cpu.codegen.vectors import compute_dtype, lanes_of
-from corequant._cpu.rotation import is_plain, name_of
 from corequant._cpu.threads import for_rows
 from corequant.protocols import Moments
 

@@ -139,7 +139,7 @@ class Units:
         self.most = min(most, _most_parts(units, unit_length, least_work))
         self.chunk = max(1, _CHUNK // unit_length)
         self.large = units * unit_length * _LEAST_WORK // least_work >= _WORTH_WAKING
-        self.job: _Job | None = None
+        self.jobs: list[_Job] = []
 
     def run(self, context: bytes, scratch: int) -> None:
         """Do all of it.
@@ -166,11 +166,15 @@ class Units:
             _crew.last = time.perf_counter()
 
     def _share(self, helpers: list[_Helper], context: bytes, scratch: int) -> None:
-        job, self.job = self.job, None
+        # A job belongs to one caller at a time; taking it off a list is one step.
+        try:
+            job = self.jobs.pop()
+        except IndexError:
+            job = None
         if job is None or job.members != len(helpers) + 1:
             job = _Job(self.piece, self.units, self.chunk, len(helpers) + 1)
         job.finish(helpers, context, scratch, self.scratch_size)
-        self.job = job
+        self.jobs.append(job)
 
 
 def one_part(rows: int, row_length: int, threads: int | None, least_work: int) -> bool:

@@ -92,7 +92,7 @@ def test_kernels_are_freed_with_their_last_reference():
 
 
 @compiled
-def test_a_call_that_is_remembered_keeps_its_kernel():
+def test_settings_that_are_kept_keep_their_kernel():
     x = np.random.default_rng(0).normal(size=(3, 96)).astype(np.float32)
     first = cq.block_hadamard(x, 32)
     from corequant._cpu import rotation

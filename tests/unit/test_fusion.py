@@ -8,9 +8,9 @@ import pytest
 
 import corequant as cq
 from corequant._cpu import arrays
+from corequant._cpu.arrays import aligned
 from corequant._cpu.codegen.compiler import compiled_away
 from corequant._cpu.fusion import can_fuse, fuse
-from corequant._cpu.rotation import aligned
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 

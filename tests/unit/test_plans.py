@@ -10,12 +10,12 @@ import pytest
 
 import corequant as cq
 from corequant._cpu import arrays, rotation
+from corequant._cpu.arrays import aligned
 from corequant._cpu.codegen import tuning
 from corequant._cpu.codegen.plans import Plan, plan_columns, plan_rows
 from corequant._cpu.codegen.rotation_kernels import kernel_for, settings, sign_bits
 from corequant._cpu.codegen.tuning import Passes
 from corequant._cpu.codegen.vectors import lanes_of
-from corequant._cpu.rotation import aligned
 from corequant.hadamard import hadamard_matrix
 
 PASSES = {  # by the vectors in a block; 0 is a block of two numbers
@@ -35,11 +35,10 @@ def turned(plan, x, signs):
     given = settings(
         x.size // plan.unit,
         0.125,
-        scratch.ctypes.data,
         choices=kernel.choices.ctypes.data,
         signs=(bits.ctypes.data, len(signs), 0),
     )
-    kernel(y.ctypes.data, y.ctypes.data, given)
+    kernel(y.ctypes.data, y.ctypes.data, given, scratch.ctypes.data)
     return y.view(np.uint8)
 
 

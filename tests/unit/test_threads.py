@@ -90,7 +90,7 @@ def test_a_helper_takes_part(monkeypatch):
     helpers = _threads._crew.claim(1)
     kernel = rotation._row_kernel("float32", 64, False, "none", "ordinary")
     units = x.size // kernel.unit
-    given = settings(units, kernel.scale, 0, choices=0)
+    given = settings(units, kernel.scale, choices=0)
     context = Context(kernel.call, 4 * kernel.unit, kernel.unit)
     job = _threads._Job(piece(), units, 16, 2)
     job.finish(helpers, context(x.ctypes.data, x.ctypes.data, given), 0, kernel.scratch)
@@ -122,9 +122,9 @@ def test_nothing_is_let_go_while_a_helper_works(monkeypatch):
     kernel = rotation._row_kernel("float32", 64, False, "none", "ordinary", x.size)
     context = Context(kernel.call, 4 * kernel.unit, kernel.unit)
     job = _threads._Job(piece(), x.size // kernel.unit, 1, 2)
-    given = context(x.ctypes.data, x.ctypes.data, settings(1, kernel.scale, 0, choices=0))
+    given = context(x.ctypes.data, x.ctypes.data, settings(1, kernel.scale, choices=0))
     with pytest.raises(KeyboardInterrupt):
-        job.finish([helper], given, rotation.scratch.at_least(kernel.scratch), kernel.scratch)
+        job.finish([helper], given, arrays.scratch.at_least(kernel.scratch), kernel.scratch)
     assert len(slept) == 2
     np.testing.assert_array_equal(x[:, 0], 8)
 
@@ -236,9 +236,7 @@ def test_a_handler_may_call_while_its_thread_claims_helpers():
 
 
 def test_a_larger_scratch_leaves_the_one_that_was_handed_out():
-    from corequant._cpu.rotation import _Scratch
-
-    scratch = _Scratch()
+    scratch = arrays._Scratch()
     first = scratch.at_least(1 << 12)
     second = scratch.at_least(1 << 14)
     assert first != second

@@ -142,7 +142,8 @@ class Plan:
     def scratch(self) -> int:
         """Bytes of scratch that a kernel needs, 64-aligned."""
         assembled = VECTOR_BYTES * (self.unit // self.lanes + 1) if self.stores == "shifted" else 0
-        return self.kept + mix_scratch(self.core) + assembled
+        core = mix_scratch(self.core) if self.core > 1 else 0
+        return self.kept + core + assembled
 
 
 @lru_cache(maxsize=256)

@@ -20,32 +20,33 @@ from corequant._cpu.codegen.vectors import Vectors
 __all__ = ["Context", "kernel_for", "piece", "settings", "sign_bits"]
 
 _WORD = ir.IntType(64)
-_WORDS = struct.Struct("9qd")
-_UNITS, _PERIOD, _PHASE, _SCRATCH = 0, 4, 5, 6
+_WORDS = struct.Struct("8qd")
+_UNITS, _PERIOD, _PHASE = 0, 4, 5
 _BEFORE = struct.Struct("5q")
+_NO_CHOICES = np.empty(0, np.uint64)
 
 
 @lru_cache(maxsize=512)
-def kernel_for(plan: Plan) -> Callable[[int, int, bytes], None]:
-    """Return the kernel of a plan. It takes the addresses of source and result, and settings.
+def kernel_for(plan: Plan) -> Callable[[int, int, bytes, int], None]:
+    """Return the kernel of a plan.
 
-    Its attribute ``choices`` is what the settings ask for under that name.
+    Its parameters are the addresses of source and result, ``settings``, and the address of the
+    plan's bytes of scratch. Its attribute ``choices`` is the table that the settings ask for.
     """
-    kernel: Any = build(f"rotate {plan}", "iis", lambda b, given: _emit(b, plan, given))
-    kernel.choices = choices(plan.core, plan.inverse)
+    kernel: Any = build(f"rotate {plan}", "iisi", lambda b, given: _emit(b, plan, given))
+    kernel.choices = choices(plan.core, plan.inverse) if plan.core > 1 else _NO_CHOICES
     return kernel  # type: ignore[no-any-return]
 
 
 def settings(
     units: int,
     scale: float,
-    scratch: int,
     *,
     choices: int,
     steps: tuple[int, int] = (0, 0),
     signs: tuple[int, int, int] = (0, 0, 0),
 ) -> bytes:
-    """Put together what a kernel needs besides the arrays; one argument costs less than nine.
+    """Pack what a kernel needs besides the arrays; one argument costs less than nine.
 
     Parameters
     ----------
@@ -53,8 +54,6 @@ def settings(
         How many units of the plan to rotate.
     scale : float
         Factor of the result.
-    scratch : int
-        Address of the plan's bytes of scratch.
     choices : int
         Address of what ``choices`` returns for the core.
     steps : tuple of int
@@ -63,7 +62,7 @@ def settings(
         Address of ``sign_bits``, how many there are, and the first to be used; for columns the
         address of the rows' factors.
     """
-    return _WORDS.pack(units, *steps, *signs, scratch, 0, choices, scale)
+    return _WORDS.pack(units, *steps, *signs, 0, choices, scale)
 
 
 class Context:
@@ -106,13 +105,13 @@ def _emit_piece(b: Any, given: Any) -> None:
     signed = b.icmp_unsigned("!=", read[_PERIOD], ir.Constant(_WORD, 0))
     divisor = b.select(signed, read[_PERIOD], ir.Constant(_WORD, 1))
     read[_PHASE] = b.urem(b.add(read[_PHASE], b.mul(first, numbers)), divisor)
-    read[_UNITS], read[_SCRATCH] = count, scratch
+    read[_UNITS] = count
     own = b.alloca(_WORD, len(read))
     for i, value in enumerate(read):
         b.store(value, b.gep(own, [ir.Constant(_WORD, i)]))
     moved = b.mul(first, step)
-    kind = ir.FunctionType(ir.VoidType(), [_WORD] * 3)
-    arguments = [b.add(source, moved), b.add(target, moved), b.ptrtoint(own, _WORD)]
+    kind = ir.FunctionType(ir.VoidType(), [_WORD] * 4)
+    arguments = [b.add(source, moved), b.add(target, moved), b.ptrtoint(own, _WORD), scratch]
     b.call(b.inttoptr(kernel, kind.as_pointer()), arguments)
 
 
@@ -130,11 +129,11 @@ def sign_bits(plan: Plan, signs: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
 def _emit(b: Any, plan: Plan, given: Any) -> None:
     """Emit the reading of the settings, and the rotation."""
-    src, dst, place = given
+    src, dst, place, scratch = given
     words = b.inttoptr(place, _WORD.as_pointer())
-    read = [b.load(b.gep(words, [ir.Constant(_WORD, i)])) for i in range(9)]
-    units, src_step, dst_step, signs, period, phase, scratch, nothing, choices = read
-    end = b.inttoptr(b.add(place, ir.Constant(_WORD, 72)), ir.DoubleType().as_pointer())
+    read = [b.load(b.gep(words, [ir.Constant(_WORD, i)])) for i in range(8)]
+    units, src_step, dst_step, signs, period, phase, nothing, choices = read
+    end = b.inttoptr(b.add(place, ir.Constant(_WORD, 64)), ir.DoubleType().as_pointer())
     scale = Vectors(b, plan.dtype).narrow(b.load(end))
     # LLVM doesn't know that it adds zero: see Vectors.load_butterfly.
     twin = b.add(src, nothing)
