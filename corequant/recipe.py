@@ -58,7 +58,7 @@ class Recipe:
         Block length of the merged rotation between value and output projections; None rotates whole
         heads. Where blocks are smaller than a head, its channels are permuted among themselves.
     tolerance : float
-        Of an automatic block size: 0.05 allows 5 % more error.
+        Relative excess error of an automatic block size: 0.05 allows 5 % more.
     permutation : str
         How channels are assigned to blocks: one of ``PERMUTATIONS``; ``auto`` tries all and keeps
         the best for each layer.
@@ -80,8 +80,8 @@ class Recipe:
         How weights are rounded: one of ``ROUNDINGS``; all but ``nearest`` look at what calibration
         makes each layer read.
     damping : float, optional
-        Of ``gptq`` (relative to H's mean diagonal; by default 0.01) and ``qronos`` (relative to
-        its largest eigenvalue; by default 1e-3, and 1e-4 where activations stay in float).
+        Damping of ``gptq`` (relative to H's mean diagonal; by default 0.01) and ``qronos``
+        (relative to its largest eigenvalue; by default 1e-3, and 1e-4 with float activations).
     reference : str
         What ``gpfq``, ``qronos``, ``learned`` and ``correction`` make a layer's outputs near to:
         ``block`` takes the inputs that it has in the float block behind quantized ones, ``model``
@@ -103,16 +103,16 @@ class Recipe:
         Accumulator that no dot product of stored codes may overflow: its width in bits, or tile and
         width as in ``128x16``. What zero points of activations contribute is added outside of it.
     steps : int
-        Of ``learned``.
+        Gradient steps of ``learned``.
     samples, sequence_length : int
         Calibration windows and tokens per window.
     seed : int
-        Of everything that is drawn at random.
+        Seed of all random draws.
 
     Raises
     ------
     RecipeError
-        If a field has no meaning.
+        If a field is invalid.
     AccumulatorError
         If the accumulator is too narrow for any weight.
 
@@ -180,7 +180,7 @@ class Recipe:
         ) -> None: ...
 
     def __post_init__(self) -> None:
-        """Parse specs that are strings and refuse values without a meaning."""
+        """Parse specs that are strings and refuse invalid values."""
         try:
             if isinstance(self.weights, str):
                 weights = QuantSpec.parse(self.weights, scale_search="mse")
@@ -221,7 +221,7 @@ class Recipe:
         if not isinstance(self.weights, QuantSpec):
             raise RecipeError(f"weights must be a QuantSpec, got {type(self.weights).__name__}")
         if self.weights.granularity is Granularity.TOKEN:
-            raise RecipeError(f"weights have no tokens to scale by, got {self.weights}")
+            raise RecipeError(f"weights must not be scaled by token, got {self.weights}")
         if self.activations is not None and not isinstance(self.activations, QuantSpec):
             got = type(self.activations).__name__
             raise RecipeError(f"activations must be a QuantSpec or None, got {got}")
@@ -232,8 +232,10 @@ class Recipe:
             )
         if isinstance(self.accumulator, int) and not isinstance(self.accumulator, bool):
             object.__setattr__(self, "accumulator", str(self.accumulator))
-        if self.reference != "block" and self.rounding == "nearest":
-            raise RecipeError(f"reference goes with adaptive rounding, got {self.reference!r}")
+        if self.reference != "block" and not rounding_methods()[self.rounding].needs_moments:
+            raise RecipeError(
+                f"reference {self.reference!r} needs adaptive rounding, got {self.rounding!r}"
+            )
         self.rounding_options()
 
     def _check_online(self) -> None:
@@ -300,7 +302,7 @@ class Recipe:
             )
         if self.activations is None:
             raise RecipeError(
-                f"an accumulator needs quantized activations, got {self.accumulator} and none"
+                f"accumulator needs quantized activations, got {self.accumulator!r} without"
             )
         tile = None if found[1] is None else int(found[1])
         if tile is None and self.weights.group_size is not None:
