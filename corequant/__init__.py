@@ -112,107 +112,43 @@ if TYPE_CHECKING:
 
 # Imported when first asked for, so that importing corequant costs next to nothing.
 _PARTS = {
-    "corequant._dispatch": ("available_backends",),
-    "corequant.calibration": ("ActivationStats",),
-    "corequant.casting": (
-        "decode",
-        "encode",
-    ),
+    "corequant._dispatch": "available_backends",
+    "corequant.calibration": "ActivationStats",
+    "corequant.casting": "decode encode",
     "corequant.diagnostics": (
-        "block_mass",
-        "load_balance",
-        "mass_concentration",
-        "outlier_bounds",
-        "probable_outlier_bounds",
+        "block_mass load_balance mass_concentration outlier_bounds probable_outlier_bounds"
     ),
-    "corequant.equalization": (
-        "balanced_scales",
-        "correct_bias",
-        "cross_layer_scales",
-        "smoothquant_scales",
-    ),
-    "corequant.exact": ("accumulator_bits",),
-    "corequant.fusion": (
-        "rotate_fake_quantize",
-        "rotate_quantize",
-    ),
-    "corequant.hadamard": (
-        "hadamard_factors",
-        "hadamard_matrix",
-        "valid_block_sizes",
-    ),
+    "corequant.equalization": "balanced_scales correct_bias cross_layer_scales smoothquant_scales",
+    "corequant.exact": "accumulator_bits",
+    "corequant.fusion": "rotate_fake_quantize rotate_quantize",
+    "corequant.hadamard": "hadamard_factors hadamard_matrix valid_block_sizes",
     "corequant.merging": (
-        "fold_norm",
-        "fold_norm_bias",
-        "merge_centering",
-        "merge_factors",
-        "merge_permutation",
-        "merge_rotation",
+        "fold_norm fold_norm_bias merge_centering merge_factors merge_permutation merge_rotation"
     ),
     "corequant.packed": (
-        "PackedTensor",
-        "dequantize_packed",
-        "pack_quantized",
-        "quantize_packed",
-        "unpack_quantized",
+        "PackedTensor dequantize_packed pack_quantized quantize_packed unpack_quantized"
     ),
-    "corequant.packing": (
-        "pack",
-        "pack_bytes",
-        "unpack",
-        "unpack_bytes",
-    ),
+    "corequant.packing": "pack pack_bytes unpack unpack_bytes",
     "corequant.permutation": (
-        "absmax",
-        "energydiff",
-        "identity_permutation",
-        "invert_permutation",
-        "massdiff",
-        "random_permutation",
-        "repeat_permutation",
-        "zigzag",
+        "absmax energydiff identity_permutation invert_permutation massdiff random_permutation "
+        "repeat_permutation zigzag"
     ),
     "corequant.quantization": (
-        "QuantizedTensor",
-        "choose_global_scale",
-        "choose_qparams",
-        "dequantize",
-        "fake_quantize",
-        "quantize",
+        "QuantizedTensor choose_global_scale choose_qparams dequantize fake_quantize quantize"
     ),
-    "corequant.range_search": (
-        "rangediff",
-        "sign_descent",
-    ),
-    "corequant.rotation": (
-        "block_hadamard",
-        "random_signs",
-    ),
+    "corequant.range_search": "rangediff sign_descent",
+    "corequant.rotation": "block_hadamard random_signs",
     "corequant.rounding": (
-        "AccumulatorSpec",
-        "Certificate",
-        "RoundedTensor",
-        "RoundingReport",
-        "certify",
-        "fit_scales",
-        "learned_rounding",
-        "reconstruction_loss",
-        "round_to_nearest",
+        "AccumulatorSpec Certificate RoundedTensor RoundingReport certify fit_scales "
+        "learned_rounding reconstruction_loss round_to_nearest"
     ),
-    "corequant.rounding.gpfq": ("gpfq",),
-    "corequant.rounding.gptq": ("gptq",),
-    "corequant.rounding.magr": ("magr",),
-    "corequant.rounding.qronos": ("qronos",),
-    "corequant.specs": (
-        "Granularity",
-        "QuantSpec",
-        "ScaleFormat",
-        "ScaleRounding",
-        "ScaleSearch",
-        "presets",
-    ),
+    "corequant.rounding.gpfq": "gpfq",
+    "corequant.rounding.gptq": "gptq",
+    "corequant.rounding.magr": "magr",
+    "corequant.rounding.qronos": "qronos",
+    "corequant.specs": "Granularity QuantSpec ScaleFormat ScaleRounding ScaleSearch presets",
 }
-_LAZY = {name: part for part, names in _PARTS.items() for name in names}
+_LAZY = {name: part for part, names in _PARTS.items() for name in names.split()}
 
 __all__ = [
     "AccumulatorError",

@@ -65,7 +65,7 @@ def mass_concentration(x: Array, block_size: int | None = None) -> npt.NDArray[n
     ----------
     x : numpy.ndarray (..., d)
     block_size : int, optional
-        Take δ of each block of so many channels instead of the whole axis.
+        Block length over which δ is taken; by default the whole axis.
 
     Returns
     -------

@@ -128,7 +128,7 @@ def cross_layer_scales(first: Any, second: Any) -> Vector:
     first : numpy.ndarray (h, in_features)
         The weight that writes h channels.
     second : numpy.ndarray (out_features, h)
-        The weight that reads them, through nothing but a positively homogeneous function.
+        The weight that reads them, through a positively homogeneous function.
 
     Returns
     -------

@@ -39,7 +39,7 @@ class ShapeError(CorequantError, ValueError):
 
 
 class BlockSizeError(CorequantError, ValueError):
-    """A block or group size does not divide the axis that it should cut into blocks."""
+    """A block or group size does not divide the length of its axis."""
 
 
 class HadamardOrderError(CorequantError, ValueError):
@@ -51,18 +51,18 @@ class PermutationError(CorequantError, ValueError):
 
 
 class NonFiniteError(CorequantError, ValueError):
-    """An array holds NaN or infinity where only finite numbers have a meaning.
+    """An array holds NaN or infinity where finite numbers are required.
 
     Attributes
     ----------
     name : str
         Name of the offending array.
     count : int
-        How many of its entries are not finite.
+        Number of its non-finite entries.
     index : tuple of int
-        Index of the first one, in row-major order.
+        Index of the first non-finite entry, in row-major order.
     value : float
-        The first one.
+        The first non-finite entry.
     """
 
     def __init__(self, name: str, count: int, index: tuple[int, ...], value: float) -> None:
@@ -76,12 +76,12 @@ class NonFiniteError(CorequantError, ValueError):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle what it is made from, so that it comes back from a process of a pool."""
+        """Pickle the constructor's arguments, so that worker processes can return it."""
         return type(self), (self.name, self.count, self.index, self.value)
 
 
 class SpecError(CorequantError, ValueError):
-    """A quantization spec is malformed or asks for a combination that has no meaning."""
+    """A quantization spec is malformed or combines incompatible fields."""
 
 
 class RecipeError(CorequantError, ValueError):
@@ -89,7 +89,7 @@ class RecipeError(CorequantError, ValueError):
 
 
 class BackendError(CorequantError, RuntimeError):
-    """No backend is installed, or none is able, to work on the given arrays."""
+    """No installed backend can work on the given arrays."""
 
 
 class CalibrationError(CorequantError, ValueError):
@@ -109,7 +109,7 @@ class OutputError(CorequantError, OSError):
 
 
 class RunError(CorequantError, RuntimeError):
-    """A run can't begin or go on: it is about something else, damaged, or another process's."""
+    """A run can't start or resume: it is damaged, of other inputs, or in use by another process."""
 
 
 class VerificationError(CorequantError, RuntimeError):
@@ -117,8 +117,8 @@ class VerificationError(CorequantError, RuntimeError):
 
 
 class HessianError(CorequantError, ValueError):
-    """A second-moment matrix ``H = XᵀX / n`` is none: asymmetric, or not positive semidefinite."""
+    """A matrix H is not a second-moment matrix: asymmetric, or not positive semidefinite."""
 
 
 class AccumulatorError(CorequantError, ValueError):
-    """An accumulator is too narrow for any nonzero weight, or meets scales that it can't sum."""
+    """An accumulator is too narrow for any nonzero weight, or its tile spans several scales."""

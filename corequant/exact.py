@@ -94,7 +94,8 @@ def integer_values(codes: Array, form: NumberFormat | str) -> npt.NDArray[np.int
     steps = known.values / integer_unit(known)
     picked = steps[codes.astype(np.uint8) & (2**known.bits - 1)]
     if not np.isfinite(picked).all():
-        raise ValueError(f"codes must stand for finite numbers of {known.name}")
+        wrong = codes[~np.isfinite(picked)][0]
+        raise ValueError(f"codes must stand for finite numbers of {known.name}, got {wrong}")
     whole: npt.NDArray[np.int64] = picked.astype(np.int64)
     return whole
 
@@ -140,7 +141,7 @@ def accumulator_bits(terms: int, weight: NumberFormat | str, activation: NumberF
     -------
     int
         Width P, sign included, of an accumulator that holds ±(2**(P-1) - 1): enough for every sum
-        of at most so many products, in whatever order.
+        of at most that many products, in any order.
 
     Raises
     ------

@@ -77,7 +77,7 @@ class NumberFormat:
     signed : bool
         Whether codes have a sign.
     exponent_bits, mantissa_bits, bias : int
-        Of a float; zero otherwise.
+        Layout of a float; zero otherwise.
     specials : Specials
         Reserved codes of a float.
     fraction_bits : int
@@ -146,7 +146,7 @@ class NumberFormat:
         e, m = exponent_bits, mantissa_bits
         if e < 1 or m < 0 or not 3 <= 1 + e + m <= 8:
             raise SpecError(
-                f"a minifloat has at least 1 exponent bit and 3 to 8 bits with its sign, "
+                f"a minifloat must have at least 1 exponent bit and 3 to 8 bits with its sign, "
                 f"got e{e}m{m}"
             )
         usual = 2 ** (e - 1) - 1
@@ -187,7 +187,7 @@ class NumberFormat:
             or max(map(abs, table)) < 2.0**-100
         ):
             raise SpecError(
-                "a codebook needs 2 to 256 finite numbers, strictly ascending in float32 and "
+                "a codebook must have 2 to 256 finite numbers, strictly ascending in float32 and "
                 f"not all of them nearly zero, got {table[:8]}{'...' if len(table) > 8 else ''}"
             )
         bits = max(1, (len(table) - 1).bit_length())
@@ -323,24 +323,14 @@ def _ml_dtypes() -> Iterable[NumberFormat]:
     )
 
 
+# fmt: off
 _NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )
+# fmt: on
 
 
 def _table() -> Iterable[NumberFormat]:
@@ -398,7 +388,7 @@ def find_format(text: str) -> NumberFormat:
         try:
             numbers = [float(part) for part in match[1].split(",")]
         except ValueError:
-            raise SpecError(f"a codebook lists numbers between commas, got {text!r}") from None
+            raise SpecError(f"a codebook must list numbers between commas, got {text!r}") from None
         return NumberFormat.codebook(numbers)
     raise SpecError(
         f"unknown format {text!r}, expected int2 to int8, uint2 to uint8, eXmY of 3 to 8 bits "

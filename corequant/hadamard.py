@@ -132,7 +132,7 @@ def hadamard_orders(limit: int) -> tuple[int, ...]:
     Parameters
     ----------
     limit : int
-        Largest order to consider, inclusive; below 1 there is none.
+        Largest order to consider, inclusive; below 1 the result is empty.
 
     Returns
     -------

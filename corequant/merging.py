@@ -149,7 +149,7 @@ def merge_permutation(W: Array, permutation: Array, *, side: str) -> Array:
     ----------
     W : numpy.ndarray (out_features, in_features), or (out_features,) for a bias
     permutation : numpy.ndarray, integer
-        Of the channels on that side; new channel k holds old channel ``permutation[k]``.
+        Permutation of that side's channels; new channel k holds old ``permutation[k]``.
     side : {"input", "output"}
         A bias has only an output side.
 

@@ -55,7 +55,7 @@ def rangediff(
         Exchanges to try: a channel of the widest block of a token drawn at random against one of
         another block.
     seed : int or numpy.random.Generator
-        Of the proposals.
+        Seed of the proposals.
 
     Returns
     -------
@@ -140,7 +140,8 @@ def sign_descent(
         if check_numpy("start", start).shape != signs.shape:
             raise ShapeError(f"start must have shape ({len(signs)},), got {start.shape}")
         if (np.abs(start) != 1).any():
-            raise ValueError("start must be +1 or -1 everywhere, got other values")
+            other = start[np.abs(start) != 1][0]
+            raise ValueError(f"start must be +1 or -1 everywhere, got {other}")
         signs = start.astype(np.int8)
     wanted = check_index("sweeps", sweeps, 0)
     if not len(tokens):

@@ -186,7 +186,7 @@ class Recipe:
         ) -> None: ...
 
     def __post_init__(self) -> None:
-        """Parse specs that are strings and refuse values without a meaning."""
+        """Parse specs that are strings and refuse invalid values."""
         try:
             if isinstance(self.weights, str):
                 weights = QuantSpec.parse(self.weights, scale_search="mse")
@@ -227,7 +227,7 @@ class Recipe:
         if not isinstance(self.weights, QuantSpec):
             raise RecipeError(f"weights must be a QuantSpec, got {type(self.weights).__name__}")
         if self.weights.granularity is Granularity.TOKEN:
-            raise RecipeError(f"weights have no tokens to scale by, got {self.weights}")
+            raise RecipeError(f"weights must not be scaled by token, got {self.weights}")
         if self.activations is not None and not isinstance(self.activations, QuantSpec):
             got = type(self.activations).__name__
             raise RecipeError(f"activations must be a QuantSpec or None, got {got}")
@@ -238,8 +238,10 @@ class Recipe:
             )
         if isinstance(self.accumulator, int) and not isinstance(self.accumulator, bool):
             object.__setattr__(self, "accumulator", str(self.accumulator))
-        if self.reference != "block" and self.rounding == "nearest":
-            raise RecipeError(f"reference goes with adaptive rounding, got {self.reference!r}")
+        if self.reference != "block" and not rounding_methods()[self.rounding].needs_moments:
+            raise RecipeError(
+                f"reference {self.reference!r} needs adaptive rounding, got {self.rounding!r}"
+            )
         self.rounding_options()
 
     def _check_online(self) -> None:
@@ -306,7 +308,7 @@ class Recipe:
             )
         if self.activations is None:
             raise RecipeError(
-                f"an accumulator needs quantized activations, got {self.accumulator} and none"
+                f"accumulator needs quantized activations, got {self.accumulator!r} without"
             )
         tile = None if found[1] is None else int(found[1])
         if tile is None and self.weights.group_size is not None:

@@ -1,4 +1,4 @@
-"""Choose what stands in front of a block rotation by the error that is left after rounding."""
+"""Choose permutation, scales and signs before a block rotation by the rounding error."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Channels:
     Attributes
     ----------
     statistics : ActivationStats
-        Of all channels.
+        Statistics of all channels.
     part : slice
         The channels.
     block_size : int
@@ -93,7 +93,7 @@ class PermutationMethod:
     make : callable
         Returns the permutation of ``Channels``, counted from the first of them.
     needs : tuple of str
-        Of ``"energy_gram"`` and ``"tokens"``: statistics that aren't always collected.
+        Optional statistics that it reads: ``"energy_gram"``, ``"tokens"``.
     is_candidate : bool
         Whether ``select_permutation`` tries it.
     """
@@ -235,7 +235,7 @@ def make_permutation(
     heads : int
         Equal parts whose channels must stay inside them.
     seed : int or numpy.random.Generator
-        Of what is drawn at random.
+        Seed of random draws.
 
     Returns
     -------
@@ -293,7 +293,7 @@ def select_permutation(
     heads : int
         Equal parts whose channels must stay inside them.
     seed : int or numpy.random.Generator
-        Of the range search.
+        Seed of the range search.
 
     Returns
     -------

@@ -1,11 +1,11 @@
-"""The conformance suite: what a backend must give, to be run by whoever writes one.
+"""The conformance suite: the requirements on a backend, as checks to run.
 
 ``python -m corequant.testing --backend NAME`` runs it on an installed backend. Codes, scales and
 zero points must equal the golden vectors and NumPy's at every entry; rotations and products may err
 twice as much as the naive method in the same dtype against a float64 one; of solvers only the
 reconstruction error counts.
 
-A backend brings arrays in and out itself, with two methods besides those of
+A backend brings arrays in and out itself, with two methods beyond those of
 ``corequant.protocols.Backend``: ``from_numpy(array)`` and ``to_numpy(array)``.
 
 In pytest::
@@ -180,7 +180,7 @@ def check_error(name: str, found: Array, naive: Array, exact: Array) -> None:
     name : str
         What is judged, for the message.
     found, naive : numpy.ndarray
-        Of one dtype.
+        Arrays of one dtype.
     exact : numpy.ndarray, float64
         The oracle. Where it is no better than the dtype, 16 units of its last place are allowed.
 

@@ -86,7 +86,7 @@ def massdiff(mean_abs: npt.NDArray[Any], block_size: int) -> Permutation:
 
 
 def zigzag(score: npt.NDArray[Any], block_size: int) -> Permutation:
-    """Deal channels out to blocks to and fro, in descending order of their score.
+    """Deal channels out to blocks in zigzag order, by descending score.
 
     Parameters
     ----------

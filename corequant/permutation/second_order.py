@@ -88,7 +88,10 @@ def _check_gram(gram: Any) -> npt.NDArray[np.float32]:
         i, j = np.argwhere(gram < 0)[0]
         raise ValueError(f"energy_gram must not be negative, got {gram[i, j]} at ({i}, {j})")
     scale = float(gram.max())
-    if scale and float(np.abs(gram - gram.T).max()) > 1e-3 * scale:
-        raise ValueError("energy_gram must be symmetric, got a matrix that is not")
+    gap = np.abs(gram - gram.T)
+    if scale and float(gap.max()) > 1e-3 * scale:
+        i, j = np.unravel_index(int(gap.argmax()), gap.shape)
+        entries = f"{gram[i, j]} and {gram[j, i]}"
+        raise ValueError(f"energy_gram must be symmetric, got {entries} at ({i}, {j})")
     # Scaled to 1, so that sums of huge statistics stay finite; the partition doesn't change.
     return np.ascontiguousarray(gram / gram.dtype.type(scale or 1), dtype=np.float32)

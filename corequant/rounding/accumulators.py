@@ -282,6 +282,6 @@ def ensure_certified(quantized: QuantizedTensor, accumulator: AccumulatorSpec, n
 
 
 def _is_wide(codes: Array) -> bool:
-    """Tell whether sums of the codes might leave int64."""
+    """Return whether sums of the codes may overflow int64."""
     largest = max(int(codes.max()), -int(codes.min()))
     return bool(largest * codes.shape[1] >= 2**62)

@@ -1,4 +1,4 @@
-"""Scales that make the error of a layer's outputs least, rather than that of its weights."""
+"""Scales that minimize the error of a layer's outputs rather than that of its weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FACTORS = np.concatenate([[1.0], np.linspace(0.75, 1.25, 41)]).astype(np.float32
 """What a group's scale is multiplied by in turn; the first wins ties."""
 
 SWEEPS = 2
-"""Visits to each group of a row."""
+"""Number of visits to each group of a row."""
 
 _SPARE, _BLOCKS, _RESTARTS = 8, 5, 8
 """Directions beyond those asked for, blocks that are added to the first, and how often."""
@@ -67,7 +67,7 @@ def fit_scales(W: Any, H: Any, spec: QuantSpec | str, *, rank: int = 8) -> Quant
     diagonal, ``H ≈ U Λ Uᵀ + D`` with the diagonal of H kept, so that trying a scale takes one
     product with (in_features, rank) instead of with H. Each group's scale is multiplied by factors
     from 0.75 to 1.25; groups of a row are visited in turn, twice. Codes stay the nearest ones, so
-    the result is no other than a round-to-nearest tensor to whatever reads it.
+    readers see an ordinary round-to-nearest tensor.
 
     Examples
     --------

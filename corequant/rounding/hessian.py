@@ -77,27 +77,27 @@ def asymmetric(name: str, entry: Any, other: Any, i: int, j: int) -> HessianErro
 
 
 def indefinite(name: str, entry: Any, i: int, j: int, diagonal: Any = None) -> HessianError:
-    """Return the error of an H with an entry that no matrix of second moments has."""
-    beside = ""
+    """Return the error of an H with an entry that second moments can't have."""
+    context = ""
     if diagonal is not None:
         a, b = float(diagonal[i]), float(diagonal[j])
-        beside = f" with {a:.6g} and {b:.6g} on the diagonal"
+        context = f" with {a:.6g} and {b:.6g} on the diagonal"
     return HessianError(
-        f"H of {name} must be positive semidefinite, got {float(entry):.6g} at ({i}, {j}){beside}"
+        f"H of {name} must be positive semidefinite, got {float(entry):.6g} at ({i}, {j}){context}"
     )
 
 
 def foreign(name: str, column: int) -> HessianError:
-    """Return the error of a G that isn't zero where H is."""
+    """Return the error of a G with a nonzero column where H's is zero."""
     return HessianError(
-        f"G of {name} must belong to H's inputs, got column {column} of G nonzero where H has zeros"
+        f"G of {name} must be zero in columns where H is, got column {column} nonzero"
     )
 
 
 def misshapen(argument: str, name: str, shape: Any, d: int) -> ShapeError:
     """Return the error of a matrix that isn't (d, d)."""
     return ShapeError(
-        f"{argument} of {name} must be (d, d) with d={d} as W has columns, got {tuple(shape)}"
+        f"{argument} of {name} must be (d, d) with d={d}, the columns of W, got {tuple(shape)}"
     )
 
 
@@ -180,20 +180,20 @@ def lanczos(product: Callable[[Array], Array], sums: Array) -> float:
     vector = vector / np.linalg.norm(vector)
     basis, largest = np.empty((0, len(sums))), 0.0
     diagonal: list[float] = []
-    beside: list[float] = []
+    offdiagonal: list[float] = []
     while len(basis) < min(len(sums), _MOST_STEPS):
         basis = np.vstack([basis, vector])
         image = product(vector)
         diagonal.append(float(vector @ image))
         for _ in range(2):
             image -= basis.T @ (basis @ image)
-        found = eigvalsh_tridiagonal(np.array(diagonal), np.array(beside))
+        found = eigvalsh_tridiagonal(np.array(diagonal), np.array(offdiagonal))
         before, largest = largest, float(found[-1])
         rest = float(np.linalg.norm(image))
         settled = len(basis) >= _LEAST_STEPS and largest - before <= _TOLERANCE * largest
         if settled or rest <= 1e-12 * abs(largest):
             break
-        beside.append(rest)
+        offdiagonal.append(rest)
         vector = image / rest
     return largest
 
@@ -248,22 +248,22 @@ def _panels(d: int) -> list[tuple[int, int]]:
 
 
 def mean_diagonal(diagonal: Array, dead: npt.NDArray[np.bool_]) -> float:
-    """Return the mean of the living columns' H_jj; 1 where there is none."""
+    """Return the mean of H_jj over columns that aren't dead; 1 if all are."""
     return 1.0 if dead.all() else float(diagonal[~dead].mean(dtype=np.float64))
 
 
 @dataclass(frozen=True)
 class Damping:
-    """What was added to the diagonal of H.
+    """The addition to the diagonal of H.
 
     Attributes
     ----------
     value : float
-        The number added.
+        The addition.
     relative : float
         The same, divided by the mean of the diagonal.
     tries : int
-        How many factorizations it took: 1 unless H was not positive definite enough.
+        Number of factorizations; 1 unless H was not positive definite enough.
     """
 
     value: float

@@ -70,17 +70,8 @@ def learned_rounding(
         Each takes one product with H.
     rate : float, optional
         Step size; 0.02 for ``adaround`` and 0.005 for ``signround``, which decays to zero.
-    scales, zero_points, global_scale : arrays, optional
-        As ``choose_qparams`` returns them; by default the spec's search on W.
-    dtype : numpy dtype, optional
-        Float32 or float64 for all arithmetic; by default float64 for a float64 W.
-    tokens : int, optional
-        How many tokens H and G are the moments of: what too few can't tell is made up for, see
-        Notes. Give the number wherever it is known. By default H's rank stands for it where more
-        than one direction is lacking; from as many tokens as channels on the rank tells nothing,
-        and nothing is made up for, although up to ten times as many would need it.
-    name : str
-        The layer's name, for errors and the report.
+    scales, zero_points, global_scale, dtype, tokens, name
+        As for ``gptq``.
 
     Returns
     -------
@@ -102,10 +93,7 @@ def learned_rounding(
     numbers; SignRound, arXiv 2309.05516. Gradients are taken in steps of the grid and relative to
     H's diagonal, so that neither the unit of W nor that of the inputs matters.
 
-    What few tokens can't tell: with ρ the weight that oracle approximating shrinkage (arXiv
-    0907.4698, equation 23) gives to the identity, ``ρ/(1-ρ)`` times the mean of the diagonal is
-    added to H and G beforehand, where that is more than a hundredth of it; ``report.shrinkage``
-    has it. With one token all weights are rounded to nearest.
+    With few tokens H and G get the same addition as GPTQ's.
 
     Examples
     --------

@@ -112,7 +112,7 @@ class Scales:
         )
 
     def refit(self, index: int, values: Array) -> None:
-        """Choose the scales of one group anew for the given values (rows, group), in place."""
+        """Replace the scales of one group by those of the given values (rows, group)."""
         scales, zero_points = choose_qparams(values, self.spec, global_scale=self.global_scale)
         self.scales[:, index] = scales[:, 0]
         if self.zero_points is not None:
@@ -145,14 +145,14 @@ class Budget:
 
 @dataclass(frozen=True, eq=False)
 class ColumnLoop:
-    """Everything that a method needs besides its matrices.
+    """The inputs of a column loop other than the method's matrices.
 
     Attributes
     ----------
     order : array (d,)
         Columns in reverse order of their rounding.
     scales : Scales
-        Of the weight's columns in their own order.
+        Scales of the weight's columns in their own order.
     refit : bool
         Choose the scales of a group when its first column is reached.
     budget : Budget

@@ -39,14 +39,14 @@ def magr(
     steps : int
         Accelerated proximal gradient steps; each takes one product with H.
     group_size : int, optional
-        Shrink the range of each group of so many columns; by default of each row.
+        Columns of a group whose range is shrunk; by default the whole row.
     name : str
         The layer's name, for errors.
 
     Returns
     -------
     array (out_features, in_features)
-        Of W's kind and dtype, where W is.
+        Weights of W's kind and dtype, on its device.
 
     Raises
     ------

@@ -130,13 +130,13 @@ class RoundingOptions:
                 takes = {m.name for m in methods.values() if m.needs_moments}
             if getattr(self, name) and self.method not in takes:
                 raise SpecError(
-                    f"{name} goes with {', '.join(sorted(takes))}, got it with {self.method!r}"
+                    f"{name} needs method {' or '.join(sorted(takes))}, got {self.method!r}"
                 )
 
     def check_spec(self, spec: QuantSpec) -> None:
         """Raise SpecError unless the options are of use for weights of a spec."""
         if self.refit and spec.granularity not in GROUPED:
-            raise SpecError(f"refit is for scales of groups, got {spec}")
+            raise SpecError(f"refit needs a spec with groups, got {spec}")
         if self.fit_scales:
             check_fitted(spec)
 

@@ -26,7 +26,7 @@ class InputMoments:
     cross : bool
         Collect G too.
     dtype : numpy dtype
-        Of all sums: float32 (default) or float64.
+        Dtype of all sums: float32 (default) or float64.
 
     Raises
     ------
@@ -76,7 +76,7 @@ class InputMoments:
         NonFiniteError
             If an array or a sum holds NaN or infinity; nothing has been added then.
         ShapeError, TypeError
-            If shapes don't fit each other and d, or an array is missing or none of floats.
+            If shapes don't fit each other and d, or an array is missing or not floating.
         """
         if (float_inputs is None) != (self._cross is None):
             wanted = "given" if self._cross is not None else "left out"
@@ -103,7 +103,7 @@ class InputMoments:
         Raises
         ------
         TypeError, ValueError
-            If ``other`` is something else or collects other statistics.
+            If ``other`` isn't InputMoments of the same statistics.
         """
         if not isinstance(other, InputMoments):
             raise TypeError(f"other must be InputMoments, got {type(other).__name__}")
@@ -155,7 +155,7 @@ class InputMoments:
         backend = backend_for(**arrays)
         if self._backend is not None and backend is not self._backend:
             raise TypeError(
-                f"quantized must be of {self._backend.name} as before, got one of {backend.name}"
+                f"quantized must be an array of {self._backend.name} as before, got {backend.name}"
             )
         if self._count and not isinstance(self._square, np.ndarray):
             backend_for(sums=self._square, **arrays)

@@ -1,4 +1,4 @@
-"""Round to nearest: every entry by itself."""
+"""Rounding to nearest, each entry on its own."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def round_to_nearest(
     H, G : numpy.ndarray (in_features, in_features), optional
         Moments of the inputs, for the losses of the report alone.
     global_scale : numpy.ndarray (1,), optional
-        Of granularity ``tensor_group``, as for ``quantize``.
+        Global scale of granularity ``tensor_group``, as for ``quantize``.
     name : str
         The layer's name, for the report.
 

@@ -52,14 +52,14 @@ class ColumnOptions:
             got = type(accumulator).__name__
             raise TypeError(f"accumulator must be an AccumulatorSpec, got {got}")
         if self.refit and self.scales is not None:
-            raise ValueError("refit chooses scales of its own, got scales too")
+            raise ValueError("refit must not come with scales, got both")
         if self.refit and spec.group_size is None:
-            raise ValueError(f"refit is for scales of groups, got {spec}")
+            raise ValueError(f"refit needs a spec with groups, got {spec}")
         if self.refit and accumulator is not None:
-            raise ValueError("an accumulator's bounds need fixed scales, got refit too")
+            raise ValueError("accumulator needs fixed scales, got refit too")
 
     def round_elsewhere(self, method: str, **arguments: Any) -> RoundedTensor:
-        """Return what the arrays' own backend makes of a method's arguments and these."""
+        """Return the result of the arrays' own backend."""
         rounded: RoundedTensor = round_elsewhere(method, **arguments, **vars(self))
         return rounded
 

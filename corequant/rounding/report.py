@@ -1,4 +1,4 @@
-"""What rounding a weight came to: losses, damping, dead columns."""
+"""The report of a rounding, and the output error of a quantized weight."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class RoundingReport:
     nearest_loss : float or None
         The same of the weight rounded to nearest with the spec's own scales.
     damping : Damping or None
-        What was added to the diagonal of H; None for methods without.
+        Addition to the diagonal of H; None for methods without.
     dead_columns : tuple of int
         Columns that no input reached: H_jj = 0.
     bounded_share : float or None
         Share of the weights that an accumulator's bound moved; None without an accumulator.
     shrinkage : float
-        What was added to the diagonals of H and G for want of tokens, divided by the mean of H's;
-        0 where they sufficed.
+        Addition to the diagonals of H and G for lack of tokens, divided by the mean of H's; 0 if
+        there were enough.
     """
 
     method: str
@@ -64,7 +64,7 @@ class RoundedTensor(QuantizedTensor):
     Attributes
     ----------
     report : RoundingReport
-        How it was made.
+        The method's report.
     """
 
     report: RoundingReport = RoundingReport("", "")
@@ -84,7 +84,7 @@ def reconstruction_loss(W: Any, quantized: QuantizedTensor | Any, H: Any, G: Any
     W : array (out_features, in_features)
         The float weight, NumPy array or torch tensor; all other arrays are of its kind.
     quantized : QuantizedTensor or array (out_features, in_features)
-        What stands for it.
+        The quantized weight.
     H : array (in_features, in_features)
         ``X̃ᵀX̃ / n`` of the inputs that the layer will see.
     G : array (in_features, in_features), optional
@@ -99,7 +99,7 @@ def reconstruction_loss(W: Any, quantized: QuantizedTensor | Any, H: Any, G: Any
     Raises
     ------
     HessianError, NonFiniteError, ShapeError, TypeError
-        If a matrix is none, or of another shape.
+        If a matrix is invalid or has another shape.
 
     Examples
     --------

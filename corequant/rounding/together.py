@@ -54,7 +54,7 @@ def round_together(
         Moments of the inputs, as ``InputMoments`` collects them: H where
         ``options.needs_moments``, G where ``options.needs_float``.
     global_scale : array (1,), optional
-        Of granularity ``tensor_group``: what all the weights share. By default each has its own.
+        Global scale that all the weights share; by default each has its own.
     tokens : int, optional
         How many tokens H and G are the moments of, such as ``InputMoments.count``.
 

@@ -93,7 +93,7 @@ class ScaleFormat(enum.Enum):
 
 
 class ScaleRounding(enum.Enum):
-    """How a scale comes to its format; with E the exponent of a power of two.
+    """How a scale is rounded to its format; E is the exponent of a power of two.
 
     ``NEAREST`` round to nearest, ties to even (formats with a mantissa). ``FLOOR``
     ``E = floor(log2(max|x|)) - emax``, the rule of OCP MX: magnitudes above the largest number

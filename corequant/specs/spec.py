@@ -34,7 +34,7 @@ _SPLIT = re.compile(r":(?![^()]*\))")
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """A quantizer, described.
+    """A quantizer: number format, granularity and scales.
 
     Attributes
     ----------
@@ -50,17 +50,17 @@ class QuantSpec:
     scale_search : ScaleSearch
         How scales are found.
     scale_format : ScaleFormat
-        How scales are stored; ``E4M3`` goes with ``TENSOR_GROUP``. ``FLOAT32`` means float64 for
+        How scales are stored; ``E4M3`` requires ``TENSOR_GROUP``. ``FLOAT32`` means float64 for
         float64 input.
     scale_rounding : ScaleRounding, optional
-        How scales come to their format: ``FLOOR`` by default for powers of two and E8M0.
+        How scales are rounded to their format: ``FLOOR`` by default for powers of two and E8M0.
     percentile : float, optional
-        Of the magnitudes, in (0, 100], for the search ``PERCENTILE``; 99.9 by default.
+        Percentile of the magnitudes, in (0, 100], for ``PERCENTILE``; 99.9 by default.
 
     Raises
     ------
     SpecError
-        For an unknown name or a combination without a meaning.
+        For an unknown name or an invalid combination.
 
     Examples
     --------
@@ -98,7 +98,7 @@ class QuantSpec:
         ) -> None: ...
 
     def __post_init__(self) -> None:
-        """Look names up and refuse combinations without a meaning."""
+        """Look names up and refuse invalid combinations."""
         if isinstance(self.format, str):
             object.__setattr__(self, "format", find_format(self.format))
         for field, kind in _ENUMS.items():
@@ -139,12 +139,10 @@ class QuantSpec:
 
     def _check_format(self) -> None:
         if self.format.kind is FormatKind.POWER:
-            raise SpecError(f"{self.format.name} has no zero: it is for scales, not for numbers")
+            raise SpecError(f"format must have a zero, got {self.format.name}, which is for scales")
         whole = self.format.kind is FormatKind.INTEGER and not self.format.fraction_bits
         if not self.symmetric and not whole:
-            raise SpecError(
-                f"only integer formats have zero points, got {self.format.name} asymmetric"
-            )
+            raise SpecError(f"asymmetric needs an integer format, got {self.format.name}")
 
     def _check_scales(self, power: bool) -> None:
         search, rounding = self.scale_search, self.scale_rounding
@@ -153,8 +151,8 @@ class QuantSpec:
             self.granularity is Granularity.TENSOR_GROUP
         ):
             raise SpecError(
-                "scales in e4m3 go with granularity 'tensor_group', and it with them, got "
-                f"{self.scale_format.value} with {self.granularity.value!r}"
+                "scale_format 'e4m3' requires granularity 'tensor_group' and vice versa, got "
+                f"{self.scale_format.value!r} with {self.granularity.value!r}"
             )
         if power == (rounding is ScaleRounding.NEAREST):
             raise SpecError(
@@ -163,22 +161,22 @@ class QuantSpec:
                 f"got {rounding.value if rounding else None!r}"
             )
         if wide and not self.symmetric:
-            raise SpecError(f"{self.scale_format.value} scales have no zero points")
+            raise SpecError(f"scale_format {self.scale_format.value!r} must be symmetric")
         if wide and search in (ScaleSearch.HQO, ScaleSearch.EXACT):
             raise SpecError(
-                f"scale_search {search.value!r} needs scales that are floats; of the few scales "
-                f"that {self.scale_format.value} has, 'mse' finds the best one"
+                f"scale_search {search.value!r} needs float scales, got "
+                f"{self.scale_format.value!r}; 'mse' tries all of its scales"
             )
         if search is ScaleSearch.EXACT and not self.symmetric:
-            raise SpecError("scale_search 'exact' has no zero points; 'mse' and 'hqo' search both")
+            raise SpecError("scale_search 'exact' must be symmetric; 'mse' and 'hqo' need not be")
         if search is ScaleSearch.HQO and self.format.kind is not FormatKind.INTEGER:
-            raise SpecError(f"scale_search 'hqo' is for integers, got {self.format.name}")
+            raise SpecError(f"scale_search 'hqo' needs an integer format, got {self.format.name}")
         if search is ScaleSearch.FOUR_OVER_SIX and not (
             self.scale_format is ScaleFormat.E4M3 and {4.0, 6.0} <= set(self.format.values)
         ):
-            raise SpecError("scale_search 'four_over_six' is for nvfp4 only")
+            raise SpecError(f"scale_search 'four_over_six' needs nvfp4, got {self.format.name}")
         if self.percentile is not None and search is not ScaleSearch.PERCENTILE:
-            raise SpecError(f"percentile goes with scale_search 'percentile', got {search.value!r}")
+            raise SpecError(f"percentile needs scale_search 'percentile', got {search.value!r}")
         number = self.percentile
         if number is None:
             return

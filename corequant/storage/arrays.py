@@ -38,7 +38,7 @@ def to_arrays(name: str, quantized: QuantizedTensor) -> Arrays:
     name : str
         Path of the module that the weight belongs to.
     quantized : QuantizedTensor
-        Of a matrix (out_features, in_features), NumPy arrays.
+        Matrix (out_features, in_features), NumPy arrays.
 
     Returns
     -------

@@ -104,7 +104,7 @@ class Scheme:
             floats = _fp4(self.weights) is not None
             if floats and _key(self.activations) != _key(self.weights):
                 raise SpecError(
-                    f"activations must be none or {_FP4[_key(self.weights)][0]} beside weights of "
+                    f"activations must be none or {_FP4[_key(self.weights)][0]} with weights of "
                     f"{self.weights}, got {self.activations}"
                 )
             _check_run_time(self.activations)
@@ -127,12 +127,12 @@ class Scheme:
         name : str
             Path of the module that the weight belongs to.
         quantized : QuantizedTensor
-            Of a matrix (out_features, in_features), NumPy arrays, with this scheme's spec.
+            Matrix (out_features, in_features) of this scheme's spec, NumPy arrays.
 
         Raises
         ------
         ValueError
-            If a scale is no number of the scales' format.
+            If a scale is not a number of the scales' format.
         """
         arrays = to_arrays(name, quantized)
         key = f"{name}.weight_scale"
@@ -153,7 +153,7 @@ class Scheme:
         Raises
         ------
         CheckpointError
-            If a tensor is missing or of another dtype or shape, or a value has no meaning.
+            If a tensor is missing or of another dtype or shape, or a value is invalid.
         """
         key = f"{name}.weight_scale"
         wanted = _SCALES[self.weights.scale_format]

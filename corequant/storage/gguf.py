@@ -169,7 +169,7 @@ def from_blocks(blocks: Array, block_type: str) -> QuantizedTensor:
     spec = _SPECS[block_type]
     scales, _, codes = _parts(blocks, block_type)
     if not (scales > 0).all():
-        raise ValueError("blocks must have positive scales, got one that is not")
+        raise ValueError(f"blocks must have positive scales, got {scales[~(scales > 0)][0]}")
     lead, count = blocks.shape[:-1], blocks.shape[-1] // BLOCK_BYTES[block_type]
     return QuantizedTensor(
         codes.reshape(*lead, count * _SIZE), scales.reshape(*lead, count), None, spec
@@ -177,7 +177,7 @@ def from_blocks(blocks: Array, block_type: str) -> QuantizedTensor:
 
 
 def decode_blocks(blocks: Array, block_type: str) -> npt.NDArray[np.float32]:
-    """Return the numbers that GGUF blocks stand for, whoever wrote them.
+    """Return the numbers that GGUF blocks stand for, written by any program.
 
     Parameters
     ----------

@@ -24,7 +24,7 @@ def matmul_nbits(
     Parameters
     ----------
     quantized : QuantizedTensor
-        Of a matrix (out_features N, in_features K), NumPy arrays, int2, int4 or int8 (or uint) in
+        Matrix (out_features N, in_features K), NumPy arrays, int2, int4 or int8 (or uint) in
         groups of 16, 32, 64, ... entries.
 
     Returns

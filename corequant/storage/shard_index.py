@@ -29,7 +29,7 @@ def read_index(path: str | Path) -> dict[str, Path]:
     Parameters
     ----------
     path : str or Path
-        Of the index; files are looked for in its folder.
+        The index file; the files that it names lie in its folder.
 
     Returns
     -------
@@ -61,49 +61,49 @@ def read_index(path: str | Path) -> dict[str, Path]:
     weight_map = values.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} must map tensor names to files, got no weight_map")
-    homes: dict[str, set[str]] = {}
-    for name, home in weight_map.items():
-        homes.setdefault(_checked(path, name, home), set()).add(name)
+    files: dict[str, set[str]] = {}
+    for name, file_name in weight_map.items():
+        files.setdefault(_checked(path, name, file_name), set()).add(name)
     total = 0
-    for home, expected in sorted(homes.items()):
-        file = TensorFile(path.parent / home)
+    for file_name, expected in sorted(files.items()):
+        file = TensorFile(path.parent / file_name)
         found = set(file.names)
         for name in sorted(expected - found):
-            raise CheckpointError(f"{path} says that {home} holds {name!r}, which it doesn't")
+            raise CheckpointError(f"{path} says that {file_name} holds {name!r}, which it doesn't")
         for name in sorted(found - expected):
             where = weight_map.get(name)
             says = "doesn't name it" if where is None else f"says that it is in {where}"
-            raise CheckpointError(f"{path.parent / home} holds {name!r}, but {path.name} {says}")
+            raise CheckpointError(f"{file.path} holds {name!r}, but {path.name} {says}")
         total += sum(last - first for _, _, first, last in file.entries.values())
     _check_total(path, values.get("metadata"), total)
-    return {name: path.parent / home for name, home in weight_map.items()}
+    return {name: path.parent / file_name for name, file_name in weight_map.items()}
 
 
 def check_homes(path: str | Path) -> None:
-    """Raise CheckpointError if an index that nobody follows names files outside its folder.
+    """Raise CheckpointError if an unused index names files outside its folder.
 
     Its files may be missing, or it may be malformed: it is left over from another model.
 
     Parameters
     ----------
     path : str or Path
-        Of the index.
+        The index file.
     """
     try:
         weight_map = _read(Path(path)).get("weight_map")
     except CheckpointError:
         return
     if isinstance(weight_map, dict):
-        for name, home in weight_map.items():
-            _checked(Path(path), name, home)
+        for name, file_name in weight_map.items():
+            _checked(Path(path), name, file_name)
 
 
-def _checked(path: Path, name: str, home: Any) -> str:
-    if not isinstance(home, str) or not is_plain(home):
+def _checked(path: Path, name: str, file_name: Any) -> str:
+    if not isinstance(file_name, str) or not is_plain(file_name):
         raise CheckpointError(
-            f"{path} must name files of its own folder, got {str(home)[:80]!r} for {name!r}"
+            f"{path} must name files of its own folder, got {str(file_name)[:80]!r} for {name!r}"
         )
-    return home
+    return file_name
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -131,9 +131,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def is_plain(home: str) -> bool:
-    """Tell whether a name is that of a file in the same folder, on any system."""
-    return home not in ("", ".", "..") and not set(home) & set("/\\:\0") and len(home) < 256
+def is_plain(name: str) -> bool:
+    """Return whether a name is that of a file in the same folder, on any system."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\:\0") and len(name) < 256
 
 
 def _check_total(path: Path, metadata: Any, total: int) -> None:

@@ -141,7 +141,7 @@ class RawTensor:
         return self.data.view(code).astype(native, copy=False).reshape(self.shape)
 
     def same(self, other: RawTensor) -> bool:
-        """Tell whether dtype, shape and every bit agree."""
+        """Return whether dtype, shape and every bit agree."""
         return (
             self.dtype == other.dtype
             and self.shape == other.shape
@@ -181,7 +181,7 @@ class TensorFile:
                 prefix = file.read(8)
                 length = int.from_bytes(prefix, "little")
                 if len(prefix) < 8 or length > min(LONGEST_HEADER, size - 8):
-                    raise CheckpointError(f"{self.path} is truncated or no file of tensors")
+                    raise CheckpointError(f"{self.path} is truncated or not a safetensors file")
                 header = file.read(length)
         except FileNotFoundError:
             raise CheckpointError(f"{self.path} is missing") from None
@@ -338,7 +338,8 @@ def _entry(name: str, value: Any) -> Entry:
     if not _whole(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"data_offsets of {name!r} must be two ascending numbers")
     if math.prod(shape) * _SIZES[dtype] != offsets[1] - offsets[0]:
-        raise CheckpointError(f"{name!r} needs other bytes for its shape than it has")
+        needs, has = math.prod(shape) * _SIZES[dtype], offsets[1] - offsets[0]
+        raise CheckpointError(f"{name!r} must have {needs} bytes for its shape, got {has}")
     return dtype, tuple(shape), offsets[0], offsets[1]
 
 

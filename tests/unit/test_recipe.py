@@ -27,9 +27,9 @@ def test_weights_search_their_scales_unless_told_otherwise():
     [
         ({"permutation": "mass"}, "permutation must be one of identity"),
         ({"rounding": "up"}, "rounding must be one of"),
-        ({"damping": 0.1}, "damping goes with gptq, qronos, got it with 'nearest'"),
+        ({"damping": 0.1}, "damping needs method gptq or qronos, got 'nearest'"),
         ({"rounding": "gptq", "damping": -1}, "damping must be finite and not negative"),
-        ({"rounding": "qronos", "correction": 0.25}, "correction goes with gptq"),
+        ({"rounding": "qronos", "correction": 0.25}, "correction needs method gptq"),
         ({"reference": "layer"}, "reference must be one of block, model, got 'layer'"),
         ({"rounding": "gptq", "act_order": "no"}, "act_order must be true or false"),
         ({"rounding": "learned", "steps": -1}, "steps must be at least 0"),
@@ -45,7 +45,7 @@ def test_weights_search_their_scales_unless_told_otherwise():
         ({"seed": -1}, "seed must be at least 0"),
         ({"block_size": 2.5}, "block_size must be an integer"),
         ({"weights": "int4:chanel"}, "unknown part 'chanel'.*did you mean 'channel'"),
-        ({"weights": "int4:token"}, "weights have no tokens"),
+        ({"weights": "int4:token"}, "weights must not be scaled by token"),
         ({"block_size": (16, 0)}, "block_size must be at least 1"),
         ({"block_size": "many"}, "block_size must be a number, several of them or 'auto'"),
         ({"tolerance": -1}, "tolerance must be finite"),
@@ -115,9 +115,9 @@ def test_bad_files():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rounding": "qronos", "refit": True}, "refit is for scales of groups"),
+        ({"rounding": "qronos", "refit": True}, "refit needs a spec with groups"),
         ({"fit_scales": True, "weights": "mxfp4"}, "to fit"),
-        ({"reference": "model"}, "reference goes with adaptive rounding"),
+        ({"reference": "model"}, "needs adaptive rounding"),
         ({"block_size": "abc"}, "block_size must be a number, several of them or 'auto'"),
     ],
 )

@@ -67,7 +67,7 @@ class TensorScales:
         return steps.expand(shape).contiguous(), zeros.expand(shape).contiguous()
 
     def refit(self, index: int, values: Tensor) -> None:
-        """Choose the scales of one group anew for the given values (rows, group), in place."""
+        """Replace the scales of one group by those of the given values (rows, group)."""
         scales, zeros = self.kernels.choose_qparams(values, self.spec, self.global_scale)
         self.scales[:, index] = scales[:, 0]
         if self.zero_points is not None and zeros is not None:

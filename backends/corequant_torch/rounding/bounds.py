@@ -1,6 +1,6 @@
 """The running state of an accumulator's bounds while columns are rounded, on any device.
 
-The rules are those of ``corequant.rounding.bounds`` and ``corequant._cpu.loops.columns``.
+Bit-exact twin: `corequant.rounding.bounds`, `corequant._cpu.loops.columns`.
 """
 
 from __future__ import annotations

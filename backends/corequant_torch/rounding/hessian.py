@@ -94,11 +94,11 @@ class Moments:
         What a method works with; so is G.
     G : torch.Tensor (d, d) or None
     measured : tuple of torch.Tensor
-        H and G as they were given, which losses are computed with.
+        H and G as given, from which losses are computed.
     shrinkage : float
-        What was added for want of tokens, as in ``corequant.rounding.shrinkage``.
+        Addition for lack of tokens, as in ``corequant.rounding.shrinkage``.
     diagonal : numpy.ndarray (d,), float64
-        Of H.
+        Diagonal of H.
     dead : numpy.ndarray (d,), bool
         Columns that no input reached.
     """

@@ -3,6 +3,8 @@
 Columns are kept in reverse order of their rounding, as in ``corequant.rounding``. Of a block of
 columns, products bring in what was rounded before; within it one column follows the other for all
 rows at once: in Triton where it runs and is float32, otherwise in torch operations.
+
+Bit-exact twin: `corequant._cpu.loops.columns`, `corequant_torch.gpu.columns`.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ Pull = Callable[[int, int, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]
 
 @dataclass(frozen=True, eq=False)
 class ColumnLoop:
-    """Everything that a method needs besides its matrices; see ``corequant.rounding.loop``."""
+    """The inputs of a column loop other than the matrices; see ``corequant.rounding.loop``."""
 
     order: npt.NDArray[np.int64]
     scales: TensorScales
@@ -82,9 +84,9 @@ class ColumnLoop:
         rounded = self.scales.encode(back)
         if self.tiles is not None:
             arrays = (rounded.codes, rounded.scales, rounded.zero_points)
-            home = [None if a is None else a.cpu().numpy() for a in arrays]
-            at_home = QuantizedTensor(home[0], home[1], home[2], rounded.spec)
-            ensure_certified(at_home, self.tiles.accumulator, self.name)
+            on_host = [None if a is None else a.cpu().numpy() for a in arrays]
+            certified = QuantizedTensor(on_host[0], on_host[1], on_host[2], rounded.spec)
+            ensure_certified(certified, self.tiles.accumulator, self.name)
         return rounded, share
 
     def _block(

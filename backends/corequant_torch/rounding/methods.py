@@ -1,4 +1,4 @@
-"""GPTQ, GPFQ and Qronos on tensors of any device; nothing but a few vectors leaves it.
+"""GPTQ, GPFQ and Qronos on tensors of any device; only a few vectors leave it.
 
 The methods, their notation and their errors are those of ``corequant.rounding``.
 """
@@ -110,7 +110,7 @@ def round_columns(
     options = ColumnOptions(**shared)
     W, spec, name = check_matrix(kernels, "W", W), as_spec(options.spec), options.name
     if G is None and method != "gptq":
-        raise TypeError("G must be a torch.Tensor, got None; gptq does without")
+        raise TypeError("G must be a torch.Tensor, got None; gptq needs none")
     working = working_dtype(W, options.dtype)
     moments = Moments.of(kernels, H, G, W.shape[1], name, options.tokens)
     options.check(spec)
@@ -200,7 +200,7 @@ def round_to_nearest(
     global_scale: Any,
     name: str,
 ) -> RoundedTensor:
-    """Round each entry by itself; see ``corequant.round_to_nearest``."""
+    """Round each entry to nearest; see ``corequant.round_to_nearest``."""
     W, spec = check_matrix(kernels, "W", W), as_spec(spec)
     quantized = TensorScales.choose(kernels, W, spec, None, None, global_scale).encode(W)
     report = RoundingReport("nearest", name)
