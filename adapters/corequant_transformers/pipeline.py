@@ -17,7 +17,8 @@ import torch
 from corequant.errors import BackendError, CheckpointError
 from corequant.recipe import Recipe
 from corequant.storage.files import read_text
-from corequant_transformers.architectures.unknown import check_described
+from corequant_transformers.architectures.known import UnknownArchitectureError
+from corequant_transformers.architectures.unknown import undescribed
 from corequant_transformers.calibration.choices import Calibration, check_calibration
 from corequant_transformers.checkpoint.quantized import Quantized
 from corequant_transformers.checkpoint.tensors import place_tensors
@@ -85,9 +86,11 @@ def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
             f"{where} has a quantization_config, so it is quantized already; quantize the float "
             "model instead"
         )
-    names = source.tensor_names if source else lambda: list(cast(Any, model).state_dict())
-    check_described(config, names)
-    table = plan_model(config, recipe)
+    try:
+        table = plan_model(config, recipe)
+    except UnknownArchitectureError as error:
+        names = source.tensor_names() if source else list(cast(Any, model).state_dict())
+        raise undescribed(error, names) from None
     if source is None:
         check_untouched(model)
         _check_structure(model, table)

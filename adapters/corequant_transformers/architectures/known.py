@@ -19,6 +19,7 @@ __all__ = [
     "Architecture",
     "Dimensions",
     "Experts",
+    "UnknownArchitectureError",
     "architecture_of",
     "dimensions_of",
     "register",
@@ -33,6 +34,10 @@ _MOST_EXPERTS = 2**16
 
 NORMS = ("rms", "rms_one_plus", "layer")
 """Kinds of norm: RMSNorm with gain w, RMSNorm with gain 1 + w, LayerNorm with gain and bias."""
+
+
+class UnknownArchitectureError(ArchitectureError):
+    """There is no description of a model type."""
 
 
 @dataclass(frozen=True)
@@ -333,7 +338,7 @@ def architecture_of(config: Any) -> Architecture:
     """
     kind = getattr(config, "model_type", None)
     if kind not in _KNOWN:
-        raise ArchitectureError(
+        raise UnknownArchitectureError(
             f"model_type must be one of {', '.join(sorted(_KNOWN))}, got {kind!r}; to describe "
             "another, call corequant_transformers.register(Architecture(...)) with the paths of "
             "its embedding, final norm and head, in each block of the norms, of query, key, "

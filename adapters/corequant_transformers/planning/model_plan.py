@@ -31,9 +31,11 @@ from corequant_transformers.planning.matrix_plan import (
     Region,
     RowSlice,
     Side,
+    Stream,
+    check_rotation,
+    plan_stream,
     regions_of,
 )
-from corequant_transformers.planning.residual import Stream, check_rotation, plan_stream
 
 __all__ = ["VERIFIED_TOKENS", "ModelPlan", "plan_model"]
 
