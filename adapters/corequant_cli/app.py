@@ -22,7 +22,6 @@ from corequant.errors import (
     RecipeError,
 )
 from corequant.recipe import FACTORS, PERMUTATIONS, REFERENCES, ROTATIONS, ROUNDINGS, Recipe
-from corequant.storage.arrays import TARGETS
 from corequant.storage.files import json_text, read_text
 from corequant_cli import show
 from corequant_cli.plain import plain
@@ -287,7 +286,9 @@ def export(
             metavar="PATH",
         ),
     ],
-    to: Annotated[str, typer.Option(help=f"One of {', '.join(TARGETS)}.")] = TARGETS[0],
+    to: Annotated[
+        str, typer.Option(help="Format, such as compressed-tensors or gguf.")
+    ] = "compressed-tensors",
     source: Annotated[
         Path | None,
         typer.Option(help="The model that was quantized: where a GGUF's tokenizer comes from."),
