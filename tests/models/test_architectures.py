@@ -69,7 +69,7 @@ def test_equivalent_in_float64_and_equal_after_a_file(kind, recipe, tokens, tmp_
 
 @pytest.mark.parametrize("kind", [*DESCRIBED, "granite"])
 def test_perplexity_is_that_of_the_models_own_logits(kind, tokens, monkeypatch):
-    monkeypatch.setitem(cqhf.architectures._KNOWN, "granite", Architecture("granite"))
+    monkeypatch.setitem(cqhf.architectures.known._KNOWN, "granite", Architecture("granite"))
     # Granite divides its logits.
     model = cqhf.tiny_model(kind, logits_scaling=3.0)
     own = logits(model, tokens)[:, :-1].reshape(-1, 128)
@@ -176,7 +176,7 @@ def test_a_post_norm_does_not_commute_with_a_rotation(tokens):
     broken = Architecture("gemma2", norm="rms_one_plus", mlp_norm="pre_feedforward_layernorm")
     model = cqhf.tiny_model("gemma2")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(cqhf.architectures._KNOWN, "gemma2", broken)
+        patch.setitem(cqhf.architectures.known._KNOWN, "gemma2", broken)
         with pytest.raises(cq.ArchitectureError, match=r"post_attention_layernorm.*says nothing"):
             cqhf.quantize(model, Recipe(), tokens)
         silent = Architecture(
@@ -185,7 +185,7 @@ def test_a_post_norm_does_not_commute_with_a_rotation(tokens):
             mlp_norm="pre_feedforward_layernorm",
             inner=("post_attention_layernorm", "post_feedforward_layernorm"),
         )
-        patch.setitem(cqhf.architectures._KNOWN, "gemma2", silent)
+        patch.setitem(cqhf.architectures.known._KNOWN, "gemma2", silent)
         with pytest.raises(cq.VerificationError, match="from decoder block 0 on"):
             cqhf.quantize(model, Recipe(), tokens)
 
@@ -279,8 +279,8 @@ def test_sharded_files_give_the_same_model(kind, tokens, tmp_path):
 
 @pytest.mark.parametrize("kind", ["starcoder2", "olmoe", "granite"])
 def test_a_new_architecture_is_described_from_outside(kind, monkeypatch, tokens, tmp_path):
-    known = {k: v for k, v in cqhf.architectures._KNOWN.items() if k in DESCRIBED}
-    monkeypatch.setattr(cqhf.architectures, "_KNOWN", known)
+    known = {k: v for k, v in cqhf.architectures.known._KNOWN.items() if k in DESCRIBED}
+    monkeypatch.setattr(cqhf.architectures.known, "_KNOWN", known)
     with pytest.raises(cq.ArchitectureError, match=f"got '{kind}'; to describe another"):
         cqhf.tiny_model(kind)
     if kind == "granite":
@@ -341,7 +341,7 @@ def test_descriptions_that_contradict_themselves(fields, words):
 
 def test_a_model_without_the_described_experts_is_refused(monkeypatch, tokens):
     wrong = Architecture("mixtral", experts=Experts("mlp.specialists", count="num_local_experts"))
-    monkeypatch.setitem(cqhf.architectures._KNOWN, "mixtral", wrong)
+    monkeypatch.setitem(cqhf.architectures.known._KNOWN, "mixtral", wrong)
     model = cqhf.tiny_model("mixtral")
     model.config.moe_intermediate_size = 96
     with pytest.raises(cq.ArchitectureError, match=r"no module 'model\.layers\.0\.mlp\.special"):
@@ -356,7 +356,7 @@ def test_gpt2_widths_that_the_config_leaves_open():
 
 @pytest.mark.parametrize("kind", DESCRIBED)
 def test_descriptions_are_short(kind):
-    known = cqhf.architectures._KNOWN[kind]
+    known = cqhf.architectures.known._KNOWN[kind]
     usual = Architecture(kind)
     given = [f for f in vars(known) if getattr(known, f) != getattr(usual, f)]
     assert len(given) <= 20
