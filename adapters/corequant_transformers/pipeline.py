@@ -52,7 +52,7 @@ Progress = Callable[[str, int, int], None]
 
 @undisturbed()
 def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
-    """Say what ``quantize`` would do to a model, from its config and the names of its weights.
+    """Plan what ``quantize`` would do to a model, from its config and the names of its weights.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ def calibrate(
         Untransformed, float; it is run where it is, on the CPU or a GPU. It is only read, so that
         it may run elsewhere meanwhile; its hooks run, in evaluation mode.
     recipe : Recipe
-        Says how many windows of how many tokens are taken from a text.
+        Gives the number and length of the windows that are taken from a text.
     calibration : str or numpy.ndarray (windows, length)
         Text, or token windows.
     tokenizer : transformers tokenizer, optional
@@ -188,16 +188,16 @@ def quantize(
         Text, token windows, or what ``calibrate`` returned for this very model.
     output : str or Path, optional
         A new or empty directory. Nothing is left there if anything fails. What a model on disk
-        needs on the way is kept beside it, in a directory named ``output`` with ``.run`` at its
-        end, so that a run that was stopped can go on; a run that ends removes it.
+        needs on the way is kept next to it, in a directory named ``output`` with ``.run`` at its
+        end, so that a stopped run can be resumed; a run that ends removes it.
     tokenizer : transformers tokenizer, optional
-        Of a model that is given as an object; one on disk brings its own.
+        Tokenizer of a model in memory; one on disk brings its own.
     executor : concurrent.futures.Executor, optional
         Rounds layers that read the same input at the same time, in threads, processes or on other
         machines. The result has the same bytes as without one.
     resume : bool
-        Go on with a run that was stopped, or begin one. The result has the same bytes as that of a
-        run that was not stopped.
+        Resume a stopped run, or begin one. The result has the same bytes as that of a run that was
+        not stopped.
     memory : int, optional
         Bytes that the run may take, which ``limit_memory`` has the system enforce. What a part
         leaves behind then goes back to the system at once.
@@ -234,11 +234,11 @@ def quantize(
         If a run was begun there and ``resume`` is false, or it was about something else, or another
         process is working on it.
     HessianError
-        If a layer's inputs make no use of the recipe's rounding; names the layer.
+        If the recipe's rounding can't use a layer's inputs; names the layer.
     NonFiniteError
         If weights or activations hold NaN or infinity.
     VerificationError
-        If the transformed model isn't the float model's equal before it is quantized.
+        If the transformed model doesn't equal the float model before it is quantized.
 
     Notes
     -----

@@ -19,7 +19,7 @@ __all__ = ["Quantized"]
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """What ``quantize`` made.
+    """Result of ``quantize``.
 
     Attributes
     ----------
@@ -35,9 +35,9 @@ class Quantized:
     copied_files : list of Path
         Tokenizer files of the float model.
     made : transformers.PreTrainedModel, optional
-        The model, where it was made in memory.
+        The model, if it was made in memory.
     path : Path, optional
-        The directory that it was written to, where it was not.
+        The directory that it was written to otherwise.
     """
 
     tokenizer: Any

@@ -113,17 +113,17 @@ def writing(
     within: Path | None = None,
     complete: Callable[[Path], object] = lambda folder: None,
 ) -> Iterator[Path]:
-    """Give a new directory with all files but weights and report; it gets its name at the end.
+    """Yield a new directory with all files but weights and report; it gets its name at the end.
 
     Parameters
     ----------
     output : str or Path
     name : str
-        Of the model's class.
+        Name of the model's class.
     plan, report, float_config, tokenizer, copied_files
         As for ``save``.
     within : Path, optional
-        Where the directory lies until it gets its name; beside ``output`` by default.
+        Folder of the directory until it gets its name; that of ``output`` by default.
     complete : callable
         Called with the directory when all files are in it, before it gets its name.
 

@@ -117,7 +117,7 @@ class RunDirectory:
     ----------
     path : str or Path
     manifest : mapping
-        What the run is about, as plain values. A run goes on only where they are the same.
+        What the run depends on, as plain values; a run resumes only with the same ones.
     resume : bool
         Whether a run that is there goes on; otherwise it is refused. One that isn't there begins.
 
@@ -179,7 +179,7 @@ class RunDirectory:
             return
         if not resume:
             raise RunError(
-                f"a run was begun in {self.path}; go on with it (resume=True, --resume) or remove "
+                f"a run was begun in {self.path}; resume it (resume=True, --resume) or remove "
                 "the directory"
             )
         try:
@@ -189,7 +189,7 @@ class RunDirectory:
         if not isinstance(found, dict):
             raise RunError(
                 f"{file} must hold a JSON object, got {type(found).__name__}; remove {self.path} "
-                "to begin anew"
+                "to start again"
             )
         self._refuse_other(found, manifest)
 
@@ -201,7 +201,7 @@ class RunDirectory:
             elif before != now:
                 raise RunError(
                     f"{name} must be as when the run was begun, {before!r}, to go on, got {now!r}; "
-                    f"remove {self.path} to begin anew"
+                    f"remove {self.path} to start again"
                 )
 
     # ---- the ledger
@@ -304,7 +304,7 @@ class RunDirectory:
         return record if whole else None
 
     def _has(self, files: Mapping[str, str], *, states: bool) -> bool:
-        """Tell whether a step's hidden states, or its other files, are there and whole."""
+        """Return whether a step's hidden states, or its other files, are complete."""
         try:
             return all(
                 file_sha256(self.path / name) == digest
@@ -352,7 +352,7 @@ class RunDirectory:
             raise OutputError(f"{self.path / LOG} could not be written: {error}") from error
 
     def mark(self, name: str, value: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-        """Write a record beside the steps', or read it."""
+        """Write a record next to those of the steps, or read it."""
         if value is None:
             try:
                 found = json_value(self.path / name)
@@ -373,7 +373,7 @@ class RunDirectory:
 
     def remove(self) -> None:
         """Remove the directory: the run has ended."""
-        # It loses its name first, so that nobody finds half of it.
+        # It loses its name first, so that half of it is never found.
         rest = ended(self.path)
         shutil.rmtree(rest, ignore_errors=True)
         self.path.rename(rest)

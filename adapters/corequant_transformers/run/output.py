@@ -37,7 +37,7 @@ def run_directory(output: str | Path) -> Path:
 
 
 def has_run(output: str | Path) -> bool:
-    """Tell whether a run to ``output`` was stopped, be it while it cleared up."""
+    """Return whether a run to ``output`` was stopped, possibly while it cleaned up."""
     folder = run_directory(output)
     return folder.is_dir() or ended(folder).is_dir()
 

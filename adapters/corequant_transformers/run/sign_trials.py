@@ -92,7 +92,7 @@ class SignTrials:
 
     @contextmanager
     def _transformed(self, part: Part, draw: int) -> Iterator[None]:
-        """Put a transformed copy in an open part's place for a while."""
+        """Replace an open part by a transformed copy within the context."""
         model: Any = self.parts.model
         originals = {path: model.get_submodule(path) for path in self.parts.modules(part)}
         try:
