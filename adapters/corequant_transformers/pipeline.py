@@ -27,6 +27,7 @@ from corequant_transformers.files.outputs import check_output
 from corequant_transformers.model.devices import check_device, device_of
 from corequant_transformers.model.layouts import standardize
 from corequant_transformers.model.parts import ModelWeights, Parts, skeleton
+from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
 from corequant_transformers.model.replicas import check_given, check_plain, unwrap
 from corequant_transformers.model.shards import FileWeights, make_skeleton
 from corequant_transformers.model.sources import Source
@@ -100,6 +101,8 @@ class Quantized:
 
         Raises
         ------
+        ArchitectureError
+            If the model has something that loading wouldn't build from its config, such as a hook.
         OutputError
             If it can't be written or doesn't read back equal; nothing is left there then.
         """
@@ -286,7 +289,8 @@ def quantize(
     Raises
     ------
     ArchitectureError, BlockSizeError, HadamardOrderError
-        If the recipe can't be carried out on the model.
+        If the recipe can't be carried out on the model, or an output is given for a model in memory
+        that isn't what loading builds from its config.
     BackendError
         If there is no such device, an executor is given with another device than the CPU, or
         weights of a model that is given as an object are not in memory.
@@ -330,6 +334,8 @@ def quantize(
     table = plan(model, recipe)
     if source is None:
         check_plain(model, [m.name for m in table.quantized])
+        if output is not None:
+            check_rebuilt(model, rebuild(_config_text(model)))
     if source is not None:
         tokenizer = source.tokenizer()
     if isinstance(calibration, str):
@@ -449,8 +455,13 @@ def _parts(
         progress("load", 0, 1)
         model = model.load()
         progress("load", 1, 1)
-    text = model.config.to_json_string(use_diff=False)
-    return Parts(skeleton(model), table, ModelWeights(model), device, spare), text
+    parts = Parts(skeleton(model), table, ModelWeights(model), device, spare)
+    return parts, _config_text(model)
+
+
+def _config_text(model: Any) -> str:
+    text: str = model.config.to_json_string(use_diff=False)
+    return text
 
 
 def _assemble(job: Job) -> Any:

@@ -43,6 +43,7 @@ from corequant_transformers.model.floats import array_of, as_float32, check_writ
 from corequant_transformers.model.layouts import standardize
 from corequant_transformers.model.parts import Part, part_of, part_plan, skeleton
 from corequant_transformers.model.quantized_linear import QuantizedLinear
+from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
 from corequant_transformers.model.sources import copy_files, quiet_transformers
 from corequant_transformers.model.surroundings import undisturbed
 from corequant_transformers.planning.model_plan import ModelPlan, plan_model
@@ -99,12 +100,18 @@ def save(
 
     Raises
     ------
+    ArchitectureError
+        If the model has something that loading wouldn't build from its config.
     OutputError
         If it can't be written, what was written doesn't read back equal, or the model has numbers
         that float32 doesn't hold. Nothing is left then.
     """
     tensors = _tensors(model, plan)
     check_writable(tensors, plan)
+    expected = rebuild(float_config)
+    standardize(expected, plan)
+    restructure(expected, plan)
+    check_rebuilt(model, expected, {m.name for m in plan.quantized})
     name = type(model).__name__
     with writing(
         output,
@@ -273,7 +280,10 @@ def place_tensors(
         )
         had_bias = model.get_submodule(matrix.name).bias is not None
         if had_bias != (bias is not None):
-            raise CheckpointError(f"{where} must hold {matrix.name}.bias: {had_bias}")
+            rule, got = ("must hold", "without it") if had_bias else ("must not hold", "with it")
+            raise CheckpointError(
+                f"{where} {rule} {matrix.name}.bias as its config says, got {got}"
+            )
         if bias is not None:
             expected, found = {"bias": layer.weight[:, 0]}, {"bias": bias}
             _check_same(f"{matrix.name} in {where}", expected, found)
