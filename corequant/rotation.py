@@ -15,14 +15,13 @@ from corequant._cpu.arrays import repeat
 from corequant._dispatch import backend_for, check_out, owner_of
 from corequant._validation import (
     check_array,
-    check_divides,
     check_generator,
     check_index,
     check_numpy,
     divisors,
     join_some,
 )
-from corequant.errors import HadamardOrderError, ShapeError
+from corequant.errors import BlockSizeError, HadamardOrderError, ShapeError
 from corequant.hadamard import hadamard_factors, valid_block_sizes
 
 __all__ = ["block_hadamard", "check_block_size", "check_signs", "random_signs"]
@@ -142,7 +141,9 @@ def check_block_size(name: str, block_size: Any, d: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _check_order(name: str, size: int, d: int) -> None:
-    check_divides(name, size, d)
+    if d % size:
+        works = join_some(valid_block_sizes(d))
+        raise BlockSizeError(f"{name} must divide d={d}, got {size}; these do and work: {works}")
     try:
         hadamard_factors(size)
     except HadamardOrderError:

@@ -26,6 +26,7 @@ from corequant_transformers.files.outputs import check_output
 from corequant_transformers.model.devices import check_device, device_of
 from corequant_transformers.model.layouts import standardize
 from corequant_transformers.model.parts import ModelWeights, Parts, skeleton
+from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
 from corequant_transformers.model.replicas import check_given, check_plain, unwrap
 from corequant_transformers.model.sources import Source, read_generation
 from corequant_transformers.model.structures import check_blocks, check_places, check_untouched
@@ -221,7 +222,8 @@ def quantize(
     Raises
     ------
     ArchitectureError, BlockSizeError, HadamardOrderError
-        If the recipe can't be carried out on the model.
+        If the recipe can't be carried out on the model, or an output is given for a model in memory
+        that isn't what loading builds from its config.
     BackendError
         If there is no such device, an executor is given with another device than the CPU, or
         weights of a model that is given as an object are not in memory.
@@ -265,6 +267,8 @@ def quantize(
     table = plan(model, recipe)
     if source is None:
         check_plain(model, [m.name for m in table.quantized])
+        if output is not None:
+            check_rebuilt(model, rebuild(_config_text(model)))
     if source is not None:
         tokenizer = source.tokenizer()
     if isinstance(calibration, str):
@@ -341,8 +345,8 @@ class _Task:
             self.progress("load", 0, 1)
             given = given.load()
             self.progress("load", 1, 1)
-        text = given.config.to_json_string(use_diff=False)
-        return Parts(skeleton(given), self.plan, ModelWeights(given), *options), text
+        parts = Parts(skeleton(given), self.plan, ModelWeights(given), *options)
+        return parts, _config_text(given)
 
     def result(
         self, job: Job, float_config: str, model: Any = None, path: Path | None = None
@@ -374,6 +378,11 @@ class _Task:
             model,
             path,
         )
+
+
+def _config_text(model: Any) -> str:
+    text: str = model.config.to_json_string(use_diff=False)
+    return text
 
 
 def _windows(text: str, tokenizer: Any, recipe: Recipe) -> npt.NDArray[np.int64]:

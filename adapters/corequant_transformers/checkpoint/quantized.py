@@ -64,6 +64,8 @@ class Quantized:
 
         Raises
         ------
+        ArchitectureError
+            If the model has something that loading wouldn't build from its config, such as a hook.
         OutputError
             If it can't be written or doesn't read back equal; nothing is left there then.
         """

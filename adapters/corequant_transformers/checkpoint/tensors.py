@@ -54,7 +54,10 @@ def place_tensors(
         layer = QuantizedLinear.of(matrix, quantized, bias, plan.recipe.activations)
         had_bias = model.get_submodule(matrix.name).bias is not None
         if had_bias != (bias is not None):
-            raise CheckpointError(f"{where} must hold {matrix.name}.bias: {had_bias}")
+            rule, got = ("must hold", "without it") if had_bias else ("must not hold", "with it")
+            raise CheckpointError(
+                f"{where} {rule} {matrix.name}.bias as its config says, got {got}"
+            )
         if bias is not None:
             expected, found = {"bias": layer.weight[:, 0]}, {"bias": bias}
             _check_same(f"{matrix.name} in {where}", expected, found)
