@@ -37,7 +37,7 @@ NORMS = ("rms", "rms_one_plus", "layer")
 
 
 class UnknownArchitectureError(ArchitectureError):
-    """There is no description of a model type."""
+    """A model type without a description."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Architecture:
     mlp_post_norm : str, optional
         An RMSNorm between down and the residual.
     experts : Experts, optional
-        Of a model with routed experts.
+        Description of a model's routed experts.
     transposed : bool
         Whether linear layers are stored (in_features, out_features), as GPT-2's ``Conv1D``.
     inner : tuple of str

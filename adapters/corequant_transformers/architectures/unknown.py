@@ -1,4 +1,4 @@
-"""What a description of an unknown architecture would have to say, read from a model's names."""
+"""What the description of an unknown architecture needs, read from its parameters' names."""
 
 from __future__ import annotations
 

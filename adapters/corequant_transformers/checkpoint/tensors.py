@@ -29,7 +29,7 @@ FORMAT_VERSION = 1
 def place_tensors(
     model: Any, plan: ModelPlan, tensors: dict[str, torch.Tensor], where: Path | str
 ) -> Any:
-    """Give a model the codes, scales and float matrices that were made for it, in place.
+    """Set a model's codes, scales and float matrices in place.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ def place_tensors(
     tensors : dict of str to torch.Tensor
         Tensors of all parts; emptied on the way.
     where : Path or str
-        Where they are from, for error messages.
+        Origin of the tensors, for error messages.
 
     Raises
     ------

@@ -1,7 +1,7 @@
-"""A model one part at a time: the embedding, each decoder block, the final norm with the head.
+"""Models opened one part at a time: embedding, decoder blocks, final norm with the head.
 
 The model itself is a skeleton: real Transformers classes whose parameters are on torch's meta
-device and take no memory. Opening a part gives its modules their weights for a while, from the
+device and take no memory. Opening a part loads its weights within a context, from the
 model's files or from a model in memory, so that quantizing needs one part at a time either way.
 """
 
@@ -51,7 +51,7 @@ class Weights(Protocol):
     """Where a skeleton's parts get their weights from."""
 
     def fill(self, model: Any, keys: Sequence[str]) -> None:
-        """Give the parameters of these names to the modules of ``model``, in float32."""
+        """Set the parameters of these names in the modules of ``model``, in float32."""
         ...
 
 
@@ -63,7 +63,7 @@ class ModelWeights:
         self._state = torch.nn.Module.state_dict(replicate(model))
 
     def fill(self, model: Any, keys: Sequence[str]) -> None:
-        """Give the parameters of these names to the modules of ``model``, in float32."""
+        """Set the parameters of these names in the modules of ``model``, in float32."""
         for key in keys:
             # Nothing writes into a weight: whatever is transformed is a new tensor.
             value = self._state[key].detach().to(torch.float32)
@@ -176,7 +176,7 @@ class Parts:
     model : transformers.PreTrainedModel
         A skeleton. Its head gets a matrix of its own where it shares the embedding's.
     plan : ModelPlan
-        Says which modules belong to which part.
+        Tells the modules of each part.
     weights : Weights
     device : str or torch.device
         Where open parts compute.
@@ -232,7 +232,7 @@ class Parts:
 
     @contextmanager
     def open(self, part: Part) -> Iterator[Any]:
-        """Give a part its weights in float32, and take them away with all changes at the end.
+        """Load a part's weights in float32, and drop them with all changes at the end.
 
         Meanwhile its modules are in the layout of ``layouts.standardize``.
 

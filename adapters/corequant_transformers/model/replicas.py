@@ -126,7 +126,7 @@ def check_plain(model: Any, names: Iterable[str]) -> None:
     ----------
     model : torch.nn.Module
     names : iterable of str
-        Of layers that will be replaced.
+        Paths of the layers that will be replaced.
 
     Raises
     ------
@@ -227,7 +227,7 @@ def replicate(
 
 
 class _Replica:
-    """What has been replicated so far, by the identity of what it was made from."""
+    """Replicas made so far, by the identity of their originals."""
 
     def __init__(self, weight: Callable[[torch.Tensor], torch.Tensor], plain: bool) -> None:
         self._weight, self._plain = weight, plain
@@ -304,7 +304,7 @@ class _Replica:
 
 
 def _is_exchanged(fields: dict[str, Any], name: str, kind: type) -> bool:
-    """Tell whether a module has a function of its own in the place of its class's method."""
+    """Return whether a module has a function in the place of its class's method."""
     value = fields[name]
     if isinstance(value, torch.nn.Module | types.MethodType) or not callable(value):
         return False
@@ -321,12 +321,12 @@ def _decode(model: torch.nn.Module) -> None:
 
 @contextmanager
 def standing_in(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a function stand in for a module's forward pass for a while.
+    """Replace a module's forward pass by a function within the context.
 
     Parameters
     ----------
     module : torch.nn.Module
-        Of a replica or a skeleton, which nobody else runs.
+        Module of a replica or a skeleton, which no other thread runs.
     forward : callable
     """
     fields: Any = module.__dict__

@@ -46,8 +46,8 @@ class Side:
     rotation : int, optional
         Block length of the rotation; None leaves the channels alone.
     heads, repeat : int
-        The permutation is made of one for each of so many heads, and each head's occurs so many
-        times in a row here, as keys and values serve several query heads.
+        Number of heads, each with a permutation of its own, and how often each one is repeated in a
+        row, as keys and values serve several query heads.
     """
 
     centered: bool = False
@@ -210,7 +210,7 @@ class Stream:
     online : bool
         Whether the quantized layers' inputs are rotated at run time.
     notes : tuple of str
-        What the architecture keeps the recipe from doing, and what is done instead.
+        What the architecture prevents, and what is done instead.
     """
 
     written: Side

@@ -1,4 +1,4 @@
-"""A run's directory: what is done so far, on the disk, so that a run that was killed can go on.
+"""A run's directory: finished steps on the disk, so that a killed run can be resumed.
 
 It holds ``manifest.json`` (what the run is about), ``log.jsonl``, and for each step that is done a
 record with the SHA-256 of the step's files. The record is written last: without it a step counts as
@@ -51,7 +51,7 @@ class WindowFile:
         self, path: Path, shape: tuple[int, ...], dtype: torch.dtype, *, write: bool = False
     ) -> None:
         self.path, self.shape, self.dtype = path, torch.Size(shape), dtype
-        self._bytes = self.element_size()
+        self._bytes = dtype.itemsize
         for size in self.shape[1:]:
             self._bytes *= size
         if write:
@@ -59,10 +59,6 @@ class WindowFile:
 
     def __len__(self) -> int:
         return self.shape[0]
-
-    def element_size(self) -> int:
-        """Return the bytes of a number."""
-        return self.dtype.itemsize
 
     def __getitem__(self, index: slice) -> torch.Tensor:
         first, last, _ = index.indices(len(self))
@@ -244,7 +240,7 @@ class RunDirectory:
                 left.unlink()
 
     def _keep(self, step: str, name: str, windows: Windows, files: dict[str, str]) -> Any:
-        """Give a file of hidden states the step's name, unless a step before gave it one."""
+        """Rename a file of hidden states after the step, unless an earlier step did."""
         if not isinstance(windows, WindowFile):
             written = self.windows(name, tuple(windows.shape), windows[0:1].dtype)
             for k in range(len(windows)):

@@ -78,7 +78,7 @@ def _name_of(device: torch.device) -> str:
 def begin_run(
     output: str | Path, manifest: dict[str, Any], *, resume: bool
 ) -> Iterator[RunDirectory]:
-    """Give a run's directory, which is removed at the end, or kept if the run is stopped.
+    """Yield a run's directory, which is removed at the end, or kept if the run is stopped.
 
     A run that is stopped before its first step is done leaves nothing.
 

@@ -56,7 +56,7 @@ class SignTrials:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of the hidden states: draws, length, hidden."""
+        """Shape of the hidden states: draws, length, hidden."""
         return self.plan.recipe.sign_trials, len(self.window), self.plan.dimensions.hidden
 
     def enter(self, states: Windows) -> None:
