@@ -9,10 +9,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant.errors import BlockSizeError, NonFiniteError, PermutationError, ShapeError
+from corequant.errors import (
+    BackendError,
+    BlockSizeError,
+    NonFiniteError,
+    PermutationError,
+    ShapeError,
+)
 
 __all__ = [
     "check_array",
+    "check_dense",
     "check_divides",
     "check_dtype",
     "check_finite",
@@ -23,6 +30,8 @@ __all__ = [
     "check_number",
     "check_numpy",
     "check_permutation",
+    "check_places",
+    "check_range",
     "check_scores",
     "check_writeable",
     "divisors",
@@ -90,21 +99,34 @@ def check_writeable(out: npt.NDArray[Any]) -> None:
     flags = out.flags
     if not flags.writeable:
         raise ValueError("out must be writeable, got a read-only array")
-    if flags.c_contiguous or not out.size:
+    if not flags.c_contiguous:
+        check_places(out.shape, out.strides, out.itemsize)
+
+
+def check_places(shape: tuple[int, ...], strides: tuple[int, ...], unit: int = 1) -> None:
+    """Raise unless entries ``unit`` long at these strides lie apart from each other."""
+    if 0 in shape:
         return
-    end = out.itemsize
-    axes = zip(out.strides, out.shape, strict=True)
+    end = unit
+    axes = zip(strides, shape, strict=True)
     for step, length in sorted((abs(step), n) for step, n in axes if n > 1):
         if step < end:
             raise ValueError(
-                f"out must have a place for each number, got strides {out.strides} for {out.shape}"
+                f"out must have a place for each number, got strides {strides} for {shape}"
             )
         end += step * (length - 1)
 
 
 def check_array(name: str, x: Any) -> None:
     """Raise unless ``x``, of any backend, is of a real floating dtype with at least one axis."""
+    check_dense(name, x)
     check_dtype(name, x.dtype, x.ndim)
+
+
+def check_dense(name: str, x: Any) -> None:
+    """Raise unless ``x``, of any backend, is one array and not a list of arrays of other shapes."""
+    if getattr(x, "is_nested", False):
+        raise BackendError(f"{name} must be one dense tensor, got a nested one")
 
 
 def check_dtype(name: str, dtype: Any, ndim: int) -> None:
@@ -150,6 +172,20 @@ def check_matrix(name: str, w: Any) -> npt.NDArray[Any]:
         raise ShapeError(f"{name} must be (out_features, in_features), got shape {matrix.shape}")
     check_finite(name, matrix)
     return matrix
+
+
+def check_range(name: str, values: Any, least: int, most: int) -> None:
+    """Raise ValueError unless all entries of an integer array of any backend lie in a range."""
+    if 0 in tuple(values.shape):
+        return
+    if hasattr(values, "min"):
+        found = [int(values.min()), int(values.max())]
+    else:
+        wrong = (values < least) | (values > most)
+        found = [int(values[wrong][0])] if bool(wrong.any()) else []
+    for value in found:
+        if not least <= value <= most:
+            raise ValueError(f"{name} must lie in [{least}, {most}], got {value}")
 
 
 def check_scores(name: str, score: Any) -> npt.NDArray[np.float64]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from corequant._dispatch import backend_for
-from corequant._validation import check_array
+from corequant._validation import check_array, check_range
 from corequant.errors import NonFiniteError, SpecError
 from corequant.formats import NumberFormat, Specials, find_format
 
@@ -84,7 +84,7 @@ def decode(codes: Any, form: NumberFormat | str) -> Any:
     Parameters
     ----------
     codes : array (..., d), int8 or uint8
-        The low bits of each byte are read.
+        Those of a signed integer format are numbers where they are int8, and bits where uint8.
     form : NumberFormat or str
         The format.
 
@@ -95,8 +95,8 @@ def decode(codes: Any, form: NumberFormat | str) -> Any:
 
     Raises
     ------
-    ShapeError, SpecError, TypeError
-        If codes are not bytes, or the format is unknown.
+    ShapeError, SpecError, TypeError, ValueError
+        If codes are not bytes or not codes of the format, or the format is unknown.
 
     Examples
     --------
@@ -106,10 +106,14 @@ def decode(codes: Any, form: NumberFormat | str) -> Any:
     """
     form = _as_format(form)
     backend = backend_for(codes=codes)
-    if str(codes.dtype).rpartition(".")[2] not in ("int8", "uint8"):
+    kind = str(codes.dtype).rpartition(".")[2]
+    if kind not in ("int8", "uint8"):
         raise TypeError(f"codes must be int8 or uint8, got {codes.dtype}")
-    if form.table and codes.size and int(codes.max()) >= len(form.table):
-        raise ValueError(f"codes of {form.name} must be below {len(form.table)}, got more")
+    least, most = form.least_code, form.most_code
+    if kind == "uint8":
+        least, most = 0, most - least
+    if most - least < 255:
+        check_range(f"codes of {form.name}", codes, least, most)
     return backend.decode(codes, form)
 
 

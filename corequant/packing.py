@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant._cpu.threads import for_rows
-from corequant._validation import check_index, check_numpy
+from corequant._validation import check_index, check_numpy, check_range
 from corequant.errors import ShapeError
 
 __all__ = ["pack", "pack_bytes", "packed_bytes", "packed_words", "unpack", "unpack_bytes"]
@@ -207,11 +207,7 @@ def _check_codes(codes: Any, least: int, most: int, bits: int) -> None:
         raise TypeError(f"codes must have an integer dtype, got {codes.dtype}")
     if codes.ndim == 0:
         raise ShapeError("codes must have at least 1 axis, got a scalar")
-    if codes.size and (int(codes.min()) < least or int(codes.max()) > most):
-        raise ValueError(
-            f"codes must lie in [{least}, {most}] for {bits} bits, "
-            f"got {int(codes.min())} to {int(codes.max())}"
-        )
+    check_range(f"codes of {bits} bits", codes, least, most)
 
 
 def _check_bits(bits: Any) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from corequant._dispatch import backend_for, check_out
-from corequant._validation import check_array, check_divides
+from corequant._validation import check_array, check_divides, check_range
 from corequant.errors import NonFiniteError, ShapeError, SpecError
 from corequant.protocols import Backend
 from corequant.specs import Granularity, QuantSpec, qparams_shape
@@ -242,9 +242,8 @@ def dequantize(quantized: QuantizedTensor) -> Any:
     scales, zero_points = check_fit(tuple(codes.shape), quantized)
     check_array("scales", scales)
     scales = _as_real(scales, wide=True)
-    divisor = quantized.global_scale
-    if divisor is not None and not tuple(divisor.shape):
-        divisor = divisor.reshape((1,))
+    _check_scales(scales)
+    divisor = check_global(quantized.spec, quantized.global_scale)
     return backend.dequantize(codes, quantized.spec, scales, zero_points, divisor)
 
 
@@ -307,14 +306,13 @@ def _checked_codes(quantized: QuantizedTensor) -> Any:
     codes, form = quantized.codes, quantized.spec.format
     kind = str(codes.dtype).rpartition(".")[2]
     wanted = str(form.code_dtype)
-    if kind == wanted:
-        return codes
     if kind.lstrip("u").rstrip("0123456789") != "int":
         raise TypeError(f"codes of {quantized.spec} must have dtype {wanted}, got {codes.dtype}")
     least, most = form.least_code, form.most_code
-    wrong = (codes < least) | (codes > most)
-    if bool(wrong.any()):
-        raise ValueError(f"codes must lie in [{least}, {most}], got {int(codes[wrong][0])}")
+    if kind != wanted or most - least < 255:
+        check_range("codes", codes, least, most)
+    if kind == wanted:
+        return codes
     if isinstance(codes, np.ndarray):
         return codes.astype(form.code_dtype)
     return codes.to(getattr(sys.modules["torch"], wanted))
@@ -421,18 +419,25 @@ def check_qparams(
     check_array("scales", scales)
     if 0 in qparams_shape(shape, spec):
         return scales, zeros
-    good = (scales > 0) & (scales < float("inf"))
-    if not bool(good.all()):
-        raise ValueError(f"scales must be positive and finite, got {float(scales[~good][0])}")
+    _check_scales(scales)
     if spec.scale_format in SCALE_BYTES:
         store_scales(scales, spec)
     if zeros is not None:
         least, most = int(spec.format.minimum), int(spec.format.maximum)
-        good = (zeros >= least) & (zeros <= most)
-        if not bool(good.all()):
-            wrong = int(zeros[~good][0])
-            raise ValueError(f"zero_points must lie in [{least}, {most}], got {wrong}")
+        check_range("zero_points", zeros, least, most)
     return scales, zeros
+
+
+def _check_scales(scales: Any) -> None:
+    """Raise ValueError unless all scales are positive and finite."""
+    if 0 in tuple(scales.shape):
+        return
+    # One pass each without a mask; both are NaN where an entry is.
+    if hasattr(scales, "min") and 0 < float(scales.min()) and float(scales.max()) < float("inf"):
+        return
+    good = (scales > 0) & (scales < float("inf"))
+    if not bool(good.all()):
+        raise ValueError(f"scales must be positive and finite, got {float(scales[~good][0])}")
 
 
 def check_global(spec: QuantSpec, global_scale: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from corequant._dispatch import backend_for, check_out
 from corequant._validation import (
-    check_divides,
+    check_dense,
     check_dtype,
     check_generator,
     check_index,
@@ -21,7 +21,7 @@ from corequant._validation import (
     divisors,
     join_some,
 )
-from corequant.errors import HadamardOrderError, ShapeError
+from corequant.errors import BlockSizeError, HadamardOrderError, ShapeError
 from corequant.hadamard import hadamard_factors, valid_block_sizes
 
 __all__ = ["block_hadamard", "check_block_size", "check_signs", "random_signs"]
@@ -94,6 +94,8 @@ def block_hadamard(
     True
     """
     backend = backend_for(x=x)
+    if type(x) is not np.ndarray:
+        check_dense("x", x)
     arguments = (x.dtype, x.shape, block_size, axis, threads)
     found = None
     try:
@@ -143,7 +145,9 @@ def check_block_size(name: str, block_size: Any, d: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _check_order(name: str, size: int, d: int) -> None:
-    check_divides(name, size, d)
+    if d % size:
+        works = join_some(valid_block_sizes(d))
+        raise BlockSizeError(f"{name} must divide d={d}, got {size}; these do and work: {works}")
     try:
         hadamard_factors(size)
     except HadamardOrderError:

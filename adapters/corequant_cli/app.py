@@ -14,9 +14,12 @@ from typing import Annotated, Any
 import typer
 
 from corequant._dispatch import available_backends, get_backend
-from corequant.errors import BackendError, CorequantError, OutputError
+from corequant.errors import (
+    BackendError,
+    CorequantError,
+    OutputError,
+)
 from corequant.recipe import Recipe
-from corequant.storage.arrays import TARGETS
 from corequant.storage.files import json_text, version_of
 from corequant_cli import show
 from corequant_cli.options import read_option, takes_recipe
@@ -171,7 +174,9 @@ def export(
             metavar="<path>",
         ),
     ],
-    to: Annotated[str, typer.Option(help=f"Format: one of {', '.join(TARGETS)}.")] = TARGETS[0],
+    to: Annotated[
+        str, typer.Option(help="Format, such as compressed-tensors or gguf.")
+    ] = "compressed-tensors",
     source: Annotated[
         Path | None,
         typer.Option(help="Original model, whose metadata and tokenizer a GGUF file takes."),

@@ -1,4 +1,8 @@
-"""corequant for Hugging Face models: plan, quantize, verify, save, load, evaluate."""
+"""corequant for Hugging Face models: plan, quantize, verify, save, load, evaluate.
+
+Importing it patches Transformers: config and quantizer of compressed-tensors are replaced by ones
+that rotate at run time, see ``exports.transformers_hook``.
+"""
 
 from corequant_transformers.architectures.known import Architecture, Experts, register
 from corequant_transformers.calibration.choices import Calibration
@@ -48,5 +52,4 @@ __all__ = [
     "write_report",
 ]
 
-# Directories with run-time rotations load in Transformers from here on.
 install()

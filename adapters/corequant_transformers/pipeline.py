@@ -17,7 +17,8 @@ import torch
 from corequant.errors import BackendError, CheckpointError
 from corequant.recipe import Recipe
 from corequant.storage.files import read_text
-from corequant_transformers.architectures.unknown import check_described
+from corequant_transformers.architectures.known import UnknownArchitectureError
+from corequant_transformers.architectures.unknown import undescribed
 from corequant_transformers.calibration.choices import Calibration, check_calibration
 from corequant_transformers.checkpoint.quantized import Quantized
 from corequant_transformers.checkpoint.tensors import place_tensors
@@ -25,6 +26,7 @@ from corequant_transformers.files.outputs import check_output
 from corequant_transformers.model.devices import check_device, device_of
 from corequant_transformers.model.layouts import standardize
 from corequant_transformers.model.parts import ModelWeights, Parts, skeleton
+from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
 from corequant_transformers.model.replicas import check_given, check_plain, unwrap
 from corequant_transformers.model.sources import Source, read_generation
 from corequant_transformers.model.structures import check_blocks, check_places, check_untouched
@@ -51,7 +53,7 @@ Progress = Callable[[str, int, int], None]
 
 @undisturbed()
 def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
-    """Say what ``quantize`` would do to a model, from its config and the names of its weights.
+    """Plan what ``quantize`` would do to a model, from its config and the names of its weights.
 
     Parameters
     ----------
@@ -85,9 +87,11 @@ def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
             f"{where} has a quantization_config, so it is quantized already; quantize the float "
             "model instead"
         )
-    names = source.tensor_names if source else lambda: list(cast(Any, model).state_dict())
-    check_described(config, names)
-    table = plan_model(config, recipe)
+    try:
+        table = plan_model(config, recipe)
+    except UnknownArchitectureError as error:
+        names = source.tensor_names() if source else list(cast(Any, model).state_dict())
+        raise undescribed(error, names) from None
     if source is None:
         check_untouched(model)
         _check_structure(model, table)
@@ -122,7 +126,7 @@ def calibrate(
         Untransformed, float; it is run where it is, on the CPU or a GPU. It is only read, so that
         it may run elsewhere meanwhile; its hooks run, in evaluation mode.
     recipe : Recipe
-        Says how many windows of how many tokens are taken from a text.
+        Gives the number and length of the windows that are taken from a text.
     calibration : str or numpy.ndarray (windows, length)
         Text, or token windows.
     tokenizer : transformers tokenizer, optional
@@ -185,16 +189,16 @@ def quantize(
         Text, token windows, or what ``calibrate`` returned for this very model.
     output : str or Path, optional
         A new or empty directory. Nothing is left there if anything fails. What a model on disk
-        needs on the way is kept beside it, in a directory named ``output`` with ``.run`` at its
-        end, so that a run that was stopped can go on; a run that ends removes it.
+        needs on the way is kept next to it, in a directory named ``output`` with ``.run`` at its
+        end, so that a stopped run can be resumed; a run that ends removes it.
     tokenizer : transformers tokenizer, optional
-        Of a model that is given as an object; one on disk brings its own.
+        Tokenizer of a model in memory; one on disk brings its own.
     executor : concurrent.futures.Executor, optional
         Rounds layers that read the same input at the same time, in threads, processes or on other
         machines. The result has the same bytes as without one.
     resume : bool
-        Go on with a run that was stopped, or begin one. The result has the same bytes as that of a
-        run that was not stopped.
+        Resume a stopped run, or begin one. The result has the same bytes as that of a run that was
+        not stopped.
     memory : int, optional
         Bytes that the run may take, which ``limit_memory`` has the system enforce. What a part
         leaves behind then goes back to the system at once.
@@ -218,7 +222,8 @@ def quantize(
     Raises
     ------
     ArchitectureError, BlockSizeError, HadamardOrderError
-        If the recipe can't be carried out on the model.
+        If the recipe can't be carried out on the model, or an output is given for a model in memory
+        that isn't what loading builds from its config.
     BackendError
         If there is no such device, an executor is given with another device than the CPU, or
         weights of a model that is given as an object are not in memory.
@@ -231,11 +236,11 @@ def quantize(
         If a run was begun there and ``resume`` is false, or it was about something else, or another
         process is working on it.
     HessianError
-        If a layer's inputs make no use of the recipe's rounding; names the layer.
+        If the recipe's rounding can't use a layer's inputs; names the layer.
     NonFiniteError
         If weights or activations hold NaN or infinity.
     VerificationError
-        If the transformed model isn't the float model's equal before it is quantized.
+        If the transformed model doesn't equal the float model before it is quantized.
 
     Notes
     -----
@@ -262,6 +267,8 @@ def quantize(
     table = plan(model, recipe)
     if source is None:
         check_plain(model, [m.name for m in table.quantized])
+        if output is not None:
+            check_rebuilt(model, rebuild(_config_text(model)))
     if source is not None:
         tokenizer = source.tokenizer()
     if isinstance(calibration, str):
@@ -338,8 +345,8 @@ class _Task:
             self.progress("load", 0, 1)
             given = given.load()
             self.progress("load", 1, 1)
-        text = given.config.to_json_string(use_diff=False)
-        return Parts(skeleton(given), self.plan, ModelWeights(given), *options), text
+        parts = Parts(skeleton(given), self.plan, ModelWeights(given), *options)
+        return parts, _config_text(given)
 
     def result(
         self, job: Job, float_config: str, model: Any = None, path: Path | None = None
@@ -371,6 +378,11 @@ class _Task:
             model,
             path,
         )
+
+
+def _config_text(model: Any) -> str:
+    text: str = model.config.to_json_string(use_diff=False)
+    return text
 
 
 def _windows(text: str, tokenizer: Any, recipe: Recipe) -> npt.NDArray[np.int64]:

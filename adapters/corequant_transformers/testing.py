@@ -31,7 +31,7 @@ def tiny_model(model_type: str, *, seed: int = 0, **config: Any) -> Any:
     model_type : str
         As in ``config.json``, such as ``llama``, ``gpt2`` or ``mixtral``.
     seed : int
-        Of the weights.
+        Random seed of the weights.
     **config
         Fields of the config to set otherwise.
 

@@ -1,4 +1,4 @@
-"""What vLLM lacks to run rotations on a CPU; it finds ``register`` by itself.
+"""Plugin with which vLLM runs rotations on a CPU; vLLM finds ``register`` by its entry point.
 
 vLLM reads ``transform_config``, but its rotations need CUDA kernels: on a CPU the first forward
 pass ends in an error. Source: ``HadamardTransform`` of vLLM 0.32.

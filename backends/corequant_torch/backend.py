@@ -112,6 +112,8 @@ class TorchBackend:
     ) -> Quantized | None:
         """Return codes, scales, zero points and a global scale in one pass, None where it can't."""
         check_devices(x, "x", out=out)
+        if out is not None:
+            check_apart(x, out)
         return engine_for(x).rotate_quantize(
             x.detach(),
             block_size,

@@ -22,10 +22,7 @@ from corequant.quantization import QuantizedTensor
 from corequant.specs import Granularity, QuantSpec, qparams_shape
 from corequant.storage.scales import load_scales, store_scales
 
-__all__ = ["TARGETS", "from_arrays", "to_arrays"]
-
-TARGETS = ("compressed-tensors", "gguf")
-"""Programs' layouts that whole models are written in."""
+__all__ = ["from_arrays", "to_arrays"]
 
 Arrays = dict[str, npt.NDArray[Any]]
 

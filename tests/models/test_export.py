@@ -20,7 +20,7 @@ import corequant_vllm
 from corequant.recipe import Recipe
 from corequant.storage.tensor_file import RawTensor, TensorFile, write_tensors
 from corequant_transformers.checkpoint.reader import Stored
-from corequant_transformers.exports import compressed
+from corequant_transformers.exports import to_compressed_tensors as compressed
 from corequant_transformers.exports.transformers_hook import BlockTransform
 from corequant_transformers.model.surroundings import quiet_transformers
 

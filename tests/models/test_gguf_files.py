@@ -18,7 +18,7 @@ import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from corequant.storage.gguf import decode_blocks
 from corequant_cli.app import app
-from corequant_transformers.exports import gguf_file
+from corequant_transformers.exports import to_gguf as gguf_file
 from corequant_transformers.exports.gguf_metadata import _WORDS
 from corequant_transformers.model.surroundings import quiet_transformers
 from tests.models.llamacpp import serving

@@ -141,14 +141,14 @@ def test_unknown_architecture_says_what_to_describe():
 
 def test_a_description_that_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setitem(
-        cqhf.architectures._KNOWN, "llama", cqhf.Architecture("llama", up="mlp.wrong")
+        cqhf.architectures.known._KNOWN, "llama", cqhf.Architecture("llama", up="mlp.wrong")
     )
     with pytest.raises(cq.ArchitectureError, match=r"mlp\.wrong\.weight must have shape"):
         run()
 
 
 def test_a_new_architecture_can_be_registered(monkeypatch):
-    monkeypatch.setattr(cqhf.architectures, "_KNOWN", {})
+    monkeypatch.setattr(cqhf.architectures.known, "_KNOWN", {})
     with pytest.raises(cq.ArchitectureError):
         run()
     cqhf.register(cqhf.Architecture("llama"))
@@ -189,7 +189,7 @@ def test_malformed_configs(field, value, words):
 
     setattr(Config, field, value)
     with pytest.raises(cq.ArchitectureError, match=words):
-        cqhf.architectures.dimensions_of(Config)
+        cqhf.architectures.known.dimensions_of(Config)
 
 
 class Letters:

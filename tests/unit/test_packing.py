@@ -91,7 +91,7 @@ def test_packed_tensors_and_arrays_come_back(text):
 
 
 def test_errors_name_what_is_wrong():
-    with pytest.raises(ValueError, match=r"codes must lie in \[-8, 7\] for 4 bits, got 8 to 8"):
+    with pytest.raises(ValueError, match=r"codes of 4 bits must lie in \[-8, 7\], got 8"):
         cq.pack(np.array([8]), 4)
     with pytest.raises(TypeError, match="codes must have an integer dtype, got float64"):
         cq.pack(np.array([1.0]), 4)
@@ -112,7 +112,7 @@ def test_errors_name_what_is_wrong():
 @pytest.mark.parametrize("codes", [[2**40], [1, -(2**40)], [2**63 - 1]])
 def test_codes_never_wrap_around(codes):
     for pack in (cq.pack, cq.pack_bytes):
-        with pytest.raises(ValueError, match=r"codes must lie in \[.*\] for 4 bits, got "):
+        with pytest.raises(ValueError, match=r"codes of 4 bits must lie in \[.*\], got "):
             pack(np.array(codes), 4)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
 import corequant as cq
+from corequant.formats import find_format
 
 SPECS = [
     "int4:channel:symmetric",
@@ -478,3 +481,68 @@ def test_codes_and_scales_of_other_kinds_are_looked_at():
     ):
         with pytest.raises((TypeError, ValueError), match=r"codes|scales"):
             cq.dequantize(dataclasses.replace(q, **changes))
+
+
+def _as(backend, array):
+    return array if array is None or backend == "numpy" else torch.from_numpy(array)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+@pytest.mark.parametrize(
+    ("form", "dtype", "code", "limits"),
+    [
+        ("int4", np.int8, 100, "-8, 7"),
+        ("int4", np.int8, -9, "-8, 7"),
+        ("int4", np.uint8, 16, "0, 15"),
+        ("uint4", np.int8, -1, "0, 15"),
+        ("float4_e2m1fn", np.uint8, 100, "0, 15"),
+        ("nf4", np.uint8, 16, "0, 15"),
+        ("codebook(-1,0,1)", np.uint8, 3, "0, 2"),
+    ],
+)
+def test_codes_outside_their_format_are_not_decoded(backend, form, dtype, code, limits):
+    codes = np.zeros((2, 32), dtype)
+    cq.decode(_as(backend, codes), form)
+    codes[1, 5] = code
+    name = re.escape(find_format(form).name)
+    message = rf"codes of {name} must lie in \[{limits}\], got {code}$"
+    with pytest.raises(ValueError, match=message):
+        cq.decode(_as(backend, codes), form)
+
+
+def test_all_bytes_are_codes_of_eight_bits_and_the_bits_of_int4_are_read():
+    every = np.arange(256).astype(np.uint8)
+    for form in ("int8", "uint8", "float8_e4m3fn"):
+        wanted = cq.decode(every, form)
+        np.testing.assert_array_equal(cq.decode(every.view(np.int8), form), wanted)
+    np.testing.assert_array_equal(cq.decode(np.array([7, 8, 15], np.uint8), "int4"), [7, -8, -1])
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+@pytest.mark.parametrize(
+    ("text", "code", "scale", "message"),
+    [
+        ("int4:token", 100, 1.0, r"codes must lie in \[-8, 7\], got 100"),
+        ("int4:token", -9, 1.0, r"codes must lie in \[-8, 7\], got -9"),
+        ("mxfp4", 16, 1.0, r"codes must lie in \[0, 15\], got 16"),
+        ("nf4:token", 255, 1.0, r"codes must lie in \[0, 15\], got 255"),
+        ("int8:token", 100, np.nan, "scales must be positive and finite, got nan"),
+        ("int4:token", 1, np.inf, "scales must be positive and finite, got inf"),
+        ("int4:token", 1, 0.0, "scales must be positive and finite, got 0.0"),
+    ],
+)
+def test_a_quantized_tensor_of_wrong_numbers_is_not_decoded(backend, text, code, scale, message):
+    spec = cq.QuantSpec.parse(text)
+    codes = np.zeros((2, 32), spec.format.code_dtype)
+    codes[1, 5] = code
+    scales = np.ones((2, 1), np.float32)
+    scales[1] = scale
+    wrong = cq.QuantizedTensor(_as(backend, codes), _as(backend, scales), None, spec)
+    with pytest.raises(ValueError, match=message):
+        cq.dequantize(wrong)
+
+
+def test_a_global_scale_of_no_use_is_not_divided_by():
+    q = cq.quantize(np.ones((1, 16), np.float32), "nvfp4")
+    with pytest.raises(ValueError, match="global_scale must be one positive finite number"):
+        cq.dequantize(dataclasses.replace(q, global_scale=np.full(1, np.nan, np.float32)))

@@ -101,7 +101,11 @@ def test_empty_batch():
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"block_size": 5}, cq.BlockSizeError, "block_size must divide d=24, got 5"),
+        (
+            {"block_size": 5},
+            cq.BlockSizeError,
+            "block_size must divide d=24, got 5; these do and work: 2, 4, 8, 12, 24$",
+        ),
         ({"block_size": 0}, ValueError, "at least 1"),
         ({"block_size": True}, TypeError, "got the bool"),
         ({"block_size": 2.0}, TypeError, "must be an integer"),

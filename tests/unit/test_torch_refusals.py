@@ -136,3 +136,12 @@ def test_engines_know_where_they_work():
     assert engine_for(sample()) is engine_for(sample())
     with pytest.raises(cq.BackendError, match="got one on the device meta"):
         engine_for(torch.empty(1, device="meta"))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("name", ["block_hadamard", "fake_quantize", "rotate_quantize", "encode"])
+def test_nested_tensors_are_refused(name, layout):
+    nested = torch.nested.nested_tensor([sample(2), sample(3)], layout=layout)
+    with pytest.raises(cq.BackendError, match="x must be one dense tensor, got a nested one"):
+        CALLS[name](nested)

@@ -107,6 +107,37 @@ def test_overlapping_out_is_refused():
     check_apart(both[:6], both[6:])
 
 
+@pytest.mark.parametrize("strides", [(2, 1), (0, 1), (1, 1)])
+def test_out_whose_entries_overlap_is_refused(strides):
+    x, spec = sample(), "int4:token:symmetric"
+    message = r"out must have a place for each number, got strides \(\d, 1\) for \(6, 64\)"
+    out = torch.zeros(6 * 64).as_strided((6, 64), strides)
+    codes = torch.zeros(6 * 64, dtype=torch.int8).as_strided((6, 64), strides)
+    for call in (
+        lambda: cq.block_hadamard(x, 16, out=out),
+        lambda: cq.block_hadamard(out, 16, out=out),
+        lambda: cq.fake_quantize(x, spec, out=out),
+        lambda: cq.fake_quantize(out, spec, out=out),
+        lambda: cq.rotate_fake_quantize(x, 16, spec, out=out),
+        lambda: cq.rotate_quantize(x, 16, spec, out=codes),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_out_for_codes_may_be_strided_but_not_on_the_memory_of_x():
+    x = sample()
+    out = torch.zeros(6, 128, dtype=torch.int8)[:, ::2]
+    wanted = cq.rotate_quantize(x, 16, "int4:token:symmetric").codes
+    assert torch.equal(cq.rotate_quantize(x, 16, "int4:token:symmetric", out=out).codes, wanted)
+    for shared in (
+        x.view(torch.int8)[:, :64],
+        x.view(torch.int8).as_strided((6, 64), (64, 1)),
+    ):
+        with pytest.raises(ValueError, match="share no memory"):
+            cq.rotate_quantize(x, 16, "int4:token:symmetric", out=shared)
+
+
 def test_tensors_of_two_devices_are_refused():
     x, elsewhere = sample(), torch.empty(6, 64, device="meta")
     with pytest.raises(cq.BackendError, match=r"x on cpu and out on meta"):

@@ -19,6 +19,7 @@ __all__ = [
     "Architecture",
     "Dimensions",
     "Experts",
+    "UnknownArchitectureError",
     "architecture_of",
     "dimensions_of",
     "register",
@@ -33,6 +34,10 @@ _MOST_EXPERTS = 2**16
 
 NORMS = ("rms", "rms_one_plus", "layer")
 """Kinds of norm: RMSNorm with gain w, RMSNorm with gain 1 + w, LayerNorm with gain and bias."""
+
+
+class UnknownArchitectureError(ArchitectureError):
+    """A model type without a description."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ class Architecture:
     mlp_post_norm : str, optional
         An RMSNorm between down and the residual.
     experts : Experts, optional
-        Of a model with routed experts.
+        Description of a model's routed experts.
     transposed : bool
         Whether linear layers are stored (in_features, out_features), as GPT-2's ``Conv1D``.
     inner : tuple of str
@@ -333,7 +338,7 @@ def architecture_of(config: Any) -> Architecture:
     """
     kind = getattr(config, "model_type", None)
     if kind not in _KNOWN:
-        raise ArchitectureError(
+        raise UnknownArchitectureError(
             f"model_type must be one of {', '.join(sorted(_KNOWN))}, got {kind!r}; to describe "
             "another, call corequant_transformers.register(Architecture(...)) with the paths of "
             "its embedding, final norm and head, in each block of the norms, of query, key, "

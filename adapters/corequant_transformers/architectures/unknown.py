@@ -1,15 +1,14 @@
-"""What a description of an unknown architecture would have to say, read from a model's names."""
+"""What the description of an unknown architecture needs, read from its parameters' names."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 from corequant.errors import ArchitectureError
-from corequant_transformers.architectures.known import Architecture, architecture_of
+from corequant_transformers.architectures.known import Architecture, UnknownArchitectureError
 
-__all__ = ["check_described", "missing_parts"]
+__all__ = ["missing_parts", "undescribed"]
 
 _OUTER = ("embedding", "final_norm", "head")
 _INNER = (
@@ -25,31 +24,25 @@ _INNER = (
 )
 
 
-def check_described(config: Any, names: Callable[[], Iterable[str]]) -> None:
-    """Raise ArchitectureError for an unknown model type, and say what is missing.
+def undescribed(error: UnknownArchitectureError, names: Iterable[str]) -> ArchitectureError:
+    """Return the error about an unknown model type with what a description would have to say.
 
     Parameters
     ----------
-    config : transformers.PreTrainedConfig
-    names : callable
-        Returns the names of the model's parameters; called only if they are needed.
+    error : UnknownArchitectureError
+    names : iterable of str
+        The model's parameters.
 
-    Raises
-    ------
+    Returns
+    -------
     ArchitectureError
-        If the model type is unknown; the message says which parts are not where Llama has them, and
-        which of the model's parameters remain to be placed.
+        Names the parts that are not where Llama has them, and the parameters that remain.
     """
-    try:
-        architecture_of(config)
-    except ArchitectureError as error:
-        if "to describe another" not in str(error):
-            raise
-        parts, rest = missing_parts(names())
-        raise ArchitectureError(
-            f"{error}. Of Llama's parts it lacks {', '.join(parts) or 'none'}; "
-            f"to be placed are {', '.join(rest) or 'none'}"
-        ) from None
+    parts, rest = missing_parts(names)
+    return ArchitectureError(
+        f"{error}. Of Llama's parts it lacks {', '.join(parts) or 'none'}; "
+        f"to be placed are {', '.join(rest) or 'none'}"
+    )
 
 
 def missing_parts(names: Iterable[str]) -> tuple[list[str], list[str]]:

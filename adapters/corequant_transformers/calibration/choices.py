@@ -46,7 +46,7 @@ class Calibration:
     ----------
     tokens : numpy.ndarray (windows, length), int64
     statistics : mapping of str to ActivationStats
-        Of the channels of each region of the plan, by its name.
+        Statistics of each region's channels, by the region's name.
     held_out : mapping of str to ActivationStats
         The same on the last window, which ``statistics`` has not seen then, for choices that are
         judged by tokens; empty where the recipe needs none.
@@ -64,12 +64,12 @@ class Calibration:
 
 
 def needs_second_order(recipe: Recipe) -> bool:
-    """Tell whether the recipe's permutation needs the energy statistic."""
+    """Return whether the recipe's permutation needs the energy statistic."""
     return "energy_gram" in permutation_needs(recipe.permutation)
 
 
 def needs_tokens(recipe: Recipe) -> bool:
-    """Tell whether the recipe's choices need tokens, not only sums over them."""
+    """Return whether the recipe's choices need tokens, not only sums over them."""
     judged = "tokens" in permutation_needs(recipe.permutation) or recipe.block_size == "auto"
     return judged or recipe.factors != "none"
 
@@ -94,8 +94,8 @@ def check_calibration(plan: ModelPlan, calibration: Calibration) -> None:
             lacks = f"tokens of {region.name}"
         if lacks is not None:
             raise CalibrationError(
-                f"the calibration must hold {lacks}, as the recipe's permutation "
-                f"{recipe.permutation!r}, block size and factors need them, got one without; call "
+                f"the calibration must hold {lacks}, which the recipe's permutation "
+                f"{recipe.permutation!r}, block size or factors need, got one without; call "
                 "calibrate with this model and this recipe"
             )
 
@@ -107,8 +107,8 @@ def choose_block_size(plan: ModelPlan, indices: Sequence[int], calibration: Cali
     ----------
     plan : ModelPlan
     indices : sequence of int
-        Of the plan's regions that the MLP of one decoder block reads. Experts share one size: the
-        largest that any of them needs.
+        Indices of the plan's regions that the MLP of one decoder block reads. Experts share one
+        size: the largest that any of them needs.
     calibration : Calibration
     """
     recipe, spec, largest = plan.recipe, _activations(plan.recipe), 0
@@ -158,7 +158,7 @@ def choose(
     ----------
     plan : ModelPlan
     index : int
-        Of one of the plan's regions.
+        Index of one of the plan's regions.
     calibration : Calibration
     weight : callable
         Returns the untransformed weight (out_features, in_features) of a region's matrix.

@@ -61,7 +61,7 @@ class Collector:
         self.position = 0
 
     def begin(self, region: Region) -> None:
-        """Make room for a region, unless there is."""
+        """Start a region's statistics, unless they are started."""
         if region.name in self.statistics:
             return
         recipe = self._recipe
@@ -164,7 +164,7 @@ def collect_block(
     hidden : Windows
         What the block reads; overwritten by what it gives.
     arguments : dict
-        Of the block, besides its hidden states.
+        Arguments of the block besides its hidden states.
     progress : callable
         Called as ``progress("calibrate", done, total)``, counting windows through all blocks.
     """

@@ -19,7 +19,7 @@ __all__ = ["Quantized"]
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """What ``quantize`` made.
+    """Result of ``quantize``.
 
     Attributes
     ----------
@@ -35,9 +35,9 @@ class Quantized:
     copied_files : list of Path
         Tokenizer files of the float model.
     made : transformers.PreTrainedModel, optional
-        The model, where it was made in memory.
+        The model, if it was made in memory.
     path : Path, optional
-        The directory that it was written to, where it was not.
+        The directory that it was written to otherwise.
     """
 
     tokenizer: Any
@@ -64,6 +64,8 @@ class Quantized:
 
         Raises
         ------
+        ArchitectureError
+            If the model has something that loading wouldn't build from its config, such as a hook.
         OutputError
             If it can't be written or doesn't read back equal; nothing is left there then.
         """

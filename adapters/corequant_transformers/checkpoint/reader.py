@@ -47,8 +47,8 @@ def load(path: str | Path, *, verify: bool = True) -> Any:
     Returns
     -------
     transformers.PreTrainedModel
-        Of the float model's class, in evaluation mode, computing in float32, whatever float dtype
-        the directory has what isn't quantized in.
+        Model of the float model's class, in evaluation mode, computing in float32, whatever float
+        dtype the directory stores unquantized tensors in.
 
     Raises
     ------
@@ -102,7 +102,7 @@ def load_tokenizer(path: str | Path, *, verify: bool = True) -> Any:
     Raises
     ------
     CheckpointError
-        If there is none that loads, or a file is not as it was written.
+        If no tokenizer loads, or a file is not as it was written.
     """
     folder = Path(path)
     _, config = read_plan(folder)
@@ -119,7 +119,7 @@ def load_tokenizer(path: str | Path, *, verify: bool = True) -> Any:
 
 
 def is_quantized(path: str | Path) -> bool:
-    """Tell whether a path is a directory that ``quantize`` wrote."""
+    """Return whether a path is a directory that ``quantize`` wrote."""
     return (Path(path) / WEIGHTS).is_file()
 
 
@@ -140,7 +140,7 @@ def read_plan(folder: Path) -> tuple[ModelPlan, Any]:
     check_config(own, folder / "config.json")
     settings = own.get("quantization_config")
     if not isinstance(settings, dict) or settings.get("quant_method") != "corequant":
-        raise CheckpointError(f"{folder / 'config.json'} must be of quant_method corequant")
+        raise CheckpointError(f"quant_method of {folder / 'config.json'} must be 'corequant'")
     version = settings.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -174,7 +174,7 @@ class Stored:
     float_config : dict
         The float model's ``config.json``.
     source_name : str
-        Of the file or directory that was quantized; empty if that was a model in memory.
+        Name of the file or directory that was quantized; empty for a model in memory.
 
     Raises
     ------

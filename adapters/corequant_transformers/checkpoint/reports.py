@@ -1,4 +1,4 @@
-"""Reports of directories, read with suspicion: whoever shows one trusts what is in it."""
+"""Reports of directories, checked before anything shows them."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ FORMAT_VERSION = 1
 def place_tensors(
     model: Any, plan: ModelPlan, tensors: dict[str, torch.Tensor], where: Path | str
 ) -> Any:
-    """Give a model the codes, scales and float matrices that were made for it, in place.
+    """Set a model's codes, scales and float matrices in place.
 
     Parameters
     ----------
@@ -37,9 +37,9 @@ def place_tensors(
         Standardized and restructured; its own parameters may be on the meta device.
     plan : ModelPlan
     tensors : dict of str to torch.Tensor
-        Of all parts; emptied on the way.
+        Tensors of all parts; emptied on the way.
     where : Path or str
-        Where they are from, for error messages.
+        Origin of the tensors, for error messages.
 
     Raises
     ------
@@ -54,7 +54,10 @@ def place_tensors(
         layer = QuantizedLinear.of(matrix, quantized, bias, plan.recipe.activations)
         had_bias = model.get_submodule(matrix.name).bias is not None
         if had_bias != (bias is not None):
-            raise CheckpointError(f"{where} must hold {matrix.name}.bias: {had_bias}")
+            rule, got = ("must hold", "without it") if had_bias else ("must not hold", "with it")
+            raise CheckpointError(
+                f"{where} {rule} {matrix.name}.bias as its config says, got {got}"
+            )
         if bias is not None:
             expected, found = {"bias": layer.weight[:, 0]}, {"bias": bias}
             _check_same(f"{matrix.name} in {where}", expected, found)
@@ -149,17 +152,17 @@ def as_float32(tensor: torch.Tensor) -> torch.Tensor:
     Raises
     ------
     TypeError
-        If they are none, or float32 doesn't have them.
+        If they are no floats, or float32 can't represent them.
     """
     if tensor.dtype == torch.float32:
         return tensor
     kind = str(tensor.dtype).removeprefix("torch.")
     if not tensor.is_floating_point():
-        raise TypeError(f"must be of float32, got {kind}")
+        raise TypeError(f"must be float32, got {kind}")
     wide = tensor.to(torch.float32)
     same = wide.to(tensor.dtype)
     if not bool(((same == tensor) | (tensor != tensor)).all()):
-        raise TypeError(f"must be of float32, got {kind} with numbers that float32 doesn't have")
+        raise TypeError(f"must be float32, got {kind} with numbers that float32 can't represent")
     return wide
 
 
@@ -199,6 +202,8 @@ def array_of(name: str, tensor: torch.Tensor, where: Path | str) -> Any:
     try:
         return tensor.numpy()
     except TypeError:
-        # Such as bfloat16: none of those is one of codes or scales.
+        # Such as bfloat16, which neither codes nor scales have.
         kind = str(tensor.dtype).removeprefix("torch.")
-        raise CheckpointError(f"{name} of {where} can't be of {kind}") from None
+        raise CheckpointError(
+            f"{name} of {where} must have a dtype that NumPy has, got {kind}"
+        ) from None

@@ -32,9 +32,12 @@ from corequant_transformers.files.digests import (
     write_digests,
 )
 from corequant_transformers.files.outputs import check_output, new_directory
+from corequant_transformers.model.layouts import standardize
+from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
 from corequant_transformers.model.sources import copy_files
 from corequant_transformers.model.surroundings import quiet_transformers
 from corequant_transformers.planning.model_plan import ModelPlan
+from corequant_transformers.transforms.matrices import restructure
 
 __all__ = ["save", "writing"]
 
@@ -74,12 +77,18 @@ def save(
 
     Raises
     ------
+    ArchitectureError
+        If the model has something that loading wouldn't build from its config.
     OutputError
         If it can't be written, what was written doesn't read back equal, or the model has numbers
         that float32 doesn't hold. Nothing is left then.
     """
     tensors = model_tensors(model, plan)
     check_writable(tensors, plan)
+    expected = rebuild(float_config)
+    standardize(expected, plan)
+    restructure(expected, plan)
+    check_rebuilt(model, expected, {m.name for m in plan.quantized})
     name = type(model).__name__
     with writing(
         output,
@@ -113,17 +122,17 @@ def writing(
     within: Path | None = None,
     complete: Callable[[Path], object] = lambda folder: None,
 ) -> Iterator[Path]:
-    """Give a new directory with all files but weights and report; it gets its name at the end.
+    """Yield a new directory with all files but weights and report; it gets its name at the end.
 
     Parameters
     ----------
     output : str or Path
     name : str
-        Of the model's class.
+        Name of the model's class.
     plan, report, float_config, tokenizer, copied_files
         As for ``save``.
     within : Path, optional
-        Where the directory lies until it gets its name; beside ``output`` by default.
+        Folder of the directory until it gets its name; that of ``output`` by default.
     complete : callable
         Called with the directory when all files are in it, before it gets its name.
 

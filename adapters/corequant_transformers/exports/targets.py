@@ -1,18 +1,35 @@
-"""From a directory that ``quantize`` wrote to one that other programs read."""
+"""From a directory that ``quantize`` wrote to one that other programs read.
+
+Each module of this folder whose name begins with ``to_`` is a target, with a function ``write``
+that takes a ``Stored``, the output, ``source`` and ``shard_bytes``, and returns the output's path.
+"""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from pathlib import Path
 
 from corequant.errors import OutputError
-from corequant.storage.arrays import TARGETS
 from corequant_transformers.checkpoint.reader import Stored
-from corequant_transformers.exports.compressed import SHARD_BYTES, write_compressed
-from corequant_transformers.exports.gguf_file import write_gguf
-from corequant_transformers.model.sources import Source
 from corequant_transformers.model.surroundings import undisturbed
 
-__all__ = ["export"]
+__all__ = ["export", "targets"]
+
+_PREFIX = "to_"
+
+
+def targets() -> list[str]:
+    """Return the names of all targets.
+
+    Examples
+    --------
+    >>> from corequant_transformers.exports.targets import targets
+    >>> {"compressed-tensors", "gguf"} <= set(targets())
+    True
+    """
+    names = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
+    return sorted(n.removeprefix(_PREFIX).replace("_", "-") for n in names if n.startswith(_PREFIX))
 
 
 @undisturbed()
@@ -22,7 +39,7 @@ def export(
     to: str = "compressed-tensors",
     *,
     source: str | Path | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int = 5 * 10**9,
     verify: bool = True,
 ) -> Path:
     """Write a quantized model in a layout that other programs read.
@@ -32,16 +49,15 @@ def export(
     path : str or Path
         A directory that ``quantize`` wrote.
     output : str or Path
-        A new or empty directory; of ``gguf``, a new file that ends so.
+        A new or empty directory, or a new file that ends in ``.gguf``.
     to : str
-        One of ``corequant.storage.arrays.TARGETS``: ``compressed-tensors``, for Transformers and
-        vLLM, or ``gguf``, for llama.cpp.
+        ``compressed-tensors``, for Transformers and vLLM, or ``gguf``, for llama.cpp.
     source : str or Path, optional
         The model that was quantized, for ``gguf`` alone: a GGUF file's metadata and tokenizer are
         carried over, a directory's tokenizer is translated. By default the tokenizer in ``path``
         is, which takes byte-level BPE.
     shard_bytes : int
-        Largest size of one file of weights, of ``compressed-tensors``.
+        Largest size of a file of weights for ``compressed-tensors``; a single tensor may be larger.
     verify : bool
         Compare the files in ``path`` with the digests that were written with them.
 
@@ -71,11 +87,10 @@ def export(
     ...     sorted(f.name for f in cqhf.export(f"{folder}/own", f"{folder}/other").iterdir())
     ['config.json', 'corequant.sha256', 'model.safetensors']
     """
-    if to not in TARGETS:
-        raise OutputError(f"to must be one of {', '.join(TARGETS)}, got {to!r}")
-    if to != "gguf" and source is not None:
-        raise OutputError(f"source must be left out for {to}, got {str(source)!r}")
-    stored = Stored(path, verify=verify)
-    if to == "gguf":
-        return write_gguf(stored, output, None if source is None else Source(source))
-    return write_compressed(stored, output, shard_bytes=shard_bytes)
+    if to not in targets():
+        raise OutputError(f"to must be one of {', '.join(targets())}, got {to!r}")
+    found = importlib.import_module(f"{__package__}.{_PREFIX}{to.replace('-', '_')}")
+    written: Path = found.write(
+        Stored(path, verify=verify), output, source=source, shard_bytes=shard_bytes
+    )
+    return written

@@ -4,7 +4,7 @@ Transformers 5.23 ignores ``transform_config`` and would compute nonsense. Impor
 ``corequant_transformers`` puts this module's config and quantizer in the place of Transformers' own
 for the method compressed-tensors; they do what those do, and rotate. Directories that corequant
 writes carry ``GUARD`` where Transformers alone expects one of four words, so that it stops with an
-error that names the package to import; vLLM, which knows rotations by itself, doesn't read it.
+error that names the package to import; vLLM, which has rotations of its own, doesn't read it.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class _Digests:
     Parameters
     ----------
     files : list of str, optional
-        Of weights.
+        Files of weights.
     """
 
     def __init__(self, files: list[str] | None) -> None:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, also when the machine stops in between."""
+"""Files that are written whole or not at all, also if the machine stops in between."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def file_sha256(path: Path) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give the name of a temporary sibling; it gets its real name once it is on the disk.
+    """Yield the name of a temporary sibling; it gets its real name once it is on the disk.
 
     Raises
     ------

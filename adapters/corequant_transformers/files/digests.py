@@ -48,10 +48,10 @@ REPORT, LOG = "report.json", "log.jsonl"
 GGUF_DIGEST, GGUF_VERSION = "corequant.sha256", "corequant.version"
 
 TEMPLATES = "additional_chat_templates"
-"""The one folder beside a tokenizer's files whose files are read, those that end in ``.jinja``."""
+"""The one folder next to a tokenizer's files that is read: its files that end in ``.jinja``."""
 
 _UNREAD = (".md", ".html", ".gguf")
-"""Endings of files that may lie beside a model: what is told of it, and what it became."""
+"""Suffixes of files that may lie next to a model: its documentation and exports."""
 
 _FIELD = "digests"
 _BLANK = "0" * 64
@@ -203,14 +203,14 @@ def are_compared() -> bool:
 
 
 def warn_of_none(folder: Path) -> None:
-    """Say that a directory that ``quantize`` wrote has no digests."""
+    """Warn that a directory that ``quantize`` wrote has no digests."""
     # At the line that called us, however many of our functions are in between.
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__")):
         frame, level = frame.f_back, level + 1
     warnings.warn(
         f"{folder} was written before corequant kept digests, so that damage to its files may go "
-        "unnoticed; quantize the model again, or save it anew, to have them",
+        "unnoticed; quantize or save the model again to add them",
         stacklevel=level,
     )
 
@@ -233,7 +233,7 @@ def _sha256(file: Path) -> str:
 
 def _changed(file: Path) -> CheckpointError:
     return CheckpointError(
-        f"{file} is not as it was written: its SHA-256 differs; get it anew, or, if it was changed "
+        f"{file} is not as it was written: its SHA-256 differs; restore it, or, if it was changed "
         f"on purpose, read it with verify=False (--no-verify), or remove {DIGESTS} from an export"
     )
 
@@ -286,7 +286,7 @@ def _check_names(folder: Path, known: set[str]) -> None:
 
 
 def _is_unread(file: Path) -> bool:
-    """Tell whether nobody who loads the model reads a file that was added."""
+    """Return whether a file that was added is never read when the model is loaded."""
     if file.is_dir():
         return True
     if file.parent.name == TEMPLATES:
@@ -324,7 +324,7 @@ def _check_gguf(file: Path) -> int | None:
     if found.encode() != own:
         raise CheckpointError(
             f"{file} is not as it was written: its SHA-256 differs from its field {GGUF_DIGEST}; "
-            "export it anew"
+            "export it again"
         )
     return 1
 

@@ -65,7 +65,7 @@ def check_output(path: str | Path, *, allow_full: bool = False) -> Path:
     except OSError as error:
         if isinstance(error, CorequantError):
             raise
-        raise OutputError(f"output can't be looked at: {error}") from error
+        raise OutputError(f"output can't be accessed: {error}") from error
     _try(target if there else target.parent, "output" if there else "output's parent folder")
     return target
 
@@ -97,7 +97,7 @@ def check_file_output(path: str | Path, ending: str = "", *, new: bool = True) -
     path : str or Path
         Links are followed.
     ending : str
-        Of its name.
+        Suffix that its name must have.
     new : bool
         Whether it may not be there yet.
 
@@ -130,7 +130,7 @@ def real_path(path: str | Path) -> Path:
     try:
         target = Path(os.path.realpath(path))
     except (OSError, ValueError) as error:
-        raise OutputError(f"output can't be looked at: {error}") from error
+        raise OutputError(f"output can't be accessed: {error}") from error
     if target.is_symlink():
         raise OutputError(f"output must not be a link that leads back to itself, got {target}")
     return target
@@ -138,7 +138,7 @@ def real_path(path: str | Path) -> Path:
 
 @contextmanager
 def new_directory(target: Path, within: Path | None = None) -> Iterator[Path]:
-    """Give a temporary directory whose files ``target`` has on success; remove it on any failure.
+    """Yield a temporary directory whose files ``target`` gets on success; remove it on failure.
 
     Parameters
     ----------
@@ -146,8 +146,8 @@ def new_directory(target: Path, within: Path | None = None) -> Iterator[Path]:
         As ``check_output`` returned it.
     within : Path, optional
         Another directory on the same disk, whose owner removes what a process that was killed has
-        left there; by default the temporary directory is beside a ``target`` that is new. It is
-        inside one that is there.
+        left there; by default the temporary directory is next to a new ``target``, and inside
+        an existing one.
 
     Raises
     ------
@@ -183,7 +183,7 @@ def new_directory(target: Path, within: Path | None = None) -> Iterator[Path]:
 
 
 def _move(folder: Path, target: Path) -> None:
-    """Give a directory's files to another, all or none."""
+    """Move a directory's files to another, all or none."""
     names = sorted((f.name for f in folder.iterdir()), key=lambda n: (n in _LAST, n))
     moved: list[Path] = []
     try:

@@ -45,7 +45,7 @@ def write_report(inspection: Inspection, path: str | Path) -> Path:
     ----------
     inspection : Inspection
     path : str or Path
-        Of the HTML file; an older one is replaced.
+        Path of the HTML file; an older one is replaced.
 
     Returns
     -------

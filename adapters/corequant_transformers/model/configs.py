@@ -121,7 +121,7 @@ def as_config_errors(path: Path, values: Any) -> Iterator[None]:
     Parameters
     ----------
     path : Path
-        Of the config.
+        File of the config.
     values : dict
         The config as plain values.
 
@@ -136,7 +136,7 @@ def as_config_errors(path: Path, values: Any) -> Iterator[None]:
         raise
     except Exception as error:
         # A KeyError for an unknown activation, an ImportError for a package that is missing, a
-        # RuntimeError for a size that is none: each model's class has its own.
+        # RuntimeError for an impossible size: each model's class has its own.
         reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
         raise CheckpointError(
             f"{path} can't be made into a model: {''.join(_blamed(values, str(error)))}{reason}"

@@ -1,8 +1,8 @@
-"""Run a model whose parts are not there all at once: into the blocks, through one, and out.
+"""Forward passes through a model that is opened in parts: before, through and after its blocks.
 
 What a block gets besides its hidden states, such as masks and rotary embeddings, and what happens
-before the first block and after the last, is computed by the model's own classes; modules without
-weights are stood in for meanwhile.
+before the first block and after the last, is computed by the model's own classes; functions replace
+modules without weights meanwhile.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def enter(parts: Parts, window: Window) -> torch.Tensor:
 
 @contextmanager
 def leaving(parts: Parts, hidden: torch.Tensor) -> Iterator[Any]:
-    """Give the model, which for a while takes what its last block gave from ``hidden``.
+    """Yield the model, which takes the output of its last block from ``hidden``.
 
     The exit must be open. Token ids are still asked for, of the same length, and are not looked at.
     """

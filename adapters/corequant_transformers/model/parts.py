@@ -1,7 +1,7 @@
-"""A model one part at a time: the embedding, each decoder block, the final norm with the head.
+"""Models opened one part at a time: embedding, decoder blocks, final norm with the head.
 
 The model itself is a skeleton: real Transformers classes whose parameters are on torch's meta
-device and take no memory. Opening a part gives its modules their weights for a while, from the
+device and take no memory. Opening a part loads its weights within a context, from the
 model's files or from a model in memory, so that quantizing needs one part at a time either way.
 """
 
@@ -33,6 +33,7 @@ __all__ = [
     "Parts",
     "Weights",
     "build",
+    "is_rounded",
     "part_of",
     "part_plan",
     "skeleton",
@@ -50,7 +51,7 @@ class Weights(Protocol):
     """Where a skeleton's parts get their weights from."""
 
     def fill(self, model: Any, keys: Sequence[str]) -> None:
-        """Give the parameters of these names to the modules of ``model``, in float32."""
+        """Set the parameters of these names in the modules of ``model``, in float32."""
         ...
 
 
@@ -62,7 +63,7 @@ class ModelWeights:
         self._state = torch.nn.Module.state_dict(replicate(model))
 
     def fill(self, model: Any, keys: Sequence[str]) -> None:
-        """Give the parameters of these names to the modules of ``model``, in float32."""
+        """Set the parameters of these names in the modules of ``model``, in float32."""
         for key in keys:
             # Nothing writes into a weight: whatever is transformed is a new tensor.
             value = self._state[key].detach().to(torch.float32)
@@ -90,16 +91,57 @@ def skeleton(model: Any) -> Any:
     if isinstance(model, torch.nn.Module):
         result: Any = replicate(model, _emptied, plain=True)
         result.config.return_dict = True
+        _settle_buffers(result)
         return result
     result = build(model)
     for module in result.modules():
-        own = {name: b for name, b in module._buffers.items() if b is not None}
-        for name, buffer in own.items():
-            module._buffers[name] = torch.empty_like(buffer, device="cpu")
-        if own:
-            # As when Transformers loads a model: it knows how to compute these.
-            result._init_weights(module)
+        module._buffers.update(_computed_buffers(result, module))
     return result.eval().requires_grad_(False)
+
+
+def _computed_buffers(model: Any, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return a module's buffers as Transformers computes them when it loads a model."""
+    own = {name: b for name, b in module._buffers.items() if b is not None}
+    if not own:
+        return {}
+    fresh: Any = copy.copy(module)
+    made = {
+        name: torch.empty_like(
+            b, device="cpu", dtype=torch.float32 if b.is_floating_point() else b.dtype
+        )
+        for name, b in own.items()
+    }
+    fresh.__dict__["_buffers"] = {**module._buffers, **made}
+    model._init_weights(fresh)
+    return {name: fresh._buffers[name] for name in own}
+
+
+def _settle_buffers(model: Any) -> None:
+    """Undo in place what a cast of the model rounded that loading would compute in float32."""
+    for module in model.modules():
+        own = {n for n in module._non_persistent_buffers_set if module._buffers[n] is not None}
+        if not own or not isinstance(model, transformers.PreTrainedModel):
+            continue
+        computed = _computed_buffers(model, module)
+        for name in own:
+            if is_rounded(module._buffers[name], computed[name]):
+                module._buffers[name] = computed[name].to(module._buffers[name].device)
+
+
+def is_rounded(found: torch.Tensor, computed: torch.Tensor) -> bool:
+    """Return whether a buffer differs from the one that loading computes by rounding alone."""
+    there = found.detach().cpu()
+    if there.shape != computed.shape or there.is_floating_point() != computed.is_floating_point():
+        return False
+    if not computed.is_floating_point():
+        return torch.equal(there, computed)
+    there = there.float()
+    # Devices differ in the last bits of powers.
+    if torch.allclose(there, computed, rtol=1e-6, atol=0):
+        return True
+    half, brain = torch.float16, torch.bfloat16
+    casts = [computed.to(a).to(b).float() for a in (half, brain) for b in (half, brain)]
+    return any(torch.equal(there, cast) for cast in casts)
 
 
 def build(config: Any) -> Any:
@@ -134,7 +176,7 @@ class Parts:
     model : transformers.PreTrainedModel
         A skeleton. Its head gets a matrix of its own where it shares the embedding's.
     plan : ModelPlan
-        Says which modules belong to which part.
+        Tells the modules of each part.
     weights : Weights
     device : str or torch.device
         Where open parts compute.
@@ -190,7 +232,7 @@ class Parts:
 
     @contextmanager
     def open(self, part: Part) -> Iterator[Any]:
-        """Give a part its weights in float32, and take them away with all changes at the end.
+        """Load a part's weights in float32, and drop them with all changes at the end.
 
         Meanwhile its modules are in the layout of ``layouts.standardize``.
 

@@ -23,7 +23,7 @@ from corequant.errors import ArchitectureError, BackendError, CheckpointError
 from corequant_transformers.model.quantized_linear import QuantizedLinear
 from corequant_transformers.model.structures import check_untouched
 
-__all__ = ["check_given", "check_plain", "replicate", "standing_in", "unwrap"]
+__all__ = ["check_given", "check_plain", "is_own", "replicate", "standing_in", "unwrap"]
 
 _CONTAINERS = (list, tuple, set, dict, OrderedDict)
 _CONFIGS = (transformers.PreTrainedConfig, transformers.GenerationConfig)
@@ -126,7 +126,7 @@ def check_plain(model: Any, names: Iterable[str]) -> None:
     ----------
     model : torch.nn.Module
     names : iterable of str
-        Of layers that will be replaced.
+        Paths of the layers that will be replaced.
 
     Raises
     ------
@@ -139,7 +139,7 @@ def check_plain(model: Any, names: Iterable[str]) -> None:
         own = module.__dict__.get("forward")
         if own is None or hasattr(module, "_hf_hook") or _is_compiled(module):
             continue
-        if not _is_own(own, module):
+        if not is_own(own, module):
             raise ArchitectureError(
                 f"{name or 'the model'} must run its class's forward, got a function in its place, "
                 "which the quantized model would leave out; delete it for quantize"
@@ -164,15 +164,15 @@ def check_plain(model: Any, names: Iterable[str]) -> None:
             )
 
 
-def _is_own(forward: Any, module: Any) -> bool:
+def is_own(function: Any, module: Any, name: str = "forward") -> bool:
     """Return whether a function is a module's method, bound to it or compiled in some way."""
-    forward = getattr(forward, "_torchdynamo_orig_callable", forward)
-    if forward is type(module).forward:
+    method = getattr(type(module), name)
+    function = getattr(function, "_torchdynamo_orig_callable", function)
+    if function is method:
         return True
-    if isinstance(forward, functools.partial) and not forward.keywords:
-        return forward.func is type(module).forward and forward.args == (module,)
-    method = getattr(forward, "__func__", None)
-    return method is type(module).forward and forward.__self__ is module
+    if isinstance(function, functools.partial) and not function.keywords:
+        return function.func is method and function.args == (module,)
+    return getattr(function, "__func__", None) is method and function.__self__ is module
 
 
 def _is_compiled(model: Any) -> bool:
@@ -227,7 +227,7 @@ def replicate(
 
 
 class _Replica:
-    """What has been replicated so far, by the identity of what it was made from."""
+    """Replicas made so far, by the identity of their originals."""
 
     def __init__(self, weight: Callable[[torch.Tensor], torch.Tensor], plain: bool) -> None:
         self._weight, self._plain = weight, plain
@@ -304,7 +304,7 @@ class _Replica:
 
 
 def _is_exchanged(fields: dict[str, Any], name: str, kind: type) -> bool:
-    """Tell whether a module has a function of its own in the place of its class's method."""
+    """Return whether a module has a function in the place of its class's method."""
     value = fields[name]
     if isinstance(value, torch.nn.Module | types.MethodType) or not callable(value):
         return False
@@ -321,12 +321,12 @@ def _decode(model: torch.nn.Module) -> None:
 
 @contextmanager
 def standing_in(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a function stand in for a module's forward pass for a while.
+    """Replace a module's forward pass by a function within the context.
 
     Parameters
     ----------
     module : torch.nn.Module
-        Of a replica or a skeleton, which nobody else runs.
+        Module of a replica or a skeleton, which no other thread runs.
     forward : callable
     """
     fields: Any = module.__dict__

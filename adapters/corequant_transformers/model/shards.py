@@ -44,7 +44,7 @@ class FileWeights:
     model : transformers.PreTrainedModel
         A skeleton, before its head is untied from the embedding.
     plan : ModelPlan, optional
-        Says whether embedding and head share a matrix; by default the model does.
+        Tells whether embedding and head share a matrix; by default the model does.
 
     Raises
     ------
@@ -133,7 +133,7 @@ class FileWeights:
         covered |= set(self.shared)
 
     def fill(self, model: Any, keys: Sequence[str], dtype: torch.dtype = torch.float32) -> None:
-        """Give the parameters of these names to the modules of ``model``."""
+        """Set the parameters of these names in the modules of ``model``."""
         tensors = {}
         for key in keys:
             if key in self._sources:
@@ -165,7 +165,7 @@ class FileWeights:
 
 
 def _is_ignored(name: str, model: Any) -> bool:
-    """Tell whether a tensor is one that files may hold in vain: what modules compute anew."""
+    """Return whether a tensor is recomputed by a module, so that a file may hold it unused."""
     patterns = (*_COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
     return any(re.search(pattern, name) for pattern in patterns)
 

@@ -150,7 +150,7 @@ class Source:
             self._shards = sorted(set(read_index(self._index).values()))
 
     def _nothing_found(self, single: Path) -> str:
-        """Say what there is instead of weights in safetensors files."""
+        """Return an error message that names what there is instead of safetensors files."""
         found = sorted(f.name for f in self.path.iterdir() if f.suffix in _OTHER_WEIGHTS)
         if not found:
             return f"the model's file {single} is missing"
@@ -375,7 +375,7 @@ def copy_files(files: Iterable[Path], folder: Path) -> None:
 def check_inside(folder: Path, file: Path) -> None:
     """Raise CheckpointError unless a regular file lies in a folder, or in its store of blobs.
 
-    A link may lead to ``../../blobs`` beside the snapshots of a Hugging Face cache, nowhere else.
+    A link may lead to ``../../blobs`` of a Hugging Face cache, nowhere else.
     """
     try:
         found, there = file.is_file(), file.exists()
@@ -394,7 +394,7 @@ def check_inside(folder: Path, file: Path) -> None:
 
 
 def is_copied(name: str) -> bool:
-    """Tell whether a file belongs to the tokenizer or to generation and is kept byte for byte."""
+    """Return whether a file belongs to the tokenizer or to generation, and is copied as it is."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in _TOKENIZER_PATTERNS)
 
 

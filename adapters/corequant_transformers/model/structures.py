@@ -19,7 +19,7 @@ _RECOMPUTED: dict[type, str] = {
     WeightNorm: "torch.nn.utils.remove_weight_norm(layer, {!r})",
     SpectralNorm: "torch.nn.utils.remove_spectral_norm(layer, {!r})",
 }
-"""Hooks that compute a tensor anew before each call, and what makes it a parameter again."""
+"""Hooks that recompute a tensor before each call, and what makes it a parameter again."""
 
 
 def check_untouched(model: Any) -> None:
@@ -32,7 +32,7 @@ def check_untouched(model: Any) -> None:
     Raises
     ------
     ArchitectureError
-        If torch computes one anew each time, as for parametrized and pruned layers.
+        If torch recomputes one each time, as for parametrized and pruned layers.
     CheckpointError
         If a layer holds codes, as after ``torch.ao.quantization.quantize_dynamic``.
     """
@@ -41,8 +41,7 @@ def check_untouched(model: Any) -> None:
         if kind.__module__.startswith("torch.") and ".quantized" in kind.__module__:
             raise CheckpointError(
                 f"{name} must hold a float weight, got {kind.__module__}.{kind.__name__}, which "
-                "torch's own quantization put in its place; give the model as it was before, loaded"
-                " anew"
+                "torch's own quantization put in its place; load the float model again and give it"
             )
         if parametrize.is_parametrized(module):
             tensor = next(iter(module.parametrizations))
@@ -71,7 +70,7 @@ def check_places(model: Any, architecture: Architecture) -> None:
     ----------
     model : torch.nn.Module
     architecture : Architecture
-        That its config names.
+        Description of its model type.
     """
     places = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for name in (architecture.embedding, architecture.head):

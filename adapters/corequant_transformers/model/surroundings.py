@@ -17,10 +17,10 @@ __all__ = ["quiet_transformers", "undisturbed"]
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Compute as where nothing was switched on: autocast, inference mode, a device by default.
+    """Compute without the caller's autocast, inference mode and default device.
 
     All of that belongs to the thread, so that other threads keep theirs. What belongs to the
-    process, such as the dtype by default, is not touched: whoever makes tensors names their dtype.
+    process, such as the default dtype, is not touched: tensors are made with explicit dtypes.
 
     Examples
     --------
@@ -93,5 +93,5 @@ _QUIET = _Quiet()
 
 
 def quiet_transformers() -> AbstractContextManager[None]:
-    """Keep Transformers' own progress bars and reports off the terminal for a while."""
+    """Keep Transformers' progress bars and reports off the terminal within the context."""
     return _QUIET

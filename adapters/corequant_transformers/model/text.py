@@ -71,7 +71,7 @@ def token_windows(
     sequence_length : int
         Tokens per window; the rest of the text that doesn't fill one is dropped.
     windows : int, optional
-        Only the first so many; all by default.
+        Number of windows to return; all by default.
 
     Returns
     -------
@@ -123,12 +123,12 @@ def evaluate(
     tokenizer : transformers tokenizer, optional
         Needed for text.
     windows : int, optional
-        Evaluate only the first so many windows.
+        Number of windows to evaluate; all by default.
     sequence_length : int
         Tokens per window, when ``text`` is text. Each window starts without context, so it
         predicts one position fewer.
     progress : callable
-        Told how many windows of how many are done.
+        Called as ``progress(done, total)``, counting windows.
 
     Returns
     -------
@@ -179,7 +179,7 @@ def perplexity(
     tokens: Tokens,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
-    """Return the perplexity over windows of a model that nobody else runs.
+    """Return the perplexity over windows of a model that no other thread runs.
 
     Parameters
     ----------
@@ -187,7 +187,7 @@ def perplexity(
         A replica or a skeleton with open parts.
     tokens : numpy.ndarray (windows, length), int64
     progress : callable
-        Told how many windows of how many are done.
+        Called as ``progress(done, total)``, counting windows.
     """
     total = 0.0
     for done, window in enumerate(tokens):

@@ -38,10 +38,10 @@ def peak_rss_mib() -> float:
 
 
 def trim_memory(above: int = 0) -> None:
-    """Return freed memory to the system, where it can be told to: holes among what is held stay.
+    """Return freed memory to the system, if the allocator can.
 
-    Getting it back page by page takes longer than many a computation, so that a process that has no
-    more than ``above`` bytes keeps it.
+    Getting it back page by page takes longer than many a computation, so that a process with at
+    most ``above`` bytes keeps it.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None and (above == 0 or _resident() > above):
@@ -58,7 +58,7 @@ def _resident() -> float:
 
 
 def limit_memory(size: str, plan: ModelPlan) -> int:
-    """Have the system refuse this process more memory than ``size``; return it in bytes.
+    """Limit this process's memory to ``size`` and return it in bytes.
 
     The limit is on private memory (``RLIMIT_DATA``): weights, activations and results count, the
     code of libraries does not.

@@ -31,9 +31,11 @@ from corequant_transformers.planning.matrix_plan import (
     Region,
     RowSlice,
     Side,
+    Stream,
+    check_rotation,
+    plan_stream,
     regions_of,
 )
-from corequant_transformers.planning.residual import Stream, check_rotation, plan_stream
 
 __all__ = ["VERIFIED_TOKENS", "ModelPlan", "plan_model"]
 
@@ -65,9 +67,9 @@ class ModelPlan:
         Paths of the norms of the residual stream. Where rotations are merged their gains become 1,
         and LayerNorms become RMSNorms; otherwise they are permuted with the residual stream.
     notes : tuple of str
-        What the model's structure keeps the recipe from doing, why, and what is done instead.
+        What the model's structure prevents, why, and what is done instead.
     whole_bytes : int
-        Of the float32 model, where its file can't be read a part at a time.
+        Bytes of the float32 model, where its file can't be read a part at a time.
     """
 
     architecture: Architecture

@@ -1,1 +1,1 @@
-"""Rounding the layers of a model, by themselves or with the inputs that they see."""
+"""Rounding the layers of a model, to nearest or for the inputs that they read."""

@@ -51,7 +51,7 @@ __all__ = ["RoundedBlock", "groups_of", "round_block"]
 
 @dataclass(frozen=True, eq=False)
 class RoundedBlock:
-    """What ``round_block`` made of a block.
+    """A block's rounded layers.
 
     Attributes
     ----------
@@ -113,7 +113,7 @@ def round_block(
     path : str
         Where the block is in the model; the rows' names start with it.
     rows : sequence of MatrixPlan
-        Of the block's quantized layers, in the order in which they run.
+        Plans of the block's quantized layers, in the order in which they run.
     hidden : HiddenStates
         What the block reads; overwritten by what it gives.
     arguments : mapping
@@ -248,7 +248,7 @@ class _Networks:
         return moments
 
     def place(self, name: str, layer: QuantizedLinear) -> None:
-        """Let the quantized network compute with a rounded layer."""
+        """Use a rounded layer in the quantized network."""
         module: Any = self._quantized.get_submodule(name)
         # The same numbers that the layer will multiply by.
         module.weight = torch.nn.Parameter(layer.weight, requires_grad=False)

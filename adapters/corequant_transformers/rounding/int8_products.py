@@ -45,7 +45,7 @@ class RoundedInputs:
     Parameters
     ----------
     path : str
-        Of the decoder block, for error messages.
+        Path of the decoder block, for error messages.
     spec : QuantSpec or None
         None rounds nothing.
     on_codes : bool
@@ -91,7 +91,7 @@ class RoundedInputs:
 def multiplies_codes(
     weights: cq.QuantSpec, activations: cq.QuantSpec | None, device: torch.device
 ) -> bool:
-    """Whether layers with these quantizers can be multiplied as codes, and faster than in float.
+    """Return whether layers with these quantizers multiply faster as codes than in float.
 
     Both must be integers that a signed byte holds without their zero points; weights symmetric with
     a scale for each output, activations with one for each token. The instructions are those that

@@ -161,7 +161,7 @@ def round_on_inputs(
         return _round_on_device(weights, moments, spec, divisor, options)
     H, G = to_host(H), None if G is None else to_host(G)
     # One by one in any case: products of all rows together would be summed in another order, and
-    # the codes would depend on the executor. What they could share is little beside the work on
+    # the codes would depend on the executor. What they could share is little against the work on
     # the widest layer of a block, which shares with none.
     shared: dict[str, Any] = {"global_scale": divisor, "tokens": moments.count}
     if executor is None:

@@ -1,1 +1,1 @@
-"""A run: its steps, what it keeps on the disk, and how long it will take."""
+"""A run: its steps, what it keeps on the disk, and the time that it takes."""

@@ -1,4 +1,4 @@
-"""A run's directory: what is done so far, on the disk, so that a run that was killed can go on.
+"""A run's directory: finished steps on the disk, so that a killed run can be resumed.
 
 It holds ``manifest.json`` (what the run is about), ``log.jsonl``, and for each step that is done a
 record with the SHA-256 of the step's files. The record is written last: without it a step counts as
@@ -51,7 +51,7 @@ class WindowFile:
         self, path: Path, shape: tuple[int, ...], dtype: torch.dtype, *, write: bool = False
     ) -> None:
         self.path, self.shape, self.dtype = path, torch.Size(shape), dtype
-        self._bytes = self.element_size()
+        self._bytes = dtype.itemsize
         for size in self.shape[1:]:
             self._bytes *= size
         if write:
@@ -59,10 +59,6 @@ class WindowFile:
 
     def __len__(self) -> int:
         return self.shape[0]
-
-    def element_size(self) -> int:
-        """Return the bytes of a number."""
-        return self.dtype.itemsize
 
     def __getitem__(self, index: slice) -> torch.Tensor:
         first, last, _ = index.indices(len(self))
@@ -117,7 +113,7 @@ class RunDirectory:
     ----------
     path : str or Path
     manifest : mapping
-        What the run is about, as plain values. A run goes on only where they are the same.
+        What the run depends on, as plain values; a run resumes only with the same ones.
     resume : bool
         Whether a run that is there goes on; otherwise it is refused. One that isn't there begins.
 
@@ -179,7 +175,7 @@ class RunDirectory:
             return
         if not resume:
             raise RunError(
-                f"a run was begun in {self.path}; go on with it (resume=True, --resume) or remove "
+                f"a run was begun in {self.path}; resume it (resume=True, --resume) or remove "
                 "the directory"
             )
         try:
@@ -189,7 +185,7 @@ class RunDirectory:
         if not isinstance(found, dict):
             raise RunError(
                 f"{file} must hold a JSON object, got {type(found).__name__}; remove {self.path} "
-                "to begin anew"
+                "to start again"
             )
         self._refuse_other(found, manifest)
 
@@ -201,7 +197,7 @@ class RunDirectory:
             elif before != now:
                 raise RunError(
                     f"{name} must be as when the run was begun, {before!r}, to go on, got {now!r}; "
-                    f"remove {self.path} to begin anew"
+                    f"remove {self.path} to start again"
                 )
 
     # ---- the ledger
@@ -244,7 +240,7 @@ class RunDirectory:
                 left.unlink()
 
     def _keep(self, step: str, name: str, windows: Windows, files: dict[str, str]) -> Any:
-        """Give a file of hidden states the step's name, unless a step before gave it one."""
+        """Rename a file of hidden states after the step, unless an earlier step did."""
         if not isinstance(windows, WindowFile):
             written = self.windows(name, tuple(windows.shape), windows[0:1].dtype)
             for k in range(len(windows)):
@@ -304,7 +300,7 @@ class RunDirectory:
         return record if whole else None
 
     def _has(self, files: Mapping[str, str], *, states: bool) -> bool:
-        """Tell whether a step's hidden states, or its other files, are there and whole."""
+        """Return whether a step's hidden states, or its other files, are complete."""
         try:
             return all(
                 file_sha256(self.path / name) == digest
@@ -352,7 +348,7 @@ class RunDirectory:
             raise OutputError(f"{self.path / LOG} could not be written: {error}") from error
 
     def mark(self, name: str, value: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-        """Write a record beside the steps', or read it."""
+        """Write a record next to those of the steps, or read it."""
         if value is None:
             try:
                 found = json_value(self.path / name)
@@ -373,7 +369,7 @@ class RunDirectory:
 
     def remove(self) -> None:
         """Remove the directory: the run has ended."""
-        # It loses its name first, so that nobody finds half of it.
+        # It loses its name first, so that half of it is never found.
         rest = ended(self.path)
         shutil.rmtree(rest, ignore_errors=True)
         self.path.rename(rest)

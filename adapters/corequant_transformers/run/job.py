@@ -153,7 +153,7 @@ class Job:
         CheckpointError, OutputError, RunError
             If files can't be read or written.
         HessianError, NonFiniteError
-            If weights or activations are of no use; names the layer.
+            If a layer's inputs or weights can't be used; names the layer.
         VerificationError
             If a transformed part doesn't compute what the float one does.
         """

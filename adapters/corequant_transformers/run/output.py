@@ -37,7 +37,7 @@ def run_directory(output: str | Path) -> Path:
 
 
 def has_run(output: str | Path) -> bool:
-    """Tell whether a run to ``output`` was stopped, be it while it cleared up."""
+    """Return whether a run to ``output`` was stopped, possibly while it cleaned up."""
     folder = run_directory(output)
     return folder.is_dir() or ended(folder).is_dir()
 
@@ -78,7 +78,7 @@ def _name_of(device: torch.device) -> str:
 def begin_run(
     output: str | Path, manifest: dict[str, Any], *, resume: bool
 ) -> Iterator[RunDirectory]:
-    """Give a run's directory, which is removed at the end, or kept if the run is stopped.
+    """Yield a run's directory, which is removed at the end, or kept if the run is stopped.
 
     A run that is stopped before its first step is done leaves nothing.
 

@@ -1,4 +1,4 @@
-"""What a run tells after each step: the step, its time, and the time that remains."""
+"""Events of a run: each finished step, its time, and the time that remains."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Pace"]
 
 
 class Pace:
-    """Tells of each step that is done, and of the time that decoder blocks still take.
+    """Reports each finished step, and the time that the remaining decoder blocks take.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ class Pace:
             listener(event)
 
     def remaining(self) -> float | None:
-        """Return the seconds that blocks still take; None before the second one is rounded."""
+        """Return the seconds that the remaining blocks take; None before the second is rounded."""
         blocks = sum(name.startswith("block") for name in self._left)
         # The first also compiles and warms up.
         done = self._seconds[1:]

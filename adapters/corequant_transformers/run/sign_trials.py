@@ -56,7 +56,7 @@ class SignTrials:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of the hidden states: draws, length, hidden."""
+        """Shape of the hidden states: draws, length, hidden."""
         return self.plan.recipe.sign_trials, len(self.window), self.plan.dimensions.hidden
 
     def enter(self, states: Windows) -> None:
@@ -92,7 +92,7 @@ class SignTrials:
 
     @contextmanager
     def _transformed(self, part: Part, draw: int) -> Iterator[None]:
-        """Put a transformed copy in an open part's place for a while."""
+        """Replace an open part by a transformed copy within the context."""
         model: Any = self.parts.model
         originals = {path: model.get_submodule(path) for path in self.parts.modules(part)}
         try:

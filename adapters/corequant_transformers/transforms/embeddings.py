@@ -1,8 +1,8 @@
-"""The embedding and the head, transformed and judged a few rows at a time.
+"""The embedding and the head, transformed and verified a few rows at a time.
 
 A row belongs to a token, and nothing moves between rows, so that a large vocabulary needs no matrix
-in float64: what the float64 model gives is computed from a few rows after the other, or from those
-of the tokens that it is given.
+in float64: the float64 model is computed from a few rows at a time, or from those of the tokens
+that it is given.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = ["transform_entry", "transform_exit"]
 Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.int64]
 Pieces = Callable[[], Iterator[tuple[Array, Array | None]]]
-"""Gives a matrix's rows and their bias in float64, a few after the other."""
+"""Yields a matrix's rows and their bias in float64, a few at a time."""
 
 _PIECE = 2**20
 """Weights at a time: 8 MiB in float64."""
@@ -90,9 +90,9 @@ def transform_entry(
     weight, _ = _assemble(_pieces(table, matrix, choices), matrix.shape, parts.device)
     if not torch.equal(weight[known], wanted):
         raise VerificationError(
-            f"rows of {path} came out otherwise by themselves than together, so that what was "
-            "verified is not what would be kept; nothing was written. Please report it with the "
-            "model's config and the recipe"
+            f"row-wise and whole-matrix transforms of {path} differ, so that what was verified is "
+            "not what would be kept; nothing was written. Please report it with the model's config "
+            "and the recipe"
         )
     table.weight = torch.nn.Parameter(weight, requires_grad=False)
     return before, after, changed
@@ -208,7 +208,7 @@ def _assemble(
 
 
 class _Head(torch.nn.Module):
-    """A linear layer whose rows are there for as long as they are multiplied by."""
+    """A linear layer whose rows are made when they are multiplied by."""
 
     def __init__(self, pieces: Pieces) -> None:
         super().__init__()

@@ -168,7 +168,7 @@ def settle_norms(model: Any, plan: ModelPlan, choices: Choices) -> None:
 
 
 def restructure(model: Any, plan: ModelPlan) -> None:
-    """Give a standardized model the modules that its transformed weights need, in place.
+    """Add the modules that transformed weights need to a standardized model, in place.
 
     Where LayerNorms are folded, RMSNorms take their place, and the layers that read them get a
     bias. Weights and biases that are there stay as they are.

@@ -1,4 +1,4 @@
-"""Prove that a transformed model computes the float model's function, and that it was transformed.
+"""Verify that a transformed model computes the float model's function, and that it was transformed.
 
 Everything is compared in float64. What Transformers computes in float32 whatever the model's
 precision, such as norms, is lifted to float64 for the comparison; otherwise it would hide a small
@@ -149,9 +149,9 @@ def verify(
     Parameters
     ----------
     reference : Trace
-        Of the model before it was transformed.
+        Trace of the model before it was transformed.
     model : transformers.PreTrainedModel
-        The same model afterwards, in float64, not quantized yet.
+        The transformed model, in float64, not quantized yet.
     plan : ModelPlan
         What should have happened.
     choices : Choices
@@ -303,7 +303,7 @@ def check_choices(plan: ModelPlan, choices: Choices) -> int:
 
 
 def is_identity(permutation: npt.NDArray[np.int64]) -> bool:
-    """Tell whether a permutation moves no channel."""
+    """Return whether a permutation moves no channel."""
     return bool((permutation == np.arange(len(permutation))).all())
 
 
@@ -328,7 +328,7 @@ def _check_acted(
 
 
 def _acts(matrix: MatrixPlan, plan: ModelPlan, choices: Choices) -> bool:
-    """Tell whether carrying out a row has to change its matrix."""
+    """Return whether carrying out a row has to change its matrix."""
     if plan.folds and matrix.norm is not None:
         return True
     for side in (matrix.input, *(rows.output for rows in matrix.row_slices)):
@@ -342,7 +342,7 @@ def _acts(matrix: MatrixPlan, plan: ModelPlan, choices: Choices) -> bool:
 
 
 def _is_fixed(model: Any, matrix: MatrixPlan, choices: Choices) -> bool:
-    """Tell whether carrying out a row gives a matrix back as it is, as it does with zeros."""
+    """Return whether carrying out a row leaves a matrix unchanged, as it does with zeros."""
     W = to_host(model.get_submodule(matrix.name).weight)
     return np.array_equal(transform_matrix(W, None, matrix, None, choices)[0], W)
 
@@ -416,7 +416,7 @@ _CASTS = {
 def relative_error(reference: torch.Tensor, other: torch.Tensor) -> float:
     """Return the largest difference relative to the largest magnitude of the reference.
 
-    Of zeros only zeros differ by 0; anything else differs by infinity.
+    The error relative to zeros is 0 for zeros and infinite for anything else.
     """
     difference, largest = float((reference - other).abs().max()), float(reference.abs().max())
     if largest == 0:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from corequant._validation import check_places
 from corequant.errors import BackendError
 
 if TYPE_CHECKING:
@@ -58,12 +59,15 @@ def check_devices(x: torch.Tensor, own: str, /, **others: torch.Tensor | None) -
 def check_apart(x: torch.Tensor, out: torch.Tensor) -> None:
     """Raise ValueError unless ``out`` is ``x`` itself or lies apart from it in memory.
 
-    Tensors on a device that interleave without sharing an entry count as overlapping.
+    Its entries must lie apart from each other, too. Tensors on a device that interleave without
+    sharing an entry count as overlapping.
     """
+    if out.layout is torch.strided and not out.is_contiguous():
+        check_places(tuple(out.shape), out.stride())
     if out is x:
         return
     start, other = x.data_ptr(), out.data_ptr()
-    if start == other and out.stride() == x.stride():
+    if start == other and out.stride() == x.stride() and out.dtype == x.dtype:
         return
     if x.is_contiguous() and out.is_contiguous():
         size = x.nbytes

@@ -27,16 +27,15 @@ from corequant_transformers.model.parts import build
 from corequant_transformers.model.sources import copy_files
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 
-__all__ = ["check_layers", "write_compressed"]
-
-SHARD_BYTES = 5 * 10**9
-"""Largest file, unless a single tensor is larger."""
+__all__ = ["check_layers", "write"]
 
 _VERSION = "0.17.0"
 _TORCH = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def write_compressed(stored: Stored, output: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
+def write(
+    stored: Stored, output: str | Path, *, source: str | Path | None, shard_bytes: int
+) -> Path:
     """Write a new directory, read it back and compare, then give it its name.
 
     Parameters
@@ -44,6 +43,8 @@ def write_compressed(stored: Stored, output: str | Path, *, shard_bytes: int = S
     stored : Stored
     output : str or Path
         A new or empty directory.
+    source : str or Path, optional
+        Must be left out.
     shard_bytes : int
         Largest size of a file of weights.
 
@@ -58,6 +59,8 @@ def write_compressed(stored: Stored, output: str | Path, *, shard_bytes: int = S
     OutputError
         If it can't be written or doesn't read back equal; nothing is left then.
     """
+    if source is not None:
+        raise OutputError(f"source must be left out for compressed-tensors, got {str(source)!r}")
     target = check_output(output)
     plan = stored.plan
     scheme = Scheme(plan.recipe.weights, plan.recipe.activations)

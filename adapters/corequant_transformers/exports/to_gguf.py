@@ -24,7 +24,6 @@ from corequant.storage.files import version_of
 from corequant.storage.gguf import BLOCK_BYTES, block_type_of, decode_blocks, to_blocks
 from corequant.storage.tensor_file import RawTensor
 from corequant_transformers.checkpoint.reader import Stored
-from corequant_transformers.exports.compressed import check_layers
 from corequant_transformers.exports.gguf_metadata import (
     PERMUTED,
     architecture_name,
@@ -32,6 +31,7 @@ from corequant_transformers.exports.gguf_metadata import (
     rope_factors,
     vocabulary,
 )
+from corequant_transformers.exports.to_compressed_tensors import check_layers
 from corequant_transformers.files.atomic import replacing
 from corequant_transformers.files.digests import GGUF_DIGEST, GGUF_VERSION, seal_gguf
 from corequant_transformers.files.outputs import check_file_output
@@ -39,7 +39,7 @@ from corequant_transformers.model.sources import Source
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
 
-__all__ = ["write_gguf"]
+__all__ = ["write"]
 
 Array = npt.NDArray[Any]
 
@@ -63,7 +63,9 @@ class _Tensor:
         return np.dtype({"F32": "<f4", "F16": "<f2"}.get(self.kind, "u1"))
 
 
-def write_gguf(stored: Stored, output: str | Path, source: Source | None = None) -> Path:
+def write(
+    stored: Stored, output: str | Path, *, source: str | Path | None, shard_bytes: int
+) -> Path:
     """Write a new file, read it back and compare, then give it its name.
 
     Parameters
@@ -71,9 +73,11 @@ def write_gguf(stored: Stored, output: str | Path, source: Source | None = None)
     stored : Stored
     output : str or Path
         A new file that ends in ``.gguf``.
-    source : Source, optional
+    source : str or Path, optional
         The model that was quantized: a GGUF file's metadata and tokenizer are carried over as they
         are, a directory's tokenizer is translated. By default the tokenizer of ``stored`` is.
+    shard_bytes : int
+        Ignored: a GGUF file holds everything.
 
     Returns
     -------
@@ -98,7 +102,8 @@ def write_gguf(stored: Stored, output: str | Path, source: Source | None = None)
     _check_recipe(plan)
     arch = architecture_name(stored.config)
     check_layers(stored)
-    values = [*hyperparameters(stored.config, plan), *vocabulary(stored, source)]
+    given = None if source is None else Source(source)
+    values = [*hyperparameters(stored.config, plan), *vocabulary(stored, given)]
     tensors = list(_tensors(stored, kind, arch))
     stored.check()
     with replacing(target) as part:
