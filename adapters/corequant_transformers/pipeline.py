@@ -337,7 +337,7 @@ def quantize(
         if output is not None:
             check_rebuilt(model, rebuild(_config_text(model)))
     if source is not None:
-        tokenizer = source.tokenizer()
+        tokenizer = _tokenizer(source, needed=isinstance(calibration, str))
     if isinstance(calibration, str):
         # Too little text should be known before the model is read.
         if tokenizer is None:
@@ -408,6 +408,16 @@ def quantize(
         )
         progress("save", 1, 1)
     return result(made, path=Path(output).absolute())
+
+
+def _tokenizer(source: Source, *, needed: bool) -> Any:
+    """Return a source's tokenizer; None where it isn't needed, doesn't load and can be copied."""
+    try:
+        return source.tokenizer()
+    except CheckpointError:
+        if needed or source.is_gguf:
+            raise
+        return None
 
 
 def _check_windows(table: ModelPlan, tokens: npt.NDArray[np.int64]) -> None:
