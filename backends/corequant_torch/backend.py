@@ -6,6 +6,7 @@ operator of ``corequant_torch.operators`` stands for it; otherwise the kernels r
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from corequant.specs import QuantSpec
 from corequant_torch import compile, operators
 from corequant_torch.cpu.bridge import quick_array, quick_tensor, to_numpy, to_torch
 from corequant_torch.device.tables import device_table
-from corequant_torch.kernels.cpu import CpuKernels
+from corequant_torch.gpu.runtime import has_triton
 from corequant_torch.kernels.engines import check_apart, check_devices, engine_for, is_plain_call
 
 __all__ = ["TorchBackend"]
@@ -42,9 +43,6 @@ class TorchBackend:
 
     name = "torch"
 
-    def __init__(self) -> None:
-        self._cpu = CpuKernels()
-
     def check_together(self, **tensors: Tensor | None) -> None:
         """Raise BackendError unless all the named tensors are on one device."""
         first, x = next((n, t) for n, t in tensors.items() if t is not None)
@@ -62,11 +60,10 @@ class TorchBackend:
 
     def describe(self) -> dict[str, str]:
         """Return torch's version, the devices that it sees, and Triton's version."""
-        from corequant_torch.kernels.device import triton_version
-
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         devices = ", ".join(["cpu", *gpus])
-        return {"torch": torch.__version__, "devices": devices, "triton": triton_version()}
+        triton = import_module("triton").__version__ if has_triton() else "absent"
+        return {"torch": torch.__version__, "devices": devices, "triton": triton}
 
     def first_nonfinite(self, x: Tensor) -> tuple[int, tuple[int, ...], float] | None:
         """Return count, first index and value of NaN and Inf in ``x``, or None without any."""
@@ -101,11 +98,9 @@ class TorchBackend:
         if out is not None:
             check_out(x, out)
         if is_plain_call(x):
-            kernels = self._cpu if x.is_cpu else engine_for(x)
-            rotated: Tensor = kernels.block_hadamard(
+            return engine_for(x).block_hadamard(
                 x, block_size, axis=axis, inverse=inverse, signs=signs, out=out, threads=threads
             )
-            return rotated
         y = operators.block_hadamard(x, block_size, axis, inverse, _tensor(signs))
         return y if out is None else out.copy_(y)
 
@@ -152,7 +147,7 @@ class TorchBackend:
         if out is not None:
             check_out(x, out)
         if is_plain_call(x):
-            values: Tensor | None = engine_for(x).rotate_fake_quantize(
+            return engine_for(x).rotate_fake_quantize(
                 x,
                 block_size,
                 spec,
@@ -161,7 +156,6 @@ class TorchBackend:
                 out=out,
                 threads=threads,
             )
-            return values
         y = operators.rotate_fake_quantize(
             x, block_size, str(spec), _tensor(permutation), _tensor(signs)
         )
@@ -169,8 +163,7 @@ class TorchBackend:
 
     def token_normalize(self, x: Tensor) -> Tensor:
         """Return rows scaled to mean square 1; rows of zeros stay."""
-        result: Tensor = engine_for(x).token_normalize(x.detach())
-        return result
+        return engine_for(x).token_normalize(x.detach())
 
     def moments(self, x: Tensor) -> Moments:
         """Return float64 sums of |x| and x² and the largest |x| of each channel (d,)."""
@@ -186,18 +179,15 @@ class TorchBackend:
 
     def encode(self, x: Tensor, form: NumberFormat) -> Tensor:
         """Return the codes nearest to ``x``, which is finite, without any scale."""
-        result: Tensor = engine_for(x).encode(x.detach(), form)
-        return result
+        return engine_for(x).encode(x.detach(), form)
 
     def decode(self, codes: Tensor, form: NumberFormat) -> Tensor:
         """Return what codes stand for, float32."""
-        result: Tensor = engine_for(codes).decode(codes, form)
-        return result
+        return engine_for(codes).decode(codes, form)
 
     def choose_global_scale(self, x: Tensor, spec: QuantSpec) -> Tensor:
         """Return the divisor of all scales of a tensor, float32 (1,)."""
-        result: Tensor = engine_for(x).choose_global_scale(x.detach(), spec)
-        return result
+        return engine_for(x).choose_global_scale(x.detach(), spec)
 
     def choose_qparams(
         self, x: Tensor, spec: QuantSpec, global_scale: Tensor | None = None
@@ -230,10 +220,7 @@ class TorchBackend:
         check_devices(
             codes, "codes", scales=scales, zero_points=zero_points, global_scale=global_scale
         )
-        result: Tensor = engine_for(codes).dequantize(
-            codes, spec, scales, zero_points, global_scale
-        )
-        return result
+        return engine_for(codes).dequantize(codes, spec, scales, zero_points, global_scale)
 
     def fake_quantize(
         self,
@@ -249,10 +236,7 @@ class TorchBackend:
         if out is not None:
             check_out(x, out)
         if is_plain_call(x):
-            rounded: Tensor = engine_for(x).fake_quantize(
-                x, spec, global_scale, out=out, propagate=propagate
-            )
-            return rounded
+            return engine_for(x).fake_quantize(x, spec, global_scale, out=out, propagate=propagate)
         y = operators.fake_quantize(x, str(spec), global_scale, propagate)
         return y if out is None else out.copy_(y)
 
@@ -263,13 +247,12 @@ class TorchBackend:
         the device, blocks of columns in Triton where it runs.
         """
         W = arguments["W"]
-        engine: Any = engine_for(W)
         others = {n: t for n, t in arguments.items() if isinstance(t, Tensor) and n != "W"}
         q = arguments.get("quantized")
         if isinstance(q, QuantizedTensor):
             others |= {"codes": q.codes, "scales": q.scales}
         check_devices(W, "W", **others)
-        return engine.round_columns(method, **arguments)
+        return engine_for(W).round_columns(method, **arguments)
 
 
 def check_out(x: Tensor, out: Tensor) -> None:

@@ -21,12 +21,6 @@ def _table(values: Any) -> Any:
     return None if values is None else torch.as_tensor(values)
 
 
-def _refuse(**unsupported: Any) -> None:
-    for name, value in unsupported.items():
-        if value is not None:
-            raise NotImplementedError(f"{name} is not supported under torch.compile")
-
-
 def register() -> None:
     """Tell Dynamo; once is enough."""
     parse = torch.compiler.assume_constant_result(_parse)  # type: ignore[no-untyped-call]
@@ -84,7 +78,8 @@ def register() -> None:
         out: Any = None,
         threads: Any = None,
     ) -> Any:
-        _refuse(out=out)
+        if out is not None:
+            raise NotImplementedError("out is not supported under torch.compile")
         size = x.shape[-1] if block_size is None else block_size
         codes, scales, zeros, divisor = torch.ops.corequant.rotate_quantize(
             x, size, _text(spec), _table(permutation), _table(signs)

@@ -45,7 +45,7 @@ def block_hadamard(
 ) -> Tensor:
     """Rotate blocks of an axis, counted from the front; ``signs`` is int8 (d,)."""
     check_block_size("block_size", block_size, x.shape[axis])
-    rotated: Tensor = engine_for(x).block_hadamard(
+    return engine_for(x).block_hadamard(
         x.detach(),
         block_size,
         axis=axis,
@@ -54,7 +54,6 @@ def block_hadamard(
         out=None,
         threads=None,
     )
-    return rotated
 
 
 @block_hadamard.register_fake
@@ -100,10 +99,7 @@ def _(
 )
 def fake_quantize(x: Tensor, spec: str, global_scale: Tensor | None, propagate: bool) -> Tensor:
     """Round ``x`` to the grid that it chooses for itself."""
-    rounded: Tensor = engine_for(x).fake_quantize(
-        x.detach(), _spec(spec), global_scale, propagate=propagate
-    )
-    return rounded
+    return engine_for(x).fake_quantize(x.detach(), _spec(spec), global_scale, propagate=propagate)
 
 
 @fake_quantize.register_fake

@@ -23,7 +23,7 @@ from corequant_torch.device.scales import choose, effective, global_scale_for, r
 from corequant_torch.device.tables import device_table
 from corequant_torch.gpu.runtime import has_triton
 
-__all__ = ["DeviceKernels", "triton_version"]
+__all__ = ["DeviceKernels"]
 
 Tensor = torch.Tensor
 Signs = npt.NDArray[np.int8] | None
@@ -343,13 +343,3 @@ def _global_scale(x: Tensor, spec: QuantSpec, skip: bool) -> Tensor:
     whole = x.reshape(1, -1)
     low, high = ranges(whole, spec.symmetric and spec.format.minimum < 0, skip)
     return global_scale_for(torch.maximum(-low, high), spec)
-
-
-def triton_version() -> str:
-    """Return Triton's version, or ``absent``."""
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from corequant.errors import BackendError
+from corequant_torch.kernels.cpu import CpuKernels
 
 if TYPE_CHECKING:
-    from corequant.protocols import Backend
+    from corequant_torch.kernels.device import DeviceKernels
 
 __all__ = ["check_apart", "check_devices", "engine_for", "is_plain_call"]
 
@@ -20,24 +21,20 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._are_functorch_transforms_active
 
 
-@cache
-def _cpu() -> Backend:
-    from corequant_torch.kernels.cpu import CpuKernels
-
-    return CpuKernels()
+_cpu = CpuKernels()
 
 
 @cache
-def _device() -> Backend:
+def _device() -> DeviceKernels:
     from corequant_torch.kernels.device import DeviceKernels
 
     return DeviceKernels()
 
 
-def engine_for(x: torch.Tensor) -> Backend:
+def engine_for(x: torch.Tensor) -> CpuKernels | DeviceKernels:
     """Return the kernels for the device of ``x``; BackendError for tensors without data."""
     if x.is_cpu:
-        return _cpu()
+        return _cpu
     if x.is_meta:
         raise BackendError("the tensor must hold data, got one on the device meta")
     if x.layout is not torch.strided:

@@ -98,7 +98,6 @@ def rotate_quantize_packed(
 def _stored(scales: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     name = _BYTES.get(spec.scale_format)
     if name is not None:
-        stored: torch.Tensor = engine_for(scales).encode(scales, find_format(name))
-        return stored
+        return engine_for(scales).encode(scales, find_format(name))
     half = spec.scale_format is ScaleFormat.FLOAT16
     return scales.half() if half else scales.float()
