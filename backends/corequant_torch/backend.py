@@ -1,7 +1,7 @@
-"""The torch backend: hands tensors to the kernels of their device, or to an operator.
+"""The torch backend: dispatches tensors to the kernels of their device, or to an operator.
 
-Where gradients are recorded, or a compiler or a transform of ``torch.func`` follows the call, one
-operator of ``corequant_torch.operators`` stands for it; otherwise the kernels run at once.
+Under autograd, ``torch.compile`` or a transform of ``torch.func`` a call becomes one operator of
+``corequant_torch.operators``; otherwise the kernels run immediately.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ compile.register()
 
 
 class TorchBackend:
-    """Kernels on torch tensors of any device and stride; results are where the tensors are.
+    """Kernels on torch tensors of any device and stride; results stay on the tensors' device.
 
-    ``block_hadamard``, ``fake_quantize`` and ``rotate_fake_quantize`` carry gradients, the last two
-    straight through the rounding; codes, scales and statistics carry none.
+    ``block_hadamard``, ``fake_quantize`` and ``rotate_fake_quantize`` are differentiable, the last
+    two by the straight-through estimator; codes, scales and statistics are not.
     """
 
     name = "torch"
@@ -49,24 +49,24 @@ class TorchBackend:
         check_devices(x, first, **tensors)
 
     def from_numpy(self, array: npt.NDArray[Any], device: str = "cpu") -> Tensor:
-        """Return a tensor with an array's numbers on ``device``; BackendError if that is absent."""
+        """Return a copy of an array as a tensor on ``device``; BackendError without that device."""
         if device == "cuda" and not torch.cuda.is_available():
-            raise BackendError("cuda was asked for and there is no usable GPU or driver")
+            raise BackendError("device 'cuda' must be available, got no usable GPU or driver")
         return to_torch(np.array(array)).to(device)
 
     def to_numpy(self, tensor: Tensor) -> npt.NDArray[Any]:
-        """Return an array with a tensor's numbers, copied from its device."""
+        """Return a tensor as an array, copied from its device."""
         return to_numpy(tensor.detach().cpu())
 
     def describe(self) -> dict[str, str]:
-        """Return torch's version, the devices that it sees, and Triton's version."""
+        """Return the versions of torch and Triton, and the available devices."""
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         devices = ", ".join(["cpu", *gpus])
         triton = import_module("triton").__version__ if has_triton() else "absent"
         return {"torch": torch.__version__, "devices": devices, "triton": triton}
 
     def first_nonfinite(self, x: Tensor) -> tuple[int, tuple[int, ...], float] | None:
-        """Return count, first index and value of NaN and Inf in ``x``, or None without any."""
+        """Return the count of NaN and Inf in ``x``, the first index and its value, or None."""
         return engine_for(x).first_nonfinite(x.detach())
 
     def repeat_rotation(
@@ -105,7 +105,7 @@ class TorchBackend:
         return y if out is None else out.copy_(y)
 
     def permute_channels(self, x: Tensor, permutation: npt.NDArray[np.int64]) -> Tensor:
-        """Return ``x[..., permutation]``; the indices stay on a device for the next call."""
+        """Return ``x[..., permutation]``; the indices are cached on the device."""
         chosen: Tensor = x[..., device_table(permutation, x)]
         return chosen
 
@@ -120,7 +120,7 @@ class TorchBackend:
         out: Tensor | None,
         threads: int | None,
     ) -> Quantized | None:
-        """Return codes, scales, zero points and a global scale in one pass, None where it can't."""
+        """Return codes, scales, zero points and a global scale; None without a fused kernel."""
         check_devices(x, "x", out=out)
         return engine_for(x).rotate_quantize(
             x.detach(),
@@ -143,7 +143,7 @@ class TorchBackend:
         out: Tensor | None,
         threads: int | None,
     ) -> Tensor | None:
-        """Return the codes' values in one pass, or None where it can't."""
+        """Return the dequantized codes; None without a fused kernel."""
         if out is not None:
             check_out(x, out)
         if is_plain_call(x):
@@ -162,7 +162,7 @@ class TorchBackend:
         return y if out is None else out.copy_(y)
 
     def token_normalize(self, x: Tensor) -> Tensor:
-        """Return rows scaled to mean square 1; rows of zeros stay."""
+        """Return rows scaled to mean square 1; zero rows are unchanged."""
         return engine_for(x).token_normalize(x.detach())
 
     def moments(self, x: Tensor) -> Moments:
@@ -172,27 +172,27 @@ class TorchBackend:
     def add_gram(
         self, total: Any, x: Tensor, other: Tensor | None = None, *, double: bool = False
     ) -> Any:
-        """Return ``total`` + XᵀY (d, d) of rows; on a device the sum stays there."""
+        """Return ``total`` + XᵀY (d, d) of token rows; on a device the sum stays there."""
         check_devices(x, "x", other=other)
         second = None if other is None else other.detach()
         return engine_for(x).add_gram(total, x.detach(), second, double=double)
 
     def encode(self, x: Tensor, form: NumberFormat) -> Tensor:
-        """Return the codes nearest to ``x``, which is finite, without any scale."""
+        """Return the codes nearest to a finite ``x``, unscaled."""
         return engine_for(x).encode(x.detach(), form)
 
     def decode(self, codes: Tensor, form: NumberFormat) -> Tensor:
-        """Return what codes stand for, float32."""
+        """Return the values of codes, unscaled, float32."""
         return engine_for(codes).decode(codes, form)
 
     def choose_global_scale(self, x: Tensor, spec: QuantSpec) -> Tensor:
-        """Return the divisor of all scales of a tensor, float32 (1,)."""
+        """Return the global scale, by which all scales are divided, float32 (1,)."""
         return engine_for(x).choose_global_scale(x.detach(), spec)
 
     def choose_qparams(
         self, x: Tensor, spec: QuantSpec, global_scale: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return scales and zero points, shaped as ``spec`` asks."""
+        """Return scales and zero points in the shape of ``spec``."""
         check_devices(x, "x", global_scale=global_scale)
         return engine_for(x).choose_qparams(x.detach(), spec, global_scale)
 
@@ -204,7 +204,7 @@ class TorchBackend:
         zero_points: Tensor | None = None,
         global_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return codes of ``x``, scales and zero points."""
+        """Return the codes of ``x``, scales and zero points."""
         check_devices(x, "x", scales=scales, zero_points=zero_points, global_scale=global_scale)
         return engine_for(x).quantize(x.detach(), spec, scales, zero_points, global_scale)
 
@@ -216,7 +216,7 @@ class TorchBackend:
         zero_points: Tensor | None = None,
         global_scale: Tensor | None = None,
     ) -> Tensor:
-        """Return what codes stand for, in the dtype of the scales."""
+        """Return the values of codes, in the dtype of the scales."""
         check_devices(
             codes, "codes", scales=scales, zero_points=zero_points, global_scale=global_scale
         )
@@ -231,7 +231,7 @@ class TorchBackend:
         out: Tensor | None = None,
         propagate: bool = False,
     ) -> Tensor:
-        """Return ``x`` rounded to the grid that it chooses for itself, in x's dtype."""
+        """Return ``x`` quantized and dequantized with scales chosen from it, in its dtype."""
         check_devices(x, "x", global_scale=global_scale)
         if out is not None:
             check_out(x, out)
@@ -241,10 +241,10 @@ class TorchBackend:
         return y if out is None else out.copy_(y)
 
     def round_columns(self, method: str, **arguments: Any) -> Any:
-        """Round a weight where it is; see ``corequant.protocols.ColumnSolver``.
+        """Round a weight on its device; see ``corequant.protocols.ColumnSolver``.
 
-        CPU tensors are rounded by NumPy's solvers on their memory; elsewhere everything stays on
-        the device, blocks of columns in Triton where it runs.
+        CPU tensors go to NumPy's solvers on the same memory. On other devices blocks of columns
+        are rounded by a Triton kernel where Triton is installed.
         """
         W = arguments["W"]
         others = {n: t for n, t in arguments.items() if isinstance(t, Tensor) and n != "W"}
@@ -256,11 +256,13 @@ class TorchBackend:
 
 
 def check_out(x: Tensor, out: Tensor) -> None:
-    """Raise unless results for ``x`` may be written to ``out``."""
+    """Raise unless the result for ``x`` can be written to ``out``."""
     check_devices(x, "x", out=out)
     check_apart(x, out)
     if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
-        raise ValueError("out must not be given where gradients are recorded; use torch.no_grad()")
+        raise ValueError(
+            "out must be None while gradients are recorded, got a tensor; use torch.no_grad()"
+        )
 
 
 def _tensor(table: npt.NDArray[Any] | None) -> Tensor | None:
