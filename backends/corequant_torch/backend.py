@@ -123,13 +123,7 @@ class TorchBackend:
         """Return codes, scales, zero points and a global scale; None without a fused kernel."""
         check_devices(x, "x", out=out)
         return engine_for(x).rotate_quantize(
-            x.detach(),
-            block_size,
-            spec,
-            permutation=permutation,
-            signs=signs,
-            out=out,
-            threads=threads,
+            x, block_size, spec, permutation=permutation, signs=signs, out=out, threads=threads
         )
 
     def rotate_fake_quantize(
@@ -148,13 +142,7 @@ class TorchBackend:
             check_out(x, out)
         if is_plain_call(x):
             return engine_for(x).rotate_fake_quantize(
-                x,
-                block_size,
-                spec,
-                permutation=permutation,
-                signs=signs,
-                out=out,
-                threads=threads,
+                x, block_size, spec, permutation=permutation, signs=signs, out=out, threads=threads
             )
         y = operators.rotate_fake_quantize(
             x, block_size, str(spec), _tensor(permutation), _tensor(signs)

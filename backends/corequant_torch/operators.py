@@ -45,13 +45,7 @@ def block_hadamard(
     """Rotate blocks along a non-negative axis; ``signs`` is int8 (d,)."""
     check_block_size("block_size", block_size, x.shape[axis])
     return engine_for(x).block_hadamard(
-        x.detach(),
-        block_size,
-        axis=axis,
-        inverse=inverse,
-        signs=_host(signs),
-        out=None,
-        threads=None,
+        x, block_size, axis=axis, inverse=inverse, signs=_host(signs), out=None, threads=None
     )
 
 

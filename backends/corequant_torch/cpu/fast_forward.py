@@ -52,14 +52,7 @@ def _attention(
         return causal_attention(query, key, value, scale)
     attend: Any = torch.nn.functional.scaled_dot_product_attention
     result: Tensor = attend(
-        query,
-        key,
-        value,
-        attn_mask,
-        dropout_p,
-        is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
     return result
 

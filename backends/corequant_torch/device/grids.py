@@ -3,7 +3,7 @@
 Divisors are always tensors on the device: CUDA divides by a host number by multiplying with its
 reciprocal, which rounds twice.
 
-Bit-exact twin: `corequant._cpu.grids`, `corequant._cpu.loops.losses`.
+Bit-exact twin: `corequant._cpu.grids`.
 """
 
 from __future__ import annotations

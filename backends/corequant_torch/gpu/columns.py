@@ -1,6 +1,6 @@
 """The column loop in Triton: a program rounds the columns of one block in turn for a few rows.
 
-Bit-exact twin: `corequant._cpu.loops.columns`.
+Bit-exact twin: `corequant._cpu.loops.columns`, `corequant_torch.rounding.loop`.
 """
 
 from __future__ import annotations

@@ -64,13 +64,7 @@ class CpuKernels:
             array = to_numpy(x)
         target = array if out is x else to_numpy_or_none(out)
         rotated = self._rotate(
-            array,
-            block_size,
-            axis=axis,
-            inverse=inverse,
-            signs=signs,
-            out=target,
-            threads=threads,
+            array, block_size, axis=axis, inverse=inverse, signs=signs, out=target, threads=threads
         )
         return quick_tensor(rotated, x.dtype) if out is None else out
 
@@ -86,23 +80,21 @@ class CpuKernels:
         threads: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
         """Return codes, scales and zero points; None without a fused kernel."""
+        array, target = to_numpy(x), to_numpy_or_none(out)
         fused = self._numpy.rotate_quantize(
-            to_numpy(x),
+            array,
             block_size,
             spec,
             permutation=permutation,
             signs=signs,
-            out=to_numpy_or_none(out),
+            out=target,
             threads=threads,
         )
         if fused is None:
             return None
         codes, scales, zeros = fused[:3]
-        return (
-            to_torch(codes) if out is None else out,
-            to_torch(scales),
-            to_torch_or_none(zeros),
-        )
+        written = to_torch(codes) if out is None else out
+        return written, to_torch(scales), to_torch_or_none(zeros)
 
     def rotate_fake_quantize(
         self,
@@ -116,13 +108,14 @@ class CpuKernels:
         threads: int | None,
     ) -> torch.Tensor | None:
         """Return the dequantized codes; None without a fused kernel."""
+        array, target = to_numpy(x), to_numpy_or_none(out)
         values = self._numpy.rotate_fake_quantize(
-            to_numpy(x),
+            array,
             block_size,
             spec,
             permutation=permutation,
             signs=signs,
-            out=to_numpy_or_none(out),
+            out=target,
             threads=threads,
         )
         if values is None:
