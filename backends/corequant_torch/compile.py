@@ -1,7 +1,7 @@
-"""What ``torch.compile`` sees in place of corequant's public functions: the operators.
+"""Substitutes for corequant's public functions under ``torch.compile``: the operators.
 
-The functions themselves look for backends and check arguments in ways that Dynamo can't follow;
-the operators check when they run, and their fake forms when they are traced.
+The functions dispatch and validate in ways that Dynamo can't trace; the operators validate when
+they run, and their fake implementations when they are traced.
 """
 
 from __future__ import annotations
@@ -21,14 +21,8 @@ def _table(values: Any) -> Any:
     return None if values is None else torch.as_tensor(values)
 
 
-def _refuse(**unsupported: Any) -> None:
-    for name, value in unsupported.items():
-        if value is not None:
-            raise NotImplementedError(f"{name} is not supported under torch.compile")
-
-
 def register() -> None:
-    """Tell Dynamo; once is enough."""
+    """Register the substitutes with Dynamo."""
     parse = torch.compiler.assume_constant_result(_parse)  # type: ignore[no-untyped-call]
     substitute = torch.compiler.substitute_in_graph
 
@@ -84,7 +78,8 @@ def register() -> None:
         out: Any = None,
         threads: Any = None,
     ) -> Any:
-        _refuse(out=out)
+        if out is not None:
+            raise NotImplementedError("out must be None under torch.compile, got a tensor")
         size = x.shape[-1] if block_size is None else block_size
         codes, scales, zeros, divisor = torch.ops.corequant.rotate_quantize(
             x, size, _text(spec), _table(permutation), _table(signs)
@@ -99,7 +94,7 @@ def register() -> None:
 
 
 def _text(spec: Any) -> str:
-    # Dynamo follows this; torch 2.11 takes no spec as an argument of a constant function.
+    # Dynamo traces this; torch 2.11 rejects a spec as an argument of a constant function.
     return spec if isinstance(spec, str) else str(spec)
 
 

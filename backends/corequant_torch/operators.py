@@ -1,9 +1,8 @@
-"""corequant's operators in torch's own registry, ``torch.ops.corequant``.
+"""Custom operators in ``torch.ops.corequant``: gradients, fake tensors and batching rules.
 
-They have gradients, shapes for fake tensors and batching rules, so that autograd, ``torch.compile``
-and ``torch.func`` see one call each. The rotation is linear and orthogonal: its gradient is its
-inverse. Rounding has the straight-through gradient, that of the identity (Bengio et al.,
-arXiv 1308.3432); codes and scales have none.
+Autograd, ``torch.compile`` and ``torch.func`` see each call as one operator. The rotation is
+orthogonal: its gradient is its inverse. Rounding has the straight-through gradient, that of the
+identity (Bengio et al., arXiv 1308.3432); codes and scales have none.
 """
 
 from __future__ import annotations
@@ -43,18 +42,11 @@ def _host(x: Tensor | None) -> npt.NDArray[Any] | None:
 def block_hadamard(
     x: Tensor, block_size: int, axis: int, inverse: bool, signs: Tensor | None
 ) -> Tensor:
-    """Rotate blocks of an axis, counted from the front; ``signs`` is int8 (d,)."""
+    """Rotate blocks along a non-negative axis; ``signs`` is int8 (d,)."""
     check_block_size("block_size", block_size, x.shape[axis])
-    rotated: Tensor = engine_for(x).block_hadamard(
-        x.detach(),
-        block_size,
-        axis=axis,
-        inverse=inverse,
-        signs=_host(signs),
-        out=None,
-        threads=None,
+    return engine_for(x).block_hadamard(
+        x, block_size, axis=axis, inverse=inverse, signs=_host(signs), out=None, threads=None
     )
-    return rotated
 
 
 @block_hadamard.register_fake
@@ -88,7 +80,7 @@ def _(
     signs: Tensor | None,
 ) -> tuple[Tensor, int]:
     if in_dims[0] is None or in_dims[4] is not None:
-        raise NotImplementedError("corequant::block_hadamard is mapped over x alone")
+        raise NotImplementedError("vmap of corequant::block_hadamard must map x and not signs")
     first = x.movedim(in_dims[0], 0)
     return torch.ops.corequant.block_hadamard(first, block_size, axis + 1, inverse, signs), 0
 
@@ -99,11 +91,8 @@ def _(
     schema="(Tensor x, str spec, Tensor? global_scale, bool propagate) -> Tensor",
 )
 def fake_quantize(x: Tensor, spec: str, global_scale: Tensor | None, propagate: bool) -> Tensor:
-    """Round ``x`` to the grid that it chooses for itself."""
-    rounded: Tensor = engine_for(x).fake_quantize(
-        x.detach(), _spec(spec), global_scale, propagate=propagate
-    )
-    return rounded
+    """Quantize and dequantize ``x`` with scales chosen from it."""
+    return engine_for(x).fake_quantize(x.detach(), _spec(spec), global_scale, propagate=propagate)
 
 
 @fake_quantize.register_fake
@@ -126,7 +115,7 @@ fake_quantize.register_autograd(_straight_through)
 def rotate_fake_quantize(
     x: Tensor, block_size: int, spec: str, permutation: Tensor | None, signs: Tensor | None
 ) -> Tensor:
-    """Permute, sign, rotate and round ``x``."""
+    """Permute, sign and rotate ``x``, then quantize and dequantize it."""
     rounded: Tensor = rotate_and_round(
         x.detach(), block_size, _spec(spec), permutation=_host(permutation), signs=_host(signs)
     )
@@ -168,7 +157,7 @@ rotate_fake_quantize.register_autograd(_undo_steps, setup_context=_keep_steps)
 def rotate_quantize(
     x: Tensor, block_size: int, spec: str, permutation: Tensor | None, signs: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return codes, scales, zero points and the global scale; empty tensors where there is none."""
+    """Return codes, scales, zero points and the global scale; absent ones are empty tensors."""
     q = rotate_to_codes(
         x.detach(), block_size, _spec(spec), permutation=_host(permutation), signs=_host(signs)
     )

@@ -297,12 +297,3 @@ def test_numbers_out_of_range_are_one_line(folder, options):
     assert done.returncode in (1, 2)
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert options[-2].lstrip("-").replace("-", "_") in done.stderr.replace("-", "_")
-
-
-def test_without_arguments_help_and_with_version_a_version():
-    for arguments in ((), ("--help",)):
-        done = run(*arguments)
-        assert "Usage" in done.stdout
-        assert "quantize" in done.stdout
-        assert done.stderr == ""
-    assert re.fullmatch(r"corequant \S+\n", run("--version").stdout)

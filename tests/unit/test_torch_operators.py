@@ -144,7 +144,7 @@ def test_batching(x):
 
 
 def test_out_is_refused_where_gradients_are_recorded(x):
-    with pytest.raises(ValueError, match="where gradients are recorded"):
+    with pytest.raises(ValueError, match="while gradients are recorded"):
         cq.block_hadamard(x, 16, out=torch.empty_like(x))
     with torch.no_grad():
         out = torch.empty_like(x)

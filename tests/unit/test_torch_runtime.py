@@ -162,7 +162,7 @@ def test_tables_that_a_graph_reads_are_never_dropped(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(tables, "capturing", lambda device: True)
         assert find(0) is first
-        with pytest.raises(cq.BackendError, match="not on cpu yet; call the function once"):
+        with pytest.raises(cq.BackendError, match="not on cpu; call the function once"):
             find(99)
     for k in range(2, 200):
         assert int(find(k)[0]) == k

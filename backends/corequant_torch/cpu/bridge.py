@@ -1,7 +1,7 @@
-"""CPU tensors as NumPy arrays on the same memory, and back.
+"""Conversion of CPU tensors to NumPy arrays on the same memory, and back.
 
-NumPy has no bfloat16 and no float8 of its own: those go through integer views and come out as
-arrays of ml_dtypes, so that nothing is copied either way.
+NumPy lacks bfloat16 and float8: these are passed as integers and viewed as ml_dtypes, without a
+copy in either direction.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Array = npt.NDArray[Any]
 
 
 class View(NamedTuple):
-    """How a dtype that NumPy lacks is passed on."""
+    """The dtypes by which a dtype that NumPy lacks is converted."""
 
     bits: torch.dtype
     plain: np.dtype[Any]
@@ -53,7 +53,7 @@ _BACK = {view.array: (view.plain, tensor) for tensor, view in VIEWS.items()}
 
 
 def to_numpy(x: torch.Tensor) -> Array:
-    """Return a CPU tensor's memory as an array; BackendError where there is no such memory.
+    """Return an array on a CPU tensor's memory; BackendError if it has none that is dense.
 
     Examples
     --------
@@ -64,8 +64,8 @@ def to_numpy(x: torch.Tensor) -> Array:
     """
     if not x.is_cpu:
         raise BackendError(
-            f"the tensor must be on the CPU for this kernel, got {x.device}; move it yourself "
-            "with .cpu(), nothing is copied between devices silently"
+            f"the tensor must be on the CPU, got {x.device}; move it yourself with .cpu(), tensors "
+            "are never copied silently"
         )
     if x.requires_grad:
         x = x.detach()
@@ -74,14 +74,14 @@ def to_numpy(x: torch.Tensor) -> Array:
         array: Array = x.numpy() if view is None else x.view(view.bits).numpy().view(view.array)
     except (RuntimeError, TypeError) as error:
         raise BackendError(
-            f"the tensor must be dense, in plain memory, got layout {x.layout} "
+            f"the tensor must be dense and in ordinary memory, got layout {x.layout} "
             f"and dtype {x.dtype} ({error})"
         ) from None
     return array
 
 
 def quick_array(x: torch.Tensor) -> Array | None:
-    """Return a dense CPU tensor's memory as an array without any question; None otherwise."""
+    """Return an array on a CPU tensor's memory, unchecked; None if torch refuses."""
     view = VIEWS.get(x.dtype)
     try:
         array: Array = x.numpy() if view is None else x.view(view.bits).numpy().view(view.array)
@@ -91,7 +91,7 @@ def quick_array(x: torch.Tensor) -> Array | None:
 
 
 def quick_tensor(array: Array, dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor of a dtype on an array's memory; looking its own dtype up takes longer."""
+    """Return a tensor of a known dtype on an array's memory, faster than ``to_torch``."""
     view = VIEWS.get(dtype)
     if view is None:
         return torch.from_numpy(array)
@@ -115,10 +115,10 @@ def to_torch(array: Array) -> torch.Tensor:
 
 
 def to_numpy_or_none(x: torch.Tensor | None) -> Array | None:
-    """Return an array for a tensor, None for None."""
+    """Return ``to_numpy(x)``, or None for None."""
     return None if x is None else to_numpy(x)
 
 
 def to_torch_or_none(array: Array | None) -> torch.Tensor | None:
-    """Return a tensor for an array, None for None."""
+    """Return ``to_torch(array)``, or None for None."""
     return None if array is None else to_torch(array)

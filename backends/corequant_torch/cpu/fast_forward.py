@@ -1,4 +1,4 @@
-"""torch's own functions, exchanged for faster ones for a while."""
+"""A context in which torch's linear layers and causal attention run by oneDNN."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ Tensor = torch.Tensor
 
 
 class QuickForward(TorchFunctionMode):
-    """A context in which any model's linear layers and causal attention are those of this package.
-
-    They are where they are faster, see ``onednn``; everything else is torch's.
+    """Replace linear layers and causal attention of any model where oneDNN is faster.
 
     Examples
     --------
@@ -33,7 +31,7 @@ class QuickForward(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Carry out one function of torch."""
+        """Call a torch function or its replacement."""
         instead: Callable[..., Any] = _INSTEAD.get(function, function)
         return instead(*args, **(kwargs or {}))
 
@@ -54,14 +52,7 @@ def _attention(
         return causal_attention(query, key, value, scale)
     attend: Any = torch.nn.functional.scaled_dot_product_attention
     result: Tensor = attend(
-        query,
-        key,
-        value,
-        attn_mask,
-        dropout_p,
-        is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
     return result
 

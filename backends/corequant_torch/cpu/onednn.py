@@ -1,7 +1,7 @@
-"""Products and causal attention of float32 tensors on a CPU by oneDNN, where torch's are slower.
+"""Products and causal attention of float32 CPU tensors by oneDNN, where it is faster than MKL.
 
 torch multiplies float32 matrices by MKL, which leaves AVX-512 unused on some vendors' processors.
-oneDNN, which torch has too, asks only what instructions there are. Both add in float32.
+oneDNN, also a part of torch, uses it wherever it is available. Both accumulate in float32.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ __all__ = ["attends_quickly", "causal_attention", "linear", "multiplies_quickly"
 Tensor = torch.Tensor
 
 _ROWS = 256
-"""Positions whose scores are held at a time: 2 MiB for 2048 positions before them."""
+"""Query positions whose scores are held at once: 2 MiB for 2048 keys."""
 
 _LEAST_ROWS = 8
 _LEAST_PRODUCTS = 1 << 21
-"""Below these the call itself takes longer than what it saves."""
+"""Below these the overhead of a call exceeds what it saves."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return ``x @ weight.T + bias`` (..., out), as ``torch.nn.functional.linear`` does.
+    """Return ``x @ weight.T + bias`` (..., out), like ``torch.nn.functional.linear``.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             [1.]])
     """
     if multiplies_quickly(x, weight, bias):
-        # Other layouts than these would go through a reference implementation, which is slow.
+        # Other layouts would take oneDNN's reference implementation, which is slow.
         given = (x.contiguous(), weight.contiguous(), bias)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(*given, "none", [], "")
         return product
@@ -51,7 +51,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def multiplies_quickly(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether ``linear`` is oneDNN's: of plain float32 numbers, without gradients, and worth it."""
+    """Return whether ``linear`` uses oneDNN: for large float32 operands without gradients."""
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         return False
     rows = x.numel() // max(1, x.shape[-1])
@@ -68,7 +68,7 @@ def multiplies_quickly(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:
-    """Whether all are float32 numbers in memory of which nobody wants a gradient."""
+    """Return whether all are float32 CPU tensors without gradients."""
     given = [t for t in tensors if t is not None]
     return all(
         type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu and t.dtype == torch.float32
@@ -78,7 +78,7 @@ def _is_plain(*tensors: Tensor | None) -> bool:
 
 @cache
 def _has_operator() -> bool:
-    """Whether this torch has oneDNN's product, and the processor the wider instructions."""
+    """Return whether torch has oneDNN's product and the processor AVX-512."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     available: Any = torch.backends.mkldnn.is_available
@@ -86,9 +86,9 @@ def _has_operator() -> bool:
 
 
 def attends_quickly(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether ``causal_attention`` can take the place of torch's, and is faster.
+    """Return whether ``causal_attention`` applies and is faster than torch's.
 
-    Keys are as many as queries, and heads of queries a multiple of those of keys and values.
+    It needs one key per query, and a number of query heads divisible by the number of key heads.
     """
     return (
         _fit(query, key, value)
@@ -111,7 +111,7 @@ def _fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Return what each position makes of the values up to its own (batch, heads, length, width).
+    """Return causal scaled dot-product attention (batch, heads, length, value width).
 
     Parameters
     ----------
@@ -119,18 +119,18 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
     key : torch.Tensor (batch, key heads, length, width)
     value : torch.Tensor (batch, key heads, length, value width)
     scale : float, optional
-        Of the scores; by default 1/√width.
+        Factor of the scores; by default 1/√width.
 
     Raises
     ------
     ShapeError
-        If the three don't fit each other, or one is empty.
+        If the three shapes don't match, or one is empty.
 
     Notes
     -----
-    ``torch.nn.functional.scaled_dot_product_attention`` with ``is_causal``, for as many keys as
-    queries. Scores after a chunk's last position are not computed; a NaN in a chunk reaches all of
-    the chunk's positions.
+    Like ``torch.nn.functional.scaled_dot_product_attention`` with ``is_causal``, for as many keys
+    as queries. Scores beyond a chunk's last position are not computed; a NaN in a chunk reaches all
+    of its positions.
 
     Examples
     --------
@@ -143,8 +143,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
     if not _fit(query, key, value):
         shapes = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
         raise ShapeError(
-            "query, key and value must be (batch, heads, length, width), none empty, as many keys "
-            f"and values as queries, their heads a divisor of the queries', got {shapes}"
+            "query, key and value must be non-empty (batch, heads, length, width) of equal batch "
+            f"and length, with query heads a multiple of key heads, got {shapes}"
         )
     batch, heads, length, width = query.shape
     shared = heads // key.shape[1]

@@ -1,4 +1,4 @@
-"""Sums of products of tokens, XᵀX and XᵀY, as torch's matrix products."""
+"""Gram matrices of tokens, XᵀX and XᵀY, on any device."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["token_products"]
 Tensor = torch.Tensor
 
 _PANEL = 256
-"""Columns of XᵀX that are computed at once, from the diagonal on."""
+"""Rows of a panel of XᵀX, which is computed from its diagonal on."""
 
 
 def token_products(x: Tensor, other: Tensor | None, double: bool) -> Tensor:
     """Return XᵀY (d, d) of the rows of ``x`` and ``other`` (..., d), or XᵀX of ``x`` alone.
 
-    In float32, or float64 for float64 tensors or ``double``, also where autocast is on.
+    Computed in float32, or float64 for float64 tensors or ``double``, even under autocast.
     """
     kind = x.device.type
     lowered = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -35,9 +35,9 @@ def _rows(x: Tensor, double: bool) -> Tensor:
 
 
 def _square(x: Tensor) -> Tensor:
-    """Return XᵀX; what is below its diagonal panels is their mirror image, not computed."""
+    """Return XᵀX; the part below the diagonal panels is mirrored, not computed."""
     if not x.is_cpu:
-        # One large product occupies a GPU better than half as many operations in small ones.
+        # One large product uses a GPU better than half as many operations in small ones.
         return x.T @ x
     d = x.shape[1]
     product = x.new_empty(d, d)

@@ -1,7 +1,7 @@
-"""What can't be asked while a CUDA graph is captured: flags are counted, and asked for later.
+"""CUDA graph capture: checks that can't be read while capturing are counted on the device.
 
-A captured launch can't ask the device whether everything was finite and choose what to do then.
-There the device counts what was not, at each replay, and ``nonfinite_replays`` asks later.
+A captured launch can't read back whether its values are finite. Instead the device counts at each
+replay the launches that met NaN or Inf, and ``nonfinite_replays`` reads the count later.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Tensor = torch.Tensor
 
 
 def capturing(device: torch.device) -> bool:
-    """Tell whether the stream that is current on ``device`` is recorded in a CUDA graph."""
+    """Return whether the current stream of ``device`` is being captured in a CUDA graph."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):
@@ -24,16 +24,16 @@ def capturing(device: torch.device) -> bool:
 
 
 class _Counter:
-    """How often replays on a device met what was not finite."""
+    """The number of replays on a device that met NaN or Inf."""
 
     def __init__(self, device: torch.device) -> None:
-        # What inference mode makes may not be changed outside of it.
+        # Inference tensors can't be changed outside of inference mode.
         with torch.inference_mode(False):
             self.count = torch.zeros(1, dtype=torch.int32, device=device)
             self.place = torch.zeros(1, dtype=torch.int64, device=device)
 
     def add(self, good: Tensor) -> None:
-        """Count one unless ``good``; atomically, since graphs may run on several streams."""
+        """Add one unless ``good``; atomically, since graphs may run on several streams."""
         self.count.scatter_add_(0, self.place, good.logical_not().reshape(1).int())
 
 
@@ -41,38 +41,38 @@ _counters: dict[torch.device, _Counter] = {}
 
 
 def all_good(good: Tensor) -> bool:
-    """Return whether a flag on a device is set; while a graph is captured, let it count, go on."""
+    """Return a flag on a device; while a graph is captured, count it there and return True."""
     device = good.device
     if capturing(device):
         counter = _counters.get(device)
         if counter is None:
             raise BackendError(
-                f"a CUDA graph is being captured, and nothing has been checked on {device} before; "
-                "call the function once with the same arguments before capturing it"
+                f"a CUDA graph must not capture the first call on {device}; call the function once "
+                "with the same arguments before capturing it"
             )
         counter.add(good)
         return True
     if device not in _counters:
-        # Not while capturing: each replay would begin by clearing it.
+        # Not while capturing: each replay would clear it first.
         _counters.setdefault(device, _Counter(device))
     return bool(good)
 
 
 def nonfinite_replays(device: torch.device | str | None = None) -> int:
-    """Return how many captured calls met NaN or infinity in replays, and begin to count anew.
+    """Return how many replayed calls met NaN or infinity, and reset the count.
 
-    A call that is replayed in a CUDA graph can't raise ``NonFiniteError``: it writes codes and
-    values that mean nothing, and counts. Asking waits for the device.
+    A call that is replayed in a CUDA graph can't raise ``NonFiniteError``: its codes and values are
+    invalid, and it is counted. Reading the count synchronizes with the device.
 
     Parameters
     ----------
     device : torch.device or str, optional
-        The device of the replays; by default the current CUDA device.
+        Device of the replays; by default the current CUDA device.
 
     Returns
     -------
     int
-        Calls since the last time; 0 if every number was finite.
+        Calls since the last reset; 0 if all values were finite.
 
     Examples
     --------

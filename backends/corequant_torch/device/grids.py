@@ -1,7 +1,9 @@
 """Rounding to formats as torch operations, for any device: NumPy's operations in NumPy's order.
 
-Divisors are always tensors on the device: CUDA's division by a number of the host multiplies by
-its reciprocal, which rounds twice.
+Divisors are always tensors on the device: CUDA divides by a host number by multiplying with its
+reciprocal, which rounds twice.
+
+Bit-exact twin: `corequant._cpu.grids`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ Tensor = torch.Tensor
 
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
-    """Return the working dtype's name in NumPy."""
+    """Return NumPy's name of the working dtype: float64 for float64, else float32."""
     return np.dtype(np.float64 if dtype == torch.float64 else np.float32)
 
 
@@ -35,7 +37,7 @@ def integers_of(x: Tensor) -> Tensor:
 
 
 def _split(v: Tensor, r: Rounder) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the magnitude, cut to the largest number, its rounded field and whether it is low."""
+    """Return the clamped magnitude, its rounded field and whether it is subnormal."""
     a = v.abs().clamp(max=float(r.largest))
     bits = integers_of(a.clamp(min=float(r.least_normal))) - int(r.origin)
     shift = int(r.shift)
@@ -44,7 +46,7 @@ def _split(v: Tensor, r: Rounder) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def nearest_value(v: Tensor, r: Rounder) -> Tensor:
-    """Return the numbers of a minifloat nearest to ``v``, ties to the even code."""
+    """Return the minifloat values nearest to ``v``, ties to the even code."""
     a, field, low = _split(v, r)
     large = ((field << int(r.shift)) + int(r.origin)).view(v.dtype)
     small = (a + float(r.magic)) - float(r.magic)
@@ -52,7 +54,7 @@ def nearest_value(v: Tensor, r: Rounder) -> Tensor:
 
 
 def nearest_code(v: Tensor, r: Rounder) -> Tensor:
-    """Return the codes of a minifloat nearest to ``v`` as uint8."""
+    """Return the minifloat codes nearest to ``v``, as uint8."""
     a, field, low = _split(v, r)
     small = integers_of(a + float(r.magic)) - int(r.magic_bits)
     code = torch.where(low, small, field)
@@ -63,7 +65,7 @@ def nearest_code(v: Tensor, r: Rounder) -> Tensor:
 
 
 def table_of(form: NumberFormat, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return what every byte stands for, NaN where it is no code."""
+    """Return the value of each of the 256 bytes, NaN for those that are not codes."""
 
     def make() -> npt.NDArray[Any]:
         table = np.full(256, np.nan, numpy_dtype(dtype))
@@ -79,7 +81,7 @@ def _thresholds(form: NumberFormat, dtype: torch.dtype, device: torch.device) ->
 
 
 class Grid:
-    """The numbers of a format: panels are (groups, size), steps and zeros (groups, 1)."""
+    """The grid of a format: panels are (groups, size), steps and zero points (groups, 1)."""
 
     def __init__(self, form: NumberFormat, dtype: torch.dtype, device: torch.device) -> None:
         self.form, self.dtype, self.device = form, dtype, device
@@ -100,7 +102,7 @@ class Grid:
         return torch.bucketize((panel / steps).contiguous(), limits, right=True)
 
     def encode(self, panel: Tensor, steps: Tensor, zeros: Tensor) -> Tensor:
-        """Return codes."""
+        """Return the codes of a panel."""
         if self._whole:
             kind = torch.int8 if self.form.signed else torch.uint8
             return self._integers(panel, self._step(steps), zeros).to(kind)
@@ -109,7 +111,7 @@ class Grid:
         return self._indices(panel, steps).to(torch.uint8)
 
     def fake(self, panel: Tensor, steps: Tensor, zeros: Tensor) -> Tensor:
-        """Return rounded numbers."""
+        """Return a panel quantized and dequantized."""
         if self._whole:
             step = self._step(steps)
             return (self._integers(panel, step, zeros) - zeros) * step
@@ -119,13 +121,13 @@ class Grid:
         return table[self._indices(panel, steps)] * steps
 
     def decode(self, codes: Tensor, steps: Tensor, zeros: Tensor) -> Tensor:
-        """Return the numbers of codes."""
+        """Return the values of codes."""
         if self._whole:
             return (codes.to(self.dtype) - zeros) * self._step(steps)
         return table_of(self.form, self.dtype, self.device)[codes.int()] * steps
 
     def losses(self, panel: Tensor, steps: Tensor, zeros: Tensor) -> Tensor:
-        """Return squared errors of trials (groups, trials), summed in NumPy's order."""
+        """Return the squared errors of trial steps (groups, trials), summed in NumPy's order."""
         size = panel.shape[1]
         width = 1 if not (self._whole or self._float) else _lanes(size)
         found = torch.empty(steps.shape, dtype=torch.float64, device=panel.device)
@@ -149,7 +151,7 @@ def _lanes(size: int) -> int:
 
 
 def encode_powers(x: Tensor, form: NumberFormat) -> Tensor:
-    """Return the nearest powers of two; half-way up."""
+    """Return the codes of the nearest powers of two, ties upward."""
     wide = x.double()
     mantissa, exponent = torch.frexp(wide)
     codes = exponent - 1 + (mantissa >= 0.75) + form.bias

@@ -46,7 +46,7 @@ def rotate(x: Tensor, block_size: int, axis: int, inverse: bool, signs: Tensor |
     if core > 1:
         blocks = y.reshape(-1, core, power)
         y = _mix(blocks, inverse).reshape(-1, block_size)
-    # Filled there: a copy from the host would wait for the device.
+    # Filled on the device: a copy from the host would synchronize.
     scale = torch.full((), 1 / math.sqrt(block_size), dtype=y.dtype, device=y.device)
     y = y.reshape(shape)
     y = y * (signs * scale if signs is not None and inverse else scale)
@@ -96,7 +96,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def token_normalize(x: Tensor) -> Tensor:
-    """Return rows (tokens, d) scaled to mean square 1; rows of zeros stay."""
+    """Return rows (tokens, d) scaled to mean square 1; zero rows are unchanged."""
     rows = working(x).reshape(-1, x.shape[-1])
     if not rows.numel():
         return rows

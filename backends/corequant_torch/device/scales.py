@@ -1,4 +1,7 @@
-"""Scales and zero points as torch operations, for any device: ``corequant._cpu.scales``' rules."""
+"""Scales and zero points as torch operations, for any device.
+
+Bit-exact twin: `corequant._cpu.scales`.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ Tensor = torch.Tensor
 
 
 def ranges(panel: Tensor, symmetric: bool, skip: bool) -> tuple[Tensor, Tensor]:
-    """Return the smallest and largest entry of each group, zero included; NaN and Inf show up."""
+    """Return the range of each group and zero; NaN and Inf propagate unless ``skip``."""
     if skip:
         panel = torch.where(panel.isfinite(), panel, 0)
     if symmetric:
@@ -39,7 +42,7 @@ def ranges(panel: Tensor, symmetric: bool, skip: bool) -> tuple[Tensor, Tensor]:
 
 
 def global_scale_for(largest: Tensor, spec: QuantSpec) -> Tensor:
-    """Return the divisor G, float32 (1,), as ``corequant._cpu.scales.global_scale_for``."""
+    """Return the global scale of a largest magnitude, float32 (1,)."""
     top = formats["float8_e4m3fn"].maximum
     if spec.scale_search is ScaleSearch.FOUR_OVER_SIX:
         top = FOUR_OVER_SIX_TOP
@@ -51,7 +54,7 @@ def global_scale_for(largest: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def effective(scales: Tensor, global_scale: Tensor | None) -> Tensor:
-    """Return what codes are multiplied by: the scales, divided by the tensor's where it has one."""
+    """Return the step sizes: the scales, divided by the global scale if there is one."""
     return scales if global_scale is None else scales / global_scale.to(scales.dtype)
 
 
@@ -73,12 +76,12 @@ def _exponent_for(largest: Tensor, rule: Rule) -> Tensor:
 
 
 def _number(value: SupportsFloat, like: Tensor) -> Tensor:
-    # Filled there: a copy from the host would wait for the device.
+    # Filled on the device: a copy from the host would synchronize.
     return torch.full((), float(value), dtype=like.dtype, device=like.device)
 
 
 def choose_by_rule(low: Tensor, high: Tensor, rule: Rule, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scales and zero points of ranges; ``factor`` multiplies before rounding."""
+    """Return scales, multiplied by ``factor`` before rounding, and zero points of ranges."""
     a, b = -low, high
     largest = torch.maximum(a, b)
     none = torch.zeros_like(largest)
@@ -102,7 +105,7 @@ def choose_by_rule(low: Tensor, high: Tensor, rule: Rule, factor: Tensor) -> tup
     if rule.kind == ROUNDED:
         scale = nearest_value(scale, rule.rounder).clamp(min=tiny)
         moved = torch.round(least + a / scale).clamp(least, most)
-        # A zero point further from the middle may make the largest number infinite.
+        # A zero point farther from the middle may make the largest value infinite.
         fits = scale * torch.maximum(moved - least, most - moved) <= float(rule.huge)
         zero = torch.where(fits, moved, zero)
     return torch.where(largest == 0, idle, scale), torch.where(largest == 0, none, zero)
@@ -116,12 +119,24 @@ def choose(
     divisor: Tensor | None,
     propagate: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the scales and zero points of a panel's groups, whose ranges are given."""
+    """Return the scales and zero points of a panel's groups by the spec's search.
+
+    Parameters
+    ----------
+    panel : torch.Tensor (groups, size)
+    low, high : torch.Tensor (groups,)
+        Ranges of the groups, as returned by ``ranges``.
+    spec : QuantSpec
+    divisor : torch.Tensor (1,) or None
+        Global scale.
+    propagate : bool
+        Whether entries that aren't finite are left out of the search.
+    """
     rule, kind = rule_for(spec, numpy_dtype(panel.dtype)), spec.scale_search
     if kind in (ScaleSearch.HQO, ScaleSearch.EXACT):
         raise BackendError(
-            f"scale_search {kind.value!r} runs on the CPU only, got a tensor on {panel.device}; "
-            "choose the scales there, from x.cpu(), and pass them on"
+            f"scale_search {kind.value!r} must run on the CPU, got a tensor on {panel.device}; "
+            "choose scales from x.cpu() and pass them"
         )
     if not spec.format.signed and spec.symmetric and spec.format.minimum >= 0:
         low = torch.zeros_like(low)
@@ -141,7 +156,7 @@ def choose(
         if int(exponents.abs().max()) > SQUARED:
             panel, steps = torch.ldexp(panel, -exponents), torch.ldexp(steps, -exponents)
     losses = grid.losses(panel, steps, offsets)
-    # The first of equals, as in NumPy; argmin promises none.
+    # The first minimum, like NumPy; torch's argmin doesn't say which.
     least = losses.amin(1, keepdim=True)
     order = torch.arange(losses.shape[1], device=losses.device)
     best = torch.where(losses == least, order, losses.shape[1]).amin(1, keepdim=True)
@@ -199,10 +214,10 @@ def _percentiles(
     if bool(good.all()) and float(largest.max()) <= torch.finfo(panel.dtype).max / 4:
         return _whole_percentiles(panel, low, high, spec)
     low, high = low.clone(), high.clone()
-    # Entries that aren't finite have no part in it: what is left of their groups is shorter.
+    # Entries that aren't finite are left out of their groups.
     for k in good.any(1).nonzero()[:, 0].tolist():
         one = slice(k, k + 1)
-        # Differences of neighbours stay finite in a quarter of the unit.
+        # Scaled by a quarter, differences of neighbours stay finite.
         unit = 0.25 if float(largest[k]) > 1 else 1.0
         rest = panel[one, good[k]] * unit
         ends = _whole_percentiles(rest, low[one] * unit, high[one] * unit, spec)

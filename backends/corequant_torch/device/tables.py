@@ -1,8 +1,8 @@
-"""Signs, permutations and other tables of the host, kept on the devices that read them.
+"""A cache on each device of signs, permutations and other tables from the host.
 
-A copy from the host would wait for the device, and can't be captured in a CUDA graph. So tables
-are known by their contents and kept: recent ones up to a number of bytes, and those that a graph
-has captured for good, since its replays read that memory whenever they are run.
+A copy from the host would synchronize, and can't be captured in a CUDA graph. So tables are cached
+by content: recent ones up to a number of bytes, and those that a graph has captured for ever, since
+its replays read their memory.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ Tensor = torch.Tensor
 Key = tuple[Hashable, torch.device]
 
 _BYTES = 1 << 28
-"""Of tables that no graph reads; a model of 80 layers with permutations of 28672 takes 18 MB."""
+"""Limit of uncaptured tables; a model of 80 layers with permutations of 28672 takes 18 MB."""
 
 
 class KeptTables:
-    """Tables on devices, by what they are made from.
+    """An LRU cache of tables on devices, by content.
 
     Parameters
     ----------
     limit : int
-        Bytes of tables that no graph has captured; the one longest unused goes first.
+        Maximum bytes of tables that no graph has captured.
     """
 
     def __init__(self, limit: int) -> None:
@@ -43,7 +43,7 @@ class KeptTables:
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew, as the child of a fork must: the devices' memory is its parent's."""
+        """Clear the cache; after a fork the devices' memory belongs to the parent."""
         self._lock = Lock()
         self._captured: dict[Key, Tensor] = {}
         self._recent: OrderedDict[Key, Tensor] = OrderedDict()
@@ -58,12 +58,12 @@ class KeptTables:
     def find(
         self, name: Hashable, device: torch.device, make: Callable[[], npt.NDArray[Any]]
     ) -> Tensor:
-        """Return the table of that name on ``device``; what ``make`` returns if it is new.
+        """Return the table of that name on ``device``, made by ``make`` if it is not cached.
 
         Raises
         ------
         BackendError
-            If it is new and a graph is being captured.
+            If it is not cached and a graph is being captured.
         """
         key, captured = (name, device), capturing(device)
         with self._lock:
@@ -79,22 +79,22 @@ class KeptTables:
         if table is None:
             if captured:
                 raise BackendError(
-                    f"a CUDA graph is being captured, and signs, a permutation or another table is "
-                    f"not on {device} yet; call the function once with the same arguments before"
+                    "signs, permutations and other tables must be on the device before a graph is "
+                    f"captured, got one not on {device}; call the function once with the same "
+                    "arguments before capturing it"
                 )
-            # In C order, whatever made it: kernels read memory. And what inference mode makes
-            # can't index a tensor that records gradients.
+            # Kernels read C order, and an inference tensor can't index one with gradients.
             with torch.inference_mode(False):
                 made = torch.from_numpy(np.array(make(), order="C")).to(device)
             table = self._add(key, made)
         if device.type == "cuda" and not captured:
-            # Dropped while another stream still reads it, its memory must not be given away.
+            # If evicted, its memory must not be reused while this stream still reads it.
             table.record_stream(torch.cuda.current_stream(device))
         return table
 
     def _add(self, key: Key, table: Tensor) -> Tensor:
         with self._lock:
-            # Another thread may have been quicker.
+            # Another thread may have added it since.
             known = self._captured.get(key)
             if known is None:
                 known = self._recent.get(key)
@@ -115,12 +115,12 @@ if hasattr(os, "register_at_fork"):
 def kept_table(
     name: Hashable, device: torch.device, make: Callable[[], npt.NDArray[Any]]
 ) -> Tensor:
-    """Return a table on ``device``, which ``make`` makes where it hasn't been kept there."""
+    """Return the table of that name on ``device``, made by ``make`` if it is not cached."""
     return _kept.find(name, device, make)
 
 
 def device_table(values: npt.NDArray[Any] | None, x: Tensor) -> Any:
-    """Return signs, a permutation or another table on the device of ``x``; None for None."""
+    """Return a host array as a tensor on the device of ``x``, cached there; None for None."""
     if values is None:
         return None
     if x.is_cpu:

@@ -1,1 +1,1 @@
-"""Triton kernels, and their launches."""
+"""Triton kernels and their launches; importing a module of them needs Triton."""

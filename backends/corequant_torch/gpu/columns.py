@@ -1,6 +1,6 @@
-"""The column loop in Triton: the columns of one block, one after the other, for some rows.
+"""The column loop in Triton: a program rounds the columns of one block in turn for a few rows.
 
-Bit-exact twin: `corequant._cpu.loops.columns`.
+Bit-exact twin: `corequant._cpu.loops.columns`, `corequant_torch.rounding.loop`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Tensor = torch.Tensor
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2**23: adding it leaves no place for a fraction
 
 _ROWS = 8
-"""Rows of a program: four tiles of 8 × 128 numbers take 32 registers of each of 128 threads."""
+"""Rows per program: four tiles of 8 × 128 numbers take 32 registers of each of 128 threads."""
 
 
 def solve_block(
@@ -36,7 +36,25 @@ def solve_block(
     levels: Levels,
     errors: Tensor,
 ) -> None:
-    """Round a block's columns of float32 rows; writes arguments to ``values``, D to ``errors``."""
+    """Round a block of columns of float32 rows.
+
+    Parameters
+    ----------
+    start : int
+        First column of the block.
+    values, centers : torch.Tensor (rows, d)
+        Rounding arguments, which are updated in place, and what errors are measured from.
+    sums : torch.Tensor (rows, size)
+        Sums over the columns rounded before.
+    mixing, echo : torch.Tensor (size, size)
+        Factors of errors and of arguments; ``echo`` may be None.
+    steps, zeros : torch.Tensor (rows, groups)
+    groups : torch.Tensor (size,)
+        Group of each column, int32.
+    levels : Levels
+    errors : torch.Tensor (rows, d)
+        Rounding errors, written.
+    """
     rows, width = values.shape
     size = len(groups)
     count = len(levels.thresholds)
@@ -83,9 +101,9 @@ def _nearest(  # type: ignore[no-untyped-def]
     MOST: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Return the numbers of the grid nearest to ``v``: by bisection where they are a table."""
+    """Return the grid's values nearest to ``v``, by bisection of a table unless WHOLE."""
     if WHOLE:
-        # What is cut here is beyond every code's range.
+        # Clamped beyond the range of any code.
         near = tl.minimum(tl.maximum(v, -1048576.0), 1048576.0)
         code = ((near + _MAGIC) - _MAGIC) + zero
         found = tl.minimum(tl.maximum(code, LEAST), MOST) - zero
@@ -130,10 +148,10 @@ def round_block(  # type: ignore[no-untyped-def]
     MOST: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Round ``size`` ≤ B columns from ``start`` on, the last first; R rows a program.
+    """Round ``size`` ≤ B columns from ``start`` on, the last first; R rows per program.
 
-    As ``corequant._cpu.loops.columns.solve_block`` without an accumulator. The rows' parts of all
-    operands stay in registers; a column is taken out of them by a sum over a mask.
+    As ``corequant._cpu.loops.columns.solve_block`` without an accumulator. The operands' rows stay
+    in registers; a column is extracted by a masked sum.
     """
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     place = tl.arange(0, B)
@@ -149,7 +167,7 @@ def round_block(  # type: ignore[no-untyped-def]
         group = tl.load(groups + j)
         step = tl.load(steps + row * per_row + group, mask=row < rows, other=1.0)
         zero = tl.load(zeros + row * per_row + group, mask=row < rows, other=0.0)
-        # Adding -0.0 changes no number, -0.0 neither.
+        # Adding -0.0 changes no number, not even -0.0.
         pulled = tl.sum(tl.where(here, pull, -0.0), 1)
         argument = tl.sum(tl.where(here, argument_tile, -0.0), 1)
         center = tl.sum(tl.where(here, center_tile, -0.0), 1)

@@ -1,7 +1,7 @@
 """Permute, sign, rotate and quantize in one Triton kernel, in one pass over memory.
 
-It does NumPy's operations in NumPy's order (butterflies, true division, exponents from bits). A
-tile is R runs of T columns; groups and blocks lie within a run.
+NumPy's operations run in NumPy's order: butterflies, true division, exponents from bits. A tile is
+R runs of T columns; groups and blocks lie within a run.
 
 Bit-exact twin: `corequant._cpu.codegen.row_kernels`, `corequant._cpu.loops.group_passes`.
 """
@@ -44,12 +44,12 @@ _INFINITY = 0x7F800000
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2**23: adding it leaves no place for a fraction
 
 NOTHING, CODES, PACKED, VALUES = 0, 1, 2, 3
-"""What the fused kernel writes."""
+"""Outputs of the fused kernel."""
 
 
 @lru_cache(maxsize=256)
 def _scheme(spec: QuantSpec) -> dict[str, Any] | None:
-    """Return the fused kernel's constants of a spec, or None where it has none."""
+    """Return the fused kernel's constants of a spec, or None if it isn't supported."""
     form, rule = spec.format, rule_for(spec, _FLOAT32)
     whole = form.kind is FormatKind.INTEGER
     known = (whole and form.signed and not form.fraction_bits) or form.name == "float4_e2m1fn"
@@ -80,7 +80,7 @@ def _scheme(spec: QuantSpec) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, eq=False)
 class Fused:
-    """What the fused kernel wrote: codes, bytes or numbers, flat scales and zero points."""
+    """Results of the fused kernel: codes, packed codes or values; flat scales and zero points."""
 
     out: Tensor
     scales: Tensor
@@ -97,7 +97,7 @@ def fused(
     kind: int,
     out: Tensor | None = None,
 ) -> Fused | None:
-    """Permute, sign, rotate and quantize; None without a kernel or a finite rotated ``x``.
+    """Permute, sign, rotate and quantize; None without a kernel, or if values aren't finite.
 
     Parameters
     ----------
@@ -162,7 +162,7 @@ def fused(
         run(NOTHING, scales)
         divisor = global_scale_for(tops.amax().reshape(1).view(torch.float32), spec)
     run(kind, scales if divisor is None else divisor)
-    # Asked once, at the end: each question waits for the device.
+    # Checked once, at the end: each check synchronizes with the device.
     if not all_good(tops.amax() < _INFINITY):
         return None
     if out is not None and target is not out:
@@ -191,7 +191,7 @@ def _target(source: Tensor, spec: QuantSpec, kind: int, out: Tensor | None) -> T
         dtype = source.dtype
     elif kind == PACKED:
         shape, dtype = torch.Size((*shape[:-1], shape[-1] // 2)), torch.uint8
-    # What turns out not to be finite must still be there to be named.
+    # The source is kept: an error must still find its values that aren't finite.
     if out is None or not out.is_contiguous() or out.data_ptr() == source.data_ptr():
         return torch.empty(shape, dtype=dtype, device=source.device)
     return out
@@ -204,10 +204,11 @@ def _field(  # type: ignore[no-untyped-def]
     bias: tl.constexpr,
     mantissa: tl.constexpr,
 ):
-    """Return a minifloat's code of the magnitude ``a``, and its number.
+    """Return the minifloat code of the magnitude ``a``, and its value.
 
-    As ``corequant._cpu.loops.minifloat_grid``: below the smallest normal number a sum rounds, whose
-    last place is the minifloat's step; above it bits are rounded, and a carry moves the exponent.
+    As ``corequant._cpu.loops.minifloat_grid``: below the smallest normal number rounding is by a
+    sum whose last place is the minifloat's step; above it bits are rounded, and a carry moves the
+    exponent.
     """
     origin: tl.constexpr = (127 - bias) << 23
     shift: tl.constexpr = 23 - mantissa
@@ -247,7 +248,7 @@ def _power_scale(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _whole(v):  # type: ignore[no-untyped-def]
-    """Round half to even what a code's range will cut anyway."""
+    """Round half to even, after clamping beyond the range of any code."""
     return (tl.minimum(tl.maximum(v, -1048576.0), 1048576.0) + _MAGIC) - _MAGIC
 
 
@@ -296,7 +297,7 @@ def _group_scales(  # type: ignore[no-untyped-def]
         else:
             scale = tl.maximum(tl.minimum(scale, unit * TOP), unit * TINY)
             scale = tl.where(largest == 0, unit * IDLE, scale)
-    # Nobody may be there to say so: a replayed graph asks nothing.
+    # NaN marks them: a replayed graph raises no error.
     infinite = tops >= 0x7F800000
     scale = tl.where(infinite, 0x7FC00000, scale.to(tl.int32, bitcast=True))
     scale = scale.to(tl.float32, bitcast=True)
@@ -315,7 +316,7 @@ def _rounded(  # type: ignore[no-untyped-def]
     LEAST: tl.constexpr,
     MOST: tl.constexpr,
 ):
-    """Return the codes of groups ``z``, and their numbers."""
+    """Return the codes of groups ``z``, and their values."""
     quotient = tl.div_rn(z, tl.broadcast_to(step[:, None], z.shape))
     if INTEGERS:
         code = _whole(quotient) + zero[:, None]
@@ -332,7 +333,7 @@ def _rounded(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _limited(values, kind: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return float32 cut to the range of a dtype of 16 bits; cutting would make a number of NaN."""
+    """Clamp float32 to the range of a 16-bit dtype; NaN, which clamping would lose, stays."""
     if kind == tl.float16:
         cut = tl.minimum(tl.maximum(values, -65504.0), 65504.0)
         values = tl.where(values == values, cut, values)
@@ -380,11 +381,11 @@ def rotate_quantize_tiles(  # type: ignore[no-untyped-def]
 ):
     """Quantize runs; ``largest_bits`` gets each program's largest magnitude, as bits.
 
-    Scales and numbers of a group that isn't finite are NaN.
+    Scales and values of a group that isn't finite are NaN.
 
-    SCALE: 0 symmetric floats, 1 asymmetric ones, 2 powers of two, 3 bytes E4M3; the constants
-    after it are those of ``corequant._cpu.loops.scales.Rule``. INTEGERS: integers from LEAST to
-    MOST, otherwise E2M1. OUT: 0 nothing but the magnitudes, 1 codes, 2 packed nibbles, 3 numbers.
+    SCALE: 0 symmetric floats, 1 asymmetric ones, 2 powers of two, 3 E4M3; the constants after it
+    are those of ``corequant._cpu.loops.scales.Rule``. INTEGERS: integers from LEAST to MOST,
+    otherwise E2M1. OUT: 0 only the magnitudes, 1 codes, 2 packed nibbles, 3 values.
     """
     program = tl.program_id(0).to(tl.int64)
     tile = program * R + tl.arange(0, R)[:, None]

@@ -1,8 +1,8 @@
 """Block rotations in Triton: NumPy's sums in NumPy's order, in float32.
 
-A block of K·p numbers is turned by butterflies at the distances 1, 2, 4, ..., p/2, then by the core
-of order K. There is no product of matrices: tensor cores cut off what their sums can't hold instead
-of rounding it, and sum in an order of their own.
+A block of K·p numbers is multiplied by butterflies at the distances 1, 2, 4, ..., p/2, then by the
+core of order K. Matrix products are not used: tensor cores truncate their sums instead of rounding
+them, and add in another order.
 
 Bit-exact twin: `corequant._cpu.loops.rotation_reference`, `corequant_torch.device.rotation`.
 """
@@ -38,22 +38,22 @@ __all__ = [
 Tensor = torch.Tensor
 
 KINDS = (torch.float16, torch.bfloat16, torch.float32)
-"""Dtypes that the kernels read."""
+"""Input dtypes of the kernels."""
 
 TILE = 4096
-"""Numbers that a program turns at least, if there are as many."""
+"""Minimum of numbers per program."""
 
 LARGEST_TILE = 32768
-"""Numbers that the registers of a program hold."""
+"""Maximum of numbers that a program holds in registers."""
 
 _NUMBERS_PER_WARP = 512
-"""16 in the registers of a thread: with 32 it takes up to all 255, so that few threads fit."""
+"""16 per thread: with 32 a thread takes up to all 255 registers, and few threads fit."""
 
 _MOST_WARPS = 32
 
 
 def power_of_two(n: int) -> int:
-    """Return the smallest power of two from ``n`` on."""
+    """Return the smallest power of two that is at least ``n``."""
     return 1 << max(0, n - 1).bit_length()
 
 
@@ -62,13 +62,13 @@ def _warps(numbers: int) -> int:
 
 
 def turning_tile(power: int) -> tuple[dict[str, int], int]:
-    """Return the constants of ``rotate_powers`` for blocks of a power of two, and its warps."""
+    """Return the constants and the number of warps of ``rotate_powers``."""
     rows = max(1, TILE // power)
     return {"L": rows, "P": power}, _warps(rows * power)
 
 
 def mixing_tile(core: int, power: int) -> tuple[dict[str, int], int]:
-    """Return the constants of ``mix_cores`` for blocks of core · power, and its warps."""
+    """Return the constants and the number of warps of ``mix_cores``."""
     rows = power_of_two(core)
     columns = max(16, TILE // rows)
     constants = {"K": core, "L": rows, "P": power, "C": columns}
@@ -81,7 +81,7 @@ _factors = lru_cache(maxsize=512)(hadamard_factors)
 def rotate(
     x: Tensor, block_size: int, inverse: bool, signs: Tensor | None, out: Tensor | None
 ) -> Tensor | None:
-    """Rotate blocks of the last axis, NumPy's bits; None where no kernel fits."""
+    """Rotate blocks of the last axis; None without a kernel for the case."""
     core, power = _factors(block_size)
     if power > LARGEST_TILE or x.dtype not in KINDS or not x.numel():
         return None
@@ -92,7 +92,7 @@ def rotate(
     if core == 1:
         _turn(source, target, power, d, scale, signs, inverse)
     else:
-        # What the core reads of a block is all over it, so that the butterflies end first.
+        # The core reads entries from all over a block: the butterflies must be finished.
         turned = torch.empty_like(source, dtype=torch.float32)
         _turn(source, turned, power, d, 1.0, None if inverse else signs, False)
         _mix(turned, target, core, power, d, scale, inverse, signs if inverse else None)
@@ -137,7 +137,7 @@ def _launch(
     signs: int,
     warps: int,
 ) -> None:
-    # Warps by a table: an autotuner would run the kernel on the caller's memory to choose.
+    # No autotuner: it would run the kernel on the caller's memory to measure it.
     with on_device(arguments[0]):
         kernel[(programs,)](
             *arguments,
@@ -153,7 +153,7 @@ def _launch(
 def narrowed(y, kind: tl.constexpr, interpreted: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return float32 in the dtype ``kind``, rounded to nearest even.
 
-    The interpreter cuts bfloat16 off, and holds it as bits that it can't multiply.
+    The interpreter truncates to bfloat16, and holds it as bits that it can't multiply.
     """
     if interpreted and kind == tl.bfloat16:
         bits = y.to(tl.uint32, bitcast=True)
@@ -166,7 +166,7 @@ def narrowed(y, kind: tl.constexpr, interpreted: tl.constexpr):  # type: ignore[
 
 @triton.jit
 def butterflies(y, rows: tl.constexpr, order: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Multiply the rows (rows, order) by Sylvester's matrix, in NumPy's order of sums."""
+    """Multiply rows (rows, order) by Sylvester's matrix, in NumPy's order of sums."""
     for stage in tl.static_range(15):
         if (1 << stage) < order:
             pairs = tl.reshape(y, (rows * order // (2 << stage), 2, 1 << stage))
@@ -189,7 +189,7 @@ def rotate_powers(  # type: ignore[no-untyped-def]
     SIGNS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Rotate contiguous blocks of P numbers, a power of two; L of them a program.
+    """Rotate contiguous blocks of P numbers, a power of two; L blocks per program.
 
     ``SIGNS``: 0 none, 1 before, 2 after the rotation.
     """
@@ -224,7 +224,7 @@ def mix_cores(  # type: ignore[no-untyped-def]
     SIGNS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Multiply columns of K numbers, P apart, by a core; C columns a program, and L ≥ K.
+    """Multiply columns of K numbers, P apart, by a core; C columns per program, and L ≥ K.
 
     Inputs are added in fours, two and two, then from left to right. ``core_table`` (K/4, 4, K) has
     the signs of each four as ``core_signs`` puts them; ``x`` is float32, ``SIGNS`` 2 multiplies

@@ -1,4 +1,4 @@
-"""Whether Triton is there, and launches on a tensor's device."""
+"""Availability of Triton, and launches on a tensor's device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Tensor = torch.Tensor
 
 @cache
 def has_triton() -> bool:
-    """Tell whether Triton can be imported."""
+    """Return whether Triton is installed."""
     import importlib.util
 
     return importlib.util.find_spec("triton") is not None
@@ -25,21 +25,20 @@ def has_triton() -> bool:
 
 @cache
 def interpreted() -> bool:
-    """Tell whether Triton's kernels run in its interpreter, on CPU tensors."""
+    """Return whether Triton's kernels run in its interpreter, on CPU tensors."""
     import triton
 
     return bool(triton.knobs.runtime.interpret)
 
 
 class on_device:
-    """Launch kernels on the device of ``x``, on the stream that is current there.
+    """A context that launches kernels on the device of ``x``, on its current stream.
 
     Raises
     ------
     BackendError
-        In place of what Triton raises where it can't compile or launch: a missing C compiler, an
-        unknown GPU, a driver that is too old. Memory that runs out, and what earlier work on the
-        device has broken, stay torch's own errors.
+        If Triton can't compile or launch: a missing C compiler, an unknown GPU, an outdated
+        driver. Out-of-memory errors and failures of earlier work on the device stay torch's errors.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -52,20 +51,20 @@ class on_device:
             self._guard.__enter__()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Leave the device, and say what to do about a kernel that can't run."""
+        """Restore the device, and raise BackendError if a kernel can't run."""
         if self._guard is not None:
             self._guard.__exit__(kind, error, trace)
         if not isinstance(error, Exception) or isinstance(error, _OTHERS):
             return
         device = self._x.device
         if device.type == "cuda" and not capturing(device):
-            # Whatever ran before may have failed since, and launching is only what noticed.
+            # Earlier work may have failed, and the launch only have reported it.
             torch.cuda.synchronize(device)
         raise BackendError(
-            f"Triton can't run a kernel here ({kind.__name__}: {error}); mend what it names, "
-            "or uninstall triton: torch operations then do the same, only slower"
+            f"Triton can't run a kernel here ({kind.__name__}: {error}); fix the cause, or "
+            "uninstall triton to use torch operations, which are slower"
         ) from error
 
 
 _OTHERS = (CorequantError, torch.OutOfMemoryError, torch.AcceleratorError)
-"""Errors that say themselves what is wrong; the last is for what CUDA reports."""
+"""Errors that pass unchanged; the last are CUDA's."""

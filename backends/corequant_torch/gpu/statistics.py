@@ -19,13 +19,13 @@ Tensor = torch.Tensor
 
 _CHANNELS, _ROWS = 128, 16
 _PROGRAMS = 1024
-"""Programs that fill a GPU: some for each of its processors."""
+"""Programs that fill a GPU: several per multiprocessor."""
 
 _DECODED = 2048
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return float64 Σ|x|, Σx² and max|x| of each channel; None for nothing to look at."""
+    """Return float64 Σ|x|, Σx² and max|x| of each channel; None if ``x`` is empty or integer."""
     if not x.numel() or not x.is_floating_point():
         return None
     d = int(x.shape[-1])
@@ -49,7 +49,7 @@ def dequantize(
     zero_points: Tensor | None,
     global_scale: Tensor | None,
 ) -> Tensor | None:
-    """Return what codes stand for, in the dtype of the scales; None where no kernel fits."""
+    """Return the values of codes, in the dtype of the scales; None without a kernel."""
     if not codes.numel() or scales.dtype not in (torch.float32, torch.float64):
         return None
     whole = spec.format.kind is FormatKind.INTEGER
@@ -92,7 +92,7 @@ def channel_moments(  # type: ignore[no-untyped-def]
 ):
     """Write Σ|x|, Σx² and max|x| of C channels over ``length`` rows to ``parts`` (programs, 3, d).
 
-    Everything is float64: squares of float32 neither overflow nor round there.
+    Sums are float64, where squares of float32 neither overflow nor round.
     """
     channel = tl.program_id(0) * C + tl.arange(0, C)
     chunk = tl.program_id(1).to(tl.int64)
@@ -128,9 +128,9 @@ def decode_groups(  # type: ignore[no-untyped-def]
     SHIFTED: tl.constexpr,
     N: tl.constexpr,
 ):
-    """Write what codes stand for; each run of ``size`` of them has a step of its own.
+    """Write the values of codes; each run of ``size`` codes has its own step.
 
-    WHOLE: integers, with zero points where SHIFTED; otherwise ``table`` has all 256 bytes' numbers.
+    WHOLE: integers, with zero points if SHIFTED; otherwise ``table`` holds the value of each byte.
     """
     at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     inside = at < count

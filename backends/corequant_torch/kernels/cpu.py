@@ -1,4 +1,4 @@
-"""The NumPy kernels on the memory of CPU tensors."""
+"""Kernels for CPU tensors: NumPy's, on the same memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Permutation = npt.NDArray[np.int64] | None
 
 
 class CpuKernels:
-    """Kernels on the memory of CPU tensors: the NumPy backend's, and torch's matrix products."""
+    """The NumPy backend's kernels on the memory of CPU tensors, and torch's matrix products."""
 
     name = "torch"
 
@@ -43,7 +43,7 @@ class CpuKernels:
         return self._numpy.describe()
 
     def first_nonfinite(self, x: torch.Tensor) -> tuple[int, tuple[int, ...], float] | None:
-        """Return count, first index and value of NaN and Inf in ``x``, or None without any."""
+        """Return the count of NaN and Inf in ``x``, the first index and its value, or None."""
         return self._numpy.first_nonfinite(to_numpy(x))
 
     def block_hadamard(
@@ -60,17 +60,11 @@ class CpuKernels:
         """Rotate blocks of one axis."""
         array = quick_array(x)
         if array is None:
-            # Detaches, or says what is wrong.
+            # Detaches, or raises the error that names the reason.
             array = to_numpy(x)
         target = array if out is x else to_numpy_or_none(out)
         rotated = self._rotate(
-            array,
-            block_size,
-            axis=axis,
-            inverse=inverse,
-            signs=signs,
-            out=target,
-            threads=threads,
+            array, block_size, axis=axis, inverse=inverse, signs=signs, out=target, threads=threads
         )
         return quick_tensor(rotated, x.dtype) if out is None else out
 
@@ -85,24 +79,22 @@ class CpuKernels:
         out: torch.Tensor | None,
         threads: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
-        """Return codes, scales and zero points in one pass, or None where it can't."""
+        """Return codes, scales and zero points; None without a fused kernel."""
+        array, target = to_numpy(x), to_numpy_or_none(out)
         fused = self._numpy.rotate_quantize(
-            to_numpy(x),
+            array,
             block_size,
             spec,
             permutation=permutation,
             signs=signs,
-            out=to_numpy_or_none(out),
+            out=target,
             threads=threads,
         )
         if fused is None:
             return None
         codes, scales, zeros = fused[:3]
-        return (
-            to_torch(codes) if out is None else out,
-            to_torch(scales),
-            to_torch_or_none(zeros),
-        )
+        written = to_torch(codes) if out is None else out
+        return written, to_torch(scales), to_torch_or_none(zeros)
 
     def rotate_fake_quantize(
         self,
@@ -115,14 +107,15 @@ class CpuKernels:
         out: torch.Tensor | None,
         threads: int | None,
     ) -> torch.Tensor | None:
-        """Return the codes' values in one pass, or None where it can't."""
+        """Return the dequantized codes; None without a fused kernel."""
+        array, target = to_numpy(x), to_numpy_or_none(out)
         values = self._numpy.rotate_fake_quantize(
-            to_numpy(x),
+            array,
             block_size,
             spec,
             permutation=permutation,
             signs=signs,
-            out=to_numpy_or_none(out),
+            out=target,
             threads=threads,
         )
         if values is None:
@@ -130,7 +123,7 @@ class CpuKernels:
         return to_torch(values) if out is None else out
 
     def token_normalize(self, x: torch.Tensor) -> torch.Tensor:
-        """Return rows scaled to mean square 1; rows of zeros stay."""
+        """Return rows scaled to mean square 1; zero rows are unchanged."""
         return to_torch(self._numpy.token_normalize(to_numpy(x)))
 
     def moments(self, x: torch.Tensor) -> Moments:
@@ -147,9 +140,9 @@ class CpuKernels:
     ) -> npt.NDArray[Any]:
         """Return ``total`` + XᵀY (d, d) of the rows of ``x`` and ``other``, or of ``x`` alone."""
         for tensor in (x, other):
-            # Refused where it is not in plain memory.
+            # Raises unless its memory is dense and on the CPU.
             to_numpy_or_none(tensor)
-        # By torch's threads: NumPy's would go on spinning beside the model that gives the next x.
+        # By torch's threads: NumPy's would keep spinning while the model computes the next x.
         product = to_numpy(token_products(x, other, double))
         if total is None:
             return product
@@ -159,21 +152,21 @@ class CpuKernels:
         return summed
 
     def encode(self, x: torch.Tensor, form: NumberFormat) -> torch.Tensor:
-        """Return the codes nearest to ``x``, which is finite, without any scale."""
+        """Return the codes nearest to a finite ``x``, unscaled."""
         return to_torch(self._numpy.encode(to_numpy(x), form))
 
     def decode(self, codes: torch.Tensor, form: NumberFormat) -> torch.Tensor:
-        """Return what codes stand for, float32."""
+        """Return the values of codes, unscaled, float32."""
         return to_torch(self._numpy.decode(to_numpy(codes), form))
 
     def choose_global_scale(self, x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-        """Return the divisor of all scales of a tensor, float32 (1,)."""
+        """Return the global scale, by which all scales are divided, float32 (1,)."""
         return to_torch(self._numpy.choose_global_scale(to_numpy(x), spec))
 
     def choose_qparams(
         self, x: torch.Tensor, spec: QuantSpec, global_scale: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return scales and zero points, shaped as ``spec`` asks."""
+        """Return scales and zero points in the shape of ``spec``."""
         divisor = to_numpy_or_none(global_scale)
         scales, zeros = self._numpy.choose_qparams(to_numpy(x), spec, divisor)
         return to_torch(scales), to_torch_or_none(zeros)
@@ -186,7 +179,7 @@ class CpuKernels:
         zero_points: torch.Tensor | None = None,
         global_scale: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return codes of ``x``, scales and zero points."""
+        """Return the codes of ``x``, scales and zero points."""
         given = (to_numpy_or_none(t) for t in (scales, zero_points, global_scale))
         codes, chosen, zeros = self._numpy.quantize(to_numpy(x), spec, *given)
         if scales is not None:
@@ -201,7 +194,7 @@ class CpuKernels:
         zero_points: torch.Tensor | None = None,
         global_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return what codes stand for, in the dtype of the scales."""
+        """Return the values of codes, in the dtype of the scales."""
         given = (to_numpy_or_none(t) for t in (zero_points, global_scale))
         return to_torch(self._numpy.dequantize(to_numpy(codes), spec, to_numpy(scales), *given))
 
@@ -214,7 +207,7 @@ class CpuKernels:
         out: torch.Tensor | None = None,
         propagate: bool = False,
     ) -> torch.Tensor:
-        """Return ``x`` rounded to the grid that it chooses for itself, in x's dtype."""
+        """Return ``x`` quantized and dequantized with scales chosen from it, in its dtype."""
         array = to_numpy(x)
         target = array if out is x else to_numpy_or_none(out)
         rounded = self._numpy.fake_quantize(
@@ -223,7 +216,7 @@ class CpuKernels:
         return to_torch(rounded) if out is None else out
 
     def round_columns(self, method: str, **arguments: Any) -> Any:
-        """Return what NumPy's solver of that name gives."""
+        """Return the result of NumPy's solver of that name, as tensors."""
         from corequant import rounding
 
         given = {name: _as_numpy(value) for name, value in arguments.items()}
@@ -244,7 +237,7 @@ def _arrays(q: QuantizedTensor) -> tuple[Any, ...]:
 
 
 def _as_numpy(value: Any) -> Any:
-    """Return the same argument of NumPy's function."""
+    """Return the equivalent argument of a NumPy function."""
     if isinstance(value, torch.Tensor):
         return to_numpy(value)
     if isinstance(value, torch.dtype):

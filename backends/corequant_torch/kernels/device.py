@@ -1,4 +1,4 @@
-"""Kernels on tensors of any device, in torch operations, and in Triton's where it runs."""
+"""Kernels for tensors of any device: Triton's where it is installed, else torch operations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from corequant_torch.device.scales import choose, effective, global_scale_for, r
 from corequant_torch.device.tables import device_table
 from corequant_torch.gpu.runtime import has_triton
 
-__all__ = ["DeviceKernels", "triton_version"]
+__all__ = ["DeviceKernels"]
 
 Tensor = torch.Tensor
 Signs = npt.NDArray[np.int8] | None
@@ -31,15 +31,15 @@ Permutation = npt.NDArray[np.int64] | None
 
 
 class DeviceKernels:
-    """Kernels for tensors that are not on the CPU; right on the CPU too, only slower.
+    """Kernels for tensors that are not on the CPU; on the CPU they are correct, but slower.
 
-    Codes, scales and rotated numbers are those of NumPy bit for bit, with Triton and without; the
-    sums of ``moments`` and ``gram`` may be rounded otherwise.
+    Codes, scales and rotated values are bit-exact with NumPy's, with and without Triton; the sums
+    of ``moments`` and ``add_gram`` may be rounded differently.
 
     Parameters
     ----------
     triton : bool, optional
-        Whether to try Triton's kernels; by default on CUDA where Triton is installed.
+        Whether to use Triton's kernels; by default on CUDA where Triton is installed.
     """
 
     name = "torch"
@@ -48,7 +48,7 @@ class DeviceKernels:
         self._wanted = triton
 
     def _triton(self, x: Tensor) -> bool:
-        """Tell whether Triton's kernels may be tried: on CUDA, where it is installed."""
+        """Return whether to use Triton's kernels."""
         if self._wanted is not None:
             return self._wanted
         return x.is_cuda and has_triton()
@@ -58,7 +58,7 @@ class DeviceKernels:
         return {"torch": torch.__version__}
 
     def first_nonfinite(self, x: Tensor) -> tuple[int, tuple[int, ...], float] | None:
-        """Return count, first index and value of NaN and Inf in ``x``, or None without any."""
+        """Return the count of NaN and Inf in ``x``, the first index and its value, or None."""
         good = x.isfinite()
         if all_good(good.all()):
             return None
@@ -99,7 +99,7 @@ class DeviceKernels:
         out: Tensor | None,
         threads: int | None,
     ) -> Quantized | None:
-        """Return codes, scales, zero points and a global scale in one pass, None where it can't."""
+        """Return codes, scales, zero points and a global scale; None without a fused kernel."""
         if not self._triton(x):
             return None
         from corequant_torch.gpu import fusion
@@ -123,7 +123,7 @@ class DeviceKernels:
         out: Tensor | None,
         threads: int | None,
     ) -> Tensor | None:
-        """Return the codes' values in one pass, or None where it can't."""
+        """Return the dequantized codes; None without a fused kernel."""
         if not self._triton(x):
             return None
         from corequant_torch.gpu import fusion
@@ -133,7 +133,7 @@ class DeviceKernels:
         return None if found is None else found.out
 
     def token_normalize(self, x: Tensor) -> Tensor:
-        """Return rows scaled to mean square 1; rows of zeros stay."""
+        """Return rows scaled to mean square 1; zero rows are unchanged."""
         return rotation.token_normalize(x.detach())
 
     def moments(self, x: Tensor) -> Moments:
@@ -163,7 +163,7 @@ class DeviceKernels:
         return summed
 
     def encode(self, x: Tensor, form: NumberFormat) -> Tensor:
-        """Return the codes nearest to ``x``, which is finite, without any scale."""
+        """Return the codes nearest to a finite ``x``, unscaled."""
         x = x.detach()
         if form.kind is FormatKind.POWER:
             return encode_powers(x, form)
@@ -173,19 +173,19 @@ class DeviceKernels:
         return grid.encode(flat, one, torch.zeros_like(one)).reshape(x.shape)
 
     def decode(self, codes: Tensor, form: NumberFormat) -> Tensor:
-        """Return what codes stand for, float32."""
+        """Return the values of codes, unscaled, float32."""
         bits = codes.view(torch.uint8).int() & (2**form.bits - 1)
         return table_of(form, torch.float32, codes.device)[bits]
 
     def choose_global_scale(self, x: Tensor, spec: QuantSpec) -> Tensor:
-        """Return the divisor of all scales of a tensor, float32 (1,)."""
+        """Return the global scale, by which all scales are divided, float32 (1,)."""
         self._refuse_nonfinite(x.detach())
         return _global_scale(working(x.detach()), spec, False)
 
     def choose_qparams(
         self, x: Tensor, spec: QuantSpec, global_scale: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return scales and zero points, shaped as ``spec`` asks."""
+        """Return scales and zero points in the shape of ``spec``."""
         _, scales, zeros, _ = self._chosen(x.detach(), spec, global_scale, False)
         shape = qparams_shape(tuple(x.shape), spec)
         return scales.reshape(shape), _stored(zeros, spec, shape)
@@ -198,7 +198,7 @@ class DeviceKernels:
         zero_points: Tensor | None = None,
         global_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return codes of ``x``, scales and zero points."""
+        """Return the codes of ``x``, scales and zero points."""
         x = x.detach()
         shape = qparams_shape(tuple(x.shape), spec)
         if scales is None:
@@ -224,7 +224,7 @@ class DeviceKernels:
         zero_points: Tensor | None = None,
         global_scale: Tensor | None = None,
     ) -> Tensor:
-        """Return what codes stand for, in the dtype of the scales."""
+        """Return the values of codes, in the dtype of the scales."""
         if self._triton(codes):
             from corequant_torch.gpu import statistics
 
@@ -249,7 +249,7 @@ class DeviceKernels:
         out: Tensor | None = None,
         propagate: bool = False,
     ) -> Tensor:
-        """Return ``x`` rounded to the grid that it chooses for itself, in x's dtype."""
+        """Return ``x`` quantized and dequantized with scales chosen from it, in its dtype."""
         source = x.detach()
         if not propagate and global_scale is None and self._triton(x):
             from corequant_torch.gpu import fusion
@@ -273,7 +273,7 @@ class DeviceKernels:
         return y if out is None else out.copy_(y)
 
     def round_columns(self, method: str, **arguments: Any) -> Any:
-        """Round a weight where it is; see ``corequant.protocols.ColumnSolver``."""
+        """Round a weight on its device; see ``corequant.protocols.ColumnSolver``."""
         from corequant_torch.rounding import methods
         from corequant_torch.rounding.fitting import fit_scales
         from corequant_torch.rounding.learned import learned_rounding
@@ -343,13 +343,3 @@ def _global_scale(x: Tensor, spec: QuantSpec, skip: bool) -> Tensor:
     whole = x.reshape(1, -1)
     low, high = ranges(whole, spec.symmetric and spec.format.minimum < 0, skip)
     return global_scale_for(torch.maximum(-low, high), spec)
-
-
-def triton_version() -> str:
-    """Return Triton's version, or ``absent``."""
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"

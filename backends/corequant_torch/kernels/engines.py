@@ -1,4 +1,4 @@
-"""Which kernels work on a tensor: the device decides, and all tensors of a call share it."""
+"""The choice of kernels by a tensor's device, and checks of devices and memory."""
 
 from __future__ import annotations
 
@@ -9,58 +9,55 @@ import torch
 
 from corequant._validation import check_places
 from corequant.errors import BackendError
+from corequant_torch.kernels.cpu import CpuKernels
 
 if TYPE_CHECKING:
-    from corequant.protocols import Backend
+    from corequant_torch.kernels.device import DeviceKernels
 
 __all__ = ["check_apart", "check_devices", "engine_for", "is_plain_call"]
 
 
-# Private names that torch.autograd.Function and torch.utils use themselves, in 2.9 to 2.13.
+# Private names, in 2.9 to 2.13; torch.autograd.Function and torch.utils use them too.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._are_functorch_transforms_active
 
 
-@cache
-def _cpu() -> Backend:
-    from corequant_torch.kernels.cpu import CpuKernels
-
-    return CpuKernels()
+_cpu = CpuKernels()
 
 
 @cache
-def _device() -> Backend:
+def _device() -> DeviceKernels:
     from corequant_torch.kernels.device import DeviceKernels
 
     return DeviceKernels()
 
 
-def engine_for(x: torch.Tensor) -> Backend:
+def engine_for(x: torch.Tensor) -> CpuKernels | DeviceKernels:
     """Return the kernels for the device of ``x``; BackendError for tensors without data."""
     if x.is_cpu:
-        return _cpu()
+        return _cpu
     if x.is_meta:
-        raise BackendError("the tensor must hold data, got one on the device meta")
+        raise BackendError("the tensor must hold data, got one on device meta")
     if x.layout is not torch.strided:
         raise BackendError(f"the tensor must be dense, got layout {x.layout}")
     return _device()
 
 
 def check_devices(x: torch.Tensor, own: str, /, **others: torch.Tensor | None) -> None:
-    """Raise BackendError unless all the named tensors are where ``x``, named ``own``, is."""
+    """Raise BackendError unless all tensors are on the device of ``x``, an argument ``own``."""
     for name, other in others.items():
         if other is not None and other.device != x.device:
             raise BackendError(
                 f"all tensors must be on one device, got {own} on {x.device} and {name} on "
-                f"{other.device}; move one yourself, nothing is copied between devices silently"
+                f"{other.device}; move one yourself, tensors are never copied silently"
             )
 
 
 def check_apart(x: torch.Tensor, out: torch.Tensor) -> None:
-    """Raise ValueError unless ``out`` is ``x`` itself or lies apart from it in memory.
+    """Raise ValueError unless ``out`` is ``x`` or their memory is disjoint.
 
-    Its entries must lie apart from each other, too. Tensors on a device that interleave without
-    sharing an entry count as overlapping.
+    Entries of ``out`` must not overlap either. Tensors that interleave without sharing an entry
+    count as overlapping.
     """
     if out.layout is torch.strided and not out.is_contiguous():
         check_places(tuple(out.shape), out.stride())
@@ -86,9 +83,9 @@ def _extent(x: torch.Tensor) -> tuple[int, int]:
 
 
 def is_plain_call(x: torch.Tensor) -> bool:
-    """Tell whether kernels may run at once: nothing records, traces or transforms the call.
+    """Return whether nothing records, traces or transforms the call, so that kernels may run.
 
-    An operator takes tens of microseconds; the usual call must not.
+    An operator would add tens of microseconds to each call.
     """
     kind = type(x)
     return not (

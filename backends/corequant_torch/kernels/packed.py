@@ -1,4 +1,4 @@
-"""Permute, rotate and quantize straight to packed four-bit codes."""
+"""Permutation, rotation and quantization to packed four-bit codes."""
 
 from __future__ import annotations
 
@@ -31,29 +31,28 @@ def rotate_quantize_packed(
     permutation: npt.NDArray[Any] | None = None,
     signs: npt.NDArray[Any] | None = None,
 ) -> PackedTensor:
-    """Permute, sign, rotate and quantize a tensor to two codes a byte, the first in the low bits.
+    """Permute, sign, rotate and quantize a tensor to packed codes, two a byte, low bits first.
 
     Parameters
     ----------
     x : torch.Tensor (..., d)
-        Floating and finite; d a multiple of 8.
+        Finite floating-point values; d a multiple of 8.
     block_size, permutation, signs
         As for ``corequant.rotate_quantize``.
     spec : QuantSpec or str
-        Of a format of 4 bits, such as ``"mxfp4"``, ``"nvfp4"`` or ``"int4:group32"``.
+        A spec with a 4-bit format, such as ``"mxfp4"``, ``"nvfp4"`` or ``"int4:group32"``.
 
     Returns
     -------
     PackedTensor
-        Of tensors on the device of ``x``: bytes (..., d/2) as ``pack_quantized`` makes them, scales
-        in their stored form. On CUDA one kernel permutes, rotates, rounds and packs (with a global
-        scale, a second one before it finds the largest magnitude); torch operations bring scales
-        to their stored form.
+        Tensors on the device of ``x``: bytes (..., d/2) in the order of ``pack_quantized``, and
+        scales in their stored form. On CUDA one kernel permutes, rotates, rounds and packs; a
+        global scale takes a second one, which finds the largest magnitude first.
 
     Raises
     ------
     NonFiniteError, BlockSizeError, HadamardOrderError, PermutationError, ShapeError, SpecError
-        As ``corequant.rotate_quantize``; SpecError for a format of other bits.
+        As ``corequant.rotate_quantize``; SpecError unless the format has 4 bits.
 
     Examples
     --------
@@ -67,9 +66,9 @@ def rotate_quantize_packed(
     check_array("x", x)
     d = int(x.shape[-1])
     if spec.format.bits != 4:
-        raise SpecError(f"spec must have a format of 4 bits, got {spec}")
+        raise SpecError(f"spec must have a 4-bit format, got {spec}")
     if d % 8:
-        raise ShapeError(f"x must have a last axis of whole 32-bit words, 8 codes each, got d={d}")
+        raise ShapeError(f"x must have a last axis divisible by 8, got d={d}")
     if spec.group_size is not None:
         check_divides("group_size", spec.group_size, d)
     size = check_block_size("block_size", block_size, d)
@@ -97,7 +96,6 @@ def rotate_quantize_packed(
 def _stored(scales: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     name = SCALE_BYTES.get(spec.scale_format)
     if name is not None:
-        stored: torch.Tensor = engine_for(scales).encode(scales, find_format(name))
-        return stored
+        return engine_for(scales).encode(scales, find_format(name))
     half = spec.scale_format is ScaleFormat.FLOAT16
     return scales.half() if half else scales.float()
