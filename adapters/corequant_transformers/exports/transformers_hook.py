@@ -108,6 +108,18 @@ class _Config(configs.CompressedTensorsConfig):  # type: ignore[misc, unused-ign
             kwargs["quantization_status"] = status.removeprefix(GUARD).strip(" ()") or "compressed"
         super().__init__(*args, **kwargs)
 
+    def post_init(self) -> None:
+        """Leave ``dequantize`` as it was given.
+
+        Transformers before 5.18 sets it where weights are stored decoded already, drops the config
+        from the model, and with it the rotations from what the model is saved as.
+        """
+        asked = self.dequantize
+        prepare: Any = super().post_init
+        prepare()
+        if not asked and not self.is_quantization_compressed:
+            self.dequantize = False
+
     def to_dict(self) -> dict[str, Any]:
         """Return what ``save_pretrained`` writes: rotations and guard stay."""
         values: dict[str, Any] = super().to_dict()
@@ -131,6 +143,7 @@ class _Quantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc, unused-ign
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype that a model is loaded in, where one was asked for."""
         config = self.quantization_config
+        self._dtype = dtype
         if dtype == torch.bfloat16 or config.dequantize or not _runs_in_bfloat16(config):
             return dtype
         log: Any = logging.get_logger(__name__)
@@ -152,9 +165,19 @@ class _Quantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc, unused-ign
         _check_matrices(model)
         self._digests.finish()
         config = self.quantization_config
+        if config.dequantize:
+            _cast_decoded(model, getattr(self, "_dtype", None))
         if getattr(config, "online", ()) and config.dequantize:
             model.save_pretrained = _refuse_to_save
         return result
+
+
+def _cast_decoded(model: Any, dtype: torch.dtype | None) -> None:
+    """Give decoded weights the model's dtype; Transformers before 5.18 leaves them in bfloat16."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if dtype and weight is not None and hasattr(module, "quantization_scheme"):
+            weight.data = weight.data.to(dtype)
 
 
 def _runs_in_bfloat16(config: Any) -> bool:
