@@ -48,20 +48,9 @@ _SEARCH_TOKENS = 512
 
 @dataclass(frozen=True, eq=False)
 class Channels:
-    """Channels to be permuted among themselves, and what is known of them.
+    """Channels to be permuted among themselves: a ``part`` of those of ``statistics``.
 
-    Attributes
-    ----------
-    statistics : ActivationStats
-        Statistics of all channels.
-    part : slice
-        The channels.
-    block_size : int
-    symmetric : bool
-        Whether the quantizer has no zero point.
-    generator : numpy.random.Generator
-    energies : numpy.ndarray (d, d), optional
-        ``statistics.energy_gram``, for methods that need it.
+    ``energies`` is the energy Gram matrix of all channels, for methods that need it.
     """
 
     statistics: ActivationStats
