@@ -1,4 +1,4 @@
-"""What to do to a model, as one frozen value that reads and writes TOML."""
+"""Everything that is done to a model, as one frozen value with a TOML form."""
 
 from __future__ import annotations
 

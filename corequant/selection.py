@@ -125,7 +125,7 @@ METHODS: Mapping[str, PermutationMethod] = MappingProxyType({row.name: row for r
 
 
 def permutation_needs(name: str) -> frozenset[str]:
-    """Return what the permutation of a name needs; ``auto`` needs what all candidates do.
+    """Return the statistics that a permutation needs; ``auto`` needs those of all candidates.
 
     Examples
     --------
@@ -209,7 +209,7 @@ def make_permutation(
     heads: int = 1,
     seed: int | np.random.Generator = 0,
 ) -> npt.NDArray[np.int64]:
-    """Make the permutation of a name from statistics.
+    """Make a permutation by name from statistics.
 
     Parameters
     ----------
@@ -268,7 +268,7 @@ def select_permutation(
     heads: int = 1,
     seed: int | np.random.Generator = 0,
 ) -> Selection:
-    """Make every permutation there is and keep the one with the least error on tokens held out.
+    """Make all candidate permutations and keep the one of least error on held-out tokens.
 
     Parameters
     ----------

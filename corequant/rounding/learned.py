@@ -205,7 +205,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Descent:
-    """How the choices are learned."""
+    """The gradient descent that learns the choices."""
 
     objective: str
     steps: int
