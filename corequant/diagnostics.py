@@ -1,4 +1,4 @@
-"""Measures of how activation mass lies in a vector, and what a rotation can do to its range."""
+"""Measures of how activation mass is distributed, and bounds on rotated magnitudes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scales that move difficulty between tensors, and biases that take back what rounding shifted."""
+"""Scales that balance tensors before rounding, and biases that correct their outputs."""
 
 from __future__ import annotations
 

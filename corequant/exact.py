@@ -128,7 +128,7 @@ def integer_range(form: NumberFormat | str) -> tuple[int, int]:
 
 
 def accumulator_bits(terms: int, weight: NumberFormat | str, activation: NumberFormat | str) -> int:
-    """Return the accumulator width with which no weights whatever can overflow.
+    """Return the accumulator width that no weights can overflow.
 
     Parameters
     ----------

@@ -48,20 +48,9 @@ _SEARCH_TOKENS = 512
 
 @dataclass(frozen=True, eq=False)
 class Channels:
-    """Channels to be permuted among themselves, and what is known of them.
+    """Channels to be permuted among themselves: a ``part`` of those of ``statistics``.
 
-    Attributes
-    ----------
-    statistics : ActivationStats
-        Statistics of all channels.
-    part : slice
-        The channels.
-    block_size : int
-    symmetric : bool
-        Whether the quantizer has no zero point.
-    generator : numpy.random.Generator
-    energies : numpy.ndarray (d, d), optional
-        ``statistics.energy_gram``, for methods that need it.
+    ``energies`` is the energy Gram matrix of all channels, for methods that need it.
     """
 
     statistics: ActivationStats
@@ -136,7 +125,7 @@ METHODS: Mapping[str, PermutationMethod] = MappingProxyType({row.name: row for r
 
 
 def permutation_needs(name: str) -> frozenset[str]:
-    """Return what the permutation of a name needs; ``auto`` needs what all candidates do.
+    """Return the statistics that a permutation needs; ``auto`` needs those of all candidates.
 
     Examples
     --------
@@ -220,7 +209,7 @@ def make_permutation(
     heads: int = 1,
     seed: int | np.random.Generator = 0,
 ) -> npt.NDArray[np.int64]:
-    """Make the permutation of a name from statistics.
+    """Make a permutation by name from statistics.
 
     Parameters
     ----------
@@ -279,7 +268,7 @@ def select_permutation(
     heads: int = 1,
     seed: int | np.random.Generator = 0,
 ) -> Selection:
-    """Make every permutation there is and keep the one with the least error on tokens held out.
+    """Make all candidate permutations and keep the one of least error on held-out tokens.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Ways to round a weight: one method a module, each a pure function that returns codes."""
+"""Rounding methods for weights: a module each, pure functions that return codes."""
 
 from corequant.rounding.accumulators import (
     AccumulatorSpec,

@@ -1,4 +1,4 @@
-"""Narrow accumulators: bounds while rounding, and proofs about weights that are rounded already.
+"""Narrow accumulators: bounds while rounding, and certificates of rounded weights.
 
 A dot product sums integer weights q_i times integer inputs x_i ∈ [μ, ν], μ ≤ 0 ≤ ν: codes as they
 are stored, or codes less their zero points; minifloats are integers times a power of two. With α
@@ -140,7 +140,7 @@ def check_tile(accumulator: AccumulatorSpec, tile: int, spec: QuantSpec) -> None
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
-    """What the worst inputs can do to an accumulator, computed exactly.
+    """The worst case of an accumulator, computed exactly.
 
     Attributes
     ----------
@@ -270,7 +270,7 @@ def certify(quantized: QuantizedTensor | Any, accumulator: AccumulatorSpec) -> C
 
 
 def ensure_certified(quantized: QuantizedTensor, accumulator: AccumulatorSpec, name: str) -> None:
-    """Raise unless codes that were rounded for an accumulator keep within it."""
+    """Raise unless codes that were rounded for an accumulator stay within it."""
     if not quantized.codes.size:
         return
     found = certify(quantized, accumulator)

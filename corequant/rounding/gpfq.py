@@ -1,4 +1,4 @@
-"""GPFQ: greedy path following, each column making up for all that were rounded before."""
+"""GPFQ: greedy path following; each column compensates for all those rounded before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPTQ: each column's rounding error is made up for by the columns not yet rounded."""
+"""GPTQ: the columns not yet rounded compensate for each column's rounding error."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ def gptq(
     losses : bool
         Compute the losses of the report, which takes two more products with H.
     tokens : int, optional
-        How many tokens H and G are the moments of: what too few can't tell is made up for, see
-        Notes. Give the number wherever it is known. By default H's rank stands for it where more
-        than one direction is lacking; from as many tokens as channels on the rank tells nothing,
-        and nothing is made up for, although up to ten times as many would need it.
+        Number of tokens that H and G are the moments of; a lack of them is compensated for, see
+        Notes. Pass it wherever it is known. By default the rank of H stands in for it where more
+        than one direction is missing; from as many tokens as channels on nothing is compensated,
+        although up to ten times as many would need it.
     name : str
         The layer's name, for errors and the report.
 
@@ -98,7 +98,7 @@ def gptq(
     inverse of H, in Babai's form. A dead column, H_jj = 0, is rounded to nearest, and reported;
     where the factorization fails, the damping is raised, and reported. GPTAQ: arXiv 2504.02692.
 
-    What few tokens can't tell: with ρ the weight that oracle approximating shrinkage (arXiv
+    Few tokens: with ρ the weight that oracle approximating shrinkage (arXiv
     0907.4698, equation 23) gives to the identity, ``ρ/(1-ρ)`` times the mean of the diagonal is
     added to H and G beforehand, where that is more than a hundredth of it; ``report.shrinkage``
     has it. With one token all weights are rounded to nearest.

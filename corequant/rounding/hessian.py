@@ -301,7 +301,7 @@ def damped_factor(
 def damped(
     attempt: Callable[[float], T | None], value: float, mean: float, eps: float, name: str
 ) -> tuple[T, Damping]:
-    """Return what ``attempt`` makes of a damping, and the damping.
+    """Return the result of ``attempt`` and the damping that it took.
 
     An attempt that gives None is repeated with ten times the damping, up to ``mean``, the mean of
     the diagonal; ``eps`` is the working precision.

@@ -105,22 +105,10 @@ def learned_rounding(
     True
     """
     if is_elsewhere(W):
-        rounded: RoundedTensor = round_elsewhere(
-            "learned_rounding",
-            W=W,
-            H=H,
-            spec=spec,
-            G=G,
-            objective=objective,
-            steps=steps,
-            rate=rate,
-            scales=scales,
-            zero_points=zero_points,
-            global_scale=global_scale,
-            dtype=dtype,
-            tokens=tokens,
-            name=name,
-        )
+        arrays = {"W": W, "H": H, "G": G, "scales": scales, "zero_points": zero_points}
+        how = {"objective": objective, "steps": steps, "rate": rate, "dtype": dtype, "name": name}
+        how |= {"spec": spec, "global_scale": global_scale, "tokens": tokens}
+        rounded: RoundedTensor = round_elsewhere("learned_rounding", **arrays, **how)
         return rounded
     W, spec = check_matrix("W", W), as_spec(spec)
     working = working_dtype(W, dtype)
@@ -217,7 +205,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Descent:
-    """How the choices are learned."""
+    """The gradient descent that learns the choices."""
 
     objective: str
     steps: int

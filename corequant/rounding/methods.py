@@ -32,9 +32,9 @@ class RoundingMethod:
     ----------
     name : str
     round : callable, optional
-        Returns a RoundedTensor; called with the keywords ``W``, ``H``, ``spec``, ``name``,
-        ``tokens``, ``global_scale``, ``options`` and, where they are chosen before, ``scales`` and
-        ``zero_points``. None takes every entry's nearest number.
+        Function of the keywords ``W``, ``H``, ``spec``, ``name``, ``tokens``, ``global_scale``,
+        those of ``options`` and, unless scales are chosen later, ``scales`` and ``zero_points``;
+        returns a RoundedTensor. None stands for rounding to nearest.
     options : tuple of str
         Fields of ``RoundingOptions`` that it takes, under the same names.
     needs_moments : bool

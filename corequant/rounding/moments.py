@@ -17,7 +17,7 @@ __all__ = ["InputMoments"]
 
 
 class InputMoments:
-    """``H = X̃ᵀX̃ / n`` and ``G = XᵀX̃ / n`` of two streams of inputs, token by token the same text.
+    """``H = X̃ᵀX̃ / n`` and ``G = XᵀX̃ / n`` of two streams of inputs, of the same tokens.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Arguments that the methods with a column loop share, checked once."""
+"""The arguments that the column methods share, checked once."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ColumnOptions:
     name: str
 
     def check(self, spec: QuantSpec) -> None:
-        """Raise unless an accumulator is one, and refit has something to choose."""
+        """Raise unless the options agree with each other and with the spec."""
         accumulator = self.accumulator
         if accumulator is not None and not isinstance(accumulator, AccumulatorSpec):
             got = type(accumulator).__name__

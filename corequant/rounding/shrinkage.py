@@ -1,4 +1,4 @@
-"""Moments of few tokens: how far they are to be trusted, and what makes up for the rest.
+"""Moments of few tokens: shrinkage towards a multiple of the identity.
 
 With fewer tokens than channels H has directions that no token took, along which a method may move
 weights for nothing: the loss that it sees falls, that of other inputs rises, to many times that of
@@ -54,7 +54,7 @@ _ROWS = 512
 
 
 def shrunk(H: Array, G: Array | None, tokens: int | None) -> tuple[Array, Array | None, float]:
-    """Return H and G for a method to work with, and what was added relative to the mean diagonal.
+    """Return H and G with an addition to their diagonals, and its ratio to H's mean diagonal.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def shrunk(H: Array, G: Array | None, tokens: int | None) -> tuple[Array, Array 
 
 
 def added(trace: float, squares: float, channels: int, tokens: int, largest: float) -> float:
-    """Return what to add to each diagonal entry, relative to their mean.
+    """Return the addition to each diagonal entry, relative to their mean.
 
     Parameters
     ----------
@@ -129,12 +129,12 @@ def check_tokens(tokens: Any) -> int | None:
 
 
 def rank_tolerance(channels: int) -> float:
-    """Return what roundoff may make of an eigenvalue of 0, with ones on the diagonal."""
+    """Return the roundoff of an eigenvalue of 0 where the diagonal is all ones."""
     return 32 * float(np.finfo(np.float32).eps) * math.sqrt(channels)
 
 
 def probes(channels: int) -> Array:
-    """Return the random signs (probes, channels), float32, that ``rank_of`` wants solved."""
+    """Return the random signs (probes, channels), float32, that ``rank_of`` needs solved."""
     signs = np.array([-1, 1], np.float32)
     drawn: Array = np.random.default_rng(0).choice(signs, (_PROBES, channels))
     return drawn

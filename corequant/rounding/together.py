@@ -1,4 +1,4 @@
-"""Round the weights that read one input by the method and the options of one value."""
+"""Rounding of weights that read the same input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to round to: number format, which entries share a scale, how scales are chosen and stored.
+"""Quantizers: number format, granularity, and how scales are chosen and stored.
 
 Examples
 --------

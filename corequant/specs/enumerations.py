@@ -1,4 +1,4 @@
-"""The choices that a quantizer consists of."""
+"""The enumerated fields of a quantizer."""
 
 from __future__ import annotations
 

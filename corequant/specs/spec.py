@@ -343,7 +343,7 @@ def qparams_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, ...]:
 
 @lru_cache(maxsize=256)
 def _usual(text: str) -> QuantSpec:
-    """Read a string once: to read it takes as long as to round a row."""
+    """Read a string, cached: parsing takes as long as rounding a row."""
     return QuantSpec._read(text, {})
 
 

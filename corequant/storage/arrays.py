@@ -69,7 +69,7 @@ def to_arrays(name: str, quantized: QuantizedTensor) -> Arrays:
 def from_arrays(
     name: str, arrays: Mapping[str, npt.NDArray[Any]], spec: QuantSpec, shape: tuple[int, int]
 ) -> QuantizedTensor:
-    """Return the quantized weight that ``to_arrays`` stored, checked against what is expected.
+    """Return the quantized weight that ``to_arrays`` stored, checked against spec and shape.
 
     Parameters
     ----------

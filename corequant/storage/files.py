@@ -1,4 +1,4 @@
-"""Files that others may have put there: opened with suspicion, and JSON that every reader reads.
+"""Files of unknown origin, opened with care, and JSON that every reader accepts.
 
 Only regular files are opened. A pipe, a socket or a device in a file's place would be waited for
 without end, or never come to one.

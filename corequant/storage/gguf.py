@@ -63,7 +63,7 @@ BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34, "MXFP4": 17}
 
 
 def block_type_of(spec: QuantSpec) -> str:
-    """Return the type of the blocks that hold what a spec quantizes.
+    """Return the GGUF block type of a spec.
 
     Raises
     ------

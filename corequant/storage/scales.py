@@ -1,4 +1,4 @@
-"""Scales as they are stored: bytes, halves or floats, and the numbers that these are."""
+"""Scales in stored form (bytes, halves or floats), and back."""
 
 from __future__ import annotations
 
@@ -78,5 +78,5 @@ def load_scales(stored: Array, spec: QuantSpec) -> Array:
 
 @cache
 def numbers_of(kind: ScaleFormat) -> Array:
-    """Return what each of the 256 bytes of a scale stands for, float32."""
+    """Return the numbers that the 256 bytes of a scale stand for, float32."""
     return find_format(SCALE_BYTES[kind]).values.astype(np.float32)

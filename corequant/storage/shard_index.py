@@ -1,4 +1,4 @@
-"""The index of a model in several files: read with suspicion, like the files that it names.
+"""The index of a sharded model, validated together with the files that it names.
 
 Source: ``model.safetensors.index.json``, as Transformers writes it.
 """

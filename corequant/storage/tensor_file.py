@@ -1,4 +1,4 @@
-"""Files of named tensors (safetensors), read with suspicion and written from raw bytes.
+"""Safetensors files: validated when opened, written from raw bytes.
 
 A tensor here is its dtype's name, its shape and its bytes, so bfloat16 and 8-bit floats need no
 library that knows them. The reader maps the file and believes nothing of its header: types, sizes,
@@ -150,7 +150,7 @@ class RawTensor:
 
 
 class TensorFile:
-    """A file of tensors, opened and validated; tensors are read when they are asked for.
+    """A file of tensors, opened and validated; tensors are read on request.
 
     Parameters
     ----------

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 import corequant as cq
 from corequant.recipe import PERMUTATIONS, Recipe
+from corequant.rounding import RoundingMethod, RoundingOptions, round_together, rounding_methods
+from corequant.selection import METHODS, permutation_needs
 
 
 @pytest.mark.parametrize("permutation", PERMUTATIONS)
@@ -127,3 +130,28 @@ def test_bad_files():
 def test_options_without_a_use_are_refused_at_once(fields, message):
     with pytest.raises(cq.RecipeError, match=message):
         Recipe(**fields)
+
+
+def test_names_of_methods_come_from_their_tables():
+    assert PERMUTATIONS == (*METHODS, "auto")
+    assert tuple(rounding_methods()) == ("nearest", "gpfq", "gptq", "learned", "qronos")
+    needs = {name: permutation_needs(name) for name in PERMUTATIONS}
+    assert needs["massdiff"] == frozenset()
+    assert needs["energy"] == needs["energydiff"] == {"energy_gram"}
+    assert needs["rangediff"] == needs["auto"] == {"energy_gram", "tokens"}
+
+
+def test_a_rounding_method_is_known_by_its_row(monkeypatch, rng):
+    def towards_zero(W, H, spec, *, scales, zero_points, **given):
+        smaller = cq.quantize(0.9 * W, spec, scales, zero_points)
+        return cq.RoundedTensor.of(smaller, cq.RoundingReport("towards zero", given["name"]))
+
+    rows = {**rounding_methods(), "zero": RoundingMethod("zero", towards_zero, ("steps",))}
+    for module in ("methods", "together"):
+        monkeypatch.setattr(f"corequant.rounding.{module}.rounding_methods", lambda: rows)
+    W = rng.normal(size=(4, 8))
+    found = round_together({"a": W}, "int4:channel", RoundingOptions("zero"), np.eye(8))["a"]
+    assert found.report.method == "towards zero"
+    assert found.report.loss > found.report.nearest_loss
+    with pytest.raises(cq.SpecError, match="damping needs method gptq or qronos, got 'zero'"):
+        RoundingOptions("zero", damping=0.1)

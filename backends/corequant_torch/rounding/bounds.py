@@ -78,7 +78,7 @@ class Tiles:
     def place(
         self, column: int, wanted: Tensor, step: Tensor, zero: Tensor, levels: Levels
     ) -> tuple[Tensor, Tensor]:
-        """Return a column's arguments and numbers within the bounds, and book them."""
+        """Return a column's arguments and numbers within the bounds, and add them to the sums."""
         tile, kind = column // self.tile, wanted.dtype
         cut = self._shrink[:, tile] * step
         nothing = torch.zeros_like(wanted)

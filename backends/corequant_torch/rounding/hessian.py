@@ -86,7 +86,7 @@ def _check_square(kernels: Backend, argument: str, matrix: Any, d: int, name: st
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """H and G on a device, with what the host must know of them.
+    """H and G on a device, with what the host needs of them.
 
     Attributes
     ----------
@@ -144,7 +144,7 @@ class Moments:
 def shrunk(
     H: Tensor, G: Tensor | None, diagonal: Any, tokens: int | None
 ) -> tuple[Tensor, Tensor | None, float]:
-    """Return H and G with what is added for want of tokens; see NumPy's of the same name."""
+    """Return H and G with what is added for lack of tokens; see NumPy's of the same name."""
     living = diagonal > 0
     count, trace = int(living.sum()), float(diagonal.sum())
     if not count or tokens == ENOUGH:

@@ -21,7 +21,6 @@ from corequant.quantization import QuantizedTensor
 from corequant.rounding.accumulators import ensure_certified
 from corequant.rounding.loop import BLOCK
 from corequant_torch.device.levels import Levels, TensorScales
-from corequant_torch.gpu import columns
 from corequant_torch.rounding.bounds import Tiles
 
 __all__ = ["ColumnLoop", "Pull"]
@@ -104,8 +103,10 @@ class ColumnLoop:
         size = mixing.shape[0]
         fits = self.dtype == torch.float32 and self.tiles is None and size <= _WIDEST
         if self.triton and fits and values.numel():
+            from corequant_torch.gpu.columns import solve_block
+
             state = (sums, mixing, echo, steps, zeros, self.groups[start : start + size])
-            columns.solve_block(start, values, centers, *state, self.levels, errors)
+            solve_block(start, values, centers, *state, self.levels, errors)
             return
         places = self.order[start : start + size]
         groups = (places // self.scales.group).tolist()
