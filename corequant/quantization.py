@@ -243,7 +243,11 @@ def dequantize(quantized: QuantizedTensor) -> Any:
     check_array("scales", scales)
     scales = _as_real(scales, wide=True)
     _check_scales(scales)
-    divisor = check_global(quantized.spec, quantized.global_scale)
+    divisor = quantized.global_scale
+    if divisor is not None and not tuple(divisor.shape):
+        divisor = divisor.reshape((1,))
+    if hasattr(divisor, "max"):
+        check_global(quantized.spec, divisor)
     return backend.dequantize(codes, quantized.spec, scales, zero_points, divisor)
 
 
