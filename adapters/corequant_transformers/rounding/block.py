@@ -253,24 +253,13 @@ class _Networks:
         # The same numbers that the layer will multiply by.
         module.weight = torch.nn.Parameter(layer.weight, requires_grad=False)
         if self._inputs.on_codes:
-            module.forward = _OnCodes(linear_on_codes(layer), self._inputs, self._rounded)
+            multiply, inputs = linear_on_codes(layer), self._inputs
+            module.forward = lambda x: multiply(inputs.codes)
 
     def finish(self) -> None:
         """Replace what the quantized block reads by what it gives."""
         for window in range(len(self._hidden.quantized)):
             self._hidden.quantized[window] = self._rounded.finish(window)[0]
-
-
-@dataclass(frozen=True, eq=False)
-class _OnCodes:
-    """A rounded layer's forward pass, as a product of codes."""
-
-    multiply: Callable[[Any], torch.Tensor]
-    inputs: RoundedInputs
-    passes: BlockPasses
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.multiply(self.inputs.codes[self.passes.window])
 
 
 def _share_routes(

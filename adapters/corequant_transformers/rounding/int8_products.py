@@ -53,13 +53,14 @@ class RoundedInputs:
 
     Attributes
     ----------
-    codes : dict of int to CodeInput
-        With ``on_codes``: the last rounded input of each window.
+    codes : CodeInput
+        With ``on_codes``: the last rounded input.
     """
+
+    codes: CodeInput
 
     def __init__(self, path: str, spec: cq.QuantSpec | None, on_codes: bool = False) -> None:
         self.path, self.spec, self.on_codes = path, spec, on_codes
-        self.codes: dict[int, CodeInput] = {}
 
     def __call__(
         self, name: str, x: torch.Tensor, window: int
@@ -79,7 +80,7 @@ class RoundedInputs:
                 check_finite("x", x)
                 return x, x
             if self.on_codes:
-                rounded, self.codes[window] = input_codes(x, self.spec)
+                rounded, self.codes = input_codes(x, self.spec)
                 return rounded.new_empty(1).expand(rounded.shape), rounded
             simulated: torch.Tensor = cq.fake_quantize(x, self.spec)
             return simulated, simulated
