@@ -23,14 +23,13 @@ from corequant_transformers.calibration.choices import Calibration, check_calibr
 from corequant_transformers.checkpoint.quantized import Quantized
 from corequant_transformers.checkpoint.tensors import place_tensors
 from corequant_transformers.files.outputs import check_output
-from corequant_transformers.model.devices import check_device, device_of
 from corequant_transformers.model.layouts import standardize
 from corequant_transformers.model.parts import ModelWeights, Parts, skeleton
 from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
 from corequant_transformers.model.replicas import check_given, check_plain, unwrap
 from corequant_transformers.model.sources import Source, read_generation
 from corequant_transformers.model.structures import check_blocks, check_places, check_untouched
-from corequant_transformers.model.surroundings import undisturbed
+from corequant_transformers.model.surroundings import check_device, device_of, undisturbed
 from corequant_transformers.model.text import (
     check_ids,
     check_positions,

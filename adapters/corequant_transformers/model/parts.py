@@ -18,10 +18,9 @@ from typing import Any, Literal, Protocol
 import torch
 import transformers
 
-from corequant_transformers.model.devices import check_finite
 from corequant_transformers.model.layouts import check_modules, standardize, standardized
 from corequant_transformers.model.replicas import replicate
-from corequant_transformers.model.surroundings import quiet_transformers
+from corequant_transformers.model.surroundings import check_finite, quiet_transformers
 from corequant_transformers.planning.memory import trim_memory
 from corequant_transformers.planning.model_plan import ModelPlan
 

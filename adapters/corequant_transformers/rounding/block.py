@@ -27,11 +27,11 @@ import torch
 import corequant as cq
 from corequant.errors import CalibrationError
 from corequant.rounding import InputMoments, RoundedTensor, RoundingOptions
-from corequant_transformers.model.devices import device_of, to_host
 from corequant_transformers.model.forward import run_block
 from corequant_transformers.model.hidden_states import HiddenStates, Windows
 from corequant_transformers.model.layouts import ExpertList
 from corequant_transformers.model.quantized_linear import QuantizedLinear
+from corequant_transformers.model.surroundings import device_of, to_host
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.memory import peak_rss_mib
 from corequant_transformers.rounding.block_passes import BlockPasses

@@ -17,8 +17,8 @@ import torch
 import corequant as cq
 from corequant.formats import FormatKind
 from corequant.specs import Granularity
-from corequant_transformers.model.devices import check_finite
 from corequant_transformers.model.quantized_linear import QuantizedLinear
+from corequant_transformers.model.surroundings import check_finite
 
 __all__ = ["CodeInput", "RoundedInputs", "input_codes", "linear_on_codes", "multiplies_codes"]
 

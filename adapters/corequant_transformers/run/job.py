@@ -23,10 +23,10 @@ from corequant_torch.cpu.fast_forward import QuickForward
 from corequant_transformers.calibration.choices import Calibration, choose, choose_block_size
 from corequant_transformers.calibration.collector import Collector, collect_block
 from corequant_transformers.checkpoint.tensors import part_tensors
-from corequant_transformers.model.devices import to_host
 from corequant_transformers.model.forward import block_arguments, enter, run_block
 from corequant_transformers.model.hidden_states import Crossing, HiddenStates, Windows
 from corequant_transformers.model.parts import ENTRY, EXIT, Parts, part_of, part_plan
+from corequant_transformers.model.surroundings import to_host
 from corequant_transformers.planning.matrix_plan import Region
 from corequant_transformers.planning.model_plan import VERIFIED_TOKENS, ModelPlan, plan_model
 from corequant_transformers.rounding.block import groups_of, round_block

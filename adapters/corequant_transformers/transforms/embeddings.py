@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 
 from corequant.errors import VerificationError
-from corequant_transformers.model.devices import to_host
 from corequant_transformers.model.forward import enter, leaving
 from corequant_transformers.model.parts import ENTRY, EXIT, Parts, part_plan
+from corequant_transformers.model.surroundings import to_host
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
 from corequant_transformers.transforms.matrices import (

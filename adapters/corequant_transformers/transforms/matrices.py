@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 import corequant as cq
-from corequant_transformers.model.devices import to_host
+from corequant_transformers.model.surroundings import to_host
 from corequant_transformers.planning.matrix_plan import RESIDUAL, MatrixPlan, Side
 from corequant_transformers.planning.model_plan import ModelPlan
 
