@@ -178,7 +178,7 @@ class Parts:
         Tells the modules of each part.
     weights : Weights
     device : str or torch.device
-        Where open parts compute.
+        Device of open parts.
     spare : int
         Bytes that the process may have before memory is returned to the system after each part.
 

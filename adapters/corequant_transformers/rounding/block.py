@@ -60,7 +60,7 @@ class RoundedBlock:
     rows : list of dict
         Plain values for the report, one for each layer.
     hidden : HiddenStates
-        What the next block reads.
+        Input of the next block.
     """
 
     layers: Mapping[str, QuantizedLinear]
@@ -111,11 +111,11 @@ def round_block(
     block : torch.nn.Module
         Transformed, with the hooks of its run-time rotations, in float32; left as it is.
     path : str
-        Where the block is in the model; the rows' names start with it.
+        Path of the block in the model, with which the rows' names start.
     rows : sequence of MatrixPlan
         Plans of the block's quantized layers, in the order in which they run.
     hidden : HiddenStates
-        What the block reads; overwritten by what it gives.
+        Input of the block; overwritten by its output.
     arguments : mapping
         Its further arguments by name.
     weights, activations : QuantSpec
@@ -191,7 +191,7 @@ class _Networks:
         As for ``round_block``.
     groups : sequence of sequences of MatrixPlan
     inputs : RoundedInputs
-        What the quantized network's layers read.
+        Rounded inputs of the quantized network's layers.
     compares : bool
     """
 

@@ -1,4 +1,4 @@
-"""The steps of quantizing a model, each about one part of it, and each resting on those before.
+"""The steps of quantizing a model, each about one part of it and based on those before.
 
 First the float model runs over the calibration windows, block by block, and permutations and
 factors are chosen (``calibrate``). Then each part is transformed in float64, compared with the
@@ -74,7 +74,7 @@ class Job:
     tokens : numpy.ndarray (windows, length), int64
     ledger : Ledger
     calibration : Calibration, optional
-        What the first steps would find.
+        Result of the first steps, which are left out then.
     executor : concurrent.futures.Executor, optional
         Rounds layers at the same time.
     progress : callable

@@ -81,7 +81,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Verification:
-    """What ``verify`` found; every error is relative to the largest magnitude of the float model's.
+    """Result of ``verify``; errors are relative to the largest magnitude of the float model's.
 
     Attributes
     ----------
@@ -152,7 +152,7 @@ def verify(
     model : transformers.PreTrainedModel
         The transformed model, in float64, not quantized yet.
     plan : ModelPlan
-        What should have happened.
+        Plan of the transforms.
     choices : Choices
         The permutations and factors that were applied.
     tolerance : float
