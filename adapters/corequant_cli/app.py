@@ -144,7 +144,7 @@ def evaluate(
     words = read_option("text", text)
     import corequant_transformers as cqhf
     from corequant_transformers.checkpoint.reader import is_quantized
-    from corequant_transformers.model.devices import check_device
+    from corequant_transformers.model.surroundings import check_device
 
     where = check_device(device)
     source = None if is_quantized(model) else cqhf.Source(model, verify=verify)

@@ -23,14 +23,13 @@ from corequant_transformers.calibration.choices import Calibration, check_calibr
 from corequant_transformers.checkpoint.quantized import Quantized
 from corequant_transformers.checkpoint.tensors import place_tensors
 from corequant_transformers.files.outputs import check_output
-from corequant_transformers.model.devices import check_device, device_of
 from corequant_transformers.model.layouts import standardize
 from corequant_transformers.model.parts import ModelWeights, Parts, skeleton
 from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
 from corequant_transformers.model.replicas import check_given, check_plain, unwrap
 from corequant_transformers.model.sources import Source, read_generation
 from corequant_transformers.model.structures import check_blocks, check_places, check_untouched
-from corequant_transformers.model.surroundings import undisturbed
+from corequant_transformers.model.surroundings import check_device, device_of, undisturbed
 from corequant_transformers.model.text import (
     check_ids,
     check_positions,
@@ -184,7 +183,7 @@ def quantize(
         A Transformers directory, a GGUF file, or a float model, which is only read and may run
         elsewhere meanwhile.
     recipe : Recipe
-        What to do.
+        Recipe of transforms, formats and rounding.
     calibration : str, numpy.ndarray (windows, length) or Calibration
         Text, token windows, or what ``calibrate`` returned for this very model.
     output : str or Path, optional
@@ -203,9 +202,9 @@ def quantize(
         Bytes that the run may take, which ``limit_memory`` has the system enforce. What a part
         leaves behind then goes back to the system at once.
     device : str or torch.device, optional
-        Where forward passes, statistics, adaptive rounding and verification happen, such as
-        ``"cuda"``, and where the result is if it is not written; by default where a model in
-        memory is, and the CPU for one on disk. Matrices are transformed on the CPU in any case, so
+        Device of forward passes, statistics, adaptive rounding and verification, such as
+        ``"cuda"``, and of a result that is not written; by default that of a model in memory, and
+        the CPU for one on disk. Matrices are transformed on the CPU in any case, so
         that what is rounded to nearest has the same codes from the same statistics everywhere.
         Sums of products differ in their last bits between devices, and what follows from them
         may.

@@ -29,7 +29,7 @@ def tiny_model(model_type: str, *, seed: int = 0, **config: Any) -> Any:
     Parameters
     ----------
     model_type : str
-        As in ``config.json``, such as ``llama``, ``gpt2`` or ``mixtral``.
+        Model type in ``config.json``, such as ``llama``, ``gpt2`` or ``mixtral``.
     seed : int
         Random seed of the weights.
     **config

@@ -86,7 +86,7 @@ class Architecture:
     Attributes
     ----------
     model_type : str
-        As in the model's ``config.json``.
+        Model type in ``config.json``.
     embedding, final_norm, head : str
         Module paths; the head reads what the final norm gives.
     positions : str, optional
@@ -120,7 +120,7 @@ class Architecture:
     intermediate_size : str
         The config's field with the MLP's width.
     usual_expansion : int, optional
-        Where a config leaves that field open, how many times the hidden size the width is.
+        Width as a multiple of the hidden size where a config leaves that field open.
     requires : tuple of (str, value)
         Fields of the config that must have a value for the description to hold; a string is the
         name of a field that must be equal.

@@ -51,7 +51,7 @@ class Calibration:
         The same on the last window, which ``statistics`` has not seen then, for choices that are
         judged by tokens; empty where the recipe needs none.
     draw : int
-        Which draw of the residual stream's signs is taken.
+        Index of the draw of the residual stream's signs that is taken.
     draw_losses : tuple of float
         Losses of all draws that were tried.
     """

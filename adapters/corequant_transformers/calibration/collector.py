@@ -37,7 +37,7 @@ class Collector:
     ----------
     plan : ModelPlan
     shape : tuple of int
-        How many windows there are, and how many tokens each has.
+        Number of windows, and their length.
 
     Attributes
     ----------
@@ -162,7 +162,7 @@ def collect_block(
     index : int
     collector : Collector
     hidden : Windows
-        What the block reads; overwritten by what it gives.
+        Input of the block; overwritten by its output.
     arguments : dict
         Arguments of the block besides its hidden states.
     progress : callable

@@ -64,7 +64,7 @@ def export(
     Returns
     -------
     Path
-        What was written.
+        Path of the output.
 
     Raises
     ------

@@ -92,7 +92,7 @@ def sealed_report(report: Mapping[str, Any], folder: Path) -> str:
     report : mapping
         Plain values.
     folder : Path
-        Where the log is, if there is one.
+        Directory of the log, if there is one.
     """
     log = folder / LOG
     digests = {LOG: _sha256(log)} if log.exists() else {}
@@ -116,7 +116,7 @@ def check_digests(path: str | Path, wanted: Callable[[str], bool] | None = None)
     Returns
     -------
     int or None
-        How many files are as they were; None where there are no digests.
+        Number of files that were compared; None where there are no digests.
 
     Raises
     ------

@@ -46,7 +46,7 @@ def check_output(path: str | Path, *, allow_full: bool = False) -> Path:
     path : str or Path
         Links are followed.
     allow_full : bool
-        Whether it may hold something.
+        Whether the directory may hold something.
 
     Raises
     ------
@@ -104,7 +104,7 @@ def check_file_output(path: str | Path, ending: str = "", *, new: bool = True) -
     ending : str
         Suffix that its name must have.
     new : bool
-        Whether it may not be there yet.
+        Whether the file must not exist yet.
 
     Raises
     ------
@@ -148,7 +148,7 @@ def new_directory(target: Path, within: Path | None = None) -> Iterator[Path]:
     Parameters
     ----------
     target : Path
-        As ``check_output`` returned it.
+        Path that ``check_output`` returned.
     within : Path, optional
         Another directory on the same disk, whose owner removes what a process that was killed has
         left there; by default the temporary directory is next to a new ``target``, and inside

@@ -61,17 +61,17 @@ class LayerInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``inspect`` found.
+    """Result of ``inspect``.
 
     Attributes
     ----------
     model_type : str
     block_size : int
-        Of ranges, bounds and balance.
+        Block length of ranges, bounds and balance.
     block_sizes : tuple of int
-        Of the recovery.
+        Block lengths of the recovery.
     activations : str
-        The quantizer.
+        Quantizer of the activations.
     layers : tuple of LayerInspection
         Without experts that no token reached.
     """

@@ -62,7 +62,7 @@ def check_config(values: Any, path: Path) -> None:
     values : dict
         A model's config as plain values, of which parts may be configs themselves.
     path : Path
-        Where it is from.
+        File of the config.
     """
     for name in ("dtype", "torch_dtype"):
         value = values.get(name)
@@ -108,7 +108,7 @@ def settle_config(config: Any, path: Path) -> Any:
     config : transformers.PreTrainedConfig
         Changed in place.
     path : Path
-        Where it is from.
+        File of the config.
 
     Raises
     ------

@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 
 from corequant.errors import ArchitectureError
-from corequant_transformers.model.devices import device_of
 from corequant_transformers.model.parts import ENTRY, Parts, part_plan
 from corequant_transformers.model.replicas import standing_in
+from corequant_transformers.model.surroundings import device_of
 
 __all__ = ["block_arguments", "enter", "leaving", "run_block"]
 

@@ -18,10 +18,9 @@ from typing import Any, Literal, Protocol
 import torch
 import transformers
 
-from corequant_transformers.model.devices import check_finite
 from corequant_transformers.model.layouts import check_modules, standardize, standardized
 from corequant_transformers.model.replicas import replicate
-from corequant_transformers.model.surroundings import quiet_transformers
+from corequant_transformers.model.surroundings import check_finite, quiet_transformers
 from corequant_transformers.planning.memory import trim_memory
 from corequant_transformers.planning.model_plan import ModelPlan
 
@@ -179,7 +178,7 @@ class Parts:
         Tells the modules of each part.
     weights : Weights
     device : str or torch.device
-        Where open parts compute.
+        Device of open parts.
     spare : int
         Bytes that the process may have before memory is returned to the system after each part.
 

@@ -40,7 +40,7 @@ def unwrap(model: Any) -> Any:
     Parameters
     ----------
     model : torch.nn.Module
-        Such as what ``torch.compile`` or ``torch.nn.DataParallel`` return.
+        Possibly in a wrapper, such as those of ``torch.compile`` or ``torch.nn.DataParallel``.
 
     Raises
     ------
@@ -65,8 +65,8 @@ def unwrap(model: Any) -> Any:
     if not isinstance(found.config, transformers.PreTrainedConfig):
         raise TypeError(
             f"model must be a Transformers model, got {type(found).__name__}, whose config is a "
-            f"{type(found.config).__name__} and no transformers.PreTrainedConfig; a model of other "
-            "code is read after its config and weights were translated to one of Transformers'"
+            f"{type(found.config).__name__} and no transformers.PreTrainedConfig; convert config "
+            "and weights to a Transformers model first"
         )
     return found
 

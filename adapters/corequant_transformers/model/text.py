@@ -207,7 +207,7 @@ def check_tokens(tokens: Any) -> Tokens:
         # Rows of different lengths, dtypes that NumPy lacks, tensors without data.
         raise CalibrationError(
             f"token windows must be an array of integers (windows, length), got a "
-            f"{type(tokens).__name__} that is none ({error})"
+            f"{type(tokens).__name__} that can't be converted ({error})"
         ) from None
     if array.ndim != 2 or array.dtype.kind not in "iu" or array.size == 0 or array.shape[1] < 2:
         raise CalibrationError(

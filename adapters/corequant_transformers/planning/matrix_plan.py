@@ -206,7 +206,7 @@ class Stream:
     Attributes
     ----------
     written, final, read : Side
-        As it is written, and as layers in float and quantized ones read it.
+        The stream as it is written, as float layers read it, and as quantized ones do.
     online : bool
         Whether the quantized layers' inputs are rotated at run time.
     notes : tuple of str

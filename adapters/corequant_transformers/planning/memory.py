@@ -66,9 +66,9 @@ def limit_memory(size: str, plan: ModelPlan) -> int:
     Parameters
     ----------
     size : str
-        Such as ``900MiB`` or ``2GiB``.
+        Limit, such as ``900MiB`` or ``2GiB``.
     plan : ModelPlan
-        What is to be done.
+        Plan that the limit must leave room for.
 
     Raises
     ------

@@ -27,11 +27,11 @@ import torch
 import corequant as cq
 from corequant.errors import CalibrationError
 from corequant.rounding import InputMoments, RoundedTensor, RoundingOptions
-from corequant_transformers.model.devices import device_of, to_host
 from corequant_transformers.model.forward import run_block
 from corequant_transformers.model.hidden_states import HiddenStates, Windows
 from corequant_transformers.model.layouts import ExpertList
 from corequant_transformers.model.quantized_linear import QuantizedLinear
+from corequant_transformers.model.surroundings import device_of, to_host
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.memory import peak_rss_mib
 from corequant_transformers.rounding.block_passes import BlockPasses
@@ -60,7 +60,7 @@ class RoundedBlock:
     rows : list of dict
         Plain values for the report, one for each layer.
     hidden : HiddenStates
-        What the next block reads.
+        Input of the next block.
     """
 
     layers: Mapping[str, QuantizedLinear]
@@ -111,11 +111,11 @@ def round_block(
     block : torch.nn.Module
         Transformed, with the hooks of its run-time rotations, in float32; left as it is.
     path : str
-        Where the block is in the model; the rows' names start with it.
+        Path of the block in the model, with which the rows' names start.
     rows : sequence of MatrixPlan
         Plans of the block's quantized layers, in the order in which they run.
     hidden : HiddenStates
-        What the block reads; overwritten by what it gives.
+        Input of the block; overwritten by its output.
     arguments : mapping
         Its further arguments by name.
     weights, activations : QuantSpec
@@ -191,7 +191,7 @@ class _Networks:
         As for ``round_block``.
     groups : sequence of sequences of MatrixPlan
     inputs : RoundedInputs
-        What the quantized network's layers read.
+        Rounded inputs of the quantized network's layers.
     compares : bool
     """
 
@@ -253,24 +253,13 @@ class _Networks:
         # The same numbers that the layer will multiply by.
         module.weight = torch.nn.Parameter(layer.weight, requires_grad=False)
         if self._inputs.on_codes:
-            module.forward = _OnCodes(linear_on_codes(layer), self._inputs, self._rounded)
+            multiply, inputs = linear_on_codes(layer), self._inputs
+            module.forward = lambda x: multiply(inputs.codes)
 
     def finish(self) -> None:
         """Replace what the quantized block reads by what it gives."""
         for window in range(len(self._hidden.quantized)):
             self._hidden.quantized[window] = self._rounded.finish(window)[0]
-
-
-@dataclass(frozen=True, eq=False)
-class _OnCodes:
-    """A rounded layer's forward pass, as a product of codes."""
-
-    multiply: Callable[[Any], torch.Tensor]
-    inputs: RoundedInputs
-    passes: BlockPasses
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.multiply(self.inputs.codes[self.passes.window])
 
 
 def _share_routes(

@@ -17,8 +17,8 @@ import torch
 import corequant as cq
 from corequant.formats import FormatKind
 from corequant.specs import Granularity
-from corequant_transformers.model.devices import check_finite
 from corequant_transformers.model.quantized_linear import QuantizedLinear
+from corequant_transformers.model.surroundings import check_finite
 
 __all__ = ["CodeInput", "RoundedInputs", "input_codes", "linear_on_codes", "multiplies_codes"]
 
@@ -53,13 +53,14 @@ class RoundedInputs:
 
     Attributes
     ----------
-    codes : dict of int to CodeInput
-        With ``on_codes``: the last rounded input of each window.
+    codes : CodeInput
+        With ``on_codes``: the last rounded input.
     """
+
+    codes: CodeInput
 
     def __init__(self, path: str, spec: cq.QuantSpec | None, on_codes: bool = False) -> None:
         self.path, self.spec, self.on_codes = path, spec, on_codes
-        self.codes: dict[int, CodeInput] = {}
 
     def __call__(
         self, name: str, x: torch.Tensor, window: int
@@ -79,7 +80,7 @@ class RoundedInputs:
                 check_finite("x", x)
                 return x, x
             if self.on_codes:
-                rounded, self.codes[window] = input_codes(x, self.spec)
+                rounded, self.codes = input_codes(x, self.spec)
                 return rounded.new_empty(1).expand(rounded.shape), rounded
             simulated: torch.Tensor = cq.fake_quantize(x, self.spec)
             return simulated, simulated

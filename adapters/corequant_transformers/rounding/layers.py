@@ -20,8 +20,8 @@ from corequant.rounding import (
     round_together,
 )
 from corequant.specs import Granularity, ScaleSearch
-from corequant_transformers.model.devices import to_host
 from corequant_transformers.model.quantized_linear import QuantizedLinear
+from corequant_transformers.model.surroundings import to_host
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
 

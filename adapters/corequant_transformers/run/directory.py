@@ -115,7 +115,7 @@ class RunDirectory:
     manifest : mapping
         What the run depends on, as plain values; a run resumes only with the same ones.
     resume : bool
-        Whether a run that is there goes on; otherwise it is refused. One that isn't there begins.
+        Whether an existing run is resumed; otherwise it is refused. Without one, a run begins.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The steps of quantizing a model, each about one part of it, and each resting on those before.
+"""The steps of quantizing a model, each about one part of it and based on those before.
 
 First the float model runs over the calibration windows, block by block, and permutations and
 factors are chosen (``calibrate``). Then each part is transformed in float64, compared with the
@@ -23,10 +23,10 @@ from corequant_torch.cpu.fast_forward import QuickForward
 from corequant_transformers.calibration.choices import Calibration, choose, choose_block_size
 from corequant_transformers.calibration.collector import Collector, collect_block
 from corequant_transformers.checkpoint.tensors import part_tensors
-from corequant_transformers.model.devices import to_host
 from corequant_transformers.model.forward import block_arguments, enter, run_block
 from corequant_transformers.model.hidden_states import Crossing, HiddenStates, Windows
 from corequant_transformers.model.parts import ENTRY, EXIT, Parts, part_of, part_plan
+from corequant_transformers.model.surroundings import to_host
 from corequant_transformers.planning.matrix_plan import Region
 from corequant_transformers.planning.model_plan import VERIFIED_TOKENS, ModelPlan, plan_model
 from corequant_transformers.rounding.block import groups_of, round_block
@@ -74,7 +74,7 @@ class Job:
     tokens : numpy.ndarray (windows, length), int64
     ledger : Ledger
     calibration : Calibration, optional
-        What the first steps would find.
+        Result of the first steps, which are left out then.
     executor : concurrent.futures.Executor, optional
         Rounds layers at the same time.
     progress : callable

@@ -55,7 +55,7 @@ def describe_run(
         With its seed.
     tokens : numpy.ndarray (windows, length), int64
     device : torch.device
-        Where sums of products are made, whose last bits differ between devices.
+        Device of sums of products, whose last bits differ between devices.
     """
     files = {place_of(file): file_sha256(file) for file in source.files()}
     data = hashlib.sha256(np.ascontiguousarray(tokens, "<i8").tobytes())
@@ -149,7 +149,7 @@ def save_run(
     job : Job
         All of its steps are done.
     result : Quantized
-        What is not in the steps: report, config and tokenizer.
+        Source of the report, the config and the tokenizer.
     output : str or Path
 
     Raises

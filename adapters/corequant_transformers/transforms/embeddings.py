@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 
 from corequant.errors import VerificationError
-from corequant_transformers.model.devices import to_host
 from corequant_transformers.model.forward import enter, leaving
 from corequant_transformers.model.parts import ENTRY, EXIT, Parts, part_plan
+from corequant_transformers.model.surroundings import to_host
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
 from corequant_transformers.transforms.matrices import (
@@ -61,9 +61,9 @@ def transform_entry(
     Returns
     -------
     before, after : torch.Tensor (1, length, hidden), float64
-        What the first block reads of the float model and of the transformed one.
+        Input of the first block in the float model and in the transformed one.
     changed : int
-        How many matrices changed.
+        Number of matrices that changed.
 
     Raises
     ------
@@ -113,7 +113,7 @@ def transform_exit(
     plan : ModelPlan
     choices : Choices
     states : pair of torch.Tensor (1, length, hidden), float64
-        What the last block of the float model gave, and of the transformed one.
+        Output of the last block in the float model and in the transformed one.
     ids : torch.Tensor (1, length)
 
     Returns
@@ -121,7 +121,7 @@ def transform_exit(
     error : float
         Largest difference of logits, relative to their largest magnitude.
     changed : int
-        How many matrices changed.
+        Number of matrices that changed.
 
     Raises
     ------

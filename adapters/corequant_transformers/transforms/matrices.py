@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 import corequant as cq
-from corequant_transformers.model.devices import to_host
+from corequant_transformers.model.surroundings import to_host
 from corequant_transformers.planning.matrix_plan import RESIDUAL, MatrixPlan, Side
 from corequant_transformers.planning.model_plan import ModelPlan
 
@@ -30,7 +30,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class Choices:
-    """What calibration chose and chance drew, by the names that a plan's sides give.
+    """Permutations and factors that were chosen or drawn, by the names that a plan's sides give.
 
     Attributes
     ----------
@@ -72,7 +72,7 @@ def transform_matrix(
     bias : numpy.ndarray (out_features,), optional
     matrix : MatrixPlan
     gain, shift : numpy.ndarray (in_features,), optional
-        What the norm that the row folds multiplies by and adds; a shift gives the layer a bias.
+        Gain and bias of the norm that the row folds; a shift gives the layer a bias.
     choices : Choices
     """
     if shift is not None:

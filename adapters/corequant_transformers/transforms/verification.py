@@ -18,9 +18,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from corequant.errors import VerificationError
-from corequant_transformers.model.devices import device_of, to_host
 from corequant_transformers.model.replicas import check_given, replicate
-from corequant_transformers.model.surroundings import undisturbed
+from corequant_transformers.model.surroundings import device_of, to_host, undisturbed
 from corequant_transformers.model.text import check_ids, check_positions, check_tokens
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
@@ -82,7 +81,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Verification:
-    """What ``verify`` found; every error is relative to the largest magnitude of the float model's.
+    """Result of ``verify``; errors are relative to the largest magnitude of the float model's.
 
     Attributes
     ----------
@@ -153,7 +152,7 @@ def verify(
     model : transformers.PreTrainedModel
         The transformed model, in float64, not quantized yet.
     plan : ModelPlan
-        What should have happened.
+        Plan of the transforms.
     choices : Choices
         The permutations and factors that were applied.
     tolerance : float
