@@ -32,6 +32,14 @@ class NumpyBackend:
         versions = {p: importlib.metadata.version(p) for p in packages}
         return {**versions, "threads": str(thread_count())}
 
+    def from_numpy(self, array: Array) -> Array:
+        """Return the array itself."""
+        return array
+
+    def to_numpy(self, x: Array) -> Array:
+        """Return the array itself."""
+        return x
+
     def first_nonfinite(self, x: Array) -> tuple[int, tuple[int, ...], float] | None:
         """Return count, first index and value of NaN and Inf, or None without any."""
         good = np.isfinite(x)
