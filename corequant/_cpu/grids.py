@@ -1,4 +1,7 @@
-"""Formats and scale rules as constants for the compiled loops, in float32 or float64."""
+"""Formats and scale rules as constants for the compiled loops, in float32 or float64.
+
+Bit-exact twin: `corequant_torch.device.grids`.
+"""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from corequant._cpu.arrays import working_dtype
 from corequant._cpu.grids import fits_nibbles, grid_for, rounder_for, rule_for, unsigned
 from corequant._cpu.loops import group_passes, packing
 from corequant._cpu.scales import choose, effective, global_scale_for, ranges
@@ -57,7 +58,7 @@ def encode(x: Array, form: NumberFormat) -> Array:
     codes = np.empty(x.shape, form.code_dtype)
     if not x.size:
         return codes
-    dtype, target = _working_dtype(x), _rows(codes)
+    dtype, target = working_dtype(x), _rows(codes)
     if form.kind is FormatKind.POWER:
         return _encode_powers(x.astype(np.float64), form)
     one, none, grid = np.ones(1, dtype), np.zeros(1, dtype), grid_for(form, dtype)
@@ -162,7 +163,7 @@ def fake_quantize(
 def _choose_and_write(
     x: Array, spec: QuantSpec, global_scale: Array | None, sink: _Sink, propagate: bool = False
 ) -> tuple[Array, Array | None]:
-    dtype, shape = _working_dtype(x), qparams_shape(x.shape, spec)
+    dtype, shape = working_dtype(x), qparams_shape(x.shape, spec)
     count = int(np.prod(shape))
     scales, zeros = np.full(count, rule_for(spec, dtype).idle), np.zeros(count, dtype)
     if x.size and spec.granularity is Granularity.TENSOR:
@@ -213,7 +214,7 @@ def _write_given(
 ) -> None:
     if not x.size:
         return
-    dtype, size = _working_dtype(x), _size(x.shape, spec)
+    dtype, size = working_dtype(x), _size(x.shape, spec)
     flat, zeros = flat_qparams(scales, zero_points, dtype, x.size // size)
     steps = effective(flat, global_scale)
 
@@ -262,7 +263,7 @@ def _write(
 
 def _row_ranges(x: Array, spec: QuantSpec, skip: bool) -> tuple[Array, Array]:
     """Return the ranges of the rows; NonFiniteError unless what isn't finite is skipped."""
-    dtype = _working_dtype(x)
+    dtype = working_dtype(x)
     count = x.size // x.shape[-1] if x.size else 0
     low, high = np.zeros(count, dtype), np.zeros(count, dtype)
 
@@ -333,10 +334,6 @@ def _size(shape: tuple[int, ...], spec: QuantSpec) -> int:
 
 def _rows(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
-
-
-def _working_dtype(x: Array) -> np.dtype[Any]:
-    return np.dtype(np.float64 if x.dtype.itemsize == 8 else np.float32)
 
 
 def flat_qparams(

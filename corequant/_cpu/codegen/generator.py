@@ -3,6 +3,8 @@
 Numbers of a block have the address (chunk, vector): along rows a chunk is a tile of consecutive
 vectors, down columns it is a row's share of a strip. The first pass along rows works inside a
 chunk; every other pass combines the same vector of several chunks.
+
+Bit-exact twin: `corequant._cpu.loops.rotation_reference`.
 """
 
 from __future__ import annotations

@@ -2,9 +2,11 @@
 
 A row is brought into the scratch, rotated there, measured and rounded while it is in the cache.
 Each step does what its own kernel does, operation by operation, so that the codes are the same
-bits: the affine grids are those of ``quantize.py``, the block-scaled ones those of the OCP's
+bits: the affine grids are those of ``group_passes``, the block-scaled ones those of the OCP's
 microscaling formats. Between rotating and rounding the row is held in the array's own dtype, as it
 would be.
+
+Bit-exact twin: `corequant._cpu.loops.group_passes`, `corequant_torch.gpu.fusion`.
 """
 
 from __future__ import annotations
