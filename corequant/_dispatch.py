@@ -15,7 +15,7 @@ import numpy as np
 from corequant._cpu.backend import NumpyBackend
 from corequant._validation import check_writeable, is_plain_type
 from corequant.errors import BackendError, ShapeError
-from corequant.protocols import Backend, ColumnSolver
+from corequant.protocols import ColumnSolver, DeviceChecker, RegisteredBackend
 
 __all__ = [
     "available_backends",
@@ -52,7 +52,7 @@ def available_backends() -> tuple[str, ...]:
 
 
 @cache
-def get_backend(name: str) -> Backend:
+def get_backend(name: str) -> RegisteredBackend:
     """Return the backend of that name, importing it now; BackendError says how to get it."""
     if name == "numpy":
         return NumpyBackend()
@@ -63,7 +63,7 @@ def get_backend(name: str) -> Backend:
             f"{', '.join(available_backends())}"
         )
     try:
-        backend: Backend = found[0].load()()
+        backend: RegisteredBackend = found[0].load()()
     except ImportError as error:
         raise BackendError(
             f"the backend {name!r} can't be imported ({error}); "
@@ -86,7 +86,7 @@ def _registered() -> list[Any]:
 
 
 @cache
-def owner_of(kind: Any) -> Backend:
+def owner_of(kind: Any) -> RegisteredBackend:
     """Return the backend that owns arrays of a type; TypeError says what was expected."""
     if not is_plain_type(kind):
         raise TypeError(f"a plain array, got {kind.__name__}")
@@ -100,16 +100,13 @@ def owner_of(kind: Any) -> Backend:
     )
 
 
-def backend_for(**arrays: Any) -> Backend:
+def backend_for(**arrays: Any) -> RegisteredBackend:
     """Return the one backend that owns all the named arrays; None among them is passed over.
 
-    A backend with devices may have a method ``check_together(**arrays)`` that refuses mixtures, and
-    any ``repeat_rotation``, which takes the arguments of ``block_hadamard`` without signs, not yet
-    checked, and returns the result where it has seen the like, otherwise None; and
-    ``permute_channels(x, permutation)``, which stands for ``x[..., permutation]``.
+    A ``DeviceChecker`` also refuses arrays of several devices.
     """
     # Plain loops: this stands before every call, however small its arrays are.
-    found: Backend | None = None
+    found: RegisteredBackend | None = None
     several = False
     for name, array in arrays.items():
         if array is None:
@@ -129,9 +126,14 @@ def backend_for(**arrays: Any) -> Backend:
             raise TypeError(f"arrays must all belong to one backend, but {told}")
     if found is None:
         raise TypeError(f"expected an array for one of {', '.join(arrays)}, got None")
-    if several and (check := getattr(found, "check_together", None)) is not None:
-        check(**arrays)
+    if several and (checker := _device_checker(cast(Any, found))) is not None:
+        checker.check_together(**arrays)
     return found
+
+
+@cache
+def _device_checker(backend: Any) -> DeviceChecker | None:
+    return backend if isinstance(backend, DeviceChecker) else None
 
 
 def check_out(x: Any, out: Any, dtype: Any = None) -> None:

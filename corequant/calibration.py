@@ -380,11 +380,7 @@ class ActivationStats:
 
 def _home(array: Any) -> npt.NDArray[Any]:
     """Return an array of any backend as NumPy's."""
-    if isinstance(array, np.ndarray):
-        return array
-    owner: Any = backend_for(array=array)
-    copied: npt.NDArray[Any] = owner.to_numpy(array)
-    return copied
+    return backend_for(array=array).to_numpy(array)
 
 
 def _check_finite(backend: Backend, x: Any) -> None:

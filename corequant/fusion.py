@@ -18,7 +18,7 @@ import numpy.typing as npt
 from corequant._dispatch import backend_for, check_out
 from corequant._validation import check_array, check_divides, check_index, check_permutation
 from corequant.errors import NonFiniteError
-from corequant.protocols import Backend
+from corequant.protocols import Backend, ChannelPermuter
 from corequant.quantization import QuantizedTensor, as_spec, fake_quantize, quantize
 from corequant.rotation import check_block_size, check_signs
 from corequant.specs import QuantSpec
@@ -172,9 +172,9 @@ def _in_steps(
 
 
 def _permuted(backend: Backend, x: Any, permutation: npt.NDArray[np.int64]) -> Any:
-    # A backend may have indices where x is, and need not copy them for each call.
-    own = getattr(backend, "permute_channels", None)
-    return x[..., permutation] if own is None else own(x, permutation)
+    if isinstance(backend, ChannelPermuter):
+        return backend.permute_channels(x, permutation)
+    return x[..., permutation]
 
 
 def _prepare(

@@ -10,7 +10,16 @@ import numpy.typing as npt
 from corequant.formats import NumberFormat
 from corequant.specs import QuantSpec
 
-__all__ = ["Array", "Backend", "ColumnSolver", "Moments", "Quantized"]
+__all__ = [
+    "Array",
+    "Backend",
+    "ChannelPermuter",
+    "ColumnSolver",
+    "DeviceChecker",
+    "Moments",
+    "Quantized",
+    "RegisteredBackend",
+]
 
 Array = Any
 """An array of the backend's own type: numpy.ndarray, torch.Tensor, ..."""
@@ -152,8 +161,35 @@ class Backend(Protocol):
 
 
 @runtime_checkable
+class RegisteredBackend(Backend, Protocol):
+    """What an entry point must give: the kernels, and the way in and out of the backend."""
+
+    def from_numpy(self, array: npt.NDArray[Any]) -> Array:
+        """Return a NumPy array as one of the backend's, in host memory."""
+
+    def to_numpy(self, x: Array) -> npt.NDArray[Any]:
+        """Return an array as NumPy's, copied from its device if it is on one."""
+
+
+@runtime_checkable
+class DeviceChecker(Protocol):
+    """Optional part of a backend whose arrays live on several devices."""
+
+    def check_together(self, **arrays: Array | None) -> None:
+        """Raise BackendError unless all named arrays are on one device."""
+
+
+@runtime_checkable
+class ChannelPermuter(Protocol):
+    """Optional part of a backend that keeps permutations where its arrays live."""
+
+    def permute_channels(self, x: Array, permutation: npt.NDArray[np.int64]) -> Array:
+        """Return ``x[..., permutation]``."""
+
+
+@runtime_checkable
 class ColumnSolver(Protocol):
-    """What a backend may have besides: adaptive rounding where its arrays live."""
+    """Optional part of a backend: adaptive rounding where its arrays live."""
 
     def round_columns(self, method: str, **arguments: Any) -> Any:
         """Return what a public function gives for the backend's arrays.

@@ -83,7 +83,7 @@ def rangediff(
     wanted = check_index("proposals", proposals, 0)
     if b == d or not len(tokens):
         return order
-    from corequant._cpu.loops.range_search import search_exchanges
+    from corequant._cpu.loops.permutation_search import search_exchanges
 
     generator = check_generator("seed", seed)
     draws = generator.integers(0, 2**31 - 1, (wanted, 4))
@@ -146,7 +146,7 @@ def sign_descent(
     wanted = check_index("sweeps", sweeps, 0)
     if not len(tokens):
         return signs
-    from corequant._cpu.loops.range_search import search_flips
+    from corequant._cpu.loops.permutation_search import search_flips
 
     state = _state(tokens * signs.astype(np.float32), b, symmetric)
     for _ in range(wanted):
@@ -172,7 +172,7 @@ def _check(x: Any, block_size: Any) -> tuple[npt.NDArray[np.float32], int]:
 
 
 def _state(x: npt.NDArray[np.float32], b: int, symmetric: bool) -> tuple[Array, ...]:
-    from corequant._cpu.loops.range_search import extremes
+    from corequant._cpu.loops.permutation_search import extremes
 
     h = (hadamard_matrix(b) / np.sqrt(b)).astype(np.float32)
     blocks = x.reshape(len(x), -1, b)

@@ -5,9 +5,6 @@ zero points must equal the golden vectors and NumPy's at every entry; rotations 
 twice as much as the naive method in the same dtype against a float64 one; of solvers only the
 reconstruction error counts.
 
-A backend brings arrays in and out itself, with two methods beyond those of
-``corequant.protocols.Backend``: ``from_numpy(array)`` and ``to_numpy(array)``.
-
 In pytest::
 
     @pytest.mark.parametrize("check", corequant.testing.checks(), ids=lambda c: c.name)

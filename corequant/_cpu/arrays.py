@@ -14,7 +14,16 @@ import numpy.typing as npt
 
 from corequant._cpu.codegen.vectors import VECTOR_BYTES
 
-__all__ = ["address_of", "aligned", "is_plain", "name_of", "new", "scratch", "storing"]
+__all__ = [
+    "address_of",
+    "aligned",
+    "is_plain",
+    "name_of",
+    "new",
+    "scratch",
+    "storing",
+    "working_dtype",
+]
 
 Array = npt.NDArray[Any]
 
@@ -57,6 +66,11 @@ def storing(size: int, target: int) -> str:
 def name_of(dtype: np.dtype[Any]) -> str:
     """Return ``dtype.name``, which NumPy composes on every access."""
     return dtype.name
+
+
+def working_dtype(x: Array) -> np.dtype[Any]:
+    """Return the dtype that an array is computed in: float32, or float64 for float64."""
+    return np.dtype(np.float64 if x.dtype.itemsize == 8 else np.float32)
 
 
 def is_plain(x: Array) -> bool:

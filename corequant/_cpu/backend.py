@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from corequant._cpu.arrays import working_dtype
 from corequant._cpu.threads import thread_count
 from corequant.formats import NumberFormat
 from corequant.protocols import Moments
@@ -31,6 +32,14 @@ class NumpyBackend:
         packages = ("numpy", "numba", "scipy")
         versions = {p: importlib.metadata.version(p) for p in packages}
         return {**versions, "threads": str(thread_count())}
+
+    def from_numpy(self, array: Array) -> Array:
+        """Return the array itself."""
+        return array
+
+    def to_numpy(self, x: Array) -> Array:
+        """Return the array itself."""
+        return x
 
     def first_nonfinite(self, x: Array) -> tuple[int, tuple[int, ...], float] | None:
         """Return count, first index and value of NaN and Inf, or None without any."""
@@ -90,7 +99,7 @@ class NumpyBackend:
 
     def token_normalize(self, x: Array) -> Array:
         """Return rows scaled to mean square 1, in float32 or float64; rows of zeros stay."""
-        rows = _rows(x)
+        rows = _working_rows(x)
         largest = np.abs(rows).max(-1, keepdims=True, initial=0)
         rows = rows / np.where(largest > 0, largest, 1)
         root = np.sqrt(np.square(rows).mean(-1, keepdims=True))
@@ -107,7 +116,7 @@ class NumpyBackend:
         self, total: Array | None, x: Array, other: Array | None = None, *, double: bool = False
     ) -> Array:
         """Return ``total`` + XᵀY (d, d) of the rows of ``x`` and ``other``, or of ``x`` alone."""
-        left, right = (_rows(a) for a in (x, x if other is None else other))
+        left, right = (_working_rows(a) for a in (x, x if other is None else other))
         if double:
             left, right = left.astype(np.float64), right.astype(np.float64)
         if other is None:
@@ -197,17 +206,11 @@ def _rotations() -> ModuleType:
     return rotation
 
 
-def _working_dtype(x: Array) -> np.dtype[Any]:
-    return np.dtype(np.float64 if x.dtype.itemsize == 8 else np.float32)
-
-
-def _working(x: Array) -> Array:
-    """Return x C-contiguous in native float32, or float64 for float64; a copy only if needed."""
-    return np.ascontiguousarray(x, dtype=_working_dtype(x))
-
-
-def _rows(x: Array) -> Array:
-    return _working(x).reshape(-1, x.shape[-1]) if x.size else np.empty((0, x.shape[-1]))
+def _working_rows(x: Array) -> Array:
+    """Return the rows of ``x``, C-contiguous in its working dtype; a copy only if needed."""
+    if not x.size:
+        return np.empty((0, x.shape[-1]))
+    return np.ascontiguousarray(x, dtype=working_dtype(x)).reshape(-1, x.shape[-1])
 
 
 @lru_cache(maxsize=64)

@@ -13,7 +13,7 @@ from corequant._cpu.arrays import address_of, aligned, is_plain, name_of, new, s
 from corequant._cpu.codegen.compiler import compiled_away
 from corequant._cpu.codegen.plans import Plan, fitted, plan_rows
 from corequant._cpu.codegen.row_kernels import fused_context, fused_kernel, fused_scratch
-from corequant._cpu.codegen.row_tasks import Task, index_dtype
+from corequant._cpu.codegen.row_steps import Task, index_dtype
 from corequant._cpu.codegen.vectors import compute_dtype, lanes_of
 from corequant._cpu.rotation import repeated_bits, scale_of, where_signs
 from corequant._cpu.threads import Units

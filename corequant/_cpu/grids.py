@@ -1,4 +1,7 @@
-"""Formats and scale rules as constants for the compiled loops, in float32 or float64."""
+"""Formats and scale rules as constants for the compiled loops, in float32 or float64.
+
+Bit-exact twin: `corequant_torch.device.grids`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,6 @@ from corequant._cpu.loops import (
     group_passes,
     integer_grid,
     lanes,
-    losses,
     minifloat_grid,
 )
 from corequant._cpu.loops.minifloat_grid import Rounder
@@ -24,6 +26,7 @@ from corequant.formats import FormatKind, NumberFormat, Specials, formats
 from corequant.specs import QuantSpec, ScaleFormat, ScaleRounding
 
 __all__ = [
+    "LOSS_LANES",
     "Grid",
     "codebook_thresholds",
     "grid_for",
@@ -34,6 +37,9 @@ __all__ = [
 ]
 
 Array = npt.NDArray[Any]
+
+LOSS_LANES = 128
+"""Partial sums of squared errors, in float64. Other backends sum in as many: bits depend on it."""
 
 _SCALES = {
     kind: kind.numbers
@@ -188,7 +194,7 @@ class _Integers:
     def losses(self, panel: Array, scales: Array, zeros: Array) -> Array:
         out = np.empty(scales.shape)
         lanes = _lanes(panel.shape[1])
-        losses.integer_losses(panel, self._step(scales), zeros, *self._limits, lanes, out)
+        integer_grid.losses(panel, self._step(scales), zeros, *self._limits, lanes, out)
         return out
 
     def decode(self, codes: Array, scales: Array, zeros: Array, out: Array) -> None:
@@ -220,7 +226,7 @@ class _Minifloat:
 
     def losses(self, panel: Array, scales: Array, zeros: Array) -> Array:
         out = np.empty(scales.shape)
-        losses.minifloat_losses(panel, scales, self._rounder, _lanes(panel.shape[1]), out)
+        minifloat_grid.losses(panel, scales, self._rounder, _lanes(panel.shape[1]), out)
         return out
 
     def decode(self, codes: Array, scales: Array, zeros: Array, out: Array) -> None:
@@ -283,7 +289,7 @@ def levels_of(form: NumberFormat) -> tuple[Array, Array, Array, Array]:
 
 def _lanes(size: int) -> Array:
     """Return room for partial sums, as many as divide the length of a group."""
-    return np.empty(math.gcd(size, losses.LANES) if size > losses.LANES else size)
+    return np.empty(math.gcd(size, LOSS_LANES) if size > LOSS_LANES else size)
 
 
 def _byte_table(form: NumberFormat, dtype: np.dtype[Any]) -> Array:

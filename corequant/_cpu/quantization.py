@@ -7,14 +7,15 @@ memory once; it also is the only copy that strided arrays and other dtypes need.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from corequant._cpu.grids import grid_for, rule_for
-from corequant._cpu.group_loops import NotFiniteError, Sink, is_fused, plan_for, store, worker
-from corequant._cpu.loops import packing
+from corequant._cpu.arrays import working_dtype
+from corequant._cpu.grids import fits_nibbles, grid_for, rounder_for, rule_for, unsigned
+from corequant._cpu.loops import group_passes, packing
 from corequant._cpu.scales import choose, effective, global_scale_for, ranges
 from corequant._cpu.threads import for_rows
 from corequant._validation import check_finite
@@ -39,12 +40,25 @@ _PANEL = 1 << 16
 """Entries of a panel: 256 KiB of float32."""
 
 
+class _NotFiniteError(Exception):
+    """A panel holds NaN or infinity; whoever knows the whole array says where."""
+
+
+@dataclass(frozen=True)
+class _Sink:
+    """Where a pass writes: rounded numbers, codes, packed codes (rows, bytes), or nowhere."""
+
+    out: Array | None = None
+    codes: Array | None = None
+    packed: Array | None = None
+
+
 def encode(x: Array, form: NumberFormat) -> Array:
     """Return the codes nearest to ``x``, which is finite, without any scale."""
     codes = np.empty(x.shape, form.code_dtype)
     if not x.size:
         return codes
-    dtype, target = _working_dtype(x), _rows(codes)
+    dtype, target = working_dtype(x), _rows(codes)
     if form.kind is FormatKind.POWER:
         return _encode_powers(x.astype(np.float64), form)
     one, none, grid = np.ones(1, dtype), np.zeros(1, dtype), grid_for(form, dtype)
@@ -75,7 +89,7 @@ def choose_qparams(
     x: Array, spec: QuantSpec, global_scale: Array | None = None
 ) -> tuple[Array, Array | None]:
     """Return scales and zero points, shaped as ``qparams_shape`` says."""
-    return _choose_and_write(x, spec, global_scale, Sink())
+    return _choose_and_write(x, spec, global_scale, _Sink())
 
 
 def quantize(
@@ -87,7 +101,7 @@ def quantize(
 ) -> tuple[Array, Array, Array | None]:
     """Return codes, scales and zero points; those given are used, others chosen on the way."""
     codes = np.empty(x.shape, spec.format.code_dtype)
-    sink = Sink(codes=codes)
+    sink = _Sink(codes=codes)
     if scales is None:
         scales, zero_points = _choose_and_write(x, spec, global_scale, sink)
     else:
@@ -101,7 +115,7 @@ def quantize_packed(
     x: Array, spec: QuantSpec, global_scale: Array | None, packed: Array
 ) -> tuple[Array, Array | None]:
     """Write packed codes (rows, bytes) and return scales and zero points."""
-    return _choose_and_write(x, spec, global_scale, Sink(packed=packed))
+    return _choose_and_write(x, spec, global_scale, _Sink(packed=packed))
 
 
 def dequantize(
@@ -139,17 +153,17 @@ def fake_quantize(
     result = np.empty(x.shape, x.dtype) if out is None else out
     if result.size and not np.shares_memory(target := _rows(result), result):
         # Axes that can't be joined: write to a copy.
-        _choose_and_write(x, spec, global_scale, Sink(out=target), propagate)
+        _choose_and_write(x, spec, global_scale, _Sink(out=target), propagate)
         result[...] = target.reshape(result.shape)
     else:
-        _choose_and_write(x, spec, global_scale, Sink(out=result), propagate)
+        _choose_and_write(x, spec, global_scale, _Sink(out=result), propagate)
     return result
 
 
 def _choose_and_write(
-    x: Array, spec: QuantSpec, global_scale: Array | None, sink: Sink, propagate: bool = False
+    x: Array, spec: QuantSpec, global_scale: Array | None, sink: _Sink, propagate: bool = False
 ) -> tuple[Array, Array | None]:
-    dtype, shape = _working_dtype(x), qparams_shape(x.shape, spec)
+    dtype, shape = working_dtype(x), qparams_shape(x.shape, spec)
     count = int(np.prod(shape))
     scales, zeros = np.full(count, rule_for(spec, dtype).idle), np.zeros(count, dtype)
     if x.size and spec.granularity is Granularity.TENSOR:
@@ -163,16 +177,16 @@ def _choose_and_write(
             divisor = choose_global_scale(x, spec, skip=propagate)
 
         size = _size(x.shape, spec)
-        if not propagate and is_fused(spec):
-            plan = plan_for(spec, dtype, size, divisor)
-            work = worker(spec, plan, scales, zeros, sink)
+        if not propagate and _is_fused(spec):
+            plan = _plan_for(spec, dtype, size, divisor)
+            work = _worker(spec, plan, scales, zeros, sink)
             _checked(x, x.shape[-1], dtype, work, x.shape[-1] // size, whole=True)
             return scales.reshape(shape), _stored(zeros, spec, shape)
 
         def each(panel: Array, rows: slice, groups: slice) -> None:
             low, high = ranges(panel, spec.symmetric and spec.format.minimum < 0, propagate)
             if not propagate and not (np.isfinite(low).all() and np.isfinite(high).all()):
-                raise NotFiniteError
+                raise _NotFiniteError
             choose(panel, low, high, spec, divisor, scales[groups], zeros[groups], propagate)
             steps = effective(scales[groups], divisor)
             _write(spec.format, panel, steps, zeros[groups], rows, sink, propagate)
@@ -195,18 +209,18 @@ def _write_given(
     scales: Array,
     zero_points: Array | None,
     global_scale: Array | None,
-    sink: Sink,
+    sink: _Sink,
     propagate: bool = False,
 ) -> None:
     if not x.size:
         return
-    dtype, size = _working_dtype(x), _size(x.shape, spec)
+    dtype, size = working_dtype(x), _size(x.shape, spec)
     flat, zeros = flat_qparams(scales, zero_points, dtype, x.size // size)
     steps = effective(flat, global_scale)
 
     def work(panel: Array, rows: slice, groups: slice) -> None:
         if not propagate and not np.isfinite(ranges(panel, True, False)[1]).all():
-            raise NotFiniteError
+            raise _NotFiniteError
         _write(spec.format, panel, steps[groups], zeros[groups], rows, sink, propagate)
 
     _checked(x, size, dtype, work)
@@ -218,7 +232,7 @@ def _write(
     steps: Array,
     zeros: Array,
     rows: slice,
-    sink: Sink,
+    sink: _Sink,
     propagate: bool,
 ) -> None:
     grid = grid_for(form, panel.dtype)
@@ -238,25 +252,25 @@ def _write(
             rounded = np.empty(panel.shape, panel.dtype)
             grid.fake(np.where(keep, 0, panel), steps, zeros, rounded)
             rounded[keep] = panel[keep]
-            store(rounded, target)
+            _store(rounded, target)
         elif target.dtype == panel.dtype and target.flags.c_contiguous:
             grid.fake(panel, steps, zeros, target.reshape(panel.shape))
         else:
             rounded = np.empty(panel.shape, panel.dtype)
             grid.fake(panel, steps, zeros, rounded)
-            store(rounded, target)
+            _store(rounded, target)
 
 
 def _row_ranges(x: Array, spec: QuantSpec, skip: bool) -> tuple[Array, Array]:
     """Return the ranges of the rows; NonFiniteError unless what isn't finite is skipped."""
-    dtype = _working_dtype(x)
+    dtype = working_dtype(x)
     count = x.size // x.shape[-1] if x.size else 0
     low, high = np.zeros(count, dtype), np.zeros(count, dtype)
 
     def work(panel: Array, rows: slice, groups: slice) -> None:
         low[rows], high[rows] = ranges(panel, spec.symmetric and spec.format.minimum < 0, skip)
         if not (np.isfinite(low[rows]).all() and np.isfinite(high[rows]).all()):
-            raise NotFiniteError
+            raise _NotFiniteError
 
     if x.size:
         _checked(x, x.shape[-1], dtype, work, whole=not skip)
@@ -279,7 +293,7 @@ def _checked(
 ) -> None:
     try:
         each_panel(x, size, dtype, work, ratio, whole=whole)
-    except NotFiniteError:
+    except _NotFiniteError:
         check_finite("x", x)
 
 
@@ -322,10 +336,6 @@ def _rows(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def _working_dtype(x: Array) -> np.dtype[Any]:
-    return np.dtype(np.float64 if x.dtype.itemsize == 8 else np.float32)
-
-
 def flat_qparams(
     scales: Array, zero_points: Array | None, dtype: np.dtype[Any], count: int
 ) -> tuple[Array, Array]:
@@ -341,3 +351,82 @@ def flat_qparams(
 
 def _stored(zeros: Array, spec: QuantSpec, shape: tuple[int, ...]) -> Array | None:
     return None if spec.symmetric else zeros.astype(spec.format.code_dtype).reshape(shape)
+
+
+def _is_fused(spec: QuantSpec) -> bool:
+    """Tell whether one loop does range, scale and rounding of this spec's groups."""
+    return (
+        spec.scale_search is ScaleSearch.ABSMAX
+        and spec.granularity is not Granularity.TENSOR
+        and spec.format.kind in (FormatKind.INTEGER, FormatKind.FLOAT)
+    )
+
+
+def _plan_for(
+    spec: QuantSpec, dtype: np.dtype[Any], size: int, divisor: Array | None
+) -> group_passes.Plan:
+    """Return the loop's constants."""
+    f, u, form = dtype.type, unsigned(dtype).type, spec.format
+    whole = form.kind is FormatKind.INTEGER
+    rule = rule_for(spec, dtype)
+    return group_passes.Plan(
+        size=size,
+        bits=form.bits,
+        rule=rule,
+        mask=u(np.iinfo(u).max >> 1),
+        infinity=f(np.inf),
+        positive=form.minimum >= 0,
+        factor=f(1) if divisor is None else f(divisor[0]),
+        divisor=f(1) if divisor is None else f(divisor[0]),
+        unit=f(2.0**-form.fraction_bits),
+        rounder=rule.rounder if whole else rounder_for(form, dtype),
+    )
+
+
+def _worker(
+    spec: QuantSpec,
+    plan: group_passes.Plan,
+    scales: Array,
+    zeros: Array,
+    sink: _Sink,
+) -> Callable[[Array, slice, slice], None]:
+    """Return what to do with each panel (rows, d)."""
+    whole = spec.format.kind is FormatKind.INTEGER
+    centred = spec.symmetric and not plan.positive
+    grid = group_passes.fake_symmetric if centred else group_passes.fake_affine
+    fake = grid if whole else group_passes.fake_minifloats
+    encode = group_passes.encode_integers if whole else group_passes.encode_minifloats
+    nothing = np.empty((0, 0), np.uint8)
+
+    def work(panel: Array, rows: slice, groups: slice) -> None:
+        d = panel.shape[1]
+        own = scales[groups], zeros[groups]
+        if sink.out is not None:
+            target = sink.out.reshape(-1, d)[rows]
+            direct = target.dtype == panel.dtype and target.flags.c_contiguous
+            rounded = target if direct else np.empty_like(panel)
+            bad = fake(panel, plan, *own, rounded)
+            if not direct:
+                _store(rounded, target)
+        elif sink.codes is not None:
+            bad = encode(panel, plan, *own, sink.codes.reshape(-1, d)[rows], nothing, False)
+        elif sink.packed is not None:
+            if fits_nibbles(spec.format, panel.dtype, plan.size, d):
+                bad = group_passes.encode_nibbles(panel, plan, *own, sink.packed[rows])
+            else:
+                line = np.empty((1, d), np.uint8)
+                bad = encode(panel, plan, *own, line, sink.packed[rows], True)
+        else:
+            bad = group_passes.scales_only(panel, plan, *own)
+        if bad >= 0:
+            raise _NotFiniteError
+
+    return work
+
+
+def _store(rounded: Array, target: Array) -> None:
+    """Write float32 to a narrower dtype; what its range lacks becomes its largest number."""
+    if target.dtype.itemsize == 2:
+        top = np.float32(65504 if target.dtype.kind == "f" else 3.3895313892515355e38)
+        np.clip(rounded, -top, top, out=rounded, where=np.isfinite(rounded))
+    target[...] = rounded.reshape(target.shape)

@@ -1,4 +1,7 @@
-"""Scales and zero points of panels of groups: ranges, rules and searches."""
+"""Scales and zero points of panels of groups: ranges, rules and searches.
+
+Bit-exact twin: `corequant_torch.device.scales`.
+"""
 
 from __future__ import annotations
 

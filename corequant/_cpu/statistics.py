@@ -54,7 +54,7 @@ def moments(x: Array) -> Moments:
         largest[:] = tops
     rest = slice(vectors * lanes, None)
     if vectors * lanes < d:
-        from corequant._cpu.loops.statistics import channel_moments
+        from corequant._cpu.loops.moments import channel_moments
 
         left = np.ascontiguousarray(rows[:, rest], dtype=compute_dtype(name))
         channel_moments(left, sums[rest], squares[rest], largest[rest])

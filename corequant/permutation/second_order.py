@@ -64,7 +64,7 @@ def energydiff(energy_gram: npt.NDArray[Any], block_size: int, *, refine: int = 
     sweeps = check_index("refine", refine, 0)
     if blocks == 1:
         return descending(energy)
-    from corequant._cpu.loops.partition import exchange, spread
+    from corequant._cpu.loops.permutation_search import exchange, spread
 
     # A row's sum is the channel's mean energy times the mean total, so it orders alike.
     order = descending(C.sum(1, dtype=np.float64))

@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from corequant._cpu.loops.hessian import first_fault
-from corequant._cpu.loops.triangular import factor_and_invert
+from corequant._cpu.loops.hessian import factor_and_invert, first_fault
 from corequant._cpu.threads import for_rows
 from corequant._validation import check_finite, check_floating, check_numpy
 from corequant.errors import HessianError, ShapeError

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from corequant._dispatch import backend_for
 from corequant._validation import check_array, check_index
 from corequant.errors import CalibrationError, NonFiniteError, ShapeError
-from corequant.protocols import Backend
+from corequant.protocols import RegisteredBackend
 
 __all__ = ["InputMoments"]
 
@@ -56,7 +56,7 @@ class InputMoments:
         if self._dtype not in (np.float32, np.float64):
             raise ValueError(f"dtype must be float32 or float64, got {self._dtype}")
         self._count = 0
-        self._backend: Backend | None = None
+        self._backend: RegisteredBackend | None = None
         self._square: Any = np.zeros((d, d), self._dtype)
         self._cross: Any = np.zeros((d, d), self._dtype) if cross else None
 
@@ -143,11 +143,10 @@ class InputMoments:
             raise CalibrationError("InputMoments has seen no tokens; call update first")
         mean: Any = total / self._dtype.type(self._count)
         if isinstance(mean, np.ndarray) and self._backend is not None:
-            owner: Any = self._backend
-            return mean if owner.name == "numpy" else owner.from_numpy(mean)
+            return self._backend.from_numpy(mean)
         return mean
 
-    def _owner(self, **arrays: Any) -> Backend:
+    def _owner(self, **arrays: Any) -> RegisteredBackend:
         """Return the backend of an update's arrays, which must be that of all before."""
         for name, x in arrays.items():
             if x is not None and not hasattr(x, "dtype"):
@@ -167,7 +166,7 @@ class InputMoments:
             raise ShapeError(f"{name} must have d={self.d} channels, got shape {tuple(x.shape)}")
         return math.prod(x.shape[:-1])
 
-    def _product(self, backend: Backend, name: str, x: Any, q: Any) -> Any:
+    def _product(self, backend: RegisteredBackend, name: str, x: Any, q: Any) -> Any:
         """Return ``xᵀq``, or ``xᵀx``."""
         product = backend.add_gram(None, x, q, double=self._dtype == np.float64)
         if isinstance(product, np.ndarray):

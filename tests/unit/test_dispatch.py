@@ -9,7 +9,7 @@ import torch
 
 import corequant as cq
 from corequant._dispatch import backend_for, get_backend, owner_of
-from corequant.protocols import Backend
+from corequant.protocols import RegisteredBackend
 
 
 def test_installed_backends():
@@ -19,7 +19,7 @@ def test_installed_backends():
 @pytest.mark.parametrize("name", ["numpy", "torch"])
 def test_backends_fulfil_the_protocol(name):
     backend = get_backend(name)
-    assert isinstance(backend, Backend)
+    assert isinstance(backend, RegisteredBackend)
     assert backend.name == name
     assert backend.describe()
 

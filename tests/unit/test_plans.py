@@ -11,10 +11,9 @@ import pytest
 import corequant as cq
 from corequant._cpu import arrays, rotation
 from corequant._cpu.arrays import aligned
-from corequant._cpu.codegen import tuning
-from corequant._cpu.codegen.plans import Plan, plan_columns, plan_rows
+from corequant._cpu.codegen import plans as tuning
+from corequant._cpu.codegen.plans import Passes, Plan, plan_columns, plan_rows
 from corequant._cpu.codegen.rotation_kernels import kernel_for, settings, sign_bits
-from corequant._cpu.codegen.tuning import Passes
 from corequant._cpu.codegen.vectors import lanes_of
 from corequant.hadamard import hadamard_matrix
 

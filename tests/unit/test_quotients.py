@@ -5,9 +5,8 @@ import pytest
 from llvmlite import ir
 
 from corequant._cpu.codegen.compiler import build, fuses
-from corequant._cpu.codegen.counting import counted
-from corequant._cpu.codegen.quotients import corrected, inverse, usual
-from corequant._cpu.codegen.vectors import VECTOR_BYTES, Vectors
+from corequant._cpu.codegen.row_steps import corrected, inverse, usual
+from corequant._cpu.codegen.vectors import VECTOR_BYTES, Vectors, counted
 
 pytestmark = pytest.mark.skipif(not fuses(), reason="without fused products it is divided")
 

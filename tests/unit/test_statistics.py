@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import corequant as cq
-from corequant._cpu.loops.statistics import channel_moments
+from corequant._cpu.loops.moments import channel_moments
 from corequant._cpu.statistics import moments
 
 

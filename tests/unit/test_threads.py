@@ -137,7 +137,7 @@ def test_sleeping_helpers_are_woken_for_much_work_or_soon_after_other(monkeypatc
     for awake, worth in ((1e-9, 1 << 40), (1e9, 1 << 40), (1e-9, 1)):
         monkeypatch.setattr(_threads, "_AWAKE", awake)
         monkeypatch.setattr(_threads, "_WORTH_WAKING", worth)
-        arrays.forget()
+        rotation._rows.cache_clear()
         cq.block_hadamard(np.ones((512, 4096), np.float32), 64, threads=2)
     assert claimed == [0, 1, 1]
 
@@ -148,6 +148,7 @@ def turn(rows, threads):
     x = rng.normal(size=(rows, 4096)).astype(np.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rotation, "_PER_THREAD", 1 << 12)
+        rotation._rows.cache_clear()
         for signs in (None, cq.random_signs(4096, 1)):
             for order in (32, 4096):
                 one = cq.block_hadamard(x, order, signs=signs, threads=1)

@@ -145,9 +145,9 @@ class Grid:
 
 
 def _lanes(size: int) -> int:
-    from corequant._cpu.loops.losses import LANES
+    from corequant._cpu.grids import LOSS_LANES
 
-    return math.gcd(size, LANES) if size > LANES else size
+    return math.gcd(size, LOSS_LANES) if size > LOSS_LANES else size
 
 
 def encode_powers(x: Tensor, form: NumberFormat) -> Tensor:

@@ -17,7 +17,6 @@ from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 from llvmlite import binding, ir
 
@@ -80,10 +79,10 @@ def build(
 
 @cache
 def _edition() -> str:
-    """Digest of the generator's own sources: code that an older one made must not be used."""
+    """Return the SHA-256 of the generator's sources: code made by other ones must not be used."""
     folder = resources.files("corequant._cpu.codegen")
     names = sorted(f.name for f in folder.iterdir() if f.name.endswith(".py"))
-    return f"{crc32(b''.join((folder / name).read_bytes() for name in names)):08x}"
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
 
 
 def _compile(kinds: str, emit: Callable[[Any, tuple[Any, ...]], None]) -> bytes:

@@ -16,10 +16,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
 
-from corequant._cpu.codegen.counting import counted
-from corequant._cpu.codegen.vectors import VECTOR_BYTES, Vectors
+from corequant._cpu.codegen.vectors import VECTOR_BYTES, Vectors, counted, int64
 from corequant.hadamard import hadamard_matrix
 
 __all__ = ["choices", "mix", "mix_scratch"]
@@ -167,8 +165,8 @@ class _Table:
                 four = number * self.batch + place
                 inputs = [4 * four + i for i in range(4)]
             else:
-                four = b.add(b.mul(number, _word(self.batch)), _word(place))
-                inputs = [b.add(b.mul(four, _word(4)), _word(i)) for i in range(4)]
+                four = b.add(b.mul(number, int64(self.batch)), int64(place))
+                inputs = [b.add(b.mul(four, int64(4)), int64(i)) for i in range(4)]
             self.meanwhile(four, self.fours)
             sums = _sums(v, [self.load(i) for i in inputs])
             for code, signs in enumerate(_SIGNS):
@@ -181,15 +179,15 @@ class _Table:
         """Add each output's sums of a batch to what it has."""
         v, b = self.v, self.v.builder
         step = 8 * self.order
-        at = number * step if isinstance(number, int) else b.mul(number, _word(step))
+        at = number * step if isinstance(number, int) else b.mul(number, int64(step))
         row = v.address(self.words, at)
         with counted(b, self.order) as k:
-            kept = v.address(self.partial, b.mul(k, _word(VECTOR_BYTES)))
+            kept = v.address(self.partial, b.mul(k, int64(VECTOR_BYTES)))
             total = None if first else v.load(kept)
             word = v.word(row, k)
             for place in range(fours):
-                shifted = b.lshr(word, _word(4 * place))
-                chosen = v.address(self.scratch, b.and_(shifted, _word(_RUN - VECTOR_BYTES)))
+                shifted = b.lshr(word, int64(4 * place))
+                chosen = v.address(self.scratch, b.and_(shifted, int64(_RUN - VECTOR_BYTES)))
                 term = v.load(v.address(chosen, place * _RUN))
                 total = term if total is None else v.add(total, term)
             if last:
@@ -208,7 +206,3 @@ def _sums(v: Vectors, x: list[Any]) -> dict[tuple[int, ...], Any]:
         for c in (1, -1)
         for d in (1, -1)
     }
-
-
-def _word(value: int) -> Any:
-    return ir.Constant(ir.IntType(64), value)

@@ -3,6 +3,8 @@
 Numbers of a block have the address (chunk, vector): along rows a chunk is a tile of consecutive
 vectors, down columns it is a row's share of a strip. The first pass along rows works inside a
 chunk; every other pass combines the same vector of several chunks.
+
+Bit-exact twin: `corequant._cpu.loops.rotation_reference`.
 """
 
 from __future__ import annotations
@@ -17,10 +19,9 @@ from typing import Any
 from llvmlite import ir
 
 from corequant._cpu.codegen.cores import mix, mix_scratch
-from corequant._cpu.codegen.counting import counted
 from corequant._cpu.codegen.plans import Plan
 from corequant._cpu.codegen.shifted_stores import ShiftedStores
-from corequant._cpu.codegen.vectors import VECTOR_BYTES, Vectors
+from corequant._cpu.codegen.vectors import VECTOR_BYTES, Vectors, counted, int64
 
 __all__ = ["Body"]
 
@@ -92,15 +93,15 @@ class Body:
             start = plan.kept + mix_scratch(plan.core)
             shifted = ShiftedStores(self.v, self.dst, self.v.address(self.scratch, start))
         with self._loop(self.units) as unit:
-            offset = b.mul(unit, _word(moved))
+            offset = b.mul(unit, int64(moved))
             self.from_twin = self.v.address(self.twin, offset)
-            self.ahead = self.v.address(self.src, b.add(offset, _word(max(plan.ahead, moved))))
+            self.ahead = self.v.address(self.src, b.add(offset, int64(max(plan.ahead, moved))))
             if plan.signs != "none" and not plan.strip:
                 at = b.load(phase)
-                self.unit_signs = self.v.address(self.signs, b.lshr(at, _word(3)))
-                following = b.add(at, _word(plan.unit))
+                self.unit_signs = self.v.address(self.signs, b.lshr(at, int64(3)))
+                following = b.add(at, int64(plan.unit))
                 wraps = b.icmp_signed("==", following, self.period)
-                b.store(b.select(wraps, _word(0), following), phase)
+                b.store(b.select(wraps, int64(0), following), phase)
             target = self.v.address(self.dst, offset)
             if plan.stores == "shifted":
                 target = shifted.place
@@ -136,7 +137,7 @@ class Body:
         with self._loop(plan.parts if early else 1) as part:
             for number, step in enumerate(early):
                 step(_Stretch(number, part, chunks), source if number == 0 else rest, rest)
-        whole = _Stretch(len(early), _word(0), plan.chunks, last=True)
+        whole = _Stretch(len(early), int64(0), plan.chunks, last=True)
         final(whole, rest if early else source, target)
 
     def _first_pass(self, over: _Stretch, source: _Place, target: _Place) -> None:
@@ -181,12 +182,12 @@ class Body:
         with self._loop(groups) as group, self._loop(distance) as inner, self._loop(width) as at:
             number = self._number((group, distance), (inner, width), at)
             self._prefetch(over, number, groups * distance * width)
-            start = self.b.mul(over.part, _word(over.chunks))
-            start = self.b.add(start, self.b.mul(group, _word(radix * distance)))
+            start = self.b.mul(over.part, int64(over.chunks))
+            start = self.b.add(start, self.b.mul(group, int64(radix * distance)))
             start = self.b.add(start, inner)
-            chunks = [self.b.add(start, _word(i * distance)) for i in range(radix)]
-            place = self.b.mul(at, _word(parts)) if joined else at
-            places = [place, self.b.add(place, _word(1))][:parts]
+            chunks = [self.b.add(start, int64(i * distance)) for i in range(radix)]
+            place = self.b.mul(at, int64(parts)) if joined else at
+            places = [place, self.b.add(place, int64(1))][:parts]
             first = over.number == 0
             turned = []
             for one in places:
@@ -217,7 +218,7 @@ class Body:
             mix(self.v, plan.core, plan.inverse, load, store, meanwhile, tables, self.choices)
 
     def _chunk(self, inner: Any, k: Any, distance: int) -> Any:
-        step = _word(k * distance) if isinstance(k, int) else self.b.mul(k, _word(distance))
+        step = int64(k * distance) if isinstance(k, int) else self.b.mul(k, int64(distance))
         return self.b.add(inner, step)
 
     def _load(self, v: Vectors, place: _Place, chunk: Any, vector: Any, first: bool) -> Any:
@@ -261,23 +262,23 @@ class Body:
             return v.scale(vector, v.splat(self.factor))
         if self.plan.strip:
             return v.scale(vector, self._row_factor(v, chunk))
-        place = at + i if isinstance(at, int) else self.b.add(at, _word(i))
+        place = at + i if isinstance(at, int) else self.b.add(at, int64(i))
         return self._signed(v, v.scale(vector, v.splat(self.factor)), chunk, place)
 
     def _signed(self, v: Vectors, vector: Any, chunk: Any, at: Any) -> Any:
         """Flip the signs of what is vector ``at`` of a chunk."""
         if self.plan.strip:
             return v.scale(vector, self._row_factor(v, chunk))
-        start = self.b.mul(chunk, _word(self.plan.tile * self.plan.lanes // 8))
+        start = self.b.mul(chunk, int64(self.plan.tile * self.plan.lanes // 8))
         if isinstance(at, int):
             at, nibble = divmod(at * v.lanes // 4, 2)
         else:
-            at, nibble = self.b.mul(at, _word(v.lanes // 8)), 0
-        pointer = v.address(self.unit_signs, self.b.add(start, _word(at)))
+            at, nibble = self.b.mul(at, int64(v.lanes // 8)), 0
+        pointer = v.address(self.unit_signs, self.b.add(start, int64(at)))
         return v.negate_where(v.load_signs(pointer, nibble), vector)
 
     def _row_factor(self, v: Vectors, chunk: Any) -> Any:
-        return v.load_scalar(v.address(self.signs, self.b.mul(chunk, _word(v.scalar_bytes))))
+        return v.load_scalar(v.address(self.signs, self.b.mul(chunk, int64(v.scalar_bytes))))
 
     def _array(self, pointer: Any, which: int) -> _Place:
         if self.plan.strip:
@@ -286,8 +287,8 @@ class Body:
 
     def _offset(self, v: Vectors, place: _Place, chunk: Any, vector: Any) -> Any:
         size = v.stored_bytes if place.in_array else v.bytes
-        within = vector * size if isinstance(vector, int) else self.b.mul(vector, _word(size))
-        return self.b.add(self.b.mul(chunk, _word(place.step)), _word(within))
+        within = vector * size if isinstance(vector, int) else self.b.mul(vector, int64(size))
+        return self.b.add(self.b.mul(chunk, int64(place.step)), int64(within))
 
     def _prefetch(
         self, over: _Stretch, number: Any, tiles: int, piece: Any = 0, pieces: int = 1
@@ -297,41 +298,37 @@ class Body:
         It may be fetched in ``pieces``. Returns the number of the tile in the unit.
         """
         plan, b = self.plan, self.b
-        tile = b.add(b.mul(over.part, _word(tiles)), number)
+        tile = b.add(b.mul(over.part, int64(tiles)), number)
         if plan.ahead and not plan.strip:
             parts = plan.chunks // over.chunks
             each = -(-self.share // (tiles * parts))
-            start = b.mul(tile, _word(each * VECTOR_BYTES))
+            start = b.mul(tile, int64(each * VECTOR_BYTES))
             offset = over.number * self.share * VECTOR_BYTES
             if isinstance(piece, int):
                 lines = range(each * piece // pieces, each * (piece + 1) // pieces)
             else:
                 # As many each time, even if the last pieces then fetch a few lines too many.
                 lines = range(-(-each // pieces))
-                start = b.add(start, b.mul(piece, _word(len(lines) * VECTOR_BYTES)))
+                start = b.add(start, b.mul(piece, int64(len(lines) * VECTOR_BYTES)))
             for k in lines:
-                at = b.add(start, _word(offset + k * VECTOR_BYTES))
+                at = b.add(start, int64(offset + k * VECTOR_BYTES))
                 self.v.prefetch(self.v.address(self.ahead, at))
         return tile
 
     def _number(self, *parts: Any) -> Any:
         """Count the turns of nested loops: ((i, n), (j, m), k) gives (i n + j) m + k."""
-        total = _word(0)
+        total = int64(0)
         for index, length in parts[:-1]:
-            total = self.b.mul(self.b.add(total, index), _word(length))
+            total = self.b.mul(self.b.add(total, index), int64(length))
         return self.b.add(total, parts[-1])
 
     @contextmanager
     def _loop(self, count: Any) -> Iterator[Any]:
         if isinstance(count, int) and count == 1:
-            yield _word(0)
+            yield int64(0)
         else:
             with counted(self.b, count) as index:
                 yield index
 
     def _pointer(self, address: Any) -> Any:
         return self.b.inttoptr(address, ir.IntType(8).as_pointer())
-
-
-def _word(value: Any) -> Any:
-    return ir.Constant(_WORD, value) if isinstance(value, int) else value

@@ -13,9 +13,8 @@ from typing import Any
 from llvmlite import ir
 
 from corequant._cpu.codegen.compiler import build
-from corequant._cpu.codegen.counting import counted
-from corequant._cpu.codegen.tuning import tuning
-from corequant._cpu.codegen.vectors import VECTOR_BYTES, Vectors
+from corequant._cpu.codegen.plans import tuning
+from corequant._cpu.codegen.vectors import VECTOR_BYTES, Vectors, counted, int64
 
 __all__ = ["moments_kernel"]
 
@@ -42,14 +41,14 @@ def _emit(b: Any, dtype: str, given: Any) -> None:
     v = Vectors(b, dtype)
     byte = ir.IntType(8).as_pointer()
     source, sums, squares, tops = (b.inttoptr(a, byte) for a in (src, sum_abs, sum_square, largest))
-    whole = b.sdiv(rows, ir.Constant(_WORD, _ROWS))
-    done = b.mul(whole, ir.Constant(_WORD, _ROWS))
+    whole = b.sdiv(rows, int64(_ROWS))
+    done = b.mul(whole, int64(_ROWS))
     for count, start, together in (
-        (whole, ir.Constant(_WORD, 0), _ROWS),
+        (whole, int64(0), _ROWS),
         (b.sub(rows, done), done, 1),
     ):
         with counted(b, count) as group:
-            row = b.add(start, b.mul(group, ir.Constant(_WORD, together)))
+            row = b.add(start, b.mul(group, int64(together)))
             first = v.address(source, b.mul(row, step))
             with counted(b, vectors) as i:
                 _add(v, first, step, i, together, (sums, squares, tops))
@@ -60,16 +59,16 @@ def _add(v: Vectors, first: Any, step: Any, i: Any, together: int, kept: Any) ->
     b = v.builder
     sums, squares, tops = kept
     wide_bytes = v.lanes * 8
-    at = v.address(first, b.mul(i, ir.Constant(_WORD, v.stored_bytes)))
-    wide = b.mul(i, ir.Constant(_WORD, wide_bytes))
+    at = v.address(first, b.mul(i, int64(v.stored_bytes)))
+    wide = b.mul(i, int64(wide_bytes))
     kind = ir.VectorType(ir.DoubleType(), v.lanes)
     places = [b.bitcast(v.address(p, wide), kind.as_pointer()) for p in (sums, squares)]
     total, square = (b.load(p) for p in places)
     total.align = square.align = 8
-    top_at = v.address(tops, b.mul(i, ir.Constant(_WORD, VECTOR_BYTES)))
+    top_at = v.address(tops, b.mul(i, int64(VECTOR_BYTES)))
     top = v.load(top_at)
     for k in range(together):
-        here = v.address(at, b.mul(step, ir.Constant(_WORD, k)))
+        here = v.address(at, b.mul(step, int64(k)))
         if tuning().ahead:
             v.prefetch(v.address(here, _AHEAD))
         size = v.magnitude(v.load_stored(here))

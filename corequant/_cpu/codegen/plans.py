@@ -4,19 +4,25 @@ A block of K·p numbers is turned by the stages of Sylvester's matrix of order p
 distances 1, 2, 4, ..., p/2, then by the core of order K. A pass does several stages on as many
 vectors as registers hold. Every plan does the stages in that one order, so that every plan gives
 the same bits; plans differ in speed alone. ``docs/kernels.md`` tells why each is as it is.
+
+What each family of processors likes best was measured, not derived. Keys of its tables are the
+vectors in a block: p over the numbers in 64 bytes. The tables for narrower numbers and for streamed
+stores hold what differs from ``rows``, which holds what differs from tiles of 8 vectors.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, lru_cache
 
+from corequant._cpu.codegen.compiler import processor
 from corequant._cpu.codegen.cores import mix_scratch
-from corequant._cpu.codegen.tuning import split, tuning
 from corequant._cpu.codegen.vectors import VECTOR_BYTES, lanes_of
 
-__all__ = ["Plan", "fitted", "plan_columns", "plan_rows"]
+__all__ = ["Passes", "Plan", "fitted", "plan_columns", "plan_rows", "split", "tuning"]
 
 _SHIFTED_BATCH = 1024
 """Numbers put together before they are streamed, so many that no load waits for a store."""
@@ -201,3 +207,160 @@ def plan_columns(dtype: str, core: int, power: int, inverse: bool, signs: str, s
         ahead=best.columns_ahead,
         padding=1,
     )
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How the stages are cut: vectors in a tile of the first pass, then the later passes' radices.
+
+    ``halved`` does the first pass on vectors of 32 bytes.
+    """
+
+    tile: int
+    radices: tuple[int, ...] = ()
+    halved: bool = False
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A family's choices; the fields that ``Plan`` has too mean what they mean there.
+
+    ``in_place`` is the number of vectors from which a whole block stays in the result; 0 for never.
+    ``inserted`` has permuted numbers put into vectors before they are written.
+    """
+
+    rows: Mapping[int, Passes]
+    streamed: Mapping[int, Passes]
+    float16: Mapping[int, Passes] = field(default_factory=dict)
+    bfloat16: Mapping[int, Passes] = field(default_factory=dict)
+    ahead: int = 0
+    columns_ahead: int = 0
+    paired_loads: bool = False
+    padding: int = 0
+    in_place: int = 0
+    mixed: bool = False
+    split: bool = False
+    inserted: bool = False
+
+    def passes(self, vectors: int, dtype: str, stores: str) -> Passes:
+        """Return how a block of so many vectors is best turned."""
+        special = {"float16": self.float16, "bfloat16": self.bfloat16}.get(dtype, {})
+        table = {**self.rows, **(self.streamed if stores != "ordinary" else {}), **special}
+        return table.get(vectors) or Passes(8, split(vectors // 8))
+
+
+def split(order: int) -> tuple[int, ...]:
+    """Split a power of two into radices of at most 16, as even as that gets."""
+    bits = order.bit_length() - 1
+    count = -(-bits // 4)
+    return tuple(1 << ((bits + k) // count) for k in range(count))
+
+
+# Emerald Rapids. Fetching 4 KiB ahead is 5 % slower, 16 KiB not faster (in place, block size 64).
+_INTEL = Tuning(
+    rows={
+        1: Passes(4),
+        2: Passes(4),
+        4: Passes(4),
+        8: Passes(4, (2,)),
+        16: Passes(4, (4,)),
+        64: Passes(4, (4, 4)),
+        256: Passes(4, (8, 8)),
+        512: Passes(4, (8, 4, 4)),
+        1024: Passes(8, (16, 8)),
+    },
+    # Stores that bypass the cache want few lines at a time in the last pass.
+    streamed={16: Passes(8, (2,)), 128: Passes(4, (8, 4))},
+    ahead=8192,
+    columns_ahead=256,
+    paired_loads=platform.machine().lower() in ("x86_64", "amd64"),
+    padding=1,
+)
+
+# Zen 4.
+_ZEN4 = Tuning(
+    rows={
+        1: Passes(4, halved=True),
+        2: Passes(4),
+        4: Passes(4, halved=True),
+        16: Passes(1, (16,)),
+        64: Passes(4, (16,), halved=True),
+        256: Passes(4, (8, 8)),
+        512: Passes(4, (16, 8)),
+        1024: Passes(8, (16, 8)),
+    },
+    streamed={16: Passes(8, (2,)), 128: Passes(4, (4, 8))},
+    float16={
+        1: Passes(4, halved=True),
+        2: Passes(4, halved=True),
+        4: Passes(8, halved=True),
+        8: Passes(8, halved=True),
+        16: Passes(8, (2,), halved=True),
+        32: Passes(8, (4,), halved=True),
+        64: Passes(4, (16,), halved=True),
+        128: Passes(8, (16,), halved=True),
+    },
+    bfloat16={
+        1: Passes(8),
+        2: Passes(8),
+        4: Passes(8),
+        8: Passes(8),
+        16: Passes(2, (8,)),
+        32: Passes(4, (8,)),
+        64: Passes(8, (8,)),
+        128: Passes(4, (4, 8)),
+        256: Passes(4, (8, 8)),
+    },
+    in_place=1,
+    mixed=True,
+    split=True,
+)
+
+
+_NARROW = {1 << k: Passes(16) for k in range(5)}
+_NARROW |= {1 << k: Passes(16, (1 << (k - 4),)) for k in range(5, 9)}
+_NARROW |= {1 << k: Passes(16, (1 << (k - 8), 16)) for k in range(9, 13)}
+"""Where conversion takes longer than all else, fewer and larger tiles."""
+
+# Zen 5, whose vectors are 64 bytes wide throughout, and which gains by being asked to fetch.
+_ZEN5 = Tuning(
+    rows={
+        1: Passes(8),
+        2: Passes(8),
+        4: Passes(8),
+        32: Passes(2, (16,)),
+        256: Passes(8, (2, 16)),
+        512: Passes(2, (16, 16)),
+        1024: Passes(1, (8, 16, 8)),
+        2048: Passes(1, (16, 16, 8)),
+        4096: Passes(2, (16, 16, 8)),
+    },
+    streamed={
+        1: Passes(2, halved=True),
+        2: Passes(2, halved=True),
+        4: Passes(2, (2,)),
+        8: Passes(1, (8,)),
+        16: Passes(1, (2, 8)),
+        64: Passes(1, (8, 8)),
+        128: Passes(1, (16, 8)),
+        512: Passes(8, (8, 8)),
+        1024: Passes(8, (4, 4, 8)),
+        2048: Passes(16, (16, 8)),
+    },
+    float16=_NARROW,
+    bfloat16=_NARROW,
+    ahead=8192,
+    in_place=256,
+    mixed=True,
+    split=True,
+    inserted=True,
+)
+
+
+@cache
+def tuning() -> Tuning:
+    """Return the choices for the processor that is compiled for."""
+    name = processor()[0]
+    if not name.startswith("znver"):
+        return _INTEL
+    return _ZEN4 if name in ("znver1", "znver2", "znver3", "znver4") else _ZEN5

@@ -15,7 +15,7 @@ from corequant._cpu.codegen.compiler import address_of_code, build
 from corequant._cpu.codegen.cores import choices
 from corequant._cpu.codegen.generator import Body
 from corequant._cpu.codegen.plans import Plan
-from corequant._cpu.codegen.vectors import Vectors
+from corequant._cpu.codegen.vectors import Vectors, int64
 
 __all__ = ["Context", "kernel_for", "piece", "settings", "sign_bits"]
 
@@ -100,15 +100,15 @@ def _emit_piece(b: Any, given: Any) -> None:
     """Emit a call of the kernel with settings of these units' own."""
     context, first, count, scratch = given
     words = b.inttoptr(context, _WORD.as_pointer())
-    at = [b.gep(words, [ir.Constant(_WORD, i)]) for i in range(5 + _WORDS.size // 8)]
+    at = [b.gep(words, [int64(i)]) for i in range(5 + _WORDS.size // 8)]
     kernel, source, target, step, numbers, *read = map(b.load, at)
-    signed = b.icmp_unsigned("!=", read[_PERIOD], ir.Constant(_WORD, 0))
-    divisor = b.select(signed, read[_PERIOD], ir.Constant(_WORD, 1))
+    signed = b.icmp_unsigned("!=", read[_PERIOD], int64(0))
+    divisor = b.select(signed, read[_PERIOD], int64(1))
     read[_PHASE] = b.urem(b.add(read[_PHASE], b.mul(first, numbers)), divisor)
     read[_UNITS] = count
     own = b.alloca(_WORD, len(read))
     for i, value in enumerate(read):
-        b.store(value, b.gep(own, [ir.Constant(_WORD, i)]))
+        b.store(value, b.gep(own, [int64(i)]))
     moved = b.mul(first, step)
     kind = ir.FunctionType(ir.VoidType(), [_WORD] * 4)
     arguments = [b.add(source, moved), b.add(target, moved), b.ptrtoint(own, _WORD), scratch]
@@ -131,9 +131,9 @@ def _emit(b: Any, plan: Plan, given: Any) -> None:
     """Emit the reading of the settings, and the rotation."""
     src, dst, place, scratch = given
     words = b.inttoptr(place, _WORD.as_pointer())
-    read = [b.load(b.gep(words, [ir.Constant(_WORD, i)])) for i in range(8)]
+    read = [b.load(b.gep(words, [int64(i)])) for i in range(8)]
     units, src_step, dst_step, signs, period, phase, nothing, choices = read
-    end = b.inttoptr(b.add(place, ir.Constant(_WORD, 64)), ir.DoubleType().as_pointer())
+    end = b.inttoptr(b.add(place, int64(64)), ir.DoubleType().as_pointer())
     scale = Vectors(b, plan.dtype).narrow(b.load(end))
     # LLVM doesn't know that it adds zero: see Vectors.load_butterfly.
     twin = b.add(src, nothing)

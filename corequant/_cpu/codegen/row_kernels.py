@@ -2,9 +2,11 @@
 
 A row is brought into the scratch, rotated there, measured and rounded while it is in the cache.
 Each step does what its own kernel does, operation by operation, so that the codes are the same
-bits: the affine grids are those of ``quantize.py``, the block-scaled ones those of the OCP's
+bits: the affine grids are those of ``group_passes``, the block-scaled ones those of the OCP's
 microscaling formats. Between rotating and rounding the row is held in the array's own dtype, as it
 would be.
+
+Bit-exact twin: `corequant._cpu.loops.group_passes`, `corequant_torch.gpu.fusion`.
 """
 
 from __future__ import annotations
@@ -20,15 +22,21 @@ from llvmlite import ir
 
 from corequant._cpu.codegen.compiler import build, fuses
 from corequant._cpu.codegen.cores import choices
-from corequant._cpu.codegen.counting import counted
-from corequant._cpu.codegen.extremes import Extremes
 from corequant._cpu.codegen.generator import Body
-from corequant._cpu.codegen.narrowing import TOGETHER, integers_of, narrows
-from corequant._cpu.codegen.plans import Plan
-from corequant._cpu.codegen.quotients import Inverse, corrected, divided, inverse, usual
-from corequant._cpu.codegen.row_tasks import Task
-from corequant._cpu.codegen.tuning import tuning
-from corequant._cpu.codegen.vectors import VECTOR_BYTES, Vectors
+from corequant._cpu.codegen.plans import Plan, tuning
+from corequant._cpu.codegen.row_steps import (
+    TOGETHER,
+    Extremes,
+    Inverse,
+    Task,
+    corrected,
+    divided,
+    integers_of,
+    inverse,
+    narrows,
+    usual,
+)
+from corequant._cpu.codegen.vectors import VECTOR_BYTES, Vectors, counted, int64
 
 __all__ = ["fused_context", "fused_kernel", "fused_scratch"]
 
@@ -107,9 +115,9 @@ class _Rows:
         (self.src, self.out, self.scales, self.zeros) = words[:4]
         (self.permutation, self.signs, self.status, self.choices, self.length) = words[4:9]
         self.scale, self.least, self.most, self.tiny, self.huge = map(self.v.narrow, reals[10:])
-        self.group = _word(task.group) if task.group else words[9]
-        self.vectors = builder.udiv(self.group, _word(self.v.lanes))
-        self.groups = _word(1) if task.whole else builder.udiv(self.length, self.group)
+        self.group = int64(task.group) if task.group else words[9]
+        self.vectors = builder.udiv(self.group, int64(self.v.lanes))
+        self.groups = int64(1) if task.whole else builder.udiv(self.length, self.group)
         """Numbers in a row and in a group, vectors in a group, groups in a row."""
 
     def emit(self) -> None:
@@ -117,7 +125,7 @@ class _Rows:
         b, v, task = self.b, self.v, self.task
         stored = v.stored_bytes // v.lanes
         row_bytes = self._times(self.length, stored)
-        lines = b.and_(b.add(row_bytes, _word(2 * VECTOR_BYTES - 1)), _word(-VECTOR_BYTES))
+        lines = b.and_(b.add(row_bytes, int64(2 * VECTOR_BYTES - 1)), int64(-VECTOR_BYTES))
         zero = ir.Constant(v.scalar, 0.0)
         self.doubt = self._variable(zero)
         self.extremes = Extremes(v, task.symmetric)
@@ -127,14 +135,14 @@ class _Rows:
         self.seen = whole and task.whole
         rotated = self.scratch
         kept = b.add(rotated, lines)
-        self.beside = b.udiv(b.add(self.groups, _word(v.lanes - 1)), _word(v.lanes))
-        each = b.mul(self.beside, _word(VECTOR_BYTES))
+        self.beside = b.udiv(b.add(self.groups, int64(v.lanes - 1)), int64(v.lanes))
+        each = b.mul(self.beside, int64(VECTOR_BYTES))
         count = len(_Parameters._fields)
-        rest = b.add(kept, b.mul(each, _word(count)))
+        rest = b.add(kept, b.mul(each, int64(count)))
         own = _Parameters(
-            *(self._pointer(b.add(kept, b.mul(each, _word(i)))) for i in range(count))
+            *(self._pointer(b.add(kept, b.mul(each, int64(i)))) for i in range(count))
         )
-        units = b.udiv(self.length, _word(self.plan.unit))
+        units = b.udiv(self.length, int64(self.plan.unit))
         written = stored if task.grid == "values" else 1
         with counted(b, self.rows) as turn:
             row = b.add(self.first, turn)
@@ -144,7 +152,7 @@ class _Rows:
                 source = rotated
             if self.seen:
                 self.extremes.begin()
-            nothing = _word(0)
+            nothing = int64(0)
             Body(
                 b,
                 self.plan,
@@ -168,7 +176,7 @@ class _Rows:
             v.fence()
         with b.if_then(b.fcmp_unordered("!=", b.load(self.doubt), zero)):
             status = b.inttoptr(self.status, _WORD.as_pointer())
-            b.store(_word(1), status)
+            b.store(int64(1), status)
 
     def _gather(self, source: Any, target: Any) -> None:
         """Copy the channels in their new order, and fetch the next row meanwhile."""
@@ -181,19 +189,19 @@ class _Rows:
         # By plain registers; gather instructions take 18 cycles for 16 numbers. Written one by one
         # they take 13 on Zen 5, put together in a vector first 10.5.
         put_together = ir.VectorType(number, line)
-        with counted(b, b.udiv(self.length, _word(line))) as turn:
-            start = b.mul(turn, _word(line))
+        with counted(b, b.udiv(self.length, int64(line))) as turn:
+            start = b.mul(turn, int64(line))
             for k in range(0, line * stored, VECTOR_BYTES):
-                v.prefetch(v.address(next_row, b.add(b.mul(start, _word(stored)), _word(k))))
+                v.prefetch(v.address(next_row, b.add(b.mul(start, int64(stored)), int64(k))))
             gathered = ir.Constant(put_together, ir.Undefined)
             for k, chosen in enumerate(self._indices(start)):
                 loaded = b.load(b.gep(base, [chosen]))
                 if tuning().inserted:
                     gathered = b.insert_element(gathered, loaded, ir.Constant(_INT32, k))
                 else:
-                    b.store(loaded, b.gep(to, [b.add(start, _word(k))]))
+                    b.store(loaded, b.gep(to, [b.add(start, int64(k))]))
             if tuning().inserted:
-                v.store(gathered, v.address(self._pointer(target), b.mul(start, _word(stored))))
+                v.store(gathered, v.address(self._pointer(target), b.mul(start, int64(stored))))
 
     def _indices(self, start: Any) -> Iterator[Any]:
         """Read the indices of a line, several at a time: loads are what gathering is short of."""
@@ -202,10 +210,10 @@ class _Rows:
         words = b.inttoptr(self.permutation, _WORD.as_pointer())
         each = 64 // bits
         for k in range(0, self.task.line, each):
-            word = b.load(b.gep(words, [b.udiv(b.add(start, _word(k)), _word(each))]))
+            word = b.load(b.gep(words, [b.udiv(b.add(start, int64(k)), int64(each))]))
             for _ in range(each):
-                yield b.and_(word, _word((1 << bits) - 1))
-                word = b.lshr(word, _word(bits))
+                yield b.and_(word, int64((1 << bits) - 1))
+                word = b.lshr(word, int64(bits))
 
     def _range(self, values: Any) -> tuple[Any, Any]:
         """Return the ends of a group's range, and note what is not finite.
@@ -232,8 +240,8 @@ class _Rows:
         b, v = self.b, self.v
         together = self.task.together
         with counted(b, self.vectors, step=together) as first:
-            start = b.mul(first, _word(v.stored_bytes))
-            places = [b.add(start, _word(k * v.stored_bytes)) for k in range(together)]
+            start = b.mul(first, int64(v.stored_bytes))
+            places = [b.add(start, int64(k * v.stored_bytes)) for k in range(together)]
             if ahead is not None:
                 for place in places:
                     v.prefetch(v.address(ahead, place))
@@ -269,7 +277,7 @@ class _Rows:
             self._put(own.high, group, high)
         with counted(b, self.beside) as i:
             # Where groups are no whole vector, the rest of the last one is never looked at.
-            at = [v.address(array, b.mul(i, _word(VECTOR_BYTES))) for array in own]
+            at = [v.address(array, b.mul(i, int64(VECTOR_BYTES))) for array in own]
             wanted = self._parameters(v.load(at[0]), v.load(at[1]))
             for place, value in zip(at[2:], wanted, strict=True):
                 v.store(value, place)
@@ -310,7 +318,7 @@ class _Rows:
         b = self.b
         zero, least, most = (b.fptosi(x, _BYTE) for x in (own.zero, self.least, self.most))
         codes = integers_of(self.v, four, zero, least, most)
-        self.v.store(codes, self.v.address(target, b.mul(first, _word(self.v.lanes))), 1)
+        self.v.store(codes, self.v.address(target, b.mul(first, int64(self.v.lanes))), 1)
 
     def _write_each(self, turned: list[Any], own: _Parameters, target: Any, first: Any) -> None:
         b, v = self.b, self.v
@@ -319,7 +327,7 @@ class _Rows:
             v.splat(b.fadd(b.fsub(end, own.zero), self._shift)) for end in (self.least, self.most)
         )
         for k, quotient in enumerate(turned):
-            i = b.add(first, _word(k))
+            i = b.add(first, int64(k))
             # The addition rounds half to even, and leaves an integer in the last bits.
             step = v.minimum(v.maximum(b.fadd(quotient, shift), least), most)
             if self.task.grid == "codes":
@@ -328,7 +336,7 @@ class _Rows:
                 self._write_bytes(b.bitcast(code, whole), target, i)
             else:
                 value = b.fmul(b.fsub(step, shift), scales)
-                at = v.address(target, b.mul(i, _word(v.stored_bytes)))
+                at = v.address(target, b.mul(i, int64(v.stored_bytes)))
                 streamed = self.task.streamed
                 v.store_stored(value, at, v.stored_bytes if streamed else 0, streamed)
 
@@ -379,7 +387,7 @@ class _Rows:
         inverse = b.shl(b.sub(ir.Constant(_INT32, 254), biased), ir.Constant(_INT32, 23))
         factor = v.splat(b.bitcast(inverse, v.scalar))
         with counted(b, self.vectors) as i:
-            x = v.load_stored(v.address(values, b.mul(i, _word(v.stored_bytes))))
+            x = v.load_stored(v.address(values, b.mul(i, int64(v.stored_bytes))))
             code = self._float4_code(b.fmul(x, factor))
             self._write_bytes(b.fptosi(code, ir.VectorType(_INT32, v.lanes)), target, i)
 
@@ -403,11 +411,11 @@ class _Rows:
         """Write the lowest byte of each integer."""
         b, v = self.b, self.v
         small = b.trunc(codes, ir.VectorType(_BYTE, v.lanes))
-        at = v.address(target, b.mul(i, _word(v.lanes)))
+        at = v.address(target, b.mul(i, int64(v.lanes)))
         b.store(small, b.bitcast(at, small.type.as_pointer())).align = 1
 
     def _times(self, value: Any, factor: int) -> Any:
-        return self.b.mul(value, _word(factor))
+        return self.b.mul(value, int64(factor))
 
     def _keep(self, array: Any, number: Any, value: Any) -> None:
         self._put(self._pointer(array), number, value)
@@ -424,7 +432,7 @@ class _Rows:
         """Everything in the context, read as if it were of this kind."""
         b = self.b
         base = b.inttoptr(context, kind.as_pointer())
-        return [b.load(b.gep(base, [_word(i)])) for i in range(_CONTEXT.size // 8)]
+        return [b.load(b.gep(base, [int64(i)])) for i in range(_CONTEXT.size // 8)]
 
     def _variable(self, initial: Any) -> Any:
         with self.b.goto_entry_block():
@@ -434,7 +442,3 @@ class _Rows:
 
     def _pointer(self, address: Any) -> Any:
         return self.b.inttoptr(address, _BYTE.as_pointer())
-
-
-def _word(value: int) -> Any:
-    return ir.Constant(_WORD, value)

@@ -12,8 +12,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from corequant._cpu.codegen.counting import counted
-from corequant._cpu.codegen.vectors import VECTOR_BYTES, Vectors
+from corequant._cpu.codegen.vectors import VECTOR_BYTES, Vectors, counted, int64
 
 __all__ = ["ShiftedStores"]
 
@@ -30,11 +29,11 @@ class ShiftedStores:
         self.v = v
         self.scratch = scratch
         address = b.ptrtoint(dst, _WORD)
-        self.shift = b.and_(address, _word(VECTOR_BYTES - 1))
+        self.shift = b.and_(address, int64(VECTOR_BYTES - 1))
         self.lines = b.inttoptr(b.sub(address, self.shift), dst.type)
         self.place = v.address(scratch, self.shift)
         undefined = ir.Constant(_LINE, ir.Undefined)
-        shift = b.trunc(b.lshr(self.shift, _word(2)), _INT32)
+        shift = b.trunc(b.lshr(self.shift, int64(2)), _INT32)
         single = b.insert_element(undefined, shift, ir.Constant(_INT32, 0))
         everywhere = b.shuffle_vector(single, undefined, ir.Constant(_LINE, [0] * _LINE.count))
         counted = ir.Constant(_LINE, list(range(_LINE.count)))
@@ -43,8 +42,8 @@ class ShiftedStores:
     def write(self, unit: Any, size: int) -> None:
         """Copy all whole lines of a unit of ``size`` bytes."""
         b, v = self.b, self.v
-        start = v.address(self.lines, b.mul(unit, _word(size)))
-        with b.if_else(b.icmp_unsigned("==", unit, _word(0))) as (first, later):
+        start = v.address(self.lines, b.mul(unit, int64(size)))
+        with b.if_else(b.icmp_unsigned("==", unit, int64(0))) as (first, later):
             with first:
                 self._store_where(self.ours, self._line(0), start)
             with later:
@@ -55,7 +54,7 @@ class ShiftedStores:
 
     def finish(self, units: Any, size: int) -> None:
         """Write what is left of the last line."""
-        end = self.v.address(self.lines, self.b.mul(units, _word(size)))
+        end = self.v.address(self.lines, self.b.mul(units, int64(size)))
         self._store_where(self.b.not_(self.ours), self._line(0), end)
 
     def _line(self, offset: Any) -> Any:
@@ -73,7 +72,3 @@ class ShiftedStores:
             kind = ir.FunctionType(ir.VoidType(), [_LINE, at.type, _INT32, mask.type])
             function = ir.Function(module, kind, name)
         self.b.call(function, [line, at, ir.Constant(_INT32, 4), mask])
-
-
-def _word(value: int) -> Any:
-    return ir.Constant(_WORD, value)

@@ -19,7 +19,7 @@ from typing import Any
 from llvmlite import ir
 
 from corequant._cpu.codegen.compiler import build
-from corequant._cpu.codegen.counting import counted
+from corequant._cpu.codegen.vectors import counted, int64
 
 __all__ = [
     "ASLEEP",
@@ -104,21 +104,21 @@ def _serve(b: Any, given: Any) -> None:
     b.branch(look)
     b.position_at_end(look)
     found = b.load_atomic(state, "seq_cst", 8)
-    b.cbranch(b.icmp_unsigned(">", found, _word(_WORKING)), take, idle)
+    b.cbranch(b.icmp_unsigned(">", found, int64(_WORKING)), take, idle)
     b.position_at_end(take)
     b.cbranch(_exchange(b, state, found, _WORKING), work, look)
     b.position_at_end(work)
     _take_part(b, found, b.load(member), b.load(scratch))
-    b.store_atomic(_word(LOOKING), state, "seq_cst", 8)
+    b.store_atomic(int64(LOOKING), state, "seq_cst", 8)
     b.store(turns, left)
     b.branch(look)
     b.position_at_end(idle)
-    b.cbranch(b.icmp_unsigned("==", found, _word(_DISMISSED)), leave, wait)
+    b.cbranch(b.icmp_unsigned("==", found, int64(_DISMISSED)), leave, wait)
     b.position_at_end(wait)
     _pause(b)
-    now = b.sub(b.load(left), _word(1))
+    now = b.sub(b.load(left), int64(1))
     b.store(now, left)
-    b.cbranch(b.icmp_signed(">", now, _word(0)), look, rest)
+    b.cbranch(b.icmp_signed(">", now, int64(0)), look, rest)
     b.position_at_end(rest)
     b.cbranch(_exchange(b, state, LOOKING, ASLEEP), end, look)
     b.position_at_end(leave)
@@ -130,11 +130,11 @@ def _lead(b: Any, given: Any) -> None:
     job, mailboxes, scratch, count, turns = given
     waited, unfinished = b.alloca(_WORD), b.alloca(_WORD)
     for variable in (waited, unfinished):
-        b.store(_word(0), variable)
+        b.store(int64(0), variable)
     with counted(b, count) as k:
         state = _at(b, b.load(_at(b, mailboxes, k)), Word.STATE)
         _exchange(b, state, LOOKING, job)
-    _take_part(b, job, _word(0), scratch)
+    _take_part(b, job, int64(0), scratch)
     with counted(b, count) as k:
         state = _at(b, b.load(_at(b, mailboxes, k)), Word.STATE)
         # Who hasn't begun needn't, and will find that there is nothing to do when it wakes.
@@ -142,15 +142,15 @@ def _lead(b: Any, given: Any) -> None:
         look, wait, give_up, after = (b.append_basic_block(n) for n in ("look", "wait", "up", "on"))
         b.branch(look)
         b.position_at_end(look)
-        working = b.icmp_unsigned("==", b.load_atomic(state, "seq_cst", 8), _word(_WORKING))
+        working = b.icmp_unsigned("==", b.load_atomic(state, "seq_cst", 8), int64(_WORKING))
         b.cbranch(working, wait, after)
         b.position_at_end(wait)
         _pause(b)
-        now = b.add(b.load(waited), _word(1))
+        now = b.add(b.load(waited), int64(1))
         b.store(now, waited)
         b.cbranch(b.icmp_signed("<", now, turns), look, give_up)
         b.position_at_end(give_up)
-        b.store(b.add(b.load(unfinished), _word(1)), unfinished)
+        b.store(b.add(b.load(unfinished), int64(1)), unfinished)
         b.branch(after)
         b.position_at_end(after)
     b.store(b.load(unfinished), _at(b, job, Word.UNFINISHED))
@@ -164,11 +164,11 @@ def _take_part(b: Any, job: Any, member: Any, scratch: Any) -> None:
     """Work until all units are taken, the member's own ones first."""
     chunk, members = (b.load(_at(b, job, i)) for i in (Word.CHUNK, Word.MEMBERS))
     piece = b.inttoptr(b.load(_at(b, job, Word.PIECE)), _PIECE.as_pointer())
-    context = b.add(job, _word(8 * Word.CONTEXT))
+    context = b.add(job, int64(8 * Word.CONTEXT))
     with counted(b, members) as turn:
         whose = b.urem(b.add(member, turn), members)
-        line = b.add(_word(Word.RANGES), b.mul(whose, _word(LINE)))
-        following, stop = _at(b, job, line), b.load(_at(b, job, b.add(line, _word(1))))
+        line = b.add(int64(Word.RANGES), b.mul(whose, int64(LINE)))
+        following, stop = _at(b, job, line), b.load(_at(b, job, b.add(line, int64(1))))
         grab, inside, after = (b.append_basic_block(n) for n in ("grab", "inside", "after"))
         b.branch(grab)
         b.position_at_end(grab)
@@ -184,7 +184,7 @@ def _take_part(b: Any, job: Any, member: Any, scratch: Any) -> None:
 
 def _exchange(b: Any, pointer: Any, old: Any, new: Any) -> Any:
     """Make a word ``new`` if it is ``old``; whether it was."""
-    old, new = (_word(x) if isinstance(x, int) else x for x in (old, new))
+    old, new = (int64(x) if isinstance(x, int) else x for x in (old, new))
     return b.extract_value(b.cmpxchg(pointer, old, new, "seq_cst", "seq_cst"), 1)
 
 
@@ -203,9 +203,5 @@ def _pause(b: Any) -> None:
 
 
 def _at(b: Any, address: Any, index: Any) -> Any:
-    index = _word(index) if isinstance(index, int) else index
+    index = int64(index) if isinstance(index, int) else index
     return b.gep(b.inttoptr(address, _WORD.as_pointer()), [index])
-
-
-def _word(value: int) -> Any:
-    return ir.Constant(_WORD, value)

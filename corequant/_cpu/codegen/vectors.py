@@ -7,15 +7,15 @@ memory and register. Nothing here knows a plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
 
-from corequant._cpu.codegen import halves
 from corequant._cpu.codegen.compiler import converts_halves
 
-__all__ = ["VECTOR_BYTES", "Vectors", "compute_dtype", "lanes_of"]
+__all__ = ["VECTOR_BYTES", "Vectors", "compute_dtype", "counted", "int64", "lanes_of"]
 
 VECTOR_BYTES = 64
 
@@ -26,6 +26,9 @@ _BYTE = ir.IntType(8)
 _EXACT = ("contract",)
 """A product with ±1 is exact, so that fusing it with the sum changes no bit."""
 
+_REBIAS = 2.0**112
+"""Exponents are biased by 127 in float32, by 15 in float16."""
+
 
 def compute_dtype(dtype: str) -> str:
     """Name the dtype that arrays of ``dtype`` are computed in."""
@@ -35,6 +38,28 @@ def compute_dtype(dtype: str) -> str:
 def lanes_of(dtype: str) -> int:
     """Count the numbers in a vector."""
     return 8 if dtype == "float64" else 16
+
+
+def int64(value: Any) -> Any:
+    """Return an integer as a constant of 64 bits; an LLVM value is returned unchanged."""
+    return ir.Constant(_WORD, value) if isinstance(value, int) else value
+
+
+@contextmanager
+def counted(builder: Any, stop: Any, start: int = 0, step: int = 1) -> Iterator[Any]:
+    """Repeat what is emitted inside for ``range(start, stop, step)``; yields the index."""
+    entry = builder.block
+    head, body, after = (builder.append_basic_block(name) for name in ("head", "body", "after"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    index = builder.phi(_WORD)
+    index.add_incoming(int64(start), entry)
+    builder.cbranch(builder.icmp_signed("<", index, int64(stop)), body, after)
+    builder.position_at_end(body)
+    yield index
+    index.add_incoming(builder.add(index, int64(step)), builder.block)
+    builder.branch(head)
+    builder.position_at_end(after)
 
 
 class Vectors:
@@ -56,9 +81,7 @@ class Vectors:
 
     def address(self, base: Any, offset: Any) -> Any:
         """Step ``offset`` bytes, a number or a value, from the byte pointer ``base``."""
-        if isinstance(offset, int):
-            offset = ir.Constant(_WORD, offset)
-        return self.builder.gep(base, [offset])
+        return self.builder.gep(base, [int64(offset)])
 
     def load(self, pointer: Any) -> Any:
         """Read a vector of the computed dtype."""
@@ -70,7 +93,7 @@ class Vectors:
         if self.dtype == "float16" and converts_halves():
             return self.builder.fpext(raw, self.kind)
         if self.dtype == "float16":
-            return halves.widen(self.builder, raw)
+            return _widen_halves(self.builder, raw)
         if self.dtype == "bfloat16":
             wide = self.builder.zext(raw, ir.VectorType(_INT32, self.lanes))
             return self.builder.bitcast(self.builder.shl(wide, self._integers(16)), self.kind)
@@ -128,7 +151,7 @@ class Vectors:
         if self.dtype == "float16" and converts_halves():
             vector = self.builder.fptrunc(vector, self.stored_kind)
         elif self.dtype == "float16":
-            vector = halves.narrow(self.builder, vector)
+            vector = _narrow_halves(self.builder, vector)
         elif self.dtype == "bfloat16":
             vector = self._round_to_bfloat16(vector)
         self.store(vector, pointer, align or self.stored_bytes // self.lanes, stream)
@@ -311,3 +334,53 @@ class Vectors:
         loaded = self.builder.load(self._cast(pointer, kind))
         loaded.align = self.stored_bytes // self.lanes if kind is self.stored_kind else 4
         return loaded
+
+
+def _widen_halves(b: Any, raw: Any) -> Any:
+    """Convert a vector of float16 to float32, exactly."""
+    c = _HalfConstants(raw.type.count)
+    bits = b.zext(b.bitcast(raw, c.halves), c.words)
+    magnitude = b.shl(b.and_(bits, c.word(0x7FFF)), c.word(13))
+    # The product is exact, and brings subnormal numbers to their place.
+    value = b.bitcast(b.fmul(b.bitcast(magnitude, c.floats), c.real(_REBIAS)), c.words)
+    special = b.icmp_unsigned(">=", magnitude, c.word(0x7C00 << 13))
+    value = b.select(special, b.or_(magnitude, c.word(0x7F800000)), value)
+    sign = b.shl(b.and_(bits, c.word(0x8000)), c.word(16))
+    return b.bitcast(b.or_(value, sign), c.floats)
+
+
+def _narrow_halves(b: Any, vector: Any) -> Any:
+    """Convert a vector of float32 to float16, half to even."""
+    c = _HalfConstants(vector.type.count)
+    bits = b.bitcast(vector, c.words)
+    magnitude = b.and_(bits, c.word(0x7FFFFFFF))
+    # Below 2^-14 steps are 2^-24, the last place of 0.5: adding it rounds.
+    half = b.fadd(b.bitcast(magnitude, c.floats), c.real(0.5))
+    small = b.sub(b.bitcast(half, c.words), c.word(0x3F000000))
+    odd = b.and_(b.lshr(magnitude, c.word(13)), c.word(1))
+    carried = b.add(b.add(magnitude, c.word(0xFFF)), odd)
+    normal = b.lshr(b.sub(carried, c.word(112 << 23)), c.word(13))
+    result = b.select(b.icmp_unsigned("<", magnitude, c.word(113 << 23)), small, normal)
+    # From 65520 on, half a step above the largest number, the result is infinite.
+    infinite = b.icmp_unsigned(">=", magnitude, c.word(0x477FF000))
+    result = b.select(infinite, c.word(0x7C00), result)
+    unknown = b.icmp_unsigned(">", magnitude, c.word(0x7F800000))
+    result = b.select(unknown, c.word(0x7E00), result)
+    sign = b.and_(b.lshr(bits, c.word(16)), c.word(0x8000))
+    return b.bitcast(b.trunc(b.or_(result, sign), c.halves), ir.VectorType(ir.HalfType(), c.count))
+
+
+class _HalfConstants:
+    """Types and constants of one length of vector."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.words = ir.VectorType(_INT32, count)
+        self.halves = ir.VectorType(ir.IntType(16), count)
+        self.floats = ir.VectorType(ir.FloatType(), count)
+
+    def word(self, value: int) -> Any:
+        return ir.Constant(self.words, [value] * self.count)
+
+    def real(self, value: float) -> Any:
+        return ir.Constant(self.floats, [value] * self.count)

@@ -3,6 +3,8 @@
 Columns are kept in reverse order of their rounding, so that the factor of ``H = L Lᵀ`` is used as
 it is and its inverse is never needed. With D = centers - rounded, column j is rounded at
 ``values_j + (Σ_{i>j} D_i M_ij + Σ_{i>j} a_i N_ij) / M_jj``, where a_i are these arguments.
+
+Bit-exact twin: `corequant_torch.gpu.columns`, `corequant_torch.rounding.loop`.
 """
 
 from __future__ import annotations

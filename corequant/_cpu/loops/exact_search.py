@@ -19,6 +19,8 @@ Source: the sweep as in PiSO, arXiv 2606.10890, for an identity Hessian; the bou
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from corequant._cpu.loops.jit import jit
@@ -34,10 +36,45 @@ FEW, MANY = 96, 128
 """Uncertain entries that are swept at once instead of splitting their interval; breakpoints from
 which on a general sort is faster."""
 
+SLACK = 1e-12
+"""What rounding may make of equal errors, over the energy of the group."""
+
+
+class Side(NamedTuple):
+    """What entries of one sign can become, and a group's entries of that sign in buckets.
+
+    ``levels`` ascend from the level nearest to zero, ``middles[j]`` lies between levels j and
+    j + 1; for entries below zero both are magnitudes. ``counts``, ``sums`` and ``squares`` run up
+    to each bucket, ``order`` holds the entries bucket by bucket, and ``low`` and ``high`` the
+    buckets around each middle.
+    """
+
+    levels: Any
+    middles: Any
+    counts: Any
+    sums: Any
+    squares: Any
+    order: Any
+    low: Any
+    high: Any
+
+
+class Breaks(NamedTuple):
+    """Breakpoints of an interval, and what changes there: see ``_walk``."""
+
+    places: Any
+    products: Any
+    squares: Any
+
 
 @jit
-def _fill(magnitudes, amax, buckets, counts, sums, squares, order):  # type: ignore[no-untyped-def]
-    """Write running sums before each bucket, and the entries sorted by bucket."""
+def _fill(magnitudes, amax, side):  # type: ignore[no-untyped-def]
+    """Write running sums before each bucket, and the entries sorted by bucket.
+
+    Returns the number of buckets over the largest magnitude.
+    """
+    counts, sums, squares, order = side.counts, side.sums, side.squares, side.order
+    buckets = sums.shape[0] - 1
     inverse = buckets / amax
     counts[:] = 0
     sums[:] = 0
@@ -92,13 +129,16 @@ def _sort(places, products, squares, n):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _side(levels, middles, small, big, inverse, buckets, counts, sums, squares, low, high):  # type: ignore[no-untyped-def]
+def _side(side, inverse, small, big):  # type: ignore[no-untyped-def]
     """Sum over the entries of one sign, for the scales [small, big].
 
     Returns Σlw, Σl² and Σw² of the entries whose level is certain, the least error of the others,
     Σlw and Σl² of the others with their lower levels, and how many they are. ``low[j]`` and
     ``high[j]`` become the buckets around threshold j.
     """
+    levels, middles, low, high = side.levels, side.middles, side.low, side.high
+    counts, sums, squares = side.counts, side.sums, side.squares
+    buckets = sums.shape[0] - 1
     last = middles.shape[0]
     for j in range(last):
         low[j] = min(int(middles[j] * small * inverse), buckets)
@@ -140,8 +180,14 @@ def _side(levels, middles, small, big, inverse, buckets, counts, sums, squares, 
 
 
 @jit
-def _walk(levels, middles, big, small, counts, order, low, high, places, products, squares, n):  # type: ignore[no-untyped-def]
-    """Exact Σlw and Σl² of the uncertain entries at the scale ``big``, and their breakpoints."""
+def _walk(side, big, small, breaks, n):  # type: ignore[no-untyped-def]
+    """Exact Σlw and Σl² of the uncertain entries at the scale ``big``, and their breakpoints.
+
+    The breakpoints down to the scale ``small`` are appended to the ``n`` that there are.
+    """
+    levels, middles, order = side.levels, side.middles, side.order
+    places, products, squares = breaks.places, breaks.products, breaks.squares
+    counts, low, high = side.counts, side.low, side.high
     product = 0.0
     square = 0.0
     start = 0
@@ -168,172 +214,6 @@ def _walk(levels, middles, big, small, counts, order, low, high, places, product
 
 
 @jit
-def exact_scales(x, up_levels, up_middles, down_levels, down_middles, scales):  # type: ignore[no-untyped-def]
-    """Write the scale of least squared error of each group, 0 where none beats all zeros.
-
-    ``up_levels`` are what entries above zero can become, ascending from the level nearest to zero;
-    ``up_middles[j]`` lies between levels j and j + 1. ``down_levels`` likewise for magnitudes of
-    entries below zero.
-    """
-    size = x.shape[1]
-    buckets = max(16, size // 2)
-    ups = np.empty(size + 1)
-    downs = np.empty(size + 1)
-    counts = np.empty((2, buckets + 2), np.int64)
-    sums = np.empty((2, buckets + 1))
-    energies = np.empty((2, buckets + 1))
-    order = np.empty((2, size))
-    steps = max(up_middles.shape[0], down_middles.shape[0])
-    low = np.empty((2, max(steps, 1)), np.int64)
-    high = np.empty((2, max(steps, 1)), np.int64)
-    room = size * max(steps, 1)
-    places = np.empty(room)
-    products = np.empty(room)
-    squares = np.empty(room)
-    ends = np.empty((4096, 4))
-    for g in range(x.shape[0]):
-        up = 0
-        down = 0
-        amax = 0.0
-        total = 0.0
-        for value in x[g]:
-            w = np.float64(value)
-            total += w * w
-            amax = max(amax, abs(w))
-            # Without a branch, which the signs of weights would mispredict half the time.
-            ups[up] = w
-            downs[down] = -w
-            up += int(w >= 0)
-            down += int(w < 0)
-        scales[g] = 0
-        if amax == 0:
-            continue
-        inverse = _fill(ups[:up], amax, buckets, counts[0], sums[0], energies[0], order[0])
-        _fill(downs[:down], amax, buckets, counts[1], sums[1], energies[1], order[1])
-        # All entries at the level nearest to zero: no breakpoint lies above this scale.
-        first_middle = np.inf
-        if up_middles.shape[0]:
-            first_middle = up_middles[0]
-        if down_middles.shape[0]:
-            first_middle = min(first_middle, down_middles[0])
-        product = up_levels[0] * sums[0, buckets] + down_levels[0] * sums[1, buckets]
-        square = up_levels[0] ** 2 * up + down_levels[0] ** 2 * down
-        gain = 0.0
-        if product > 0 and square > 0:
-            gain = product * product / square
-            scales[g] = product / square
-        if first_middle == np.inf:
-            continue
-        big = amax / first_middle * (1 + 1e-12)
-        top = max(up_levels[-1], down_levels[-1])
-        cover = amax / top
-        # What rounding may make of equal errors.
-        slack = total * 1e-12
-        bound = total - gain
-        stack = 0
-        # Coarse intervals from the top down, until clipping alone costs more than the best.
-        while stack < 2000:
-            small = big / (COARSE if big > 1.1 * cover else MIDDLE)
-            a = _side(
-                up_levels, up_middles, small, big, inverse, buckets,
-                counts[0], sums[0], energies[0], low[0], high[0],
-            )  # fmt: skip
-            b = _side(
-                down_levels, down_middles, small, big, inverse, buckets,
-                counts[1], sums[1], energies[1], low[1], high[1],
-            )  # fmt: skip
-            floor, ceiling = _bounds(a, b, small, big, total)
-            bound = min(bound, ceiling)
-            ends[stack, 0] = small
-            ends[stack, 1] = big
-            ends[stack, 2] = floor
-            ends[stack, 3] = a[6] + b[6]
-            stack += 1
-            big = small
-            clipped = 0.0
-            for side in range(2):
-                reach = (up_levels[-1] if side == 0 else down_levels[-1]) * big
-                if reach < amax:
-                    edge = min(int(reach * inverse) + 1, buckets)
-                    count = counts[side, buckets] - counts[side, edge]
-                    part = sums[side, buckets] - sums[side, edge]
-                    clipped += (
-                        energies[side, buckets]
-                        - energies[side, edge]
-                        - 2 * reach * part
-                        + reach * reach * count
-                    )
-            if clipped > bound + slack or big < cover * 1e-9:
-                break
-        # Split what may still hold the best scale.
-        while stack > 0:
-            stack -= 1
-            small = ends[stack, 0]
-            big = ends[stack, 1]
-            if ends[stack, 2] > bound + slack:
-                continue
-            if big > small * FINE and ends[stack, 3] > FEW and stack < 4000:
-                ratio = (big / small) ** (1 / PARTS)
-                edge = big
-                for part in range(PARTS):
-                    inner = small if part == PARTS - 1 else edge / ratio
-                    a = _side(
-                        up_levels, up_middles, inner, edge, inverse, buckets,
-                        counts[0], sums[0], energies[0], low[0], high[0],
-                    )  # fmt: skip
-                    b = _side(
-                        down_levels, down_middles, inner, edge, inverse, buckets,
-                        counts[1], sums[1], energies[1], low[1], high[1],
-                    )  # fmt: skip
-                    floor, ceiling = _bounds(a, b, inner, edge, total)
-                    bound = min(bound, ceiling)
-                    if floor <= bound + slack:
-                        ends[stack, 0] = inner
-                        ends[stack, 1] = edge
-                        ends[stack, 2] = floor
-                        ends[stack, 3] = a[6] + b[6]
-                        stack += 1
-                    edge = inner
-                continue
-            a = _side(
-                up_levels, up_middles, small, big, inverse, buckets,
-                counts[0], sums[0], energies[0], low[0], high[0],
-            )  # fmt: skip
-            b = _side(
-                down_levels, down_middles, small, big, inverse, buckets,
-                counts[1], sums[1], energies[1], low[1], high[1],
-            )  # fmt: skip
-            product = a[0] + b[0]
-            square = a[1] + b[1]
-            p, q, n = _walk(
-                up_levels, up_middles, big, small, counts[0], order[0], low[0], high[0],
-                places, products, squares, 0,
-            )  # fmt: skip
-            product += p
-            square += q
-            p, q, n = _walk(
-                down_levels, down_middles, big, small, counts[1], order[1], low[1], high[1],
-                places, products, squares, n,
-            )  # fmt: skip
-            product += p
-            square += q
-            if n <= MANY:
-                _sort(places, products, squares, n)
-            else:
-                ranks = np.argsort(-places[:n])
-                products[:n] = products[ranks]
-                squares[:n] = squares[ranks]
-            for k in range(n + 1):
-                if k > 0:
-                    product += products[k - 1]
-                    square += squares[k - 1]
-                if product > 0 and square > 0 and product * product > gain * square:
-                    gain = product * product / square
-                    scales[g] = product / square
-            bound = min(bound, total - gain)
-
-
-@jit
 def _bounds(a, b, small, big, total):  # type: ignore[no-untyped-def]
     """Lower bound of the error over an interval of scales, and an upper bound of the least."""
     product = a[0] + b[0]
@@ -349,3 +229,189 @@ def _bounds(a, b, small, big, total):  # type: ignore[no-untyped-def]
     if product > 0 and square > 0:
         ceiling = total - product * product / square
     return floor, ceiling
+
+
+@jit
+def _clipping(side, inverse, big, amax):  # type: ignore[no-untyped-def]
+    """Return a lower bound of the error of one sign's entries beyond their last level."""
+    reach = side.levels[-1] * big
+    if reach >= amax:
+        return 0.0
+    last = side.sums.shape[0] - 1
+    edge = min(int(reach * inverse) + 1, last)
+    count = side.counts[last] - side.counts[edge]
+    part = side.sums[last] - side.sums[edge]
+    return side.squares[last] - side.squares[edge] - 2 * reach * part + reach * reach * count
+
+
+@jit
+def _descend(up, down, inverse, amax, big, total, bound, ends):  # type: ignore[no-untyped-def]
+    """Cut scales into coarse intervals from ``big`` down until clipping costs more than the best.
+
+    Writes small and large end, lower bound and uncertain entries of each to ``ends``; returns how
+    many there are, and the best upper bound.
+    """
+    cover = amax / max(up.levels[-1], down.levels[-1])
+    slack = total * SLACK
+    stack = 0
+    while stack < 2000:
+        small = big / (COARSE if big > 1.1 * cover else MIDDLE)
+        a, b = _side(up, inverse, small, big), _side(down, inverse, small, big)
+        floor, ceiling = _bounds(a, b, small, big, total)
+        bound = min(bound, ceiling)
+        _push(ends, stack, small, big, floor, a[6] + b[6])
+        stack += 1
+        big = small
+        clipped = _clipping(up, inverse, big, amax) + _clipping(down, inverse, big, amax)
+        if clipped > bound + slack or big < cover * 1e-9:
+            break
+    return stack, bound
+
+
+@jit
+def _push(ends, stack, small, big, floor, loose):  # type: ignore[no-untyped-def]
+    ends[stack, 0] = small
+    ends[stack, 1] = big
+    ends[stack, 2] = floor
+    ends[stack, 3] = loose
+
+
+@jit
+def _split(up, down, inverse, small, big, total, bound, ends, stack):  # type: ignore[no-untyped-def]
+    """Push the parts of an interval that may hold the best scale; return as ``_descend`` does."""
+    ratio = (big / small) ** (1 / PARTS)
+    edge = big
+    for part in range(PARTS):
+        inner = small if part == PARTS - 1 else edge / ratio
+        a, b = _side(up, inverse, inner, edge), _side(down, inverse, inner, edge)
+        floor, ceiling = _bounds(a, b, inner, edge, total)
+        bound = min(bound, ceiling)
+        if floor <= bound + total * SLACK:
+            _push(ends, stack, inner, edge, floor, a[6] + b[6])
+            stack += 1
+        edge = inner
+    return stack, bound
+
+
+@jit
+def _sweep(up, down, inverse, small, big, breaks, gain, scale):  # type: ignore[no-untyped-def]
+    """Go through the breakpoints of an interval; return the best gain so far, and its scale."""
+    places, products, squares = breaks.places, breaks.products, breaks.squares
+    a, b = _side(up, inverse, small, big), _side(down, inverse, small, big)
+    product = a[0] + b[0]
+    square = a[1] + b[1]
+    p, q, n = _walk(up, big, small, breaks, 0)
+    product += p
+    square += q
+    p, q, n = _walk(down, big, small, breaks, n)
+    product += p
+    square += q
+    if n <= MANY:
+        _sort(places, products, squares, n)
+    else:
+        ranks = np.argsort(-places[:n])
+        products[:n] = products[ranks]
+        squares[:n] = squares[ranks]
+    for k in range(n + 1):
+        if k > 0:
+            product += products[k - 1]
+            square += squares[k - 1]
+        if product > 0 and square > 0 and product * product > gain * square:
+            gain = product * product / square
+            scale = product / square
+    return gain, scale
+
+
+@jit
+def _best_scale(up, down, inverse, amax, total, above, below, breaks, ends):  # type: ignore[no-untyped-def]
+    """Return the best scale of a group with numbers of entries ``above`` and ``below`` zero."""
+    # All entries at the level nearest to zero: no breakpoint lies above this scale.
+    product = up.levels[0] * up.sums[-1] + down.levels[0] * down.sums[-1]
+    square = up.levels[0] ** 2 * above + down.levels[0] ** 2 * below
+    gain = 0.0
+    scale = 0.0
+    if product > 0 and square > 0:
+        gain = product * product / square
+        scale = product / square
+    first_middle = np.inf
+    if up.middles.shape[0]:
+        first_middle = up.middles[0]
+    if down.middles.shape[0]:
+        first_middle = min(first_middle, down.middles[0])
+    if first_middle == np.inf:
+        return scale
+    big = amax / first_middle * (1 + 1e-12)
+    stack, bound = _descend(up, down, inverse, amax, big, total, total - gain, ends)
+    while stack > 0:
+        stack -= 1
+        small = ends[stack, 0]
+        big = ends[stack, 1]
+        if ends[stack, 2] > bound + total * SLACK:
+            continue
+        if big > small * FINE and ends[stack, 3] > FEW and stack < 4000:
+            stack, bound = _split(up, down, inverse, small, big, total, bound, ends, stack)
+            continue
+        gain, scale = _sweep(up, down, inverse, small, big, breaks, gain, scale)
+        bound = min(bound, total - gain)
+    return scale
+
+
+@jit
+def _part(x, ups, downs):  # type: ignore[no-untyped-def]
+    """Part entries by sign; return how many are in each, the largest magnitude, and the energy."""
+    up = 0
+    down = 0
+    amax = 0.0
+    total = 0.0
+    for value in x:
+        w = np.float64(value)
+        total += w * w
+        amax = max(amax, abs(w))
+        # Without a branch, which the signs of weights would mispredict half the time.
+        ups[up] = w
+        downs[down] = -w
+        up += int(w >= 0)
+        down += int(w < 0)
+    return up, down, amax, total
+
+
+@jit
+def _new_side(levels, middles, size, steps):  # type: ignore[no-untyped-def]
+    buckets = max(16, size // 2)
+    return Side(
+        levels,
+        middles,
+        np.empty(buckets + 2, np.int64),
+        np.empty(buckets + 1),
+        np.empty(buckets + 1),
+        np.empty(size),
+        np.empty(steps, np.int64),
+        np.empty(steps, np.int64),
+    )
+
+
+@jit
+def exact_scales(x, up_levels, up_middles, down_levels, down_middles, scales):  # type: ignore[no-untyped-def]
+    """Write the scale of least squared error of each group, 0 where none beats all zeros.
+
+    ``up_levels`` are what entries above zero can become, ascending from the level nearest to zero;
+    ``up_middles[j]`` lies between levels j and j + 1. ``down_levels`` likewise for magnitudes of
+    entries below zero.
+    """
+    size = x.shape[1]
+    steps = max(up_middles.shape[0], down_middles.shape[0], 1)
+    up = _new_side(up_levels, up_middles, size, steps)
+    down = _new_side(down_levels, down_middles, size, steps)
+    ups = np.empty(size + 1)
+    downs = np.empty(size + 1)
+    room = size * steps
+    breaks = Breaks(np.empty(room), np.empty(room), np.empty(room))
+    ends = np.empty((4096, 4))
+    for g in range(x.shape[0]):
+        above, below, amax, total = _part(x[g], ups, downs)
+        scales[g] = 0
+        if amax == 0:
+            continue
+        inverse = _fill(ups[:above], amax, up)
+        _fill(downs[:below], amax, down)
+        scales[g] = _best_scale(up, down, inverse, amax, total, above, below, breaks, ends)

@@ -4,6 +4,8 @@
 one is rounded, so that reading and writing memory overlap: measured 10.6 against 12.3 ms for 4096
 by 4096 float32. Each kernel returns the first row that holds NaN or infinity, where it stops,
 or -1.
+
+Bit-exact twin: `corequant._cpu.codegen.row_kernels`, `corequant_torch.gpu.fusion`.
 """
 
 from __future__ import annotations

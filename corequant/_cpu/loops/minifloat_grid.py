@@ -19,6 +19,7 @@ __all__ = [
     "decode",
     "encode",
     "fake",
+    "losses",
     "nearest_code",
     "nearest_value",
     "value_of",
@@ -115,3 +116,22 @@ def fake(x, scales, r, out):  # type: ignore[no-untyped-def]
         scale = scales[g]
         for i in range(x.shape[1]):
             out[g, i] = nearest_value(x[g, i] / scale, r) * scale
+
+
+@jit
+def losses(x, scales, r, lanes, out):  # type: ignore[no-untyped-def]
+    """Write the squared error of each group with each trial; see ``integer_grid.losses``."""
+    width = lanes.shape[0]
+    for g in range(x.shape[0]):
+        for k in range(scales.shape[1]):
+            scale = scales[g, k]
+            lanes[:] = 0
+            for start in range(0, x.shape[1], width):
+                for j in range(width):
+                    value = x[g, start + j]
+                    error = np.float64(value - nearest_value(value / scale, r) * scale)
+                    lanes[j] += error * error
+            total = 0.0
+            for j in range(width):
+                total += lanes[j]
+            out[g, k] = total

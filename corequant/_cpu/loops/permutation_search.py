@@ -1,8 +1,12 @@
-"""Local search on the range that a rotated token's quantizer has to cover.
+"""Local searches of permutations and signs.
 
-``y`` (tokens, blocks, b) is rotated, ``high`` and ``low`` (tokens, blocks) its extremes. A token
-costs its squared range: max - min over all blocks, or twice the largest magnitude where the
-quantizer is symmetric. ``h`` (b, b) is the rotation of a block.
+*Partition* of channels into blocks by a matrix C that says how much two of them cost in one block:
+``load[j, c]`` is the sum of ``C[k, c]`` over the members k of block j.
+
+*Range*: what a rotated token's quantizer has to cover. ``y`` (tokens, blocks, b) is rotated,
+``high`` and ``low`` (tokens, blocks) its extremes. A token costs its squared range: max - min over
+all blocks, or twice the largest magnitude where the quantizer is symmetric. ``h`` (b, b) is the
+rotation of a block.
 """
 
 from __future__ import annotations
@@ -11,7 +15,65 @@ import numpy as np
 
 from corequant._cpu.loops.jit import jit
 
-__all__ = ["extremes", "search_exchanges", "search_flips"]
+__all__ = ["exchange", "extremes", "search_exchanges", "search_flips", "spread"]
+
+
+@jit
+def spread(C, order, blocks):  # type: ignore[no-untyped-def]
+    """Put channels, in the given order, into the open block that they cost the least in."""
+    d = C.shape[0]
+    room = d // blocks
+    load = np.zeros((blocks, d), np.float32)
+    count = np.zeros(blocks, np.int64)
+    block_of = np.empty(d, np.int64)
+    for c in order:
+        best = -1
+        for j in range(blocks):
+            if count[j] < room and (best < 0 or load[j, c] < load[best, c]):
+                best = j
+        block_of[c] = best
+        count[best] += 1
+        for k in range(d):
+            load[best, k] += C[c, k]
+    return block_of, load
+
+
+@jit
+def exchange(C, order, block_of, load):  # type: ignore[no-untyped-def]
+    """Exchange each channel with the one that lowers the objective most; return how many."""
+    d = C.shape[0]
+    own = np.empty(d, np.float32)
+    for k in range(d):
+        own[k] = load[block_of[k], k]
+    done = 0
+    for i in order:
+        a = block_of[i]
+        best = np.float32(0)
+        partner = -1
+        for k in range(d):
+            b = block_of[k]
+            if b != a:
+                # Half the change of the objective when i and k change places.
+                change = (
+                    load[a, k] - own[i] + load[b, i] - own[k]
+                    + C[i, i] + C[k, k] - np.float32(2) * C[i, k]
+                )  # fmt: skip
+                if change < best:
+                    best = change
+                    partner = k
+        # Rounding of the running sums must not be mistaken for a gain.
+        if partner >= 0 and best < np.float32(-1e-6) * own[i]:
+            b = block_of[partner]
+            for k in range(d):
+                moved = C[partner, k] - C[i, k]
+                load[a, k] += moved
+                load[b, k] -= moved
+            block_of[i] = b
+            block_of[partner] = a
+            for k in range(d):
+                own[k] = load[block_of[k], k]
+            done += 1
+    return done
 
 
 @jit
