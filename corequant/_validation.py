@@ -31,11 +31,13 @@ __all__ = [
     "check_numpy",
     "check_permutation",
     "check_places",
+    "check_positive",
     "check_range",
     "check_scores",
     "check_writeable",
     "divisors",
     "is_floating",
+    "is_on_host",
     "is_plain_type",
     "join_some",
 ]
@@ -184,6 +186,21 @@ def check_range(name: str, values: Any, least: int, most: int) -> None:
     for value in (int(values.min()), int(values.max())):
         if not least <= value <= most:
             raise ValueError(f"{name} must lie in [{least}, {most}], got {value}")
+
+
+def check_positive(name: str, values: Any) -> None:
+    """Raise ValueError unless all entries are positive and finite; arrays as for ``check_range``."""
+    if 0 in tuple(values.shape) or not hasattr(values, "min"):
+        return
+    # Both are NaN where an entry is.
+    for value in (float(values.min()), float(values.max())):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def is_on_host(x: Any) -> bool:
+    """Return whether an array's values can be read without waiting for another device."""
+    return getattr(getattr(x, "device", None), "type", "cpu") == "cpu"
 
 
 def check_scores(name: str, score: Any) -> npt.NDArray[np.float64]:

@@ -16,7 +16,13 @@ from typing import Any
 import numpy as np
 
 from corequant._dispatch import backend_for, check_out
-from corequant._validation import check_array, check_divides, check_range
+from corequant._validation import (
+    check_array,
+    check_divides,
+    check_positive,
+    check_range,
+    is_on_host,
+)
 from corequant.errors import NonFiniteError, ShapeError, SpecError
 from corequant.protocols import Backend
 from corequant.specs import Granularity, QuantSpec, qparams_shape
@@ -203,7 +209,7 @@ def quantize(
     else:
         backend_for(x=x, scales=scales, zero_points=zero_points, global_scale=global_scale)
         check_array("scales", scales[None])
-        scales = _as_real(scales, _is_wide(x))
+        scales = _as_real(scales, str(x.dtype).endswith(("float64", "f8")))
         scales, zero_points = check_qparams(tuple(x.shape), spec, scales, zero_points)
         global_scale = check_global(spec, global_scale)
         if spec.granularity is Granularity.TENSOR_GROUP and global_scale is None:
@@ -228,6 +234,7 @@ def dequantize(quantized: QuantizedTensor) -> Any:
     ------
     ShapeError, TypeError, ValueError
         If ``quantized`` is not a QuantizedTensor, or its arrays don't fit each other and its spec.
+        Values on another device than the CPU are not checked, which would wait for that device.
 
     Examples
     --------
@@ -238,16 +245,17 @@ def dequantize(quantized: QuantizedTensor) -> Any:
     if not isinstance(quantized, QuantizedTensor):
         raise TypeError(f"quantized must be a QuantizedTensor, got {type(quantized).__name__}")
     backend = backend_for(codes=quantized.codes, scales=quantized.scales)
-    codes = _checked_codes(quantized)
+    host = is_on_host(quantized.codes)
+    codes = _checked_codes(quantized, host)
     scales, zero_points = check_fit(tuple(codes.shape), quantized)
     check_array("scales", scales)
-    scales = _as_real(scales, wide=True)
-    _check_scales(scales)
-    divisor = quantized.global_scale
-    if divisor is not None and not tuple(divisor.shape):
+    scales, divisor = _as_real(scales, wide=True), quantized.global_scale
+    if divisor is not None:
         divisor = divisor.reshape((1,))
-    if hasattr(divisor, "max"):
-        check_global(quantized.spec, divisor)
+    if host:
+        check_positive("scales", scales)
+        if hasattr(divisor, "max"):
+            check_global(quantized.spec, divisor)
     return backend.dequantize(codes, quantized.spec, scales, zero_points, divisor)
 
 
@@ -305,15 +313,14 @@ def fake_quantize(
     return backend.fake_quantize(x, spec, global_scale, out=out, propagate=nonfinite == "propagate")
 
 
-def _checked_codes(quantized: QuantizedTensor) -> Any:
-    """Return the codes in the dtype of their format; others are looked at before they are cast."""
+def _checked_codes(quantized: QuantizedTensor, host: bool) -> Any:
+    """Return the codes in the dtype of their format; raise unless those on the host are codes."""
     codes, form = quantized.codes, quantized.spec.format
-    kind = str(codes.dtype).rpartition(".")[2]
-    wanted = str(form.code_dtype)
+    kind, wanted = str(codes.dtype).rpartition(".")[2], str(form.code_dtype)
     if kind.lstrip("u").rstrip("0123456789") != "int":
         raise TypeError(f"codes of {quantized.spec} must have dtype {wanted}, got {codes.dtype}")
     least, most = form.least_code, form.most_code
-    if kind != wanted or most - least < 255:
+    if host and (kind != wanted or most - least < 255):
         check_range("codes", codes, least, most)
     if kind == wanted:
         return codes
@@ -332,10 +339,6 @@ def _as_real(scales: Any, wide: bool) -> Any:
         with np.errstate(over="ignore", under="ignore"):
             return scales.astype(np.float32)
     return scales.float() if hasattr(scales, "float") else scales
-
-
-def _is_wide(x: Any) -> bool:
-    return str(x.dtype).rpartition(".")[2] in ("float64", ">f8", "<f8")
 
 
 def as_spec(spec: Any) -> QuantSpec:
@@ -423,23 +426,13 @@ def check_qparams(
     check_array("scales", scales)
     if 0 in qparams_shape(shape, spec):
         return scales, zeros
-    _check_scales(scales)
+    check_positive("scales", scales)
     if spec.scale_format in SCALE_BYTES:
         store_scales(scales, spec)
     if zeros is not None:
         least, most = int(spec.format.minimum), int(spec.format.maximum)
         check_range("zero_points", zeros, least, most)
     return scales, zeros
-
-
-def _check_scales(scales: Any) -> None:
-    """Raise ValueError unless all scales are positive and finite."""
-    if 0 in tuple(scales.shape) or not hasattr(scales, "min"):
-        return
-    # Both are NaN where an entry is.
-    for value in (float(scales.min()), float(scales.max())):
-        if not 0 < value < float("inf"):
-            raise ValueError(f"scales must be positive and finite, got {value}")
 
 
 def check_global(spec: QuantSpec, global_scale: Any) -> Any:

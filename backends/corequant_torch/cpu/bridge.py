@@ -18,8 +18,6 @@ from corequant.errors import BackendError
 __all__ = [
     "VIEWS",
     "View",
-    "quick_array",
-    "quick_tensor",
     "to_numpy",
     "to_numpy_or_none",
     "to_torch",
@@ -78,24 +76,6 @@ def to_numpy(x: torch.Tensor) -> Array:
             f"and dtype {x.dtype} ({error})"
         ) from None
     return array
-
-
-def quick_array(x: torch.Tensor) -> Array | None:
-    """Return an array on a CPU tensor's memory, unchecked; None if torch refuses."""
-    view = VIEWS.get(x.dtype)
-    try:
-        array: Array = x.numpy() if view is None else x.view(view.bits).numpy().view(view.array)
-    except (RuntimeError, TypeError):
-        return None
-    return array
-
-
-def quick_tensor(array: Array, dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor of a known dtype on an array's memory, faster than ``to_torch``."""
-    view = VIEWS.get(dtype)
-    if view is None:
-        return torch.from_numpy(array)
-    return torch.from_numpy(array.view(view.plain)).view(dtype)
 
 
 def to_torch(array: Array) -> torch.Tensor:

@@ -14,8 +14,6 @@ from corequant.protocols import Moments
 from corequant.quantization import QuantizedTensor
 from corequant.specs import QuantSpec
 from corequant_torch.cpu.bridge import (
-    quick_array,
-    quick_tensor,
     to_numpy,
     to_numpy_or_none,
     to_torch,
@@ -58,15 +56,12 @@ class CpuKernels:
         threads: int | None,
     ) -> torch.Tensor:
         """Rotate blocks of one axis."""
-        array = quick_array(x)
-        if array is None:
-            # Detaches, or raises the error that names the reason.
-            array = to_numpy(x)
+        array = to_numpy(x)
         target = array if out is x else to_numpy_or_none(out)
         rotated = self._rotate(
             array, block_size, axis=axis, inverse=inverse, signs=signs, out=target, threads=threads
         )
-        return quick_tensor(rotated, x.dtype) if out is None else out
+        return to_torch(rotated) if out is None else out
 
     def rotate_quantize(
         self,
