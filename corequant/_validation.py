@@ -189,7 +189,7 @@ def check_range(name: str, values: Any, least: int, most: int) -> None:
 
 
 def check_positive(name: str, values: Any) -> None:
-    """Raise ValueError unless all entries are positive and finite; arrays as for ``check_range``."""
+    """Raise ValueError unless all entries are positive and finite; as ``check_range`` otherwise."""
     if 0 in tuple(values.shape) or not hasattr(values, "min"):
         return
     # Both are NaN where an entry is.
