@@ -109,7 +109,9 @@ def decode(codes: Any, form: NumberFormat | str) -> Any:
     if str(codes.dtype).rpartition(".")[2] not in ("int8", "uint8"):
         raise TypeError(f"codes must be int8 or uint8, got {codes.dtype}")
     if form.table and codes.size and int(codes.max()) >= len(form.table):
-        raise ValueError(f"codes of {form.name} must be below {len(form.table)}, got more")
+        raise ValueError(
+            f"codes of {form.name} must be below {len(form.table)}, got {int(codes.max())}"
+        )
     return backend.decode(codes, form)
 
 
