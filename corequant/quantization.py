@@ -147,9 +147,7 @@ def choose_qparams(x: Any, spec: QuantSpec | str, *, global_scale: Any = None) -
     (array([[0.2]]), array([[-3]], dtype=int8))
     """
     backend, spec = _prepare(x, spec, global_scale)
-    global_scale = check_global(spec, global_scale)
-    scales, zero_points = backend.choose_qparams(x, spec, global_scale)
-    return scales, zero_points
+    return backend.choose_qparams(x, spec, check_global(spec, global_scale))
 
 
 def quantize(
@@ -197,17 +195,16 @@ def quantize(
     if scales is None:
         if zero_points is not None:
             raise ValueError("zero_points must come with scales, got zero_points alone")
-        global_scale = check_global(spec, global_scale)
-        if spec.granularity is Granularity.TENSOR_GROUP and global_scale is None:
-            global_scale = backend.choose_global_scale(x, spec)
     else:
         backend_for(x=x, scales=scales, zero_points=zero_points, global_scale=global_scale)
         check_array("scales", scales[None])
         scales = _as_real(scales, _is_wide(x))
         scales, zero_points = check_qparams(tuple(x.shape), spec, scales, zero_points)
-        global_scale = check_global(spec, global_scale)
-        if spec.granularity is Granularity.TENSOR_GROUP and global_scale is None:
+    global_scale = check_global(spec, global_scale)
+    if spec.granularity is Granularity.TENSOR_GROUP and global_scale is None:
+        if scales is not None:
             raise ValueError("global_scale must come with scales, got scales alone")
+        global_scale = backend.choose_global_scale(x, spec)
     codes, scales, zero_points = backend.quantize(x, spec, scales, zero_points, global_scale)
     return QuantizedTensor(codes, scales, zero_points, spec, global_scale)
 
