@@ -1,4 +1,4 @@
-"""Which backend owns an array: the root module of the array's type is the backend's name.
+"""Dispatch to backends: the root module of an array's type is the name of its backend.
 
 NumPy's is built in. Any other is found through the entry point group ``corequant.backends`` the
 first time that one of its arrays is seen, so that no framework is imported to ask. A source tree
@@ -137,14 +137,14 @@ def _device_checker(backend: Any) -> DeviceChecker | None:
 
 
 def check_out(x: Any, out: Any, dtype: Any = None) -> None:
-    """Raise unless ``out`` may take a result of the shape of ``x``; None may.
+    """Raise unless ``out`` can take a result of the shape of ``x``; None can.
 
-    It must be an array of x's kind, of x's shape and of ``dtype`` (x's own by default), writeable,
-    and either the very array ``x``, itself or as another view of all of it, or apart from it.
+    It must belong to x's backend, have the shape of ``x`` and ``dtype`` (that of ``x`` by default),
+    be writeable, and either cover exactly the memory of ``x`` or share none with it.
     """
     if out is None:
         return
-    if not (type(x) is type(out) is np.ndarray):
+    if out is not x and not (type(x) is type(out) is np.ndarray):
         backend_for(x=x, out=out)
     wanted = x.dtype if dtype is None else dtype
     same_dtype = out.dtype is wanted or _kind(out.dtype) == _kind(wanted)

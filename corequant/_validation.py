@@ -83,12 +83,12 @@ def check_generator(name: str, seed: Any) -> np.random.Generator:
 
 
 def is_plain_type(kind: type) -> bool:
-    """Tell whether arrays of a type mean what they hold: masked ones and np.matrix don't."""
+    """Return whether a type's arrays follow ndarray semantics: masked ones and np.matrix don't."""
     return not issubclass(kind, np.ma.MaskedArray | np.matrix)
 
 
 def check_numpy(name: str, value: Any) -> npt.NDArray[Any]:
-    """Return ``value`` if it is a NumPy array, of a type that means what it holds."""
+    """Return ``value`` if it is a NumPy array that follows ndarray semantics."""
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name} must be a numpy.ndarray, got {type(value).__name__}")
     if not is_plain_type(type(value)):
@@ -97,7 +97,7 @@ def check_numpy(name: str, value: Any) -> npt.NDArray[Any]:
 
 
 def check_writeable(out: npt.NDArray[Any]) -> None:
-    """Raise unless results can be written to ``out``, each of them to a place of its own."""
+    """Raise unless ``out`` is writeable and no two of its entries share memory."""
     flags = out.flags
     if not flags.writeable:
         raise ValueError("out must be writeable, got a read-only array")
@@ -114,7 +114,7 @@ def check_places(shape: tuple[int, ...], strides: tuple[int, ...], unit: int = 1
     for step, length in sorted((abs(step), n) for step, n in axes if n > 1):
         if step < end:
             raise ValueError(
-                f"out must have a place for each number, got strides {strides} for {shape}"
+                f"out must not overlap itself, got strides {strides} for shape {shape}"
             )
         end += step * (length - 1)
 
@@ -149,7 +149,7 @@ def check_floating(name: str, x: npt.NDArray[Any], minimum_ndim: int = 1) -> Non
 
 
 def is_floating(dtype: np.dtype[Any]) -> bool:
-    """Tell whether ``dtype`` is NumPy's or ml_dtypes' real floating type of at least 16 bits."""
+    """Return whether ``dtype`` is NumPy's or ml_dtypes' real floating type of at least 16 bits."""
     if dtype.kind == "f":
         return dtype.itemsize in (2, 4, 8)
     return dtype.name == "bfloat16"

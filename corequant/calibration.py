@@ -39,17 +39,17 @@ class ActivationStats:
         Also collect EᵀE (d, d) of the channel energies ``e = d·x²/‖x‖²`` of each token, which says
         which channels are large in the same token, for ``energydiff``.
     energy_stride : int
-        Take every so many-th token for that; it costs about d operations for each entry of a token,
-        and some thousand tokens are enough.
+        Step between the tokens taken for that; it costs about d operations for each entry of a
+        token, and some thousand tokens are enough.
     reservoir : int
-        Also keep a uniform random sample of so many tokens, for searches that need tokens.
+        Size of a uniform random sample of tokens, for searches that need tokens; 0 keeps none.
     seed : int
-        Of that sample. Objects to be merged must have seeds of their own.
+        Seed of that sample. Objects to be merged must have different seeds.
     token_normalize : bool
         Scale each token to mean square 1 before anything else, so that the few tokens with massive
         activations don't decide alone. All-zero tokens stay zero.
     dtype : numpy dtype
-        Of the Gram matrix: float32 (default) or float64. Means are always float64.
+        Data type of the Gram matrices, float32 or float64. Means are always float64.
 
     Raises
     ------
@@ -168,7 +168,8 @@ class ActivationStats:
             )
         if self._room and (both := self._seeds & other._seeds):
             raise ValueError(
-                f"other must have a seed of its own for its reservoir, got {min(both)} in both"
+                "other must have drawn its reservoir with a different seed, "
+                f"got {min(both)} in both"
             )
         merged = ActivationStats(
             self.d,
@@ -188,9 +189,9 @@ class ActivationStats:
         merged._sum_square = self._sum_square + other._sum_square
         merged._absmax = np.maximum(self._absmax, other._absmax)
         if self._gram is not None and other._gram is not None:
-            merged._gram = _home(self._gram) + _home(other._gram)
+            merged._gram = _as_numpy(self._gram) + _as_numpy(other._gram)
         if self._energy_gram is not None and other._energy_gram is not None:
-            merged._energy_gram = _home(self._energy_gram) + _home(other._energy_gram)
+            merged._energy_gram = _as_numpy(self._energy_gram) + _as_numpy(other._energy_gram)
             merged._energy_count = self._energy_count + other._energy_count
         merged._keep(
             np.concatenate([self._keys, other._keys]),
@@ -223,7 +224,7 @@ class ActivationStats:
         }
         for name, gram in (("gram", self._gram), ("energy_gram", self._energy_gram)):
             if gram is not None:
-                arrays[name] = _home(gram).copy()
+                arrays[name] = _as_numpy(gram).copy()
         return arrays
 
     def restore(self, arrays: Mapping[str, npt.NDArray[Any]]) -> ActivationStats:
@@ -232,7 +233,7 @@ class ActivationStats:
         Parameters
         ----------
         arrays : mapping of str to numpy.ndarray
-            Of an object with the same parameters.
+            Arrays from ``to_arrays`` of an object with the same parameters.
 
         Raises
         ------
@@ -274,7 +275,7 @@ class ActivationStats:
         # Only tokens that get in are copied out of the backend's array.
         chosen = np.flatnonzero(keys < limit)
         chosen = chosen[np.argsort(keys[chosen], kind="stable")[: self._room]]
-        rows = _home(x.reshape(tokens, self.d)[chosen])
+        rows = _as_numpy(x.reshape(tokens, self.d)[chosen])
         self._keep(
             np.concatenate([self._keys, keys[chosen]]),
             np.concatenate([self._tokens, rows.astype(np.float32)]),
@@ -295,7 +296,7 @@ class ActivationStats:
         """Return a sum that the backend of the next tokens can go on with."""
         if isinstance(total, np.ndarray) or backend_for(total=total) is backend:
             return total
-        return _home(total)
+        return _as_numpy(total)
 
     def _keep(self, keys: Vector, tokens: npt.NDArray[np.float32]) -> None:
         first = np.argsort(keys, kind="stable")[: self._room]
@@ -338,7 +339,7 @@ class ActivationStats:
         """``H = XᵀX / n`` (d, d), in the dtype chosen."""
         if self._gram is None:
             raise ValueError("gram was not collected; make ActivationStats with gram=True")
-        mean: npt.NDArray[Any] = _home(self._gram) / self._dtype.type(self._seen())
+        mean: npt.NDArray[Any] = _as_numpy(self._gram) / self._dtype.type(self._seen())
         return mean
 
     @property
@@ -354,7 +355,7 @@ class ActivationStats:
                 f"energy_gram needs more than {self._count} tokens with energy_stride="
                 f"{self._energy_stride}"
             )
-        mean: npt.NDArray[Any] = _home(self._energy_gram) / self._dtype.type(self._energy_count)
+        mean: npt.NDArray[Any] = _as_numpy(self._energy_gram) / self._dtype.type(self._energy_count)
         return mean
 
     @property
@@ -378,7 +379,7 @@ class ActivationStats:
         return f"ActivationStats(d={self.d}, count={self._count})"
 
 
-def _home(array: Any) -> npt.NDArray[Any]:
+def _as_numpy(array: Any) -> npt.NDArray[Any]:
     """Return an array of any backend as NumPy's."""
     return backend_for(array=array).to_numpy(array)
 

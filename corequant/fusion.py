@@ -51,9 +51,9 @@ def rotate_quantize(
     signs : numpy.ndarray (d,), optional
         ±1 for each channel after the permutation, multiplied before the rotation.
     out : array (..., d), int8 (uint8 for unsigned codes), optional
-        Where the codes go.
+        Destination of the codes.
     threads : int, optional
-        At most so many threads; the result doesn't depend on it.
+        Maximum number of threads; the result doesn't depend on it.
 
     Returns
     -------
@@ -110,7 +110,7 @@ def rotate_fake_quantize(
     x, block_size, spec, permutation, signs, threads
         As for ``rotate_quantize``.
     out : array (..., d), optional
-        Where the result goes, of x's dtype; may be ``x`` itself.
+        Destination, of x's dtype; may be ``x`` itself.
 
     Returns
     -------

@@ -92,7 +92,7 @@ def quantize_packed(
     global_scale : numpy.ndarray (1,), optional
         As for ``quantize``.
     out : numpy.ndarray (..., bytes), uint8, optional
-        Where the packed codes go; C-contiguous, and apart from ``x``.
+        Destination of the packed codes; C-contiguous, without overlap with ``x``.
 
     Returns
     -------
@@ -150,8 +150,7 @@ def dequantize_packed(packed: PackedTensor, *, out: Any = None) -> Array:
     ----------
     packed : PackedTensor
     out : numpy.ndarray (..., d), float32 or float64, optional
-        Where the numbers go; C-contiguous, and apart from ``packed``. A new float32 array by
-        default.
+        Destination; C-contiguous, without overlap with ``packed``. A new float32 array by default.
 
     Returns
     -------
@@ -269,7 +268,7 @@ def _check_packed(packed: Any) -> tuple[Array, Array | None]:
         raise TypeError(f"packed must have dtype uint8, got {data.dtype}")
     if data.ndim == 0 or data.shape[-1] != width:
         raise ShapeError(
-            f"packed must hold {width} bytes a row for d={packed.d}, got shape {data.shape}"
+            f"packed must have {width} bytes per row for d={packed.d}, got shape {data.shape}"
         )
     scales = check_numpy("scales", packed.scales)
     stored = "u" if packed.spec.scale_format in SCALE_BYTES else "f"
@@ -291,7 +290,7 @@ def _check_packed_out(
         )
     check_writeable(out)
     if np.shares_memory(out, source):
-        raise ValueError("out must share no memory with what is read, got an overlap")
+        raise ValueError("out must share no memory with its source, got an overlap")
 
 
 def _row_bytes(d: int, spec: QuantSpec) -> int:

@@ -56,7 +56,7 @@ class QuantizedTensor:
         Float32, or float64 for float64 input; shaped as the module says. Each is a number of the
         spec's scale format.
     zero_points : array or None
-        Of the codes' dtype, shaped as the scales; None when symmetric.
+        Offsets in the codes' dtype, shaped as the scales; None when symmetric.
     spec : QuantSpec
         The quantizer.
     global_scale : array (1,) or None
@@ -83,7 +83,7 @@ def choose_global_scale(x: Any, spec: QuantSpec | str) -> Any:
     x : array (..., d)
         Floating and finite.
     spec : QuantSpec or str
-        Of granularity ``tensor_group``.
+        Quantizer of granularity ``tensor_group``.
 
     Returns
     -------
@@ -105,7 +105,7 @@ def choose_global_scale(x: Any, spec: QuantSpec | str) -> Any:
     """
     backend, spec = _prepare(x, spec)
     if spec.granularity is not Granularity.TENSOR_GROUP:
-        raise SpecError(f"a global scale goes with granularity 'tensor_group', got {spec}")
+        raise SpecError(f"a global scale requires granularity 'tensor_group', got {spec}")
     return backend.choose_global_scale(x, spec)
 
 
@@ -119,7 +119,7 @@ def choose_qparams(x: Any, spec: QuantSpec | str, *, global_scale: Any = None) -
     spec : QuantSpec or str
         The quantizer, such as ``"int4:channel:symmetric"``.
     global_scale : array (1,), optional
-        Of granularity ``tensor_group``; ``choose_global_scale(x, spec)`` by default.
+        Tensor-wide scale of ``tensor_group`` specs; ``choose_global_scale(x, spec)`` by default.
 
     Returns
     -------
@@ -153,9 +153,7 @@ def choose_qparams(x: Any, spec: QuantSpec | str, *, global_scale: Any = None) -
     (array([[0.2]]), array([[-3]], dtype=int8))
     """
     backend, spec = _prepare(x, spec, global_scale)
-    global_scale = check_global(spec, global_scale)
-    scales, zero_points = backend.choose_qparams(x, spec, global_scale)
-    return scales, zero_points
+    return backend.choose_qparams(x, spec, check_global(spec, global_scale))
 
 
 def quantize(
@@ -179,7 +177,7 @@ def quantize(
         shapes that lack leading axes of length 1 will do too. Zero points go with scales, and with
         asymmetric specs; any integers that are codes will do.
     global_scale : array (1,), optional
-        Of granularity ``tensor_group``; must come with scales, and may come without.
+        Tensor-wide scale of ``tensor_group`` specs; required with scales, optional without.
 
     Returns
     -------
@@ -203,17 +201,16 @@ def quantize(
     if scales is None:
         if zero_points is not None:
             raise ValueError("zero_points must come with scales, got zero_points alone")
-        global_scale = check_global(spec, global_scale)
-        if spec.granularity is Granularity.TENSOR_GROUP and global_scale is None:
-            global_scale = backend.choose_global_scale(x, spec)
     else:
         backend_for(x=x, scales=scales, zero_points=zero_points, global_scale=global_scale)
         check_array("scales", scales[None])
         scales = _as_real(scales, str(x.dtype).endswith(("float64", "f8")))
         scales, zero_points = check_qparams(tuple(x.shape), spec, scales, zero_points)
-        global_scale = check_global(spec, global_scale)
-        if spec.granularity is Granularity.TENSOR_GROUP and global_scale is None:
+    global_scale = check_global(spec, global_scale)
+    if spec.granularity is Granularity.TENSOR_GROUP and global_scale is None:
+        if scales is not None:
             raise ValueError("global_scale must come with scales, got scales alone")
+        global_scale = backend.choose_global_scale(x, spec)
     codes, scales, zero_points = backend.quantize(x, spec, scales, zero_points, global_scale)
     return QuantizedTensor(codes, scales, zero_points, spec, global_scale)
 
@@ -276,9 +273,9 @@ def fake_quantize(
     spec : QuantSpec or str
         The quantizer.
     global_scale : array (1,), optional
-        Of granularity ``tensor_group``; ``choose_global_scale(x, spec)`` by default.
+        Tensor-wide scale of ``tensor_group`` specs; ``choose_global_scale(x, spec)`` by default.
     out : array, optional
-        Where the result goes: shape and dtype of ``x``, and either ``x`` itself or apart from it.
+        Destination, of the shape and dtype of ``x``; either ``x`` itself or without overlap.
     nonfinite : str
         ``"raise"`` refuses NaN and infinity; ``"propagate"`` leaves these entries as they are,
         and chooses the scales from the others.
@@ -286,8 +283,8 @@ def fake_quantize(
     Returns
     -------
     array (..., d)
-        Of the type, dtype and device of ``x``. What a float16 or bfloat16 can't hold becomes its
-        largest number. A tensor's gradient passes straight through the rounding.
+        Rounded array of the type, dtype and device of ``x``. What a float16 or bfloat16 can't hold
+        becomes its largest number. A tensor's gradient passes straight through the rounding.
 
     Raises
     ------
@@ -370,9 +367,8 @@ def check_fit(shape: tuple[int, ...], quantized: Any) -> tuple[Any, Any]:
     scales, zeros = _full(shape, spec, quantized.scales, quantized.zero_points)
     shared = quantized.global_scale
     if (spec.granularity is Granularity.TENSOR_GROUP) != (shared is not None):
-        given = "none" if shared is None else "some"
         raise ValueError(
-            f"global_scale must be given exactly for granularity 'tensor_group', got {given}"
+            f"global_scale must be given if and only if granularity is 'tensor_group', got {spec}"
         )
     if shared is not None and tuple(shared.shape) not in ((), (1,)):
         raise ShapeError(f"global_scale must have shape (1,), got {tuple(shared.shape)}")
@@ -394,8 +390,9 @@ def _full(shape: tuple[int, ...], spec: QuantSpec, scales: Any, zeros: Any) -> t
             value = _shaped(name, value, wanted)
         found.append(value)
     if spec.symmetric != (zeros is None):
-        given = "none" if zeros is None else "some"
-        raise ValueError(f"zero_points must be given exactly for asymmetric specs, got {given}")
+        raise ValueError(
+            f"zero_points must be given if and only if the spec is asymmetric, got {spec}"
+        )
     if zeros is not None and "int" not in str(zeros.dtype):
         raise TypeError(f"zero_points must have an integer dtype, got {zeros.dtype}")
     return found[0], found[1]
@@ -440,7 +437,7 @@ def check_global(spec: QuantSpec, global_scale: Any) -> Any:
     if global_scale is None:
         return None
     if spec.granularity is not Granularity.TENSOR_GROUP:
-        raise ValueError(f"global_scale goes with granularity 'tensor_group', got {spec}")
+        raise ValueError(f"global_scale requires granularity 'tensor_group', got {spec}")
     shape = tuple(global_scale.shape)
     number = float(_as_real(global_scale, wide=False).max()) if shape in ((), (1,)) else 0.0
     if not 0 < number < float("inf"):

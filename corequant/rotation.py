@@ -57,16 +57,16 @@ def block_hadamard(
         ±1 for each channel, multiplied before the rotation (after it, when inverse): the
         randomised Hadamard rotation.
     out : array, optional
-        Where the result goes: shape and dtype of ``x``, and either ``x`` itself or apart from it.
+        Destination, of the shape and dtype of ``x``; either ``x`` itself or without overlap.
     threads : int, optional
-        At most so many threads; all that the process may use by default. The result doesn't
+        Maximum number of threads; all that the process may use by default. The result doesn't
         depend on it.
 
     Returns
     -------
     array (..., d)
-        Of the type, dtype and device of ``x``, differentiable where that is a tensor which
-        records gradients; computed in float32, or float64 for float64, and rounded once. Its
+        Rotated array of the type, dtype and device of ``x``, differentiable where that is a tensor
+        which records gradients; computed in float32, or float64 for float64, and rounded once. Its
         relative error, root mean square, is that of the plain butterflies in the same dtype,
         about 1e-7 in float32 where b is a power of two; with a core of order K, whose sums have
         K/4 terms, up to 7e-7 where K is some thousands.
@@ -137,7 +137,7 @@ def check_block_size(name: str, block_size: Any, d: int) -> int:
     Raises BlockSizeError or HadamardOrderError, naming the sizes that work.
     """
     if d < 1:
-        raise ShapeError(f"the axis of the channels must not be empty, got length {d}")
+        raise ShapeError(f"the rotated axis must not be empty, got length {d}")
     size = d if block_size is None else check_index(name, block_size)
     _check_order(name, size, d)
     return size

@@ -1,9 +1,9 @@
-"""Forks: a child process begins with no kernel half compiled and no lock that nobody will release.
+"""Forks: a child process starts with no half-compiled kernel and no lock left held.
 
 Only the thread that forks lives on in the child. What another thread holds at that moment, it holds
 there for ever: the lock around LLVM, numba's around its compiler, that of a module which is being
-imported. So whoever forks takes these locks first, which waits until compilations and imports that
-are under way have come to their ends, and releases them on both sides.
+imported. So the forking thread takes these locks first, which waits until compilations and imports
+under way have ended, and releases them on both sides.
 
 What is registered last is done first before a fork. ``logging`` and ``concurrent.futures`` take
 locks of their own there, which a compilation may wait for: they are imported here, so that theirs
@@ -109,7 +109,7 @@ def _importing() -> bool:
 
 
 def _own_import() -> bool:
-    """Return whether the thread that forks is itself importing, which nobody can wait for."""
+    """Return whether the thread that forks is itself importing, which cannot be waited for."""
     frame: Any = sys._getframe()
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":

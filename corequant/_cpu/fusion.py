@@ -142,7 +142,7 @@ def _run(
 
 @lru_cache(maxsize=4096)
 def can_fuse(d: int, block_size: int, group: int, dtype: np.dtype[Any]) -> bool:
-    """Tell whether there is a fused kernel: rows and groups must be whole vectors."""
+    """Return whether there is a fused kernel: rows and groups must be whole vectors."""
     name = name_of(dtype)
     return (
         not compiled_away()

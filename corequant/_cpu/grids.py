@@ -135,7 +135,7 @@ def rule_for(spec: QuantSpec, dtype: np.dtype[Any]) -> Rule:
 
 
 def fits_nibbles(form: NumberFormat, dtype: np.dtype[Any], size: int, d: int) -> bool:
-    """Tell whether rows of ``d`` numbers in groups of ``size`` go 32 numbers at a time."""
+    """Return whether rows of ``d`` numbers in groups of ``size`` go 32 numbers at a time."""
     return (
         form.kind is FormatKind.FLOAT
         and (form.bits, form.specials) == (4, Specials.NONE)

@@ -41,7 +41,7 @@ _PANEL = 1 << 16
 
 
 class _NotFiniteError(Exception):
-    """A panel holds NaN or infinity; whoever knows the whole array says where."""
+    """A panel holds NaN or infinity; the caller, which has the whole array, reports where."""
 
 
 @dataclass(frozen=True)
@@ -354,7 +354,7 @@ def _stored(zeros: Array, spec: QuantSpec, shape: tuple[int, ...]) -> Array | No
 
 
 def _is_fused(spec: QuantSpec) -> bool:
-    """Tell whether one loop does range, scale and rounding of this spec's groups."""
+    """Return whether one loop does range, scale and rounding of this spec's groups."""
     return (
         spec.scale_search is ScaleSearch.ABSMAX
         and spec.granularity is not Granularity.TENSOR

@@ -87,7 +87,7 @@ def for_rows(
     work : callable
         Must release the interpreter lock and write rows ``start..stop-1`` only.
     threads : int, optional
-        At most so many; ``thread_count()`` by default.
+        Maximum number of threads; ``thread_count()`` by default.
     least_work : int
         Elements that are worth a thread of their own.
     """
@@ -178,7 +178,7 @@ class Units:
 
 
 def one_part(rows: int, row_length: int, threads: int | None, least_work: int) -> bool:
-    """Tell whether such rows are never split, whatever ``thread_count()`` is."""
+    """Return whether such rows stay with one thread for every ``thread_count()``."""
     return threads == 1 or _most_parts(rows, row_length, least_work) <= 1
 
 
@@ -256,14 +256,14 @@ class _Share:
             try:
                 with self.changed:
                     self.pieces.clear()
-                    waiting = self.working > 0 and not self.changed.wait_for(self._nobody_works)
+                    waiting = self.working > 0 and not self.changed.wait_for(self._is_idle)
             except BaseException as error:
                 self.errors.insert(0, error)
         if self.errors:
             raise self.errors[0]
 
     def help(self) -> None:
-        """Do one piece, if there is one that nobody has begun; for helpers."""
+        """Do one piece that has not begun, if there is one; for helpers."""
         piece = self._next(helping=1)
         if piece is None:
             return
@@ -282,12 +282,12 @@ class _Share:
             self.working += helping
             return self.pieces.popleft()
 
-    def _nobody_works(self) -> bool:
+    def _is_idle(self) -> bool:
         return not self.working
 
 
 class _Helper:
-    """A thread that helps whoever has claimed it: from its queue, or from its mailbox."""
+    """A thread that helps the caller that claimed it, through its queue or its mailbox."""
 
     def __init__(self, number: int) -> None:
         self.tasks: SimpleQueue[_Share | None] = SimpleQueue()
@@ -299,7 +299,7 @@ class _Helper:
         threading.Thread(target=self._help, name=name, daemon=True).start()
 
     def prepare(self, member: int, scratch: int) -> None:
-        """Have it look into its mailbox for a job, with a number and so many bytes of scratch."""
+        """Set its member number and bytes of scratch, and have it poll its mailbox for a job."""
         if scratch > self.room.nbytes:
             self.room = _lines(scratch // 8)
             self.mailbox[Word.SCRATCH] = self.room.ctypes.data
@@ -366,7 +366,7 @@ def _lines(words: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
 
 @cache
 def _turns(seconds: float) -> int:
-    """How often a helper looks for work in so many seconds."""
+    """Return how often a helper polls its mailbox in a number of seconds."""
     look, alone, tried = serve(), _lines(LINE), 1000
     started = time.perf_counter()
     look(alone.ctypes.data, tried)
@@ -376,11 +376,11 @@ def _turns(seconds: float) -> int:
 _crew = _Crew()
 
 
-def _start_anew() -> None:
+def _reset() -> None:
     # A forked child has none of its parent's threads, and locks as they happened to be.
     global _crew
     _crew = _Crew()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_start_anew)
+    os.register_at_fork(after_in_child=_reset)

@@ -116,7 +116,7 @@ def test_a_merged_sample_goes_on_at_other_places():
     assert len(first) > 8
     assert len(last) > 8
     assert len(first & last) < min(len(first), len(last)) / 2
-    with pytest.raises(ValueError, match="a seed of its own for its reservoir, got 1 in both"):
+    with pytest.raises(ValueError, match="a different seed, got 1 in both"):
         merged.merge(sampled(1, 0))
 
 

@@ -163,7 +163,7 @@ def test_what_packing_is_given_is_checked():
     for wrong in (np.nan, -5.0):
         with pytest.raises(ValueError, match="global_scale must be one positive finite number"):
             cq.quantize_packed(x, "nvfp4", global_scale=np.array([wrong], np.float32))
-    with pytest.raises(ValueError, match="global_scale goes with granularity 'tensor_group'"):
+    with pytest.raises(ValueError, match="global_scale requires granularity 'tensor_group'"):
         cq.quantize_packed(x, "int4:group16", global_scale=np.ones(1, np.float32))
     with pytest.raises(TypeError, match="global_scale must be a numpy.ndarray, got float"):
         cq.quantize_packed(x, "nvfp4", global_scale=3.0)

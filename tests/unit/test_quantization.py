@@ -258,17 +258,17 @@ def test_given_parameters_are_checked():
         cq.quantize(x, "int4:channel", scales * 0)
     with pytest.raises(ValueError, match="scales must be positive and finite"):
         cq.quantize(x, "int4:channel", scales * np.nan)
-    with pytest.raises(ValueError, match="zero_points must be given exactly for asymmetric"):
+    with pytest.raises(ValueError, match="zero_points must be given if and only if"):
         cq.quantize(x, "int4:token:asymmetric", scales)
     with pytest.raises(ValueError, match="zero_points must come with scales"):
         cq.quantize(x, "int4:token:asymmetric", None, scales)
     with pytest.raises(ValueError, match="global_scale must come with scales"):
         cq.quantize(x, "nvfp4", np.ones((4, 2), np.float32))
-    with pytest.raises(ValueError, match="global_scale goes with granularity 'tensor_group'"):
+    with pytest.raises(ValueError, match="global_scale requires granularity 'tensor_group'"):
         cq.fake_quantize(x, "mxfp4", global_scale=np.ones(1, np.float32))
     with pytest.raises(ValueError, match="one positive finite number"):
         cq.fake_quantize(x, "nvfp4", global_scale=np.zeros(1, np.float32))
-    with pytest.raises(cq.SpecError, match="goes with granularity 'tensor_group'"):
+    with pytest.raises(cq.SpecError, match="requires granularity 'tensor_group'"):
         cq.choose_global_scale(x, "mxfp4")
     with pytest.raises(ValueError, match="nonfinite must be one of raise, propagate"):
         cq.fake_quantize(x, "int4:channel", nonfinite="ignore")

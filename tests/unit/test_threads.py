@@ -95,6 +95,8 @@ def test_a_helper_takes_part(monkeypatch):
     job = _threads._Job(piece(), units, 16, 2)
     job.finish(helpers, context(x.ctypes.data, x.ctypes.data, given), 0, kernel.scratch)
     helpers[0].mailbox[Word.STATE] = job.address
+    # It may have fallen asleep meanwhile.
+    helpers[0].tasks.put(None)
     deadline = time.monotonic() + 60
     while helpers[0].mailbox[Word.STATE] not in (LOOKING, ASLEEP):
         assert time.monotonic() < deadline

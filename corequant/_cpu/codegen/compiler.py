@@ -36,7 +36,7 @@ _NAME = "kernel"
 
 @cache
 def compiled_away() -> bool:
-    """Tell whether compilation is switched off, by numba's own variable."""
+    """Return whether compilation is switched off, by numba's own variable."""
     return os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
 
 
@@ -106,7 +106,7 @@ def _compile(kinds: str, emit: Callable[[Any, tuple[Any, ...]], None]) -> bytes:
 
 @cache
 def converts_halves() -> bool:
-    """Tell whether the processor converts float16; LLVM would call a library that isn't there."""
+    """Return whether the processor converts float16; LLVM would call a library that isn't there."""
     module = binding.parse_assembly(
         "define float @widen(half %x) {\n %y = fpext half %x to float\n ret float %y\n}"
     )
@@ -116,7 +116,7 @@ def converts_halves() -> bool:
 
 @cache
 def fuses() -> bool:
-    """Tell whether the processor multiplies and adds with one rounding; else a library would."""
+    """Return whether the processor multiplies and adds with one rounding; else a library would."""
     module = binding.parse_assembly(
         "declare float @llvm.fma.f32(float, float, float)\n"
         "define float @fused(float %x) {\n"
@@ -128,7 +128,7 @@ def fuses() -> bool:
 
 @cache
 def saturates() -> bool:
-    """Tell whether the processor narrows 64 bytes of integers at once, by saturation (AVX-512)."""
+    """Return whether the processor narrows 64 bytes of integers with saturation (AVX-512)."""
     module = binding.parse_assembly(
         "define <64 x i8> @more(<64 x i8> %x) {\n %y = add <64 x i8> %x, %x\n ret <64 x i8> %y\n}"
     )
@@ -141,7 +141,7 @@ def _machine() -> Any:
 
 
 def _new_machine() -> Any:
-    # Newer releases of llvmlite initialise the core by themselves and refuse to be asked.
+    # Newer releases of llvmlite initialise the core on import and raise here.
     with contextlib.suppress(RuntimeError):
         binding.initialize()
     binding.initialize_native_target()
@@ -168,7 +168,7 @@ def _load(code: bytes, kinds: str) -> Callable[..., None]:
     # ctypes releases the interpreter lock while the function runs.
     prototype = ctypes.CFUNCTYPE(None, *(types[k] for k in kinds))
     function: Any = prototype(engine.get_function_address(_NAME))
-    # Code lives as long as its engine: until nobody holds the function any more.
+    # Code lives as long as its engine, which the function keeps.
     function.engine = engine
     return function  # type: ignore[no-any-return]
 

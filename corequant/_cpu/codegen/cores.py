@@ -91,7 +91,7 @@ def mix(
 ) -> None:
     """Emit ``out[k] = sum_m in[m] H[m, k]``, or with H transposed for the inverse.
 
-    ``meanwhile(i, n)`` emits the i-th of n parts of what is to be done besides. ``scratch`` and
+    ``meanwhile(i, n)`` emits the i-th of n parts of unrelated work to overlap with. ``scratch`` and
     ``words`` are byte pointers, to ``mix_scratch`` bytes and to ``choices``.
     """
     if order <= _LARGEST_STRAIGHT:

@@ -25,7 +25,7 @@ from corequant._cpu.codegen.vectors import VECTOR_BYTES, lanes_of
 __all__ = ["Passes", "Plan", "fitted", "plan_columns", "plan_rows", "split", "tuning"]
 
 _SHIFTED_BATCH = 1024
-"""Numbers put together before they are streamed, so many that no load waits for a store."""
+"""Numbers assembled before they are streamed: enough that no load waits for a store."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Plan:
     Attributes
     ----------
     dtype : str
-        Of the arrays; float16 and bfloat16 are computed in float32.
+        Data type of the arrays; float16 and bfloat16 are computed in float32.
     core : int
         K, the order of the core; 1 without one.
     power : int
@@ -47,9 +47,9 @@ class Plan:
     radices : tuple of int
         Tiles (rows of the matrix, for columns) combined by each pass that follows.
     strip : int
-        Vectors beside each other in a rotation down columns; 0 along rows.
+        Adjacent vectors in a rotation down columns; 0 along rows.
     signs : {"none", "before", "after"}
-        Where signs are multiplied.
+        Step at which signs are multiplied.
     stores : {"ordinary", "streamed", "shifted"}
         Streamed stores bypass the cache, whole lines only. Shifted ones too, for results that
         don't start on a line: they are put together in the scratch first.
@@ -243,7 +243,7 @@ class Tuning:
     inserted: bool = False
 
     def passes(self, vectors: int, dtype: str, stores: str) -> Passes:
-        """Return how a block of so many vectors is best turned."""
+        """Return the fastest cut for a block of a number of vectors."""
         special = {"float16": self.float16, "bfloat16": self.bfloat16}.get(dtype, {})
         table = {**self.rows, **(self.streamed if stores != "ordinary" else {}), **special}
         return table.get(vectors) or Passes(8, split(vectors // 8))

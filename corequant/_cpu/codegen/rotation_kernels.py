@@ -46,7 +46,7 @@ def settings(
     steps: tuple[int, int] = (0, 0),
     signs: tuple[int, int, int] = (0, 0, 0),
 ) -> bytes:
-    """Pack what a kernel needs besides the arrays; one argument costs less than nine.
+    """Pack what a kernel needs in addition to the arrays; one argument costs less than nine.
 
     Parameters
     ----------

@@ -73,14 +73,15 @@ def fused_kernel(plan: Plan, task: Task) -> Callable[..., None]:
 def fused_context(
     length: int, group: int, addresses: Sequence[int], numbers: Sequence[float]
 ) -> bytes:
-    """Put together what a fused kernel needs besides its rows.
+    """Pack what a fused kernel needs in addition to its rows.
 
     Parameters
     ----------
     length, group : int
         Numbers in a row, a multiple of the plan's unit, and in a group, which divides it.
     addresses : sequence of int
-        Of the array, the codes, scales and zero points of all rows, the permutation, ``sign_bits``,
+        Addresses of the array, the codes, scales and zero points of all rows, the permutation,
+        ``sign_bits``,
         an int64 that becomes 1 if a rotated number is not finite, and the core's ``choices``. The
         permutation holds d numbers of ``index_dtype(d)``.
     numbers : sequence of float
@@ -135,8 +136,8 @@ class _Rows:
         self.seen = whole and task.whole
         rotated = self.scratch
         kept = b.add(rotated, lines)
-        self.beside = b.udiv(b.add(self.groups, int64(v.lanes - 1)), int64(v.lanes))
-        each = b.mul(self.beside, int64(VECTOR_BYTES))
+        self.scale_vectors = b.udiv(b.add(self.groups, int64(v.lanes - 1)), int64(v.lanes))
+        each = b.mul(self.scale_vectors, int64(VECTOR_BYTES))
         count = len(_Parameters._fields)
         rest = b.add(kept, b.mul(each, int64(count)))
         own = _Parameters(
@@ -263,7 +264,7 @@ class _Rows:
         return self.v.address(values, self.b.mul(group, self._times(self.group, stored)))
 
     def _affine(self, values: Any, target: Any, row: Any, own: _Parameters, ahead: Any) -> None:
-        """Measure all groups of a row, find their scales beside each other, then round them.
+        """Measure all groups of a row, find their scales as vectors, then round them.
 
         One group after the other, each step would wait for the one before.
         """
@@ -275,7 +276,7 @@ class _Rows:
             low, high = self._range(None if self.seen else self._group(values, group))
             self._put(own.low, group, low)
             self._put(own.high, group, high)
-        with counted(b, self.beside) as i:
+        with counted(b, self.scale_vectors) as i:
             # Where groups are no whole vector, the rest of the last one is never looked at.
             at = [v.address(array, b.mul(i, int64(VECTOR_BYTES))) for array in own]
             wanted = self._parameters(v.load(at[0]), v.load(at[1]))

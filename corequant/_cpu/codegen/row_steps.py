@@ -1,4 +1,4 @@
-"""The steps of a fused kernel beside the rotation, and the task that a row is.
+"""Steps of a fused kernel other than the rotation, and the task that describes a row.
 
 *Range*: smallest and largest of many vectors, and whether all of them are finite. Bits of a float,
 read as an integer with a sign, keep the order of what is not negative; read as one without, they
@@ -72,7 +72,7 @@ def index_dtype(length: int) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class Task:
-    """What to do with a row besides rotating it.
+    """What a fused kernel does with a row in addition to rotating it.
 
     The length of a row and that of a large group are told at run time: there are as many kernels as
     there are ways to work, not as many as there are shapes. ``of`` finds the task of a shape.
@@ -205,7 +205,7 @@ def inverse(v: Vectors, scale: Any) -> Inverse:
 
 
 def usual(v: Vectors, scale: Any) -> Any:
-    """Tell whether ``corrected`` is right for a number that is a scale."""
+    """Return whether ``corrected`` is right for a number that is a scale."""
     least, most = (ir.Constant(v.scalar, bound) for bound in _USUAL[v.scalar_bytes])
     above = v.builder.fcmp_ordered(">", scale, least)
     return v.builder.and_(above, v.builder.fcmp_ordered("<", scale, most))
@@ -226,7 +226,7 @@ def corrected(v: Vectors, x: Any, scale: Any, by: Inverse) -> Any:
 
 
 def narrows(v: Vectors) -> bool:
-    """Tell whether ``integers_of`` can be had."""
+    """Return whether the processor supports ``integers_of``."""
     return v.scalar_bytes == 4 and saturates()
 
 
@@ -237,7 +237,7 @@ def integers_of(v: Vectors, four: list[Any], shift: Any, least: Any, most: Any) 
     """
     b = v.builder
     wholes = [_rounded(v, x) for x in four]
-    # Each of 128 bits by itself: first four numbers of the first vector, then of the second, ...
+    # Each 128 bits separately: first four numbers of the first vector, then of the second, ...
     halves = [_packed(v, "packssdw", _SHORTS, wholes[k : k + 2]) for k in (0, 2)]
     wide = _splat(v, b.sext(shift, _SHORTS.element), _SHORTS)
     bytes_ = _packed(v, "packsswb", _BYTES, [b.add(half, wide) for half in halves])

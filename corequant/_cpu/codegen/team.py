@@ -2,7 +2,7 @@
 
 A *job* is a function, the context that it is given, and a range of units for each member of the
 team. A member takes chunks of its own range, which is what its cache holds from call to call, then
-what is left of the others', so that whoever comes late, or not at all, leaves no gap.
+what is left of the others', so that a member that comes late, or not at all, leaves no gap.
 
 A helper's *mailbox* says what it does: it looks for work, is dismissed, sleeps or works; any other
 value is the address of a job. It changes by comparing and exchanging alone, so that a job which a
@@ -50,7 +50,7 @@ _PIECE = ir.FunctionType(ir.VoidType(), [_WORD] * 4)
 
 
 class Word:
-    """Where what lies in a job and in a mailbox, in words.
+    """Word offsets in the job and mailbox structs.
 
     ``UNFINISHED`` helpers are left over by ``lead``. A job's ``PIECE`` is the address of a
     function of the context's address, the first unit, how many units, and a scratch. From
@@ -63,7 +63,7 @@ class Word:
 
 
 def job_words(members: int) -> int:
-    """Return how many words a job of so many members takes."""
+    """Return the number of words in a job for a number of members."""
     return Word.RANGES + LINE * members
 
 
@@ -78,7 +78,7 @@ def serve() -> Callable[..., None]:
 
 @cache
 def lead() -> Callable[..., None]:
-    """Return what whoever has a job runs: it asks helpers to join, works, and waits for them.
+    """Return what a job's owner runs: it asks helpers to join, works, and waits for them.
 
     Its parameters are the addresses of the job, of the mailboxes' addresses and of a scratch, how
     many mailboxes there are, and how often to look whether all are done before giving up.
@@ -88,7 +88,7 @@ def lead() -> Callable[..., None]:
 
 @cache
 def dismiss() -> Callable[..., None]:
-    """Return what sends a helper home, if it is looking for work; it is given the mailbox."""
+    """Return what puts a polling helper to sleep; its parameter is the mailbox's address."""
     return build("dismiss", "i", _dismiss)
 
 
@@ -137,7 +137,7 @@ def _lead(b: Any, given: Any) -> None:
     _take_part(b, job, int64(0), scratch)
     with counted(b, count) as k:
         state = _at(b, b.load(_at(b, mailboxes, k)), Word.STATE)
-        # Who hasn't begun needn't, and will find that there is nothing to do when it wakes.
+        # Take the job back from a helper that hasn't begun: all units are taken by now.
         _exchange(b, state, job, LOOKING)
         look, wait, give_up, after = (b.append_basic_block(n) for n in ("look", "wait", "up", "on"))
         b.branch(look)

@@ -172,7 +172,7 @@ class Vectors:
         return self.builder.fmul(vector, factor)
 
     def fused(self, a: Any, b: Any, c: Any) -> Any:
-        """Return a·b + c of vectors or numbers, rounded once; where ``machine.fuses``."""
+        """Return a·b + c of vectors or numbers, rounded once; where ``fuses()``."""
         lanes = f"v{self.lanes}" if isinstance(a.type, ir.VectorType) else ""
         name = f"llvm.fma.{lanes}f{8 * self.scalar_bytes}"
         return self.builder.call(self.declared(name, a.type, [a.type] * 3), [a, b, c])

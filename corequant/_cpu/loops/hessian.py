@@ -13,7 +13,7 @@ _TILE = 64
 
 @jit
 def _is_faulty(row, stop, column, end, H, root, slack, turned):  # type: ignore[no-untyped-def]
-    """Tell whether a tile has a fault at all: in loops that become vectors.
+    """Return whether a tile has any fault, in loops that vectorize.
 
     Unsigned, so that nothing has to find out whether an index counts from the end.
     """

@@ -14,7 +14,7 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a kernel that releases the interpreter lock, cached on disk where that is possible.
 
     numba refuses to cache where neither the package's own folder nor the user's cache folder can
-    be written; the kernel is then compiled anew in each process.
+    be written; the kernel is then compiled again in each process.
     """
     return _compiled(function, False)
 
