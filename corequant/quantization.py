@@ -243,7 +243,11 @@ def dequantize(quantized: QuantizedTensor) -> Any:
     check_array("scales", scales)
     scales = _as_real(scales, wide=True)
     _check_scales(scales)
-    divisor = check_global(quantized.spec, quantized.global_scale)
+    divisor = quantized.global_scale
+    if divisor is not None and not tuple(divisor.shape):
+        divisor = divisor.reshape((1,))
+    if hasattr(divisor, "max"):
+        check_global(quantized.spec, divisor)
     return backend.dequantize(codes, quantized.spec, scales, zero_points, divisor)
 
 
@@ -430,14 +434,12 @@ def check_qparams(
 
 def _check_scales(scales: Any) -> None:
     """Raise ValueError unless all scales are positive and finite."""
-    if 0 in tuple(scales.shape):
+    if 0 in tuple(scales.shape) or not hasattr(scales, "min"):
         return
-    # One pass each without a mask; both are NaN where an entry is.
-    if hasattr(scales, "min") and 0 < float(scales.min()) and float(scales.max()) < float("inf"):
-        return
-    good = (scales > 0) & (scales < float("inf"))
-    if not bool(good.all()):
-        raise ValueError(f"scales must be positive and finite, got {float(scales[~good][0])}")
+    # Both are NaN where an entry is.
+    for value in (float(scales.min()), float(scales.max())):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"scales must be positive and finite, got {value}")
 
 
 def check_global(spec: QuantSpec, global_scale: Any) -> Any:

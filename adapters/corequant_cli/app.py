@@ -22,15 +22,13 @@ from corequant.errors import (
     RecipeError,
 )
 from corequant.recipe import FACTORS, PERMUTATIONS, REFERENCES, ROTATIONS, ROUNDINGS, Recipe
-from corequant.storage.files import json_text, read_text
+from corequant.storage.files import json_text, read_text, version_of
 from corequant_cli import show
 from corequant_cli.plain import plain
 
 __all__ = ["app", "run"]
 
 app = typer.Typer(
-    help="Permute, rotate, quantize: INT4 models with block rotations, on the CPU or a GPU.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -102,6 +100,19 @@ Verify = Annotated[
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="A TOML recipe, instead of the options below.")
 ]
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Permute, rotate, quantize: INT4 models with block rotations, on the CPU or a GPU."""
+    if version:
+        print(f"corequant {version_of('corequant')}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -422,7 +433,7 @@ def run() -> int:
             return 1
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             # A usage error of the command line library.
-            _complain(f"{error.format_message()}; see --help")
+            _complain(f"{error.format_message().rstrip('.')}; see --help")
             return int(error.exit_code)
         raise
     if status == _INTERRUPTED:

@@ -269,7 +269,7 @@ def quantize(
         if output is not None:
             check_rebuilt(model, rebuild(_config_text(model)))
     if source is not None:
-        tokenizer = source.tokenizer()
+        tokenizer = _tokenizer(source, needed=isinstance(calibration, str))
     if isinstance(calibration, str):
         # Too little text should be known before the model is read.
         calibration = _windows(calibration, tokenizer, recipe)
@@ -388,6 +388,16 @@ def _windows(text: str, tokenizer: Any, recipe: Recipe) -> npt.NDArray[np.int64]
     if tokenizer is None:
         raise TypeError("tokenizer must be given with text, got None")
     return token_windows(text, tokenizer, recipe.sequence_length, recipe.samples)
+
+
+def _tokenizer(source: Source, *, needed: bool) -> Any:
+    """Return a source's tokenizer; None where it isn't needed, doesn't load and can be copied."""
+    try:
+        return source.tokenizer()
+    except CheckpointError:
+        if needed or source.is_gguf:
+            raise
+        return None
 
 
 def _check_windows(table: ModelPlan, tokens: npt.NDArray[np.int64]) -> None:

@@ -149,6 +149,7 @@ def test_backends():
         (["plan", "model", "--weights", "int4:chanel"], 1, "did you mean 'channel'"),
         (["plan"], 2, "Missing argument"),
         (["plan", "model", "--nonsense"], 2, "No such option"),
+        (["verify"], 2, "No such command 'verify'; see --help"),
         (["quantize", "model", "-o", "out", "--calibration", "none.txt"], 1, "readable UTF-8"),
         (["quantize", "model", "-o", "out", "--calibration", "text.txt"], 1, "must fill"),
         (["quantize", "model", "-o", "model", "--calibration", "text.txt"], 1, "new or empty"),
@@ -266,3 +267,12 @@ def test_numbers_out_of_range_are_one_line(folder, options):
     assert done.returncode in (1, 2)
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert options[-2].lstrip("-").replace("-", "_") in done.stderr.replace("-", "_")
+
+
+def test_without_arguments_help_and_with_version_a_version():
+    for arguments in ((), ("--help",)):
+        done = run(*arguments)
+        assert "Usage" in done.stdout
+        assert "quantize" in done.stdout
+        assert done.stderr == ""
+    assert re.fullmatch(r"corequant \S+\n", run("--version").stdout)

@@ -9,6 +9,7 @@ import pytest
 
 import corequant as cq
 import corequant_transformers as cqhf
+from corequant_cli.app import run as command
 from tests.models.test_cli import folder, run  # noqa: F401
 
 
@@ -62,3 +63,12 @@ def test_command(folder, tmp_path):  # noqa: F811
     )  # fmt: skip
     assert len(json.loads(done.stdout)["layers"]) == 2
     assert (tmp_path / "r.html").is_file()
+
+
+def test_the_command_looks_for_matplotlib_before_any_work(folder, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(sys, "argv", ["corequant", "inspect", "model", "--text", "text.txt"])
+    monkeypatch.setattr(cqhf.Source, "load", lambda source: pytest.fail("the model was loaded"))
+    assert command() == 1
+    assert 'pip install "corequant[plot]"' in capsys.readouterr().err

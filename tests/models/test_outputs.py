@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -586,3 +587,45 @@ def test_a_tree_that_is_not_installed_saves(source, tokens, tmp_path, monkeypatc
     settings = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert settings["corequant_version"] == "unknown"
     cqhf.load(tmp_path / "out")
+
+
+def test_an_output_that_cannot_be_is_named_without_temporary_files(tokens):
+    with pytest.raises(cq.OutputError, match=r"can't be written: /proc: [^/]*$"):
+        cqhf.quantize(cqhf.tiny_model("llama"), RECIPE, tokens, "/proc/foo")
+
+
+def test_a_full_disk_says_that_the_run_goes_on(source, tokens, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("corequant_transformers.run.output.concatenate", full)
+        with pytest.raises(cq.OutputError, match=r"No space left.*out\.run.*--resume"):
+            cqhf.quantize(source, RECIPE, tokens, tmp_path / "out")
+    cqhf.quantize(source, RECIPE, tokens, tmp_path / "out", resume=True)
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_token_windows_need_no_tokenizer_that_loads(source, tokens, written, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(source, broken)
+    (broken / "tokenizer.json").write_text("{")
+    result = cqhf.quantize(broken, RECIPE, tokens, tmp_path / "out")
+    assert result.tokenizer is None
+    weights = "corequant.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (written / weights).read_bytes()
+    with pytest.raises(cq.CheckpointError, match="can't be loaded"):
+        cqhf.quantize(broken, RECIPE, "a b c d " * 100)
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", ["float17", "torch.bfloat16"])
+def test_a_dtype_that_torch_lacks_is_named(name, value, source, tmp_path):
+    shutil.copytree(source, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = {**json.loads(file.read_text()), name: value}
+    file.write_text(json.dumps(config))
+    with pytest.raises(
+        cq.CheckpointError, match=rf"{name} of .*config.json must be one of .*bfloat16.*'{value}'"
+    ):
+        cqhf.plan(tmp_path / "model", RECIPE)

@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import corequant as cq
@@ -137,9 +138,35 @@ def test_models_of_other_code_are_refused(tokens):
             call(Wrapper(model, {"model_type": "llama"}))
         with pytest.raises(
             cq.ArchitectureError,
-            match=r"must have model\.embed_tokens .* got Wrapper .* give the LlamaForCausalLM at "
+            match=r"which has model\.embed_tokens .* got Wrapper .* give the LlamaForCausalLM at "
             r"'inner\.model' in it",
         ):
             call(Wrapper(model, model.config))
-        with pytest.raises(cq.ArchitectureError, match="got Wrapper without it$"):
+        with pytest.raises(cq.ArchitectureError, match="got Wrapper without it; load it with"):
             call(Wrapper(torch.nn.Linear(4, 4), model.config))
+
+
+def test_models_that_predict_no_tokens_are_refused(tokens):
+    model = cqhf.tiny_model("llama")
+    classifier = transformers.LlamaForSequenceClassification(model.config)
+    everything = {**calls(tokens), "evaluate": lambda model: cqhf.evaluate(model, tokens)}
+    for given in (model.model, classifier):
+        for call in everything.values():
+            with pytest.raises(
+                cq.ArchitectureError,
+                match="must be a causal language model.* got Llama.* without it; load it with "
+                "transformers.AutoModelForCausalLM$",
+            ):
+                call(given)
+
+
+@pytest.mark.parametrize("recipe", ["recipe.toml", None, {"block_size": 16}])
+def test_recipes_of_other_types_are_refused(recipe, tokens):
+    model = cqhf.tiny_model("llama")
+    for call in (
+        lambda: cqhf.plan(model, recipe),
+        lambda: cqhf.calibrate(model, recipe, tokens),
+        lambda: cqhf.quantize(model, recipe, tokens),
+    ):
+        with pytest.raises(TypeError, match="recipe must be a Recipe, got (str|NoneType|dict)"):
+            call()

@@ -86,7 +86,12 @@ def _try(folder: Path, what: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OutputError(f"{what} can't be written: {error}") from error
+        raise OutputError(f"{what} can't be written: {folder}: {_reason(error)}") from error
+
+
+def _reason(error: OSError) -> str:
+    """Return what an error says without the names of temporary files."""
+    return error.strerror or str(error)
 
 
 def check_file_output(path: str | Path, ending: str = "", *, new: bool = True) -> Path:
@@ -160,7 +165,7 @@ def new_directory(target: Path, within: Path | None = None) -> Iterator[Path]:
     try:
         folder = Path(tempfile.mkdtemp(".tmp", prefix, place))
     except OSError as error:
-        raise OutputError(f"output can't be written: {error}") from error
+        raise OutputError(f"output can't be written: {target}: {_reason(error)}") from error
     try:
         yield folder
         for file in folder.rglob("*"):

@@ -58,12 +58,6 @@ def write_report(inspection: Inspection, path: str | Path) -> Path:
     OutputError
         If the file can't be written.
     """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise BackendError(
-            'the report needs matplotlib; install it with: pip install "corequant[plot]"'
-        ) from error
     target = check_report_output(path)
     text = _page(inspection)
     with replacing(target) as part:
@@ -76,9 +70,17 @@ def check_report_output(path: str | Path) -> Path:
 
     Raises
     ------
+    BackendError
+        If matplotlib is not installed.
     OutputError
         If it can't.
     """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise BackendError(
+            'the report needs matplotlib; install it with: pip install "corequant[plot]"'
+        ) from error
     try:
         return check_file_output(path, new=False)
     except OutputError as error:

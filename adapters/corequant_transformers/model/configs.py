@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -17,6 +18,9 @@ from corequant.storage.files import open_regular
 from corequant_transformers.architectures.known import MOST_BLOCKS
 
 __all__ = ["as_config_errors", "check_config", "check_unmarked", "settle_config"]
+
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
+"""Such as models are published in; Transformers takes the name of any other dtype of torch."""
 
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 
@@ -60,6 +64,12 @@ def check_config(values: Any, path: Path) -> None:
     path : Path
         File of the config.
     """
+    for name in ("dtype", "torch_dtype"):
+        value = values.get(name)
+        if isinstance(value, str) and not isinstance(getattr(torch, value, None), torch.dtype):
+            raise CheckpointError(
+                f"{name} of {path} must be one of {', '.join(_DTYPES)}, got {value[:80]!r}"
+            )
     waiting = [values]
     while waiting:
         for name, value in waiting.pop().items():

@@ -78,13 +78,17 @@ def check_places(model: Any, architecture: Architecture) -> None:
             continue
         # Wrappers of other packages have the config of what is in them.
         inner = (
-            f"; give the {type(module).__name__} at {path!r} in it"
+            f"give the {type(module).__name__} at {path!r} in it"
             for path, module in model.named_modules()
-            if path and isinstance(module, transformers.PreTrainedModel)
+            if path
+            and isinstance(module, transformers.PreTrainedModel)
+            and {f"{path}.{a}" for a in (architecture.embedding, architecture.head)} <= places
         )
+        remedy = "load it with transformers.AutoModelForCausalLM"
         raise ArchitectureError(
-            f"the model must have {name} as {architecture.model_type!r} is described, got "
-            f"{type(model).__name__} without it{next(inner, '')}"
+            f"the model must be a causal language model, which has {name} as "
+            f"{architecture.model_type!r} is described, got {type(model).__name__} without it; "
+            f"{next(inner, remedy)}"
         )
 
 

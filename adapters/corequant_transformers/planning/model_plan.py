@@ -203,7 +203,11 @@ def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
         If a rotation or a group doesn't fit a width; the message names the width.
     RecipeError
         If signs or scales are asked for where the path isn't linear.
+    TypeError
+        If ``recipe`` is no Recipe.
     """
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}")
     architecture = architecture_of(config)
     sizes = dimensions_of(config)
     sparse = [_is_sparse(architecture, config, i) for i in range(sizes.blocks)]

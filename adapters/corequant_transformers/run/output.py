@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from corequant.errors import OutputError
 from corequant.recipe import Recipe
 from corequant.storage.files import version_of
 from corequant_transformers.checkpoint.quantized import Quantized
@@ -95,9 +96,14 @@ def begin_run(
             _clear(target, saved or {})
             check_output(output)
         yield run
-    except BaseException:
+    except BaseException as error:
         if run.begun:
             run.close()
+            if isinstance(error, OutputError) and isinstance(error.__cause__, OSError):
+                raise OutputError(
+                    f"{error}; what is done so far is kept in {run.path}, so the run can go on "
+                    "with --resume (resume=True)"
+                ) from error.__cause__
         else:
             run.remove()
         raise
