@@ -60,6 +60,7 @@ def beginning(model, blocks, tokens):
         state[name] = state[name][:tokens].clone()
     small.load_state_dict(state, assign=True)
     small.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
+    small.model.rotary_emb.config = config
     return small.eval().requires_grad_(False).double()
 
 

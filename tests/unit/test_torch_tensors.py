@@ -110,7 +110,7 @@ def test_overlapping_out_is_refused():
 @pytest.mark.parametrize("strides", [(2, 1), (0, 1), (1, 1)])
 def test_out_whose_entries_overlap_is_refused(strides):
     x, spec = sample(), "int4:token:symmetric"
-    message = r"out must have a place for each number, got strides \(\d, 1\) for \(6, 64\)"
+    message = r"out must not overlap itself, got strides \(\d, 1\) for shape \(6, 64\)"
     out = torch.zeros(6 * 64).as_strided((6, 64), strides)
     codes = torch.zeros(6 * 64, dtype=torch.int8).as_strided((6, 64), strides)
     for call in (
