@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._dispatch import backend_for, check_out
+from corequant._dispatch import backend_for, check_out, owner_of
 from corequant._validation import (
     check_dense,
     check_dtype,
@@ -93,8 +93,10 @@ def block_hadamard(
     >>> bool(np.allclose(cq.block_hadamard(cq.block_hadamard(x), inverse=True), x))
     True
     """
-    backend = backend_for(x=x)
-    if type(x) is not np.ndarray:
+    if type(x) is np.ndarray:
+        backend = owner_of(np.ndarray)
+    else:
+        backend = backend_for(x=x)
         check_dense("x", x)
     arguments = (x.dtype, x.shape, block_size, axis, threads)
     found = None
