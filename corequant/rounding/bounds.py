@@ -1,4 +1,7 @@
-"""The bounds of an accumulator, before any column is rounded."""
+"""The bounds of an accumulator, before any column is rounded.
+
+Bit-exact twin: `corequant_torch.rounding.bounds`.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ Columns are kept in reverse order of their rounding, so that the factor of ``H =
 it is and its inverse is never needed. With D = centers - rounded, column j is rounded at
 ``values_j + (Σ_{i>j} D_i M_ij + Σ_{i>j} a_i N_ij) / M_jj``, where a_i are these arguments.
 
-Bit-exact twin: `corequant_torch.gpu.columns`, `corequant_torch.rounding.loop`.
+Bit-exact twin: `corequant_torch.gpu.columns`, `corequant_torch.rounding.bounds`,
+`corequant_torch.rounding.loop`.
 """
 
 from __future__ import annotations

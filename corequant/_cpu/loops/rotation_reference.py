@@ -3,7 +3,8 @@
 The compiled kernels do the same operations in the same order and give the same bits. This path
 runs where compilation is switched off (``NUMBA_DISABLE_JIT=1``).
 
-Bit-exact twin: `corequant_torch.device.rotation`, `corequant_torch.gpu.rotation`.
+Bit-exact twin: `corequant._cpu.codegen.generator`, `corequant_torch.device.rotation`,
+`corequant_torch.gpu.rotation`.
 """
 
 from __future__ import annotations
