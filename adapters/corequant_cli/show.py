@@ -126,7 +126,7 @@ def plan_dict(plan: Any) -> dict[str, Any]:
                         "output_permuted": part.output.permutation is not None,
                         "output_rotation": part.output.rotation,
                     }
-                    for part in m.parts
+                    for part in m.slices
                 ],
                 "quantized": m.quantized,
             }
@@ -157,7 +157,7 @@ def plan_table(plan: Any) -> None:
             "×".join(map(str, m.shape)),
             "norm" if plan.folds and m.norm is not None else "",
             _side(m.input, "online " if m.online else ""),
-            ", ".join(filter(None, dict.fromkeys(_side(p.output, "") for p in m.outputs))),
+            ", ".join(filter(None, dict.fromkeys(_side(p.output, "") for p in m.row_slices))),
             "yes" if m.quantized else "",
         )
     _console.print(table)
