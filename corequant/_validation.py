@@ -40,6 +40,7 @@ __all__ = [
     "is_on_host",
     "is_plain_type",
     "join_some",
+    "working_dtype",
 ]
 
 
@@ -153,6 +154,16 @@ def is_floating(dtype: np.dtype[Any]) -> bool:
     if dtype.kind == "f":
         return dtype.itemsize in (2, 4, 8)
     return dtype.name == "bfloat16"
+
+
+def working_dtype(x: npt.NDArray[Any], dtype: npt.DTypeLike | None = None) -> np.dtype[Any]:
+    """Return the dtype that ``x`` is computed in: ``dtype``, or float64 for float64, or float32."""
+    if dtype is None:
+        return np.dtype(np.float64 if x.dtype.itemsize == 8 else np.float32)
+    working = np.dtype(dtype)
+    if working not in (np.dtype(np.float32), np.dtype(np.float64)):
+        raise ValueError(f"dtype must be float32 or float64, got {working}")
+    return working
 
 
 def check_finite(name: str, x: npt.NDArray[Any]) -> None:

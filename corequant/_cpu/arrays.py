@@ -22,7 +22,6 @@ __all__ = [
     "new",
     "scratch",
     "storing",
-    "working_dtype",
 ]
 
 Array = npt.NDArray[Any]
@@ -66,11 +65,6 @@ def storing(size: int, target: int) -> str:
 def name_of(dtype: np.dtype[Any]) -> str:
     """Return ``dtype.name``, which NumPy composes on every access."""
     return dtype.name
-
-
-def working_dtype(x: Array) -> np.dtype[Any]:
-    """Return the dtype that an array is computed in: float32, or float64 for float64."""
-    return np.dtype(np.float64 if x.dtype.itemsize == 8 else np.float32)
 
 
 def is_plain(x: Array) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._cpu.arrays import working_dtype
 from corequant._cpu.threads import thread_count
+from corequant._validation import working_dtype
 from corequant.formats import NumberFormat
 from corequant.protocols import Moments
 from corequant.specs import QuantSpec

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._cpu.arrays import working_dtype
 from corequant._cpu.grids import fits_nibbles, grid_for, rounder_for, rule_for, unsigned
 from corequant._cpu.loops import group_passes, packing
 from corequant._cpu.scales import choose, effective, global_scale_for, ranges
 from corequant._cpu.threads import for_rows
-from corequant._validation import check_finite
+from corequant._validation import check_finite, working_dtype
 from corequant.formats import FormatKind, NumberFormat
 from corequant.specs import Granularity, QuantSpec, ScaleSearch, qparams_shape
 

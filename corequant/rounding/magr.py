@@ -10,9 +10,9 @@ import numpy.typing as npt
 from corequant._cpu.loops.projection import clip_rows
 from corequant._cpu.threads import for_rows
 from corequant._dispatch import is_elsewhere, round_elsewhere
-from corequant._validation import check_divides, check_index, check_matrix
+from corequant._validation import check_divides, check_index, check_matrix, working_dtype
 from corequant.rounding.hessian import check_hessian, largest_eigenvalue
-from corequant.rounding.problem import check_damping, working_dtype
+from corequant.rounding.problem import check_damping
 
 __all__ = ["magr"]
 
@@ -79,7 +79,7 @@ def magr(
     size = W.shape[1] if group_size is None else check_index("group_size", group_size)
     if W.size:
         check_divides("group_size", size, W.shape[1])
-    dtype = working_dtype(W, None)
+    dtype = working_dtype(W)
     sigma = largest_eigenvalue(H)
     start: npt.NDArray[Any] = np.array(W, dtype, order="C")
     if sigma == 0 or strength == 0 or not W.size:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant._dispatch import round_elsewhere
-from corequant._validation import check_matrix, check_number
+from corequant._validation import check_matrix, check_number, working_dtype
 from corequant.quantization import as_spec, dequantize, quantize
 from corequant.rounding.accumulators import AccumulatorSpec
 from corequant.rounding.bounds import budget_for
@@ -24,7 +24,7 @@ from corequant.rounding.report import (
 from corequant.rounding.shrinkage import check_tokens, shrunk
 from corequant.specs import QuantSpec
 
-__all__ = ["ColumnOptions", "Problem", "check_damping", "moment_gap", "working_dtype"]
+__all__ = ["ColumnOptions", "Problem", "check_damping", "moment_gap"]
 
 Array = npt.NDArray[Any]
 
@@ -139,14 +139,6 @@ class Problem:
             return sums, block, np.ascontiguousarray(echo[start:stop, start:stop])
 
         return pull
-
-
-def working_dtype(W: Array, dtype: npt.DTypeLike | None) -> np.dtype[Any]:
-    """Return float32, or float64 on request or for float64 weights."""
-    working = np.dtype(dtype or (np.float64 if W.dtype.itemsize == 8 else np.float32))
-    if working not in (np.dtype(np.float32), np.dtype(np.float64)):
-        raise ValueError(f"dtype must be float32 or float64, got {working}")
-    return working
 
 
 def check_damping(value: Any, name: str = "damping") -> float:
