@@ -30,6 +30,9 @@ Array = npt.NDArray[Any]
 BLOCK = 128
 """Columns between two updates through BLAS: the block's factor, 64 KiB of float32, stays cached."""
 
+_LEAST_WORK = 1 << 20
+"""Multiplications that are worth a thread of their own: about a tenth of a millisecond."""
+
 Pull = Callable[[int, int, Array, Array], tuple[Array, Array, Array | None]]
 """Of a block ``start..stop-1``, the errors so far and the arguments so far: the sums over the
 columns rounded before (rows, B), the block's own factor (B, B) and its echo (B, B) or None."""
@@ -203,7 +206,7 @@ class ColumnLoop:
             ) -> None:
                 solve_block(first, last, at, *arrays, *rest)
 
-            for_rows(rows, (stop - start) * BLOCK, work)
+            for_rows(rows, (stop - start) * BLOCK, work, least_work=_LEAST_WORK)
         self._check(values)
         back = np.take(values, np.argsort(self.order), axis=1)
         share = float(moved.sum()) / max(1, rows * d) if accumulator else None
