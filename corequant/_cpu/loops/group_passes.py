@@ -16,9 +16,14 @@ import numpy as np
 
 from corequant._cpu.loops import integer_grid, minifloat_grid
 from corequant._cpu.loops.bits import like, to_bits, to_float
-from corequant._cpu.loops.integer_grid import magnitudes, ranges, row_magnitude, row_range
+from corequant._cpu.loops.integer_grid import (
+    magnitudes,
+    magnitudes_of_row,
+    ranges,
+    row_magnitude,
+    row_range,
+)
 from corequant._cpu.loops.jit import jit
-from corequant._cpu.loops.lanes import magnitudes_of_row
 from corequant._cpu.loops.minifloat_grid import nearest_code, nearest_value
 from corequant._cpu.loops.nibbles import decode_row, encode_row, integers_row
 from corequant._cpu.loops.packing import pack_rows, unpack_rows

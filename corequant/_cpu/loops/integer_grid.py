@@ -9,14 +9,17 @@ import numpy as np
 
 from corequant._cpu.loops.bits import like, to_bits, to_float
 from corequant._cpu.loops.jit import jit
+from corequant._cpu.loops.lanes import largest_bits
 
 __all__ = [
+    "all_magnitudes",
     "decode",
     "encode",
     "fake",
     "look_up",
     "losses",
     "magnitudes",
+    "magnitudes_of_row",
     "ranges",
     "row_magnitude",
     "row_range",
@@ -51,6 +54,20 @@ def magnitudes(x, mask, high):  # type: ignore[no-untyped-def]
     """Largest |x| of each group."""
     for g in range(x.shape[0]):
         high[g] = to_float(row_magnitude(x[g], mask))
+
+
+@jit
+def magnitudes_of_row(x, size, high):  # type: ignore[no-untyped-def]
+    """Largest magnitudes of a row's groups of multiples of 16."""
+    for g in range(high.shape[0]):
+        high[g] = to_float(largest_bits(x, g * size, size))
+
+
+@jit
+def all_magnitudes(x, high):  # type: ignore[no-untyped-def]
+    """Largest magnitude of each row, whose length is a multiple of 16."""
+    for row in range(x.shape[0]):
+        high[row] = to_float(largest_bits(x[row], 0, x.shape[1]))
 
 
 @jit

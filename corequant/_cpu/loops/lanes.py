@@ -16,18 +16,13 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from numba.np.arrayobj import make_array
 
-from corequant._cpu.loops.bits import to_float
-from corequant._cpu.loops.jit import jit
-
 __all__ = [
     "HALF",
     "LANES",
     "Lanes",
     "address_of",
-    "all_magnitudes",
     "ask_for",
     "largest_bits",
-    "magnitudes_of_row",
     "prefetch",
 ]
 
@@ -135,17 +130,3 @@ def _largest_bits(x, at, count):  # type: ignore[no-untyped-def]
         return most
 
     return run
-
-
-@jit
-def magnitudes_of_row(x, size, high):  # type: ignore[no-untyped-def]
-    """Largest magnitudes of a row's groups of multiples of 16."""
-    for g in range(high.shape[0]):
-        high[g] = to_float(largest_bits(x, g * size, size))
-
-
-@jit
-def all_magnitudes(x, high):  # type: ignore[no-untyped-def]
-    """Largest magnitude of each row, whose length is a multiple of 16."""
-    for row in range(x.shape[0]):
-        high[row] = to_float(largest_bits(x[row], 0, x.shape[1]))
