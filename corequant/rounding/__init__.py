@@ -15,8 +15,8 @@ from corequant.rounding.magr import magr
 from corequant.rounding.methods import RoundingMethod, RoundingOptions, rounding_methods
 from corequant.rounding.moments import InputMoments
 from corequant.rounding.nearest import round_to_nearest
+from corequant.rounding.problem import RoundedTensor, RoundingReport, reconstruction_loss
 from corequant.rounding.qronos import qronos
-from corequant.rounding.report import RoundedTensor, RoundingReport, reconstruction_loss
 from corequant.rounding.together import round_together
 
 __all__ = [

@@ -12,8 +12,7 @@ import numpy.typing as npt
 from corequant._dispatch import is_elsewhere
 from corequant.rounding.accumulators import AccumulatorSpec
 from corequant.rounding.methods import RoundingMethod
-from corequant.rounding.problem import ColumnOptions, Problem
-from corequant.rounding.report import RoundedTensor
+from corequant.rounding.problem import ColumnOptions, Problem, RoundedTensor
 from corequant.specs import QuantSpec
 
 __all__ = ["gpfq"]

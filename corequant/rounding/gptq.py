@@ -12,8 +12,7 @@ from corequant._dispatch import is_elsewhere
 from corequant.rounding.accumulators import AccumulatorSpec
 from corequant.rounding.hessian import Factor, damped_factor, mean_diagonal
 from corequant.rounding.methods import RoundingMethod
-from corequant.rounding.problem import ColumnOptions, Problem, check_damping
-from corequant.rounding.report import RoundedTensor
+from corequant.rounding.problem import ColumnOptions, Problem, RoundedTensor, check_damping
 from corequant.specs import QuantSpec
 
 __all__ = ["gptq"]

@@ -14,7 +14,7 @@ from corequant.quantization import as_spec, dequantize
 from corequant.rounding.hessian import check_cross_moment, check_hessian
 from corequant.rounding.loop import Scales, column_grid
 from corequant.rounding.methods import RoundingMethod
-from corequant.rounding.report import RoundedTensor, RoundingReport, loss_of
+from corequant.rounding.problem import RoundedTensor, RoundingReport, loss_of
 from corequant.rounding.shrinkage import check_tokens, shrunk
 from corequant.specs import QuantSpec
 

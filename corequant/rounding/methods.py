@@ -18,7 +18,7 @@ from corequant._validation import check_index
 from corequant.errors import SpecError
 from corequant.rounding.accumulators import AccumulatorSpec
 from corequant.rounding.fitting import check_fitted
-from corequant.rounding.report import RoundedTensor
+from corequant.rounding.problem import RoundedTensor
 from corequant.specs import GROUPED, QuantSpec
 
 __all__ = ["RoundingMethod", "RoundingOptions", "rounding_methods"]

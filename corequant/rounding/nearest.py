@@ -10,7 +10,7 @@ from corequant._dispatch import is_elsewhere, round_elsewhere
 from corequant._validation import check_matrix
 from corequant.quantization import as_spec, quantize
 from corequant.rounding.methods import RoundingMethod
-from corequant.rounding.report import RoundedTensor, RoundingReport, reconstruction_loss
+from corequant.rounding.problem import RoundedTensor, RoundingReport, reconstruction_loss
 from corequant.specs import QuantSpec
 
 __all__ = ["round_to_nearest"]

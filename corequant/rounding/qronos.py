@@ -12,8 +12,13 @@ from corequant._dispatch import is_elsewhere
 from corequant.rounding.accumulators import AccumulatorSpec
 from corequant.rounding.hessian import damped_factor, largest_eigenvalue
 from corequant.rounding.methods import RoundingMethod
-from corequant.rounding.problem import ColumnOptions, Problem, check_damping, moment_gap
-from corequant.rounding.report import RoundedTensor
+from corequant.rounding.problem import (
+    ColumnOptions,
+    Problem,
+    RoundedTensor,
+    check_damping,
+    moment_gap,
+)
 from corequant.specs import QuantSpec
 
 __all__ = ["qronos"]

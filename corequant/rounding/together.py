@@ -18,7 +18,7 @@ from corequant.rounding.hessian import check_cross_moment, check_hessian
 from corequant.rounding.magr import magr
 from corequant.rounding.methods import RoundingOptions, rounding_methods
 from corequant.rounding.nearest import round_to_nearest
-from corequant.rounding.report import (
+from corequant.rounding.problem import (
     RoundedTensor,
     RoundingReport,
     losses_of,

@@ -11,7 +11,7 @@ from corequant.protocols import Backend
 from corequant.quantization import as_spec
 from corequant.rounding.learned import Descent, Search
 from corequant.rounding.loop import column_grid
-from corequant.rounding.report import RoundedTensor, RoundingReport
+from corequant.rounding.problem import RoundedTensor, RoundingReport
 from corequant.specs import QuantSpec
 from corequant_torch.device.grids import numpy_dtype
 from corequant_torch.device.levels import TensorScales

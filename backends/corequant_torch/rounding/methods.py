@@ -15,8 +15,7 @@ from corequant.protocols import Backend
 from corequant.quantization import QuantizedTensor, as_spec
 from corequant.rounding import hessian
 from corequant.rounding.hessian import Damping
-from corequant.rounding.problem import ColumnOptions, check_damping
-from corequant.rounding.report import RoundedTensor, RoundingReport
+from corequant.rounding.problem import ColumnOptions, RoundedTensor, RoundingReport, check_damping
 from corequant.specs import QuantSpec
 from corequant_torch.device.levels import TensorScales
 from corequant_torch.rounding.bounds import Tiles
