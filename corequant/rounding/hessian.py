@@ -1,7 +1,17 @@
-"""The matrices that describe a layer's inputs: checks, dead columns, order, damping, Cholesky."""
+"""The matrices that describe a layer's inputs: checks, order, shrinkage, damping, Cholesky.
+
+With fewer tokens than channels H has directions that no token took, along which a method may move
+weights for nothing: the loss that it sees falls, that of other inputs rises, to many times that of
+rounding to nearest. Adding ``λ I`` to H and G, as if other inputs came from all sides, is the known
+cure. λ follows from H and the number of tokens: the oracle approximating shrinkage estimator.
+
+Source: Chen, Wiesel, Eldar and Hero, "Shrinkage algorithms for MMSE covariance estimation", IEEE
+Transactions on Signal Processing 58 (2010), arXiv 0907.4698, equation 23.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,37 +21,58 @@ import numpy.typing as npt
 
 from corequant._cpu.loops.hessian import factor_and_invert, first_fault
 from corequant._cpu.threads import for_rows
-from corequant._validation import check_finite, check_floating, check_numpy
+from corequant._validation import check_finite, check_floating, check_index, check_numpy
 from corequant.errors import HessianError, ShapeError
 
 __all__ = [
+    "ENOUGH",
+    "LEAST_CHANNELS",
     "SLACK",
     "Damping",
     "Factor",
+    "added",
     "asymmetric",
     "check_cross_moment",
     "check_hessian",
+    "check_tokens",
     "column_order",
     "damped",
     "damped_factor",
     "foreign",
     "indefinite",
-    "lanczos",
-    "largest_eigenvalue",
     "mean_diagonal",
     "misshapen",
+    "probes",
+    "rank_of",
+    "rank_tolerance",
+    "shrinkage_weight",
+    "shrunk",
 ]
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")
 
-_PANEL = 128
+_PANEL, _ROWS = 128, 512
+
 SLACK = 1e-3
 """Largest asymmetry allowed, relative to the geometric mean of two diagonal entries; sums of
 float32 products taken in another order differ by less than 1e-4 of it."""
 
-_LEAST_STEPS, _MOST_STEPS, _TOLERANCE = 12, 48, 1e-4
-"""Steps of Lanczos' method, and the relative change with which it ends."""
+ENOUGH = 1 << 62
+"""As many tokens as make an addition of nothing."""
+
+LEAST_CHANNELS = 3
+"""Fewer say nothing about how many tokens there were."""
+
+_NEGLIGIBLE = 0.01
+"""Share of the mean diagonal below which nothing is added; GPTQ's damping is as much."""
+
+_PROBES = 16
+"""Random vectors from which the number of missing directions is estimated."""
+
+_MOST = 1e7
+"""Times the mean diagonal that is added at most: weights are then rounded to nearest, but for a few
+ties."""
 
 
 def check_hessian(H: Any, d: int, name: str) -> Array:
@@ -148,53 +179,6 @@ def column_order_within(score: Array) -> Array:
     """Return the indices of ascending scores; of equal ones the last first."""
     order: Array = len(score) - 1 - np.argsort(score[::-1], kind="stable")
     return order
-
-
-def largest_eigenvalue(H: Array) -> float:
-    """Return the largest eigenvalue of a positive semidefinite H, to about 1e-4 of itself."""
-    if not H.any():
-        return 0.0
-    sums = np.abs(H).sum(1, dtype=np.float64) / float(np.abs(H).max())
-    return lanczos(lambda v: (H @ v.astype(H.dtype)).astype(np.float64), sums)
-
-
-def lanczos(product: Callable[[Array], Array], sums: Array) -> float:
-    """Return the largest eigenvalue of a matrix by Lanczos' method with full orthogonalization.
-
-    Not ``scipy.sparse.linalg.eigsh``: where eigenvalues are equal, ARPACK restarts from vectors
-    that differ from call to call, and it takes nearly as long.
-
-    Parameters
-    ----------
-    product : callable
-        Returns ``H v`` of a vector v (d,), float64; H is positive semidefinite and not zero.
-    sums : numpy.ndarray (d,), float64
-        Proportional to the row sums of |H|. The first vector is half-way between them and a random
-        direction, since sums alone can be orthogonal to the eigenvector.
-    """
-    from scipy.linalg import eigvalsh_tridiagonal
-
-    drawn = np.random.default_rng(0).standard_normal(len(sums))
-    vector = sums / np.linalg.norm(sums) + drawn / np.linalg.norm(drawn)
-    vector = vector / np.linalg.norm(vector)
-    basis, largest = np.empty((0, len(sums))), 0.0
-    diagonal: list[float] = []
-    offdiagonal: list[float] = []
-    while len(basis) < min(len(sums), _MOST_STEPS):
-        basis = np.vstack([basis, vector])
-        image = product(vector)
-        diagonal.append(float(vector @ image))
-        for _ in range(2):
-            image -= basis.T @ (basis @ image)
-        found = eigvalsh_tridiagonal(np.array(diagonal), np.array(offdiagonal))
-        before, largest = largest, float(found[-1])
-        rest = float(np.linalg.norm(image))
-        settled = len(basis) >= _LEAST_STEPS and largest - before <= _TOLERANCE * largest
-        if settled or rest <= 1e-12 * abs(largest):
-            break
-        offdiagonal.append(rest)
-        vector = image / rest
-    return largest
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,3 +301,121 @@ def damped(
         f"with {value / 10:.3g} added to the diagonal, whose mean is {mean:.3g}; collect it from "
         "more tokens, or in float64"
     )
+
+
+def shrunk(H: Array, G: Array | None, tokens: int | None) -> tuple[Array, Array | None, float]:
+    """Return H and G with an addition to their diagonals, and its ratio to H's mean diagonal.
+
+    Parameters
+    ----------
+    H, G : numpy.ndarray (d, d)
+        Checked. They are returned themselves where nothing is to be added.
+    tokens : int or None
+        How many they are the moments of. By default they count as the rank of H where that is
+        lacking, and as enough otherwise.
+    """
+    diagonal = np.diagonal(H).astype(np.float64)
+    living = diagonal > 0
+    count = int(living.sum())
+    if not count:
+        return H, G, 0.0
+    known = _tokens_of(H, diagonal) if tokens is None else tokens
+    if known is None:
+        return H, G, 0.0
+    squares = sum(
+        float(np.square(H[i : i + _ROWS], dtype=np.float64).sum()) for i in range(0, len(H), _ROWS)
+    )
+    largest = float(np.finfo(H.dtype).max)
+    value = added(float(diagonal.sum()), squares, count, known, largest)
+    if not value:
+        return H, G, 0.0
+    mean = float(diagonal.sum()) / count
+    moved = [None if M is None else M.copy() for M in (H, G)]
+    place = np.flatnonzero(living)
+    for matrix in moved:
+        if matrix is not None:
+            matrix[place, place] += np.asarray(value * mean, matrix.dtype)
+    assert moved[0] is not None
+    return moved[0], moved[1], value
+
+
+def added(trace: float, squares: float, channels: int, tokens: int, largest: float) -> float:
+    """Return the addition to each diagonal entry, relative to their mean.
+
+    Parameters
+    ----------
+    trace, squares : float
+        Sum of H's diagonal, and of the squares of all its entries.
+    channels : int
+        Those that any token reached.
+    tokens : int
+    largest : float
+        Number that a matrix holds; what is added stays well below it.
+    """
+    rho = shrinkage_weight(trace, squares, channels, tokens)
+    most = min(_MOST, 1e-3 * largest / (trace / channels))
+    value = min(rho / (1 - rho), most) if rho < 1 else most
+    return value if value > _NEGLIGIBLE else 0.0
+
+
+def shrinkage_weight(trace: float, squares: float, channels: int, tokens: int) -> float:
+    """Return the estimator's ρ: the weight of ``mean · I`` against that of H, 0 to 1.
+
+    It has no more than ``channels / tokens``: where H is a multiple of the identity anyway, nothing
+    else tells how far G is to be trusted.
+    """
+    if not tokens:
+        return 1.0
+    p, n = channels, tokens
+    gap = (n + 1 - 2 / p) * (squares - trace * trace / p)
+    share = (1 - 2 / p) * squares + trace * trace
+    rho = 1.0 if gap <= share else share / gap
+    return min(rho, p / n)
+
+
+def check_tokens(tokens: Any) -> int | None:
+    """Return ``tokens`` as int, or None."""
+    return None if tokens is None else check_index("tokens", tokens, 0)
+
+
+def rank_tolerance(channels: int) -> float:
+    """Return the roundoff of an eigenvalue of 0 where the diagonal is all ones."""
+    return 32 * float(np.finfo(np.float32).eps) * math.sqrt(channels)
+
+
+def probes(channels: int) -> Array:
+    """Return the random signs (probes, channels), float32, that ``rank_of`` needs solved."""
+    signs = np.array([-1, 1], np.float32)
+    drawn: Array = np.random.default_rng(0).choice(signs, (_PROBES, channels))
+    return drawn
+
+
+def rank_of(squares: float, channels: int) -> int | None:
+    """Return the rank from the squares of ``z L⁻ᵀ`` of all probes; None if it lacks one or none."""
+    missing = rank_tolerance(channels) * squares / _PROBES
+    return None if missing < 1.5 else max(1, channels - round(missing))
+
+
+def _tokens_of(H: Array, diagonal: Array) -> int | None:
+    """Return the rank of H where it lacks more than one direction, which a mean of zero takes.
+
+    With δ on the diagonal, ``δ tr (H + δ)⁻¹`` counts the eigenvalues below δ; the trace is
+    estimated from the norms of ``L⁻¹ z`` for random signs z.
+    """
+    living = np.flatnonzero(diagonal > 0)
+    count = len(living)
+    if count < LEAST_CHANNELS:
+        return None
+    root = (1 / np.sqrt(diagonal[living])).astype(np.float32)
+    A = H.astype(np.float32) if count == len(H) else H[np.ix_(living, living)].astype(np.float32)
+    A *= root
+    A *= root[:, None]
+    delta = rank_tolerance(count)
+    place = np.arange(count)
+    A[place, place] = np.float32(1 + delta)
+    factor = Factor.of(A)
+    if factor is None:
+        # Rounded off below -δ: nothing is certain but that some are missing.
+        return None
+    solved = factor.forward(probes(count)).astype(np.float64)
+    return rank_of(float(np.square(solved).sum()), count)

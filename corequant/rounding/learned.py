@@ -11,11 +11,10 @@ import numpy.typing as npt
 from corequant._dispatch import is_elsewhere, round_elsewhere
 from corequant._validation import check_index, check_matrix, check_number, working_dtype
 from corequant.quantization import as_spec, dequantize
-from corequant.rounding.hessian import check_cross_moment, check_hessian
+from corequant.rounding.hessian import check_cross_moment, check_hessian, check_tokens, shrunk
 from corequant.rounding.loop import Scales, column_grid
 from corequant.rounding.methods import RoundingMethod
 from corequant.rounding.problem import RoundedTensor, RoundingReport, loss_of
-from corequant.rounding.shrinkage import check_tokens, shrunk
 from corequant.specs import QuantSpec
 
 __all__ = ["Descent", "Search", "learned_rounding"]

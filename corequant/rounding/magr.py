@@ -11,7 +11,8 @@ from corequant._cpu.loops.projection import clip_rows
 from corequant._cpu.threads import for_rows
 from corequant._dispatch import is_elsewhere, round_elsewhere
 from corequant._validation import check_divides, check_index, check_matrix, working_dtype
-from corequant.rounding.hessian import check_hessian, largest_eigenvalue
+from corequant.rounding.eigenvalues import largest_eigenvalue
+from corequant.rounding.hessian import check_hessian
 from corequant.rounding.problem import check_damping
 
 __all__ = ["magr"]

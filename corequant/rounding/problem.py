@@ -15,9 +15,15 @@ from corequant.errors import ShapeError
 from corequant.quantization import QuantizedTensor, as_spec, dequantize, quantize
 from corequant.rounding.accumulators import AccumulatorSpec
 from corequant.rounding.bounds import budget_for
-from corequant.rounding.hessian import Damping, check_cross_moment, check_hessian, column_order
+from corequant.rounding.hessian import (
+    Damping,
+    check_cross_moment,
+    check_hessian,
+    check_tokens,
+    column_order,
+    shrunk,
+)
 from corequant.rounding.loop import Budget, ColumnLoop, Pull, Scales
-from corequant.rounding.shrinkage import check_tokens, shrunk
 from corequant.specs import QuantSpec
 
 __all__ = [

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from corequant._dispatch import is_elsewhere
 from corequant.rounding.accumulators import AccumulatorSpec
-from corequant.rounding.hessian import damped_factor, largest_eigenvalue
+from corequant.rounding.eigenvalues import largest_eigenvalue
+from corequant.rounding.hessian import damped_factor
 from corequant.rounding.methods import RoundingMethod
 from corequant.rounding.problem import (
     ColumnOptions,

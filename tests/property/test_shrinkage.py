@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import corequant as cq
-from corequant.rounding import shrinkage
+from corequant.rounding import hessian
 
 SPECTRA = {
     "white": lambda d: np.ones(d),
@@ -81,7 +81,7 @@ def test_the_rank_of_few_tokens_is_found(tokens, dtype):
     generator = np.random.default_rng(tokens)
     x = generator.normal(size=(tokens, 200)) * np.exp(generator.normal(0, 2, 200))
     H = (x.T @ x / tokens).astype(dtype)
-    found = shrinkage._tokens_of(H, np.diagonal(H).astype(np.float64))
+    found = hessian._tokens_of(H, np.diagonal(H).astype(np.float64))
     assert found is not None
     assert abs(found - tokens) <= max(2, 0.05 * (200 - tokens))
 
@@ -91,7 +91,7 @@ def test_a_mean_of_zero_is_no_lack_of_tokens():
     x = np.random.default_rng(0).normal(size=(5000, 64))
     x -= x.mean(1, keepdims=True)
     H = x.T @ x / len(x)
-    assert shrinkage._tokens_of(H, np.diagonal(H)) is None
+    assert hessian._tokens_of(H, np.diagonal(H)) is None
 
 
 def test_weights_are_those_of_the_estimator():
@@ -100,8 +100,8 @@ def test_weights_are_those_of_the_estimator():
     S, n, p = x.T @ x / 20, 20, 30
     square, trace = np.trace(S @ S), np.trace(S)
     rho = ((1 - 2 / p) * square + trace**2) / ((n + 1 - 2 / p) * (square - trace**2 / p))
-    assert shrinkage.weight(trace, float((S * S).sum()), p, n) == pytest.approx(min(1, rho))
-    H, _, value = shrinkage.shrunk(S, None, n)
+    assert hessian.shrinkage_weight(trace, float((S * S).sum()), p, n) == pytest.approx(min(1, rho))
+    H, _, value = hessian.shrunk(S, None, n)
     mixed = (1 - rho) * S + rho * trace / p * np.eye(p)
     np.testing.assert_allclose(H * (1 - rho), mixed, rtol=1e-12)
     assert value == pytest.approx(rho / (1 - rho))

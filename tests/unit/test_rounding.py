@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import corequant as cq
-from corequant.rounding.hessian import Factor, column_order, largest_eigenvalue
+from corequant.rounding.eigenvalues import largest_eigenvalue
+from corequant.rounding.hessian import Factor, column_order
 from tests.property.test_rounding import layer, methods, moments
 
 SPEC = "int4:channel"

@@ -13,10 +13,11 @@ from corequant.errors import NonFiniteError, ShapeError
 from corequant.protocols import Backend
 from corequant.quantization import QuantizedTensor
 from corequant.rounding import hessian
-from corequant.rounding.hessian import Damping
-from corequant.rounding.shrinkage import (
+from corequant.rounding.eigenvalues import lanczos
+from corequant.rounding.hessian import (
     ENOUGH,
     LEAST_CHANNELS,
+    Damping,
     added,
     check_tokens,
     probes,
@@ -96,7 +97,7 @@ class Moments:
     measured : tuple of torch.Tensor
         H and G as given, from which losses are computed.
     shrinkage : float
-        Addition for lack of tokens, as in ``corequant.rounding.shrinkage``.
+        Addition for lack of tokens, as in ``corequant.rounding.hessian``.
     diagonal : numpy.ndarray (d,), float64
         Diagonal of H.
     dead : numpy.ndarray (d,), bool
@@ -242,7 +243,7 @@ def damped_factor(
 
 
 def largest_eigenvalue(H: Tensor) -> float:
-    """Return the largest eigenvalue of H; see ``corequant.rounding.hessian``."""
+    """Return the largest eigenvalue of H; see ``corequant.rounding.eigenvalues``."""
     if not bool(H.any()):
         return 0.0
     sums = H.abs().sum(1, dtype=torch.float64) / H.abs().max()
@@ -250,4 +251,4 @@ def largest_eigenvalue(H: Tensor) -> float:
     def product(vector: Any) -> Any:
         return (H @ torch.from_numpy(vector).to(H.device, H.dtype)).double().cpu().numpy()
 
-    return hessian.lanczos(product, sums.cpu().numpy())
+    return lanczos(product, sums.cpu().numpy())
