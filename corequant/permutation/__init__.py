@@ -11,9 +11,9 @@ from corequant.permutation.first_order import (
     invert_permutation,
     massdiff,
     random_permutation,
+    repeat_permutation,
     zigzag,
 )
-from corequant.permutation.heads import repeat_permutation
 from corequant.permutation.second_order import energydiff
 
 __all__ = [
