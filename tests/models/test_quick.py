@@ -7,7 +7,7 @@ import torch
 
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
-from corequant_torch.cpu import fast_forward, onednn
+from corequant_torch.cpu import onednn
 from tests.models.test_architectures import DESCRIBED
 
 CALLS = ["_linear_pointwise", "causal_attention"]
@@ -31,7 +31,7 @@ def used(monkeypatch):
     monkeypatch.setattr(onednn, "_LEAST_PRODUCTS", 1)
     monkeypatch.setattr(onednn, "_ROWS", 16)
     counted(torch.ops.mkldnn, CALLS[0])
-    counted(fast_forward, CALLS[1])
+    counted(onednn, CALLS[1])
     return counts
 
 

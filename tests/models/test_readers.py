@@ -21,7 +21,7 @@ import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from corequant.storage.matmulnbits import matmul_nbits
-from corequant_torch.cpu.fast_forward import QuickForward
+from corequant_torch.cpu.onednn import QuickForward
 from corequant_transformers.checkpoint.reader import Stored
 from corequant_transformers.checkpoint.writer import save
 from corequant_transformers.model.parts import untie

@@ -7,8 +7,7 @@ import torch
 
 from corequant.errors import ShapeError
 from corequant_torch.cpu import onednn
-from corequant_torch.cpu.fast_forward import QuickForward
-from corequant_torch.cpu.onednn import causal_attention, linear, multiplies_quickly
+from corequant_torch.cpu.onednn import QuickForward, causal_attention, linear, multiplies_quickly
 from corequant_torch.device.grams import token_products
 
 F = torch.nn.functional

@@ -12,7 +12,7 @@ import torch
 
 from corequant._validation import check_index
 from corequant.errors import CalibrationError
-from corequant_torch.cpu.fast_forward import QuickForward
+from corequant_torch.cpu.onednn import QuickForward
 from corequant_transformers.architectures.known import (
     Architecture,
     Dimensions,

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from corequant.errors import ArchitectureError
-from corequant_torch.cpu.fast_forward import QuickForward
+from corequant_torch.cpu.onednn import QuickForward
 from corequant_transformers.calibration.choices import Calibration, choose, choose_block_size
 from corequant_transformers.calibration.collector import Collector, collect_block
 from corequant_transformers.checkpoint.tensors import part_tensors
