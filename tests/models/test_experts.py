@@ -10,8 +10,7 @@ import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from corequant.rounding import AccumulatorSpec, InputMoments, RoundingOptions
-from corequant_transformers.model.forward import block_arguments, run_block
-from corequant_transformers.model.hidden_states import HiddenStates
+from corequant_transformers.model.forward import HiddenStates, block_arguments, run_block
 from corequant_transformers.model.layouts import ExpertList
 from corequant_transformers.model.parts import ModelWeights, Parts, skeleton
 from corequant_transformers.rounding.block import round_block

@@ -16,7 +16,7 @@ import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from corequant.rounding import RoundingOptions, round_together
-from corequant_transformers.model.hidden_states import HiddenStates
+from corequant_transformers.model.forward import HiddenStates
 from corequant_transformers.model.parts import ModelWeights, Parts, skeleton
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.rounding import block as sequential

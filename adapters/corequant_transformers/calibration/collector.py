@@ -12,8 +12,7 @@ import torch
 
 import corequant as cq
 from corequant_transformers.calibration.choices import needs_second_order, needs_tokens
-from corequant_transformers.model.forward import run_block
-from corequant_transformers.model.hidden_states import Windows
+from corequant_transformers.model.forward import Windows, run_block
 from corequant_transformers.model.parts import Parts, part_of
 from corequant_transformers.planning.matrix_plan import Region
 from corequant_transformers.planning.model_plan import ModelPlan

@@ -12,9 +12,9 @@ import numpy.typing as npt
 import corequant as cq
 from corequant.recipe import Recipe
 from corequant.selection import rotation_error
+from corequant_transformers.model.forward import check_tokens
 from corequant_transformers.model.replicas import unwrap
 from corequant_transformers.model.surroundings import undisturbed
-from corequant_transformers.model.text import check_tokens
 from corequant_transformers.pipeline import calibrate
 from corequant_transformers.planning.model_plan import plan_model
 

@@ -1,4 +1,4 @@
-"""Forward passes through a model that is opened in parts: before, through and after its blocks.
+"""Forward passes of token windows through a model in parts: before, through, after its blocks.
 
 What a block gets besides its hidden states, such as masks and rotary embeddings, and what happens
 before the first block and after the last, is computed by the model's own classes; functions replace
@@ -10,24 +10,146 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from corequant.errors import ArchitectureError
+from corequant.errors import ArchitectureError, CalibrationError
+from corequant_transformers.architectures.known import Architecture, Dimensions
 from corequant_transformers.model.parts import ENTRY, Parts, part_plan
 from corequant_transformers.model.replicas import standing_in
 from corequant_transformers.model.surroundings import device_of
 
-__all__ = ["block_arguments", "enter", "leaving", "run_block"]
+__all__ = [
+    "Crossing",
+    "HiddenStates",
+    "Windows",
+    "block_arguments",
+    "check_ids",
+    "check_positions",
+    "check_tokens",
+    "enter",
+    "leaving",
+    "run_block",
+]
 
-Window = npt.NDArray[np.int64]
+Tokens = npt.NDArray[np.int64]
+
+
+class Windows(Protocol):
+    """Hidden states (windows, length, hidden), in memory as a torch tensor or in a file."""
+
+    @property
+    def shape(self) -> Any:
+        """Windows, length, hidden."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: slice, /) -> torch.Tensor: ...
+
+    def __setitem__(self, index: int, value: torch.Tensor, /) -> None: ...
+
+
+class Crossing:
+    """Hidden states that are read from one place while new ones are written to another."""
+
+    def __init__(self, before: Windows, after: Windows) -> None:
+        self.before, self.after = before, after
+
+    @property
+    def shape(self) -> Any:
+        """Windows, length, hidden."""
+        return self.before.shape
+
+    def __len__(self) -> int:
+        return len(self.before)
+
+    def __getitem__(self, index: slice) -> torch.Tensor:
+        return self.before[index]
+
+    def __setitem__(self, index: int, value: torch.Tensor) -> None:
+        self.after[index] = value
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenStates:
+    """What a decoder block reads, in both networks.
+
+    Attributes
+    ----------
+    quantized : Windows (windows, length, hidden), float32
+        In the network whose earlier blocks are quantized.
+    float_states : Windows (windows, length, hidden), float32, optional
+        In the float network, in the same rotated basis. None where the method compares nothing, or
+        with what the float block makes of ``quantized``.
+    """
+
+    quantized: Windows
+    float_states: Windows | None
+
+
+def check_tokens(tokens: Any) -> Tokens:
+    """Return integer token windows (n, length) as int64; anything else is a CalibrationError."""
+    try:
+        if isinstance(tokens, torch.Tensor):
+            tokens = tokens.detach().cpu().numpy()
+        array = np.asarray(tokens)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        # Rows of different lengths, dtypes that NumPy lacks, tensors without data.
+        raise CalibrationError(
+            f"token windows must be an array of integers (windows, length), got a "
+            f"{type(tokens).__name__} that can't be converted ({error})"
+        ) from None
+    if array.ndim != 2 or array.dtype.kind not in "iu" or array.size == 0 or array.shape[1] < 2:
+        raise CalibrationError(
+            "token windows must be integers (windows, length) with at least one window of two "
+            f"tokens, got dtype {array.dtype} and shape {array.shape}"
+        )
+    most = int(array.max())
+    if most > np.iinfo(np.int64).max:
+        raise CalibrationError(f"token ids must be those of a vocabulary, got {most}")
+    return array.astype(np.int64)
+
+
+def check_ids(tokens: Tokens, vocabulary: int) -> None:
+    """Raise CalibrationError for token ids that a model has no row for.
+
+    Parameters
+    ----------
+    tokens : numpy.ndarray (windows, length), int64
+    vocabulary : int
+        Rows of the model's embedding.
+    """
+    outside = (tokens < 0) | (tokens >= vocabulary)
+    if not outside.any():
+        return
+    ids = np.unique(tokens[outside])
+    named = ", ".join(map(str, ids[:8].tolist())) + (", ..." if len(ids) > 8 else "")
+    window, position = (int(k) for k in np.argwhere(outside)[0])
+    raise CalibrationError(
+        f"token ids must be in 0..{vocabulary - 1}, the model's vocabulary of {vocabulary}, got "
+        f"{named} ({int(outside.sum())} of {tokens.size} tokens, the first in window {window} at "
+        f"position {position}): leave out padding and labels such as -100, and text with tokens "
+        "that were added to the tokenizer but not to the model"
+    )
+
+
+def check_positions(architecture: Architecture, dimensions: Dimensions, tokens: Tokens) -> None:
+    """Raise CalibrationError for windows longer than a model with learned positions can read."""
+    length, most = tokens.shape[1], dimensions.positions - architecture.extra_positions
+    if architecture.positions is not None and length > most:
+        raise CalibrationError(
+            f"sequence_length must be at most {most}, the model's max_position_embeddings, "
+            f"got {length}"
+        )
 
 
 @torch.no_grad()
-def block_arguments(parts: Parts, window: Window, dtype: torch.dtype) -> list[dict[str, Any]]:
+def block_arguments(parts: Parts, window: Tokens, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Return the keyword arguments that each block gets besides its hidden states.
 
     Parameters
@@ -57,7 +179,7 @@ def block_arguments(parts: Parts, window: Window, dtype: torch.dtype) -> list[di
 
 
 @torch.no_grad()
-def enter(parts: Parts, window: Window) -> torch.Tensor:
+def enter(parts: Parts, window: Tokens) -> torch.Tensor:
     """Return what the first block reads (1, length, hidden); the entry must be open."""
     seen: list[torch.Tensor] = []
     with ExitStack() as stack:
@@ -89,7 +211,7 @@ def run_block(block: Any, hidden: torch.Tensor, arguments: Mapping[str, Any]) ->
     return result
 
 
-def _ids(parts: Parts, window: Window) -> torch.Tensor:
+def _ids(parts: Parts, window: Tokens) -> torch.Tensor:
     return torch.from_numpy(window)[None].to(parts.device)
 
 

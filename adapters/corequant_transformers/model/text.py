@@ -14,20 +14,16 @@ from corequant._validation import check_index
 from corequant.errors import CalibrationError
 from corequant_torch.cpu.onednn import QuickForward
 from corequant_transformers.architectures.known import (
-    Architecture,
-    Dimensions,
     architecture_of,
     dimensions_of,
 )
+from corequant_transformers.model.forward import check_ids, check_positions, check_tokens
 from corequant_transformers.model.replicas import check_given, replicate, standing_in
 from corequant_transformers.model.structures import check_places
 from corequant_transformers.model.surroundings import undisturbed
 
 __all__ = [
     "Evaluation",
-    "check_ids",
-    "check_positions",
-    "check_tokens",
     "evaluate",
     "perplexity",
     "token_windows",
@@ -195,62 +191,6 @@ def perplexity(
             total += _negative_log_likelihood(model, window)
         progress(done + 1, len(tokens))
     return float(np.exp(total / (tokens.shape[0] * (tokens.shape[1] - 1))))
-
-
-def check_tokens(tokens: Any) -> Tokens:
-    """Return integer token windows (n, length) as int64; anything else is a CalibrationError."""
-    try:
-        if isinstance(tokens, torch.Tensor):
-            tokens = tokens.detach().cpu().numpy()
-        array = np.asarray(tokens)
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        # Rows of different lengths, dtypes that NumPy lacks, tensors without data.
-        raise CalibrationError(
-            f"token windows must be an array of integers (windows, length), got a "
-            f"{type(tokens).__name__} that can't be converted ({error})"
-        ) from None
-    if array.ndim != 2 or array.dtype.kind not in "iu" or array.size == 0 or array.shape[1] < 2:
-        raise CalibrationError(
-            "token windows must be integers (windows, length) with at least one window of two "
-            f"tokens, got dtype {array.dtype} and shape {array.shape}"
-        )
-    most = int(array.max())
-    if most > np.iinfo(np.int64).max:
-        raise CalibrationError(f"token ids must be those of a vocabulary, got {most}")
-    return array.astype(np.int64)
-
-
-def check_ids(tokens: Tokens, vocabulary: int) -> None:
-    """Raise CalibrationError for token ids that a model has no row for.
-
-    Parameters
-    ----------
-    tokens : numpy.ndarray (windows, length), int64
-    vocabulary : int
-        Rows of the model's embedding.
-    """
-    outside = (tokens < 0) | (tokens >= vocabulary)
-    if not outside.any():
-        return
-    ids = np.unique(tokens[outside])
-    named = ", ".join(map(str, ids[:8].tolist())) + (", ..." if len(ids) > 8 else "")
-    window, position = (int(k) for k in np.argwhere(outside)[0])
-    raise CalibrationError(
-        f"token ids must be in 0..{vocabulary - 1}, the model's vocabulary of {vocabulary}, got "
-        f"{named} ({int(outside.sum())} of {tokens.size} tokens, the first in window {window} at "
-        f"position {position}): leave out padding and labels such as -100, and text with tokens "
-        "that were added to the tokenizer but not to the model"
-    )
-
-
-def check_positions(architecture: Architecture, dimensions: Dimensions, tokens: Tokens) -> None:
-    """Raise CalibrationError for windows longer than a model with learned positions can read."""
-    length, most = tokens.shape[1], dimensions.positions - architecture.extra_positions
-    if architecture.positions is not None and length > most:
-        raise CalibrationError(
-            f"sequence_length must be at most {most}, the model's max_position_embeddings, "
-            f"got {length}"
-        )
 
 
 @torch.no_grad()

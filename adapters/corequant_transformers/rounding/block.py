@@ -27,8 +27,7 @@ import torch
 import corequant as cq
 from corequant.errors import CalibrationError
 from corequant.rounding import InputMoments, RoundedTensor, RoundingOptions
-from corequant_transformers.model.forward import run_block
-from corequant_transformers.model.hidden_states import HiddenStates, Windows
+from corequant_transformers.model.forward import HiddenStates, Windows, run_block
 from corequant_transformers.model.layouts import ExpertList
 from corequant_transformers.model.quantized_linear import QuantizedLinear
 from corequant_transformers.model.surroundings import device_of, to_host

@@ -25,7 +25,7 @@ import torch
 from corequant.errors import CorequantError, OutputError, RunError
 from corequant.storage.files import json_text, json_value
 from corequant_transformers.files.atomic import file_sha256, sync, write_json, write_tensors
-from corequant_transformers.model.hidden_states import Windows
+from corequant_transformers.model.forward import Windows
 
 __all__ = ["RunDirectory", "WindowFile", "ended"]
 

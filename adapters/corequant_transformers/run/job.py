@@ -23,8 +23,14 @@ from corequant_torch.cpu.onednn import QuickForward
 from corequant_transformers.calibration.choices import Calibration, choose, choose_block_size
 from corequant_transformers.calibration.collector import Collector, collect_block
 from corequant_transformers.checkpoint.tensors import part_tensors
-from corequant_transformers.model.forward import block_arguments, enter, run_block
-from corequant_transformers.model.hidden_states import Crossing, HiddenStates, Windows
+from corequant_transformers.model.forward import (
+    Crossing,
+    HiddenStates,
+    Windows,
+    block_arguments,
+    enter,
+    run_block,
+)
 from corequant_transformers.model.parts import ENTRY, EXIT, Parts, part_of, part_plan
 from corequant_transformers.model.surroundings import to_host
 from corequant_transformers.planning.matrix_plan import Region
@@ -111,12 +117,10 @@ class Job:
         self._sizes: list[int] = []
         self._arguments: dict[torch.dtype, list[dict[str, Any]]] = {}
         self._check_rounding()
-        measures = calibration is None
         self._collector = Collector(plan, (tokens.shape[0], tokens.shape[1]))
-        trials = measures and plan.recipe.sign_trials > 1 and bool(plan.draw_signs())
+        trials = calibration is None and plan.recipe.sign_trials > 1 and bool(plan.draw_signs())
         self._trials = SignTrials(parts, plan, tokens) if trials else None
-        length = tokens.shape[1]
-        self._states = (len(tokens), length, plan.dimensions.hidden)
+        self._states = (*tokens.shape, plan.dimensions.hidden)
         self._verified = tokens[0, :VERIFIED_TOKENS]
 
     def _check_rounding(self) -> None:
@@ -196,10 +200,8 @@ class Job:
                 recipe = replace(self.plan.recipe, block_size=tuple(self._sizes))
                 self.plan = plan_model(self.parts.model.config, recipe)
             signs = self.plan.draw_signs(report["signs"]["draw"])
-            unmoved = [name for name, p in self._permutations.items() if is_identity(p)]
-            self.choices = Choices(
-                self._permutations, {**signs, **self._factors}, frozenset(unmoved)
-            )
+            unmoved = frozenset(name for name, p in self._permutations.items() if is_identity(p))
+            self.choices = Choices(self._permutations, {**signs, **self._factors}, unmoved)
 
     # ---- calibrating
 
@@ -403,9 +405,8 @@ class Job:
         changes = [self.ledger.report(s)["changed"] for s in self.quantizing_steps[:-1]]
         check_any_changed(changed + sum(changes))
         self._report_progress(len(self.parts.order))
-        self.ledger.commit(
-            step, {"changed": changed, "error": error, "matrices": rows}, tensors, {}
-        )
+        report = {"changed": changed, "error": error, "matrices": rows}
+        self.ledger.commit(step, report, tensors, {})
 
     def _report_progress(self, done: int) -> None:
         self.progress("quantize", done, len(self.parts.order))

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from corequant_transformers.model.hidden_states import Windows
+from corequant_transformers.model.forward import Windows
 
 __all__ = ["Ledger", "MemoryLedger"]
 

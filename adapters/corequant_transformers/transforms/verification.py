@@ -18,9 +18,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from corequant.errors import VerificationError
+from corequant_transformers.model.forward import check_ids, check_positions, check_tokens
 from corequant_transformers.model.replicas import check_given, replicate
 from corequant_transformers.model.surroundings import device_of, to_host, undisturbed
-from corequant_transformers.model.text import check_ids, check_positions, check_tokens
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
 from corequant_transformers.transforms.matrices import (
