@@ -24,12 +24,16 @@ from corequant_transformers.checkpoint.quantized import Quantized
 from corequant_transformers.checkpoint.tensors import place_tensors
 from corequant_transformers.files.outputs import check_output
 from corequant_transformers.model.forward import check_ids, check_positions, check_tokens
-from corequant_transformers.model.layouts import standardize
+from corequant_transformers.model.layouts import (
+    check_blocks,
+    check_places,
+    check_untouched,
+    standardize,
+)
 from corequant_transformers.model.parts import ModelWeights, Parts, skeleton
 from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
 from corequant_transformers.model.replicas import check_given, check_plain, unwrap
 from corequant_transformers.model.sources import Source, read_generation
-from corequant_transformers.model.structures import check_blocks, check_places, check_untouched
 from corequant_transformers.model.surroundings import check_device, device_of, undisturbed
 from corequant_transformers.model.text import token_windows
 from corequant_transformers.planning.memory import peak_rss_mib

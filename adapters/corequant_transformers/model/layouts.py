@@ -1,8 +1,9 @@
-"""One layout for every model: each matrix that a plan names is the weight of a linear layer.
+"""A model's modules: refused where they aren't as described, then brought to one layout.
 
 Transformers stores GPT-2's matrices transposed and the experts of a layer as one parameter with
-three axes. Here they become linear layers (out_features, in_features) on views of the same memory,
-so that everything else finds them by name and can watch and replace them one by one.
+three axes. Here each matrix that a plan names becomes the weight of a linear layer (out_features,
+in_features) on a view of the same memory, so that everything else finds it by name and can replace
+it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,31 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
-from corequant.errors import ArchitectureError
-from corequant_transformers.architectures.known import Experts
+from corequant.errors import ArchitectureError, CheckpointError
+from corequant_transformers.architectures.known import Architecture, Experts
 from corequant_transformers.planning.model_plan import ModelPlan
 
-__all__ = ["ExpertList", "check_modules", "standardize", "standardized"]
+__all__ = [
+    "ExpertList",
+    "check_blocks",
+    "check_modules",
+    "check_places",
+    "check_untouched",
+    "standardize",
+    "standardized",
+]
+
+_RECOMPUTED: dict[type, str] = {
+    prune.BasePruningMethod: "torch.nn.utils.prune.remove(layer, {!r})",
+    WeightNorm: "torch.nn.utils.remove_weight_norm(layer, {!r})",
+    SpectralNorm: "torch.nn.utils.remove_spectral_norm(layer, {!r})",
+}
+"""Hooks that recompute a tensor before each call, and what makes it a parameter again."""
 
 
 class ExpertList(torch.nn.Module):
@@ -160,4 +180,101 @@ def check_modules(plan: ModelPlan, shapes: dict[str, tuple[int, ...]]) -> None:
         if name.rpartition(".")[0] not in described:
             raise ArchitectureError(
                 f"the model has {name}, which the description of {kind!r} says nothing about"
+            )
+
+
+def check_untouched(model: Any) -> None:
+    """Raise unless the weights of a model are parameters, as its modules' classes made them.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+
+    Raises
+    ------
+    ArchitectureError
+        If torch recomputes one each time, as for parametrized and pruned layers.
+    CheckpointError
+        If a layer holds codes, as after ``torch.ao.quantization.quantize_dynamic``.
+    """
+    for name, module in model.named_modules():
+        kind = type(module)
+        if kind.__module__.startswith("torch.") and ".quantized" in kind.__module__:
+            raise CheckpointError(
+                f"{name} must hold a float weight, got {kind.__module__}.{kind.__name__}, which "
+                "torch's own quantization put in its place; load the float model again and give it"
+            )
+        if parametrize.is_parametrized(module):
+            tensor = next(iter(module.parametrizations))
+            how = type(module.parametrizations[tensor][0]).__name__
+            remedy = f"torch.nn.utils.parametrize.remove_parametrizations(layer, {tensor!r})"
+            raise _recomputed(name, tensor, f"parametrization {how}", remedy)
+        for hook in module._forward_pre_hooks.values():
+            for recomputing, remedy in _RECOMPUTED.items():
+                if isinstance(hook, recomputing):
+                    found: Any = hook
+                    tensor = getattr(found, "_tensor_name", None) or found.name
+                    raise _recomputed(name, tensor, type(hook).__name__, remedy.format(tensor))
+
+
+def _recomputed(name: str, tensor: str, how: str, remedy: str) -> ArchitectureError:
+    return ArchitectureError(
+        f"{name}.{tensor} must be a parameter, got a tensor that torch's {how} computes whenever "
+        f"the layer is called; make it one, with layer = model.get_submodule({name!r}) and {remedy}"
+    )
+
+
+def check_places(model: Any, architecture: Architecture) -> None:
+    """Raise ArchitectureError unless a model has its embedding and head where they are described.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    architecture : Architecture
+        Description of its model type.
+    """
+    places = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    for name in (architecture.embedding, architecture.head):
+        if name in places:
+            continue
+        # Wrappers of other packages have the config of what is in them.
+        inner = (
+            f"give the {type(module).__name__} at {path!r} in it"
+            for path, module in model.named_modules()
+            if path
+            and isinstance(module, transformers.PreTrainedModel)
+            and {f"{path}.{a}" for a in (architecture.embedding, architecture.head)} <= places
+        )
+        remedy = "load it with transformers.AutoModelForCausalLM"
+        raise ArchitectureError(
+            f"the model must be a causal language model, which has {name} as "
+            f"{architecture.model_type!r} is described, got {type(model).__name__} without it; "
+            f"{next(inner, remedy)}"
+        )
+
+
+def check_blocks(model: Any, architecture: Architecture, count: int) -> None:
+    """Raise ArchitectureError unless each decoder block is a module of its own.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    architecture : Architecture
+    count : int
+        Decoder blocks that the config speaks of.
+    """
+    seen: dict[int, str] = {}
+    places = dict(model.named_modules(remove_duplicate=False))
+    for index in range(count):
+        path = architecture.block.format(index)
+        if path not in places:
+            continue
+        # A compiled block stands around another, which may be in both places.
+        block = places[path]._modules.get("_orig_mod", places[path])
+        first = seen.setdefault(id(block), path)
+        if first != path:
+            raise ArchitectureError(
+                f"{first} and {path} must be two modules, got the same one in both places: each "
+                "decoder block is calibrated and rounded for its own place; put a copy "
+                "(copy.deepcopy) into one of them"
             )

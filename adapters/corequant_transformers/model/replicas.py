@@ -20,8 +20,8 @@ import transformers
 from torch.utils.hooks import RemovableHandle
 
 from corequant.errors import ArchitectureError, BackendError, CheckpointError
+from corequant_transformers.model.layouts import check_untouched
 from corequant_transformers.model.quantized_linear import QuantizedLinear
-from corequant_transformers.model.structures import check_untouched
 
 __all__ = ["check_given", "check_plain", "is_own", "replicate", "standing_in", "unwrap"]
 

@@ -18,8 +18,8 @@ from corequant_transformers.architectures.known import (
     dimensions_of,
 )
 from corequant_transformers.model.forward import check_ids, check_positions, check_tokens
+from corequant_transformers.model.layouts import check_places
 from corequant_transformers.model.replicas import check_given, replicate, standing_in
-from corequant_transformers.model.structures import check_places
 from corequant_transformers.model.surroundings import undisturbed
 
 __all__ = [
