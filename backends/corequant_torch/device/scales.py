@@ -1,6 +1,6 @@
 """Scales and zero points as torch operations, for any device.
 
-Bit-exact twin: `corequant._cpu.scales`.
+Bit-exact twin: `corequant._cpu.loops.scales`, `corequant._cpu.scales`.
 """
 
 from __future__ import annotations

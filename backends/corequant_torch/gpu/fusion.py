@@ -3,7 +3,8 @@
 NumPy's operations run in NumPy's order: butterflies, true division, exponents from bits. A tile is
 R runs of T columns; groups and blocks lie within a run.
 
-Bit-exact twin: `corequant._cpu.codegen.row_kernels`, `corequant._cpu.loops.group_passes`.
+Bit-exact twin: `corequant._cpu.codegen.row_kernels`, `corequant._cpu.loops.group_passes`,
+`corequant._cpu.loops.scales`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 ``low <= 0 <= high``. Ranges are halved before they are subtracted, quotients are capped where a
 decoded number would leave the float range, and exponents come from the bits, so that nothing
 overflows for any finite input.
+
+Bit-exact twin: `corequant_torch.device.scales`, `corequant_torch.gpu.fusion`.
 """
 
 from __future__ import annotations
