@@ -112,6 +112,8 @@ def forks(count: int, seed: int = 0) -> bool:
             os._exit(0)
         _, status = os.waitpid(child, 0)
         failed += status != 0
+        if status:
+            print(f"child {number} ended with status {status}", flush=True)
     stop.set()
     for thread in threads:
         thread.join()

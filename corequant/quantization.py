@@ -247,7 +247,7 @@ def dequantize(quantized: QuantizedTensor) -> Any:
     scales, zero_points = check_fit(tuple(codes.shape), quantized)
     check_array("scales", scales)
     scales, divisor = _as_real(scales, wide=True), quantized.global_scale
-    if divisor is not None:
+    if divisor is not None and not tuple(divisor.shape):
         divisor = divisor.reshape((1,))
     if host:
         check_positive("scales", scales)

@@ -179,7 +179,10 @@ NAME = "model.layers.0.mlp.down_proj"
         ),
         (lambda f: (f / "float_config.json").unlink(), "float_config.json is missing"),
         (lambda f: (f / "recipe.toml").unlink(), "recipe.toml can't be read"),
-        (lambda f: (f / "recipe.toml").write_text("block_size = 'x'"), "must be a number"),
+        (
+            lambda f: (f / "recipe.toml").write_text("block_size = 'x'"),
+            "block_size must be an integer",
+        ),
         (lambda f: edit_tensors(f, lambda t: t.pop(f"{NAME}.weight_packed")), "is missing"),
         (lambda f: edit_tensors(f, lambda t: t.pop("model.norm.weight")), "lacks the tensor"),
         (lambda f: edit_tensors(f, lambda t: t.update(x=torch.ones(1))), "unexpected tensor x"),

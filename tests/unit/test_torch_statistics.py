@@ -146,7 +146,7 @@ def test_moments_of_cpu_tensors_are_numpys():
     expected.update(x), found.update(torch.from_numpy(x))
     assert isinstance(found.H, torch.Tensor)
     np.testing.assert_array_equal(found.H.numpy(), expected.H)
-    with pytest.raises(TypeError, match="quantized must be of torch as before, got one of numpy"):
+    with pytest.raises(TypeError, match="quantized must be an array of torch as before, got numpy"):
         found.update(x)
     with pytest.raises(ValueError, match="same kind"):
         found.merge(expected)
