@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=200_000)
     parser.add_argument("--shapes", type=int, default=1000)
     parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if options.part == "shapes":
@@ -134,7 +135,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         # An empty cache: loading a kernel takes a moment, compiling it long enough to be met.
         os.environ["NUMBA_CACHE_DIR"] = folder
-        sys.exit(not forks(options.count))
+        sys.exit(not forks(options.count, options.seed))
 
 
 if __name__ == "__main__":
