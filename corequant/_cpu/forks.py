@@ -66,19 +66,25 @@ def register() -> None:
 
 
 def locks() -> Iterator[Any]:
-    """Give the locks of numba's compiler and of LLVM, as far as the packages are loaded.
+    """Yield the locks of numba's compiler and of LLVM, as far as the packages are loaded.
 
-    Their order is that in which a compilation takes them.
+    Their order is that in which a compilation takes them. Numba guards its contexts with two locks
+    each, its own and, before Python 3.12, that of ``functools.cached_property``; every use of a
+    compiled function holds them for a moment.
     """
-    for module, path in (
-        ("numba.core.compiler_lock", ("global_compiler_lock", "_lock")),
-        ("llvmlite.binding.ffi", ("lib", "_lock", "_lock")),
-    ):
-        found: Any = sys.modules.get(module)
-        with contextlib.suppress(AttributeError):
-            for name in path:
-                found = getattr(found, name)
-            yield found
+    yield from _found("numba.core.compiler_lock", "global_compiler_lock", "_lock")
+    registry: Any = sys.modules.get("numba.core.registry")
+    for guarded in vars(getattr(registry, "CPUTarget", object)).values():
+        yield from (getattr(guarded, name) for name in ("_lock", "lock") if hasattr(guarded, name))
+    yield from _found("llvmlite.binding.ffi", "lib", "_lock", "_lock")
+
+
+def _found(module: str, *path: str) -> Iterator[Any]:
+    found: Any = sys.modules.get(module)
+    with contextlib.suppress(AttributeError):
+        for name in path:
+            found = getattr(found, name)
+        yield found
 
 
 def _prepare() -> None:
