@@ -165,13 +165,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--d", type=int, default=8192)
-    parser.add_argument("--tokens", type=int, default=0, help="as many as d by default")
+    parser.add_argument("--tokens", type=int, default=0, help="four times d by default, so that nothing is shrunk")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--methods", default="gptq,qronos")
     parser.add_argument("--memory", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--write", action="store_true", help="write the table to bench/README.md")
     o = parser.parse_args()
-    W, H, G = problem(o.rows, o.d, o.tokens or o.d)
+    W, H, G = problem(o.rows, o.d, o.tokens or 4 * o.d)
     if o.memory:
         peak(o.memory, o.methods, W, H, G)
         return
