@@ -165,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--d", type=int, default=8192)
-    parser.add_argument("--tokens", type=int, default=0, help="four times d by default, so that nothing is shrunk")
+    parser.add_argument("--tokens", type=int, default=0, help="four times d by default")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--methods", default="gptq,qronos")
     parser.add_argument("--memory", choices=SIDES, help=argparse.SUPPRESS)
