@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import os
 import subprocess
 import sys
@@ -49,6 +50,11 @@ def run(script, **environment):
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
+
+
+@functools.cache
+def digest():
+    return run(DIGEST, NUMBA_DISABLE_JIT="0")
 
 
 @pytest.fixture
@@ -207,11 +213,8 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
 def test_every_path_gives_the_same_bytes(environment, tmp_path):
     if "NUMBA_CPU_NAME" in environment and os.uname().machine != "x86_64":
         environment = {"NUMBA_CPU_NAME": "generic"}
-    expected = run(DIGEST, NUMBA_DISABLE_JIT="0")
-    assert (
-        run(DIGEST, **{"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_DISABLE_JIT": "0", **environment})
-        == expected
-    )
+    settings = {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_DISABLE_JIT": "0", **environment}
+    assert run(DIGEST, **settings) == digest()
 
 
 def test_a_cache_that_cannot_be_written_or_is_damaged_does_no_harm(tmp_path):
