@@ -103,6 +103,13 @@ def _longest(what: str, sizes: dict[str, int], limit: int) -> list[str]:
     return [f"{what} {name}: {size}" for name, size in sizes.items() if size > limit]
 
 
+def _is_entry(path: Path) -> bool:
+    """Return whether a path is a file, or a folder with more than what Python left there."""
+    return path.is_file() or any(
+        file.is_file() and file.parent.name != "__pycache__" for file in path.rglob("*")
+    )
+
+
 def main() -> int:
     """Print all measures, and on stderr every one beyond its limit."""
     root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1]
@@ -110,8 +117,7 @@ def main() -> int:
     texts = {name: file.read_text("utf-8") for name, file in known.items()}
     trees = {name: ast.parse(text) for name, text in texts.items()}
     entries = {
-        package: sum(path.name != "__pycache__" for path in (root / package).iterdir())
-        for package in PACKAGES
+        package: sum(_is_entry(path) for path in (root / package).iterdir()) for package in PACKAGES
     }
     folders = Counter(str(file.parent.relative_to(root)) for file in known.values())
     lengths = {name: len(text.splitlines()) for name, text in texts.items()}
