@@ -190,6 +190,38 @@ def cache(rounds: int) -> Result:
     return Result("float32, 256 KiB, in place", [*head, "copyto, GB/s"], rows, goals)
 
 
+def calls(rounds: int) -> Result:
+    """16 KiB in ordinary arrays: what a public call takes beyond its kernel."""
+    from corequant._cpu.codegen.plans import plan_rows
+    from corequant._cpu.codegen.rotation_kernels import kernel_for, settings
+
+    pin()
+    repeats = 1000
+    x, y = np.ones((64, 64), np.float32), np.empty((64, 64), np.float32)
+    scratch = np.empty(1 << 16, np.uint8)
+    rows, goals = [], []
+    for name, out in (("in place", x), ("out=", y)):
+        plan = plan_rows("float32", 1, 64, False, "none", "ordinary")
+        kernel = kernel_for(plan)
+        table, source = kernel.choices.ctypes.data, x.ctypes.data
+        given = settings(x.size // plan.unit, 0.125, choices=table)
+        rest = (out.ctypes.data, given, scratch.ctypes.data)
+
+        def alone(kernel=kernel, source=source, rest=rest):
+            for _ in range(repeats):
+                kernel(source, *rest)
+
+        def public(out=out):
+            for _ in range(repeats):
+                cq.block_hadamard(x, 64, out=out, threads=1)
+
+        t = medians({"kernel": alone, "public": public}, 5 * rounds)
+        kernel_us, beyond = (1e6 * v / repeats for v in (t["kernel"], t["public"] - t["kernel"]))
+        rows.append([name, f"{kernel_us:.2f}", f"{beyond:.2f}"])
+        goals.append(Goal(f"2: 16 KiB, {name}, µs beyond the kernel", 2.5, beyond, most=True))
+    return Result("float32, 16 KiB, b=64", ["", "kernel, µs", "beyond it, µs"], rows, goals)
+
+
 def cores(rounds: int) -> Result:
     """Rows of K·2^k numbers, about 64 MiB."""
     pin()
@@ -398,6 +430,7 @@ def start(rounds: int) -> Result:
 PARTS: dict[str, Callable[[int], Result]] = {
     "powers": powers,
     "cache": cache,
+    "calls": calls,
     "cores": cores,
     "dtypes": dtypes,
     "matmuls": matmuls,

@@ -267,5 +267,5 @@ class Descent:
 
 
 METHOD = RoundingMethod(
-    "learned", learned_rounding, ("steps",), needs_cross=True, default_cross=True
+    "learned", learned_rounding, ("steps",), needs_cross=True, optional_cross=True
 )

@@ -41,8 +41,8 @@ class RoundingMethod:
         Whether it needs H; otherwise H may be None.
     needs_cross : bool
         Whether it takes G, as the keyword ``G``.
-    default_cross : bool
-        Whether G may be None all the same.
+    optional_cross : bool
+        Whether G may be None although the method takes it.
     weight_only_damping : float, optional
         Default damping where activations stay in float.
     """
@@ -52,7 +52,7 @@ class RoundingMethod:
     options: tuple[str, ...] = ()
     needs_moments: bool = True
     needs_cross: bool = False
-    default_cross: bool = False
+    optional_cross: bool = False
     weight_only_damping: float | None = None
 
 

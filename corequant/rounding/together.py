@@ -85,7 +85,7 @@ def round_together(
     spec = as_spec(spec)
     if H is None and options.needs_moments:
         raise TypeError(f"H must be given for {options.method}, got None")
-    if G is None and options.needs_float and not rounding_methods()[options.method].default_cross:
+    if G is None and options.needs_float and not rounding_methods()[options.method].optional_cross:
         raise TypeError(f"G must be given for {options.method}, got None")
     if any(is_elsewhere(W) for W in weights.values()):
         return {

@@ -1,7 +1,7 @@
-"""What a saved model is built from when it is loaded: its config, from which all else must follow.
+"""Check that a model's config rebuilds it: what a saved model would lose is refused.
 
-A directory holds tensors and a config. Whatever a model's modules have besides, such as numbers,
-hooks or classes of their own, would be lost without a word, so it is compared before it is written.
+A directory holds tensors and a config. Anything else that a model's modules hold, such as changed
+numbers, hooks or classes, would be lost silently, so it is compared before anything is written.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Vectors in the making: the few LLVM instructions that a butterfly network consists of.
+"""Vector code: the few LLVM instructions that a butterfly network consists of.
 
 A vector is 64 bytes of the dtype that is computed in, whatever the processor: LLVM splits it where
 registers are shorter. Storage may be narrower, float16 or bfloat16; conversion happens between

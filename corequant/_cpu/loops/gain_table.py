@@ -1,4 +1,4 @@
-"""What the nearest codes gain at a scale, at the most: a table instead of passes over the entries.
+"""Upper bounds on what the nearest codes gain at a scale, from a table instead of the entries.
 
 At a scale s the nearest codes have a squared error that is smaller than that of zeros by
 
