@@ -144,7 +144,8 @@ def check_out(x: Any, out: Any, dtype: Any = None) -> None:
     """
     if out is None:
         return
-    if out is not x and not (type(x) is type(out) is np.ndarray):
+    plain = type(x) is type(out) is np.ndarray
+    if not plain and out is not x:
         backend_for(x=x, out=out)
     wanted = x.dtype if dtype is None else dtype
     same_dtype = out.dtype is wanted or _kind(out.dtype) == _kind(wanted)
@@ -153,10 +154,12 @@ def check_out(x: Any, out: Any, dtype: Any = None) -> None:
             f"out must have x's shape {tuple(x.shape)} and dtype {wanted}, "
             f"got {tuple(out.shape)} and {out.dtype}"
         )
-    if not isinstance(out, np.ndarray):
+    if not (plain or isinstance(out, np.ndarray)):
         return
     check_writeable(out)
-    if out is x or not np.may_share_memory(out, x):
+    # Two arrays that own their memory need no comparison of bounds, which takes .2 µs.
+    apart = out.flags.owndata and x.flags.owndata
+    if out is x or apart or not np.may_share_memory(out, x):
         return
     same = (
         out.dtype == x.dtype

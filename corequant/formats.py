@@ -27,7 +27,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from types import MappingProxyType
 
@@ -84,9 +84,23 @@ class NumberFormat:
         An integer's code stands for ``code · 2**-fraction_bits``.
     table : tuple of float
         A codebook's numbers, ascending.
+    code_dtype : numpy.dtype
+        Dtype that holds one code: int8 for signed integers, otherwise uint8.
+    least_code, most_code : int
+        Smallest and largest code.
+    magnitudes : int
+        How many codes without sign bit are finite numbers; a float's largest is the last.
+    minimum, maximum : float
+        Smallest and largest number.
+    max_exponent : int
+        The exponent of the largest power of two that is not above ``maximum``.
+    precision : int
+        Mantissa bits near the largest number: a float's, or those of an integer's magnitude.
 
     Notes
     -----
+    The attributes from ``code_dtype`` on follow from the others and can't be given.
+
     Signed integers use the whole two's complement range ``[-2**(bits-1), 2**(bits-1) - 1]``.
 
     Examples
@@ -106,6 +120,33 @@ class NumberFormat:
     specials: Specials = Specials.NONE
     fraction_bits: int = 0
     table: tuple[float, ...] = ()
+
+    # Computed once: they are read in every call, however small its arrays are.
+    code_dtype: np.dtype[np.int8 | np.uint8] = field(init=False, repr=False, compare=False)
+    least_code: int = field(init=False, repr=False, compare=False)
+    most_code: int = field(init=False, repr=False, compare=False)
+    magnitudes: int = field(init=False, repr=False, compare=False)
+    minimum: float = field(init=False, repr=False, compare=False)
+    maximum: float = field(init=False, repr=False, compare=False)
+    max_exponent: int = field(init=False, repr=False, compare=False)
+    precision: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Compute what follows from the other attributes."""
+        whole = self.kind is FormatKind.INTEGER
+        signed_integer = whole and self.signed
+        least = -(1 << (self.bits - 1)) if signed_integer else 0
+        derived: dict[str, object] = {
+            "code_dtype": np.dtype(np.int8 if signed_integer else np.uint8),
+            "least_code": least,
+            "most_code": least + (len(self.table) or 1 << self.bits) - 1,
+            "magnitudes": _magnitudes(self),
+            "precision": self.bits - (2 if self.signed else 1) if whole else self.mantissa_bits,
+        }
+        self.__dict__.update(derived)
+        minimum, maximum = _extremes(self)
+        exponent = math.frexp(maximum)[1] - 1
+        self.__dict__.update(minimum=minimum, maximum=maximum, max_exponent=exponent)
 
     @classmethod
     def integer(cls, bits: int, *, signed: bool = True) -> NumberFormat:
@@ -195,31 +236,6 @@ class NumberFormat:
         return cls(label, bits, FormatKind.CODEBOOK, False, table=table)
 
     @property
-    def code_dtype(self) -> np.dtype[np.int8 | np.uint8]:
-        """Dtype that holds one code: int8 for signed integers, otherwise uint8."""
-        signed_integer = self.kind is FormatKind.INTEGER and self.signed
-        return np.dtype(np.int8 if signed_integer else np.uint8)
-
-    @property
-    def least_code(self) -> int:
-        """Smallest code."""
-        signed = self.kind is FormatKind.INTEGER and self.signed
-        return -(1 << (self.bits - 1)) if signed else 0
-
-    @property
-    def most_code(self) -> int:
-        """Largest code."""
-        return self.least_code + (len(self.table) or 1 << self.bits) - 1
-
-    @property
-    def magnitudes(self) -> int:
-        """How many codes without sign bit are finite numbers; a float's largest is the last."""
-        width = self.exponent_bits + self.mantissa_bits
-        if self.specials is Specials.IEEE:
-            return ((1 << self.exponent_bits) - 1) << self.mantissa_bits
-        return (1 << width) - (1 if self.specials is Specials.FN else 0)
-
-    @property
     def values(self) -> npt.NDArray[np.float64]:
         """What the codes ``0, 1, ..., 2**bits - 1`` (as bits) stand for; read-only."""
         return _values(self)
@@ -230,31 +246,33 @@ class NumberFormat:
         return _finite_values(self)
 
     @property
-    def minimum(self) -> float:
-        """Smallest number."""
-        return float(self.finite_values[0])
-
-    @property
-    def maximum(self) -> float:
-        """Largest number."""
-        return float(self.finite_values[-1])
-
-    @property
     def has_nan(self) -> bool:
         """Whether some code is NaN."""
         return bool(np.isnan(self.values).any())
 
-    @property
-    def max_exponent(self) -> int:
-        """The exponent of the largest power of two that is not above ``maximum``."""
-        return math.frexp(self.maximum)[1] - 1
 
-    @property
-    def precision(self) -> int:
-        """Mantissa bits near the largest number: a float's, or those of an integer's magnitude."""
-        if self.kind is FormatKind.INTEGER:
-            return self.bits - (2 if self.signed else 1)
-        return self.mantissa_bits
+def _magnitudes(form: NumberFormat) -> int:
+    width = form.exponent_bits + form.mantissa_bits
+    if form.specials is Specials.IEEE:
+        return ((1 << form.exponent_bits) - 1) << form.mantissa_bits
+    return (1 << width) - (1 if form.specials is Specials.FN else 0)
+
+
+def _extremes(form: NumberFormat) -> tuple[float, float]:
+    """Return the smallest and the largest number."""
+    if form.kind is FormatKind.INTEGER:
+        unit = math.ldexp(1.0, -form.fraction_bits)
+        return form.least_code * unit, form.most_code * unit
+    if form.kind is FormatKind.CODEBOOK:
+        return form.table[0], form.table[-1]
+    last = form.magnitudes - 1
+    if form.kind is FormatKind.POWER:
+        return math.ldexp(1.0, -form.bias), math.ldexp(1.0, last - form.bias)
+    m = form.mantissa_bits
+    exponent, fraction = last >> m, last & ((1 << m) - 1)
+    significand = (1 << m) + fraction if exponent else fraction
+    largest = math.ldexp(significand, max(exponent, 1) - form.bias - m)
+    return -largest, largest
 
 
 @lru_cache(maxsize=512)

@@ -53,11 +53,13 @@ def rotate(
     result = new(x.shape, x.dtype) if out is None else out
     if not x.size:
         return result
-    source = x if is_plain(x) else np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
-    target = result
-    if result is not source and not is_plain(result):
-        target = np.empty_like(source)
     way = _way(x.dtype, block_size, axis == x.ndim - 1)
+    # Written out, for these lines stand before every call.
+    if x.flags.c_contiguous and result.flags.c_contiguous and x.dtype.isnative:
+        way(x, result, block_size, axis, inverse, signs, threads)
+        return result
+    source = x if is_plain(x) else np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
+    target = result if result is source or is_plain(result) else np.empty_like(source)
     way(source, target, block_size, axis, inverse, signs, threads)
     if target is not result:
         result[...] = target

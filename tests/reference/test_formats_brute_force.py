@@ -92,3 +92,14 @@ def test_scale_bytes_are_all_there():
     assert np.isfinite(scales).all()
     assert scales.max() == 448
     np.testing.assert_array_equal(cq.encode(scales, "float8_e4m3fn"), np.arange(127))
+
+
+@pytest.mark.parametrize("name", [*cq.formats, *BIASED, *BOOKS])
+def test_extremes_follow_from_the_table_of_numbers(name):
+    form = cq.find_format(name)
+    codes = np.arange(form.least_code, form.most_code + 1)
+    values = cq.decode(codes.astype(form.code_dtype), form).astype(np.float64)
+    values = values[np.isfinite(values)]
+    assert (form.minimum, form.maximum) == (values.min(), values.max())
+    if form.maximum > 0:
+        assert 2.0**form.max_exponent <= form.maximum < 2.0 ** (form.max_exponent + 1)

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import corequant as cq
+from corequant.calibration import ActivationStats
+from corequant.diagnostics import block_mass
 from corequant.errors import CalibrationError
 from corequant.hadamard import valid_block_sizes
+from corequant.permutation import identity_permutation
 from corequant.recipe import Recipe
 from corequant.selection import (
     Selection,
@@ -22,6 +24,7 @@ from corequant.selection import (
     select_permutation,
     select_scales,
 )
+from corequant.specs import QuantSpec
 from corequant_transformers.planning.matrix_plan import Region
 from corequant_transformers.planning.model_plan import ModelPlan
 
@@ -57,8 +60,8 @@ class Calibration:
     """
 
     tokens: npt.NDArray[np.int64]
-    statistics: Mapping[str, cq.ActivationStats]
-    held_out: Mapping[str, cq.ActivationStats]
+    statistics: Mapping[str, ActivationStats]
+    held_out: Mapping[str, ActivationStats]
     draw: int = 0
     draw_losses: tuple[float, ...] = ()
 
@@ -166,7 +169,7 @@ def choose(
     region = plan.regions[index]
     count = calibration.statistics[region.name].count
     row: dict[str, Any] = {"name": region.name, "tokens": count}
-    order, permutation, factors = cq.identity_permutation(region.width), None, None
+    order, permutation, factors = identity_permutation(region.width), None, None
     if not count:
         # An expert that no token was routed to tells nothing; what is neutral is exact too.
         row["unrouted"] = True
@@ -203,7 +206,7 @@ def _permutation(
     return Selection(p, recipe.permutation)
 
 
-def _judged(region: Region, calibration: Calibration) -> cq.ActivationStats:
+def _judged(region: Region, calibration: Calibration) -> ActivationStats:
     """Return what judges a choice; an expert without held-out tokens is judged by those it has."""
     held_out = calibration.held_out[region.name]
     return held_out if held_out.count else calibration.statistics[region.name]
@@ -225,9 +228,9 @@ def _factors(
     return select_scales(seen, judge, W, region.side.rotation, spec, recipe.weights, **options)
 
 
-def _activations(recipe: Recipe) -> cq.QuantSpec:
+def _activations(recipe: Recipe) -> QuantSpec:
     # Without a quantizer to choose for, the usual one stands in.
-    return recipe.activations or cq.QuantSpec.parse("int4:token:asymmetric")
+    return recipe.activations or QuantSpec.parse("int4:token:asymmetric")
 
 
 def _masses(
@@ -236,9 +239,9 @@ def _masses(
     b = _block_length(region)
     mean = calibration.statistics[region.name].mean_abs
     return {
-        "largest_block_mass": float(cq.block_mass(mean, b).max()),
-        "largest_block_mass_permuted": float(cq.block_mass(mean[order], b).max()),
-        "mean_block_mass": float(cq.block_mass(mean, b).mean()),
+        "largest_block_mass": float(block_mass(mean, b).max()),
+        "largest_block_mass_permuted": float(block_mass(mean[order], b).max()),
+        "mean_block_mass": float(block_mass(mean, b).mean()),
     }
 
 

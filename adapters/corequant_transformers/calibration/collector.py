@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-import corequant as cq
+from corequant.calibration import ActivationStats
+from corequant.errors import NonFiniteError
 from corequant_transformers.calibration.choices import needs_second_order, needs_tokens
 from corequant_transformers.model.forward import Windows, run_block
 from corequant_transformers.model.parts import Parts, part_of
@@ -55,8 +56,8 @@ class Collector:
         self._kept = _RESERVOIR if needs_tokens(plan.recipe) else 0
         # A single window has to serve for both.
         self._judging = windows - 1 if self._kept and windows > 1 else windows
-        self.statistics: dict[str, cq.ActivationStats] = {}
-        self.held_out: dict[str, cq.ActivationStats] = {}
+        self.statistics: dict[str, ActivationStats] = {}
+        self.held_out: dict[str, ActivationStats] = {}
         self.position = 0
 
     def begin(self, region: Region) -> None:
@@ -64,7 +65,7 @@ class Collector:
         if region.name in self.statistics:
             return
         recipe = self._recipe
-        self.statistics[region.name] = cq.ActivationStats(
+        self.statistics[region.name] = ActivationStats(
             region.width,
             energy_gram=needs_second_order(recipe),
             energy_stride=self._stride,
@@ -72,7 +73,7 @@ class Collector:
             seed=recipe.seed,
         )
         if self._kept:
-            self.held_out[region.name] = cq.ActivationStats(
+            self.held_out[region.name] = ActivationStats(
                 region.width, reservoir=self._kept, seed=recipe.seed
             )
 
@@ -81,7 +82,7 @@ class Collector:
         for held in self._kinds().values():
             held.pop(region, None)
 
-    def _kinds(self) -> dict[str, dict[str, cq.ActivationStats]]:
+    def _kinds(self) -> dict[str, dict[str, ActivationStats]]:
         return {"statistics": self.statistics, "held_out": self.held_out}
 
     def state(self) -> dict[str, Windows]:
@@ -135,9 +136,9 @@ class Collector:
                     self.statistics[region.name].update(seen)
                 if self._kept and (self.position >= self._judging or self._windows == 1):
                     self.held_out[region.name].update(_tokens(x, region))
-            except cq.NonFiniteError as error:
+            except NonFiniteError as error:
                 name = f"the input of {reader} in calibration window {self.position}"
-                raise cq.NonFiniteError(name, error.count, error.index, error.value) from None
+                raise NonFiniteError(name, error.count, error.index, error.value) from None
 
         return hook
 

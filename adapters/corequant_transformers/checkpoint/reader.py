@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 import transformers
 
-import corequant as cq
 from corequant.errors import CheckpointError, RecipeError
+from corequant.quantization import QuantizedTensor
 from corequant.recipe import Recipe
 from corequant.storage.arrays import from_arrays
 from corequant.storage.files import open_regular, read_text
@@ -195,7 +195,7 @@ class Stored:
         if self._verify and check_digests(self.folder) is None:
             warn_of_none(self.folder)
 
-    def quantized(self, matrix: MatrixPlan) -> cq.QuantizedTensor:
+    def quantized(self, matrix: MatrixPlan) -> QuantizedTensor:
         """Return the codes and scales of a quantized matrix."""
         prefix = f"{matrix.name}.weight_"
         own = {n: self._file.read(n).array() for n in self._file.names if n.startswith(prefix)}

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 import transformers
 
-import corequant as cq
 from corequant.errors import ArchitectureError, OutputError, SpecError
+from corequant.hadamard import hadamard_matrix
+from corequant.quantization import dequantize
 from corequant.specs import Granularity
 from corequant.storage.compressed_tensors import Scheme
 from corequant.storage.files import json_text
@@ -140,7 +141,7 @@ def _tensors(stored: Stored, scheme: Scheme) -> Iterator[tuple[str, RawTensor]]:
         yield from scheme.tensors(matrix.name, stored.quantized(matrix)).items()
         if matrix.online:
             size = _size(matrix)
-            rotation = cq.hadamard_matrix(size).astype(np.float32)
+            rotation = hadamard_matrix(size).astype(np.float32)
             name = f"{matrix.name}.R{size}_input.weight"
             yield name, RawTensor.of(rotation, scheme.dtype)
     for name in stored.rest():
@@ -197,8 +198,8 @@ def _compare(folder: Path, places: dict[str, str], stored: Stored, scheme: Schem
             raise OutputError(f"{name} did not read back as it was written")
     for matrix in stored.plan.quantized:
         own = {k: t for k, t in written.items() if k.startswith(f"{matrix.name}.weight")}
-        back = cq.dequantize(scheme.read(matrix.name, own, matrix.shape))
-        meant = cq.dequantize(stored.quantized(matrix))
+        back = dequantize(scheme.read(matrix.name, own, matrix.shape))
+        meant = dequantize(stored.quantized(matrix))
         if not np.array_equal(back.view(np.uint32), meant.view(np.uint32)):
             raise OutputError(f"{matrix.name} does not decode to what was quantized")
 

@@ -17,8 +17,8 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-import corequant as cq
 from corequant.errors import ArchitectureError, OutputError, RecipeError, SpecError
+from corequant.quantization import QuantizedTensor, dequantize
 from corequant.specs import Granularity, ScaleSearch
 from corequant.storage.files import version_of
 from corequant.storage.gguf import BLOCK_BYTES, block_type_of, decode_blocks, to_blocks
@@ -230,7 +230,7 @@ def _compare(part: Path, tensors: list[_Tensor], stored: Stored) -> None:
         if t.matrix is None:
             continue
         quantized, order = stored.quantized(t.matrix), _order(stored, t.matrix.name, arch)
-        meant, numbers = cq.dequantize(quantized), decode_blocks(data, t.kind)
+        meant, numbers = dequantize(quantized), decode_blocks(data, t.kind)
         meant = meant if order is None else meant[order]
         if t.kind == "Q4_1":
             same = bool((np.abs(numbers - meant) <= _rounding(quantized, order)).all())
@@ -240,7 +240,7 @@ def _compare(part: Path, tensors: list[_Tensor], stored: Stored) -> None:
             raise OutputError(f"{t.name} does not decode to what was quantized")
 
 
-def _rounding(quantized: cq.QuantizedTensor, order: npt.NDArray[np.int64] | None) -> Array:
+def _rounding(quantized: QuantizedTensor, order: npt.NDArray[np.int64] | None) -> Array:
     """Return how far a Q4_1 block's float16 offset may be from the product that it stands for."""
     least = quantized.spec.format.least_code
     offsets = np.abs((least - quantized.zero_points.astype(np.float32)) * quantized.scales)

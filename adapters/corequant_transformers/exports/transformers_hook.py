@@ -25,8 +25,9 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from transformers.utils import logging
 from transformers.utils import quantization_config as configs
 
-import corequant as cq
 from corequant.errors import CheckpointError, HadamardOrderError, OutputError
+from corequant.hadamard import hadamard_matrix
+from corequant.rotation import block_hadamard
 from corequant_transformers.files.digests import DIGESTS, are_compared, check_digests
 
 __all__ = ["GUARD", "BlockTransform", "install"]
@@ -88,7 +89,7 @@ class BlockTransform(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x`` (..., d) with its blocks transformed, in its dtype; d a multiple of n."""
         if self.known:
-            rotated: torch.Tensor = cq.block_hadamard(x, len(self.weight), inverse=self.inverse)
+            rotated: torch.Tensor = block_hadamard(x, len(self.weight), inverse=self.inverse)
             return rotated
         matrix = self.weight.float()
         matrix = matrix.T if self.inverse else matrix
@@ -346,7 +347,7 @@ def _check_matrices(model: torch.nn.Module) -> None:
 def _is_known(matrix: torch.Tensor) -> bool:
     """Return whether ``matrix`` (n, n) is the Hadamard matrix that corequant has of its order."""
     try:
-        ours = cq.hadamard_matrix(len(matrix))
+        ours = hadamard_matrix(len(matrix))
     except HadamardOrderError:
         return False
     return torch.equal(torch.tensor(ours, dtype=matrix.dtype, device=matrix.device), matrix)

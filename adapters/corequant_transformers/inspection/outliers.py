@@ -9,8 +9,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import corequant as cq
+from corequant.calibration import ActivationStats
+from corequant.diagnostics import (
+    load_balance,
+    mass_concentration,
+    outlier_bounds,
+    probable_outlier_bounds,
+)
+from corequant.errors import CalibrationError
+from corequant.permutation import energydiff, identity_permutation, massdiff
 from corequant.recipe import Recipe
+from corequant.rotation import block_hadamard
 from corequant.selection import rotation_error
 from corequant_transformers.model.forward import check_tokens
 from corequant_transformers.model.replicas import unwrap
@@ -132,7 +141,7 @@ def inspect(
     """
     windows = check_tokens(tokens)
     if len(windows) < 2:
-        raise cq.CalibrationError(f"inspecting needs at least 2 windows, got {len(windows)}")
+        raise CalibrationError(f"inspecting needs at least 2 windows, got {len(windows)}")
     recipe = Recipe(block_size=block_size, permutation="auto")
     data = calibrate(model, recipe, windows, progress=progress)
     plan = plan_model(unwrap(model).config, recipe)
@@ -152,7 +161,7 @@ def inspect(
 
 def _layer(
     name: str,
-    statistics: cq.ActivationStats,
+    statistics: ActivationStats,
     x: npt.NDArray[np.float32],
     block_size: int,
     sizes: tuple[int, ...],
@@ -160,21 +169,21 @@ def _layer(
 ) -> LayerInspection:
     d = statistics.d
     choose: dict[str, Callable[[int], npt.NDArray[np.int64]]] = {
-        "identity": lambda b: cq.identity_permutation(d),
-        "massdiff": lambda b: cq.massdiff(statistics.mean_abs, b),
-        "energydiff": lambda b: cq.energydiff(statistics.energy_gram, b),
+        "identity": lambda b: identity_permutation(d),
+        "massdiff": lambda b: massdiff(statistics.mean_abs, b),
+        "energydiff": lambda b: energydiff(statistics.energy_gram, b),
     }
-    delta = cq.mass_concentration(x)
+    delta = mass_concentration(x)
     p = choose["energydiff"](block_size)
     rotated = {
-        "rotated": cq.block_hadamard(x, block_size),
+        "rotated": block_hadamard(x, block_size),
         "permuted": x[:, p],
-        "permuted and rotated": cq.block_hadamard(x[:, p], block_size),
-        "full rotation": cq.block_hadamard(x),
+        "permuted and rotated": block_hadamard(x[:, p], block_size),
+        "full rotation": block_hadamard(x),
     }
     plain = np.ptp(x, axis=1).mean()
-    lower, upper = cq.outlier_bounds(x[:, p], block_size)
-    _, probable = cq.probable_outlier_bounds(x[:, p], block_size, PROBABILITY)
+    lower, upper = outlier_bounds(x[:, p], block_size)
+    _, probable = probable_outlier_bounds(x[:, p], block_size, PROBABILITY)
     truth = np.abs(rotated["permuted and rotated"]).max(1)
     full = rotation_error(x, None, activations)
     recovery = {
@@ -196,7 +205,7 @@ def _layer(
             "upper": float(upper.mean()),
         },
         {
-            method: cq.load_balance(statistics.mean_energy[make(block_size)], block_size)
+            method: load_balance(statistics.mean_energy[make(block_size)], block_size)
             for method, make in choose.items()
         },
         recovery,

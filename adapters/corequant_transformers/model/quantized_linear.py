@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 
-import corequant as cq
+from corequant.errors import NonFiniteError
+from corequant.quantization import QuantizedTensor, dequantize, fake_quantize
+from corequant.rotation import block_hadamard
+from corequant.specs import QuantSpec
 from corequant_torch.cpu.onednn import linear
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 
@@ -36,10 +39,10 @@ class QuantizedLinear(torch.nn.Module):
 
     def __init__(
         self,
-        quantized: cq.QuantizedTensor,
+        quantized: QuantizedTensor,
         bias: torch.Tensor | None,
         rotation: int | None,
-        activations: cq.QuantSpec | None,
+        activations: QuantSpec | None,
         name: str,
     ) -> None:
         super().__init__()
@@ -47,7 +50,7 @@ class QuantizedLinear(torch.nn.Module):
         self.rotation = rotation
         self.activations = activations
         self.name = name
-        weight = torch.from_numpy(cq.dequantize(quantized))
+        weight = torch.from_numpy(dequantize(quantized))
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias)
 
@@ -55,9 +58,9 @@ class QuantizedLinear(torch.nn.Module):
     def of(
         cls,
         matrix: MatrixPlan,
-        quantized: cq.QuantizedTensor,
+        quantized: QuantizedTensor,
         bias: torch.Tensor | None,
-        activations: cq.QuantSpec | None,
+        activations: QuantSpec | None,
     ) -> QuantizedLinear:
         """Return the layer for a matrix of a plan."""
         rotation = matrix.input.rotation if matrix.online else None
@@ -66,13 +69,13 @@ class QuantizedLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the layer's output (..., out_features) for ``x`` (..., in_features)."""
         if self.rotation is not None:
-            x = cq.block_hadamard(x, self.rotation)
+            x = block_hadamard(x, self.rotation)
         if self.activations is not None:
             try:
-                x = cq.fake_quantize(x, self.activations)
-            except cq.NonFiniteError as error:
+                x = fake_quantize(x, self.activations)
+            except NonFiniteError as error:
                 name = f"the input of {self.name}"
-                raise cq.NonFiniteError(name, error.count, error.index, error.value) from None
+                raise NonFiniteError(name, error.count, error.index, error.value) from None
         return linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:

@@ -24,9 +24,9 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
-import corequant as cq
-from corequant.errors import CalibrationError
+from corequant.errors import CalibrationError, NonFiniteError
 from corequant.rounding import InputMoments, RoundedTensor, RoundingOptions
+from corequant.specs import QuantSpec
 from corequant_transformers.model.forward import HiddenStates, Windows, run_block
 from corequant_transformers.model.layouts import ExpertList
 from corequant_transformers.model.quantized_linear import QuantizedLinear
@@ -96,8 +96,8 @@ def round_block(
     rows: Sequence[MatrixPlan],
     hidden: HiddenStates,
     arguments: Mapping[str, Any],
-    weights: cq.QuantSpec,
-    activations: cq.QuantSpec | None,
+    weights: QuantSpec,
+    activations: QuantSpec | None,
     options: RoundingOptions,
     *,
     executor: Executor | None = None,
@@ -236,9 +236,9 @@ class _Networks:
             try:
                 if q is not None:
                     moments.update(q, x)
-            except cq.NonFiniteError as error:
+            except NonFiniteError as error:
                 what = f"{error.name} of {row.name} in calibration window {window}"
-                raise cq.NonFiniteError(what, error.count, error.index, error.value) from None
+                raise NonFiniteError(what, error.count, error.index, error.value) from None
         if moments.count == 0 and row.expert is None:
             raise CalibrationError(
                 f"at least one token must reach {row.name}, after the layers described before it, "

@@ -14,9 +14,10 @@ from functools import cache
 
 import torch
 
-import corequant as cq
+from corequant.errors import NonFiniteError
 from corequant.formats import FormatKind
-from corequant.specs import Granularity
+from corequant.quantization import dequantize, fake_quantize, quantize
+from corequant.specs import Granularity, QuantSpec
 from corequant_transformers.model.quantized_linear import QuantizedLinear
 from corequant_transformers.model.surroundings import check_finite
 
@@ -59,7 +60,7 @@ class RoundedInputs:
 
     codes: CodeInput
 
-    def __init__(self, path: str, spec: cq.QuantSpec | None, on_codes: bool = False) -> None:
+    def __init__(self, path: str, spec: QuantSpec | None, on_codes: bool = False) -> None:
         self.path, self.spec, self.on_codes = path, spec, on_codes
 
     def __call__(
@@ -82,15 +83,15 @@ class RoundedInputs:
             if self.on_codes:
                 rounded, self.codes = input_codes(x, self.spec)
                 return rounded.new_empty(1).expand(rounded.shape), rounded
-            simulated: torch.Tensor = cq.fake_quantize(x, self.spec)
+            simulated: torch.Tensor = fake_quantize(x, self.spec)
             return simulated, simulated
-        except cq.NonFiniteError as error:
+        except NonFiniteError as error:
             where = f"the input of {self.path}.{name} in calibration window {window}"
-            raise cq.NonFiniteError(where, error.count, error.index, error.value) from None
+            raise NonFiniteError(where, error.count, error.index, error.value) from None
 
 
 def multiplies_codes(
-    weights: cq.QuantSpec, activations: cq.QuantSpec | None, device: torch.device
+    weights: QuantSpec, activations: QuantSpec | None, device: torch.device
 ) -> bool:
     """Return whether layers with these quantizers multiply faster as codes than in float.
 
@@ -115,7 +116,7 @@ def _has_instructions() -> bool:
     return hasattr(torch, "_int_mm") and supported is not None and bool(supported())
 
 
-def _fits_byte(spec: cq.QuantSpec) -> bool:
+def _fits_byte(spec: QuantSpec) -> bool:
     form = spec.format
     if form.kind is not FormatKind.INTEGER or form.fraction_bits:
         return False
@@ -126,7 +127,7 @@ def _fits_byte(spec: cq.QuantSpec) -> bool:
     return least >= -128 and most <= 127
 
 
-def input_codes(x: torch.Tensor, spec: cq.QuantSpec) -> tuple[torch.Tensor, CodeInput]:
+def input_codes(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, CodeInput]:
     """Return a layer's input as rounded numbers, those of ``fake_quantize``, and as codes.
 
     Raises
@@ -134,11 +135,11 @@ def input_codes(x: torch.Tensor, spec: cq.QuantSpec) -> tuple[torch.Tensor, Code
     NonFiniteError
         If ``x`` holds NaN or infinity.
     """
-    quantized = cq.quantize(x, spec)
+    quantized = quantize(x, spec)
     steps = quantized.codes.view(torch.int8)
     if quantized.zero_points is not None:
         steps = steps - quantized.zero_points.view(torch.int8)
-    values: torch.Tensor = cq.dequantize(quantized)
+    values: torch.Tensor = dequantize(quantized)
     return values, CodeInput(steps, quantized.scales)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-import corequant as cq
+from corequant.quantization import QuantizedTensor, choose_global_scale, dequantize
 from corequant.rounding import (
     InputMoments,
     RoundedTensor,
@@ -19,7 +19,7 @@ from corequant.rounding import (
     round_to_nearest,
     round_together,
 )
-from corequant.specs import Granularity, ScaleSearch
+from corequant.specs import Granularity, QuantSpec, ScaleSearch
 from corequant_transformers.model.quantized_linear import QuantizedLinear
 from corequant_transformers.model.surroundings import to_host
 from corequant_transformers.planning.matrix_plan import MatrixPlan
@@ -32,7 +32,7 @@ _CPU_SEARCHES = (ScaleSearch.EXACT, ScaleSearch.HQO)
 
 
 def shared_global_scales(
-    rows: Iterable[MatrixPlan], weights: Mapping[str, npt.NDArray[Any]], spec: cq.QuantSpec
+    rows: Iterable[MatrixPlan], weights: Mapping[str, npt.NDArray[Any]], spec: QuantSpec
 ) -> dict[str, npt.NDArray[np.float32]]:
     """Return each layer's global scale by its name; nothing for specs without one.
 
@@ -62,7 +62,7 @@ def shared_global_scales(
     rows = list(rows)
     least: dict[str, npt.NDArray[np.float32]] = {}
     for row in rows:
-        own, key = cq.choose_global_scale(weights[row.name], spec), row.reads or row.name
+        own, key = choose_global_scale(weights[row.name], spec), row.reads or row.name
         least[key] = np.minimum(own, least.get(key, own))
     return {row.name: least[row.reads or row.name] for row in rows}
 
@@ -107,7 +107,7 @@ def _place(
     model.set_submodule(
         matrix.name, quantized_layer(module, matrix, rounded, plan.recipe.activations)
     )
-    error = _relative_squared_error(W, cq.dequantize(rounded))
+    error = _relative_squared_error(W, dequantize(rounded))
     return {"name": matrix.name, "relative_squared_error": error}
 
 
@@ -123,7 +123,7 @@ def _relative_squared_error(W: Any, rounded: Any) -> float:
 
 
 def quantized_layer(
-    module: Any, matrix: MatrixPlan, rounded: RoundedTensor, activations: cq.QuantSpec | None
+    module: Any, matrix: MatrixPlan, rounded: RoundedTensor, activations: QuantSpec | None
 ) -> QuantizedLinear:
     """Return the layer that takes a linear layer's place, with its bias and on its device."""
     bias = getattr(module, "bias", None)
@@ -135,7 +135,7 @@ def quantized_layer(
 def round_on_inputs(
     weights: Mapping[str, npt.NDArray[Any]],
     moments: InputMoments,
-    spec: cq.QuantSpec,
+    spec: QuantSpec,
     divisor: npt.NDArray[np.float32] | None,
     options: RoundingOptions,
     executor: Executor | None,
@@ -179,7 +179,7 @@ def round_on_inputs(
 
 def _round_idle(
     weights: Mapping[str, npt.NDArray[Any]],
-    spec: cq.QuantSpec,
+    spec: QuantSpec,
     divisor: npt.NDArray[np.float32] | None,
     options: RoundingOptions,
 ) -> dict[str, RoundedTensor]:
@@ -198,7 +198,7 @@ def _round_idle(
 def _round_on_device(
     weights: Mapping[str, npt.NDArray[Any]],
     moments: InputMoments,
-    spec: cq.QuantSpec,
+    spec: QuantSpec,
     divisor: npt.NDArray[np.float32] | None,
     options: RoundingOptions,
 ) -> dict[str, RoundedTensor]:
@@ -212,6 +212,6 @@ def _round_on_device(
         found = round_together(given, spec, options, H, G, **shared)[name]
         arrays = (found.codes, found.scales, found.zero_points, found.global_scale)
         codes, scales, zeros, own = (None if t is None else to_host(t) for t in arrays)
-        quantized = cq.QuantizedTensor(codes, scales, zeros, found.spec, own)
+        quantized = QuantizedTensor(codes, scales, zeros, found.spec, own)
         result[name] = RoundedTensor.of(quantized, found.report)
     return result

@@ -10,7 +10,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-import corequant as cq
+from corequant.merging import (
+    fold_norm,
+    fold_norm_bias,
+    merge_centering,
+    merge_factors,
+    merge_permutation,
+    merge_rotation,
+)
+from corequant.permutation import invert_permutation, repeat_permutation
+from corequant.rotation import block_hadamard
 from corequant_transformers.model.surroundings import to_host
 from corequant_transformers.planning.matrix_plan import RESIDUAL, MatrixPlan, Side
 from corequant_transformers.planning.model_plan import ModelPlan
@@ -53,7 +62,7 @@ class OnlineRotation:
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Rotate the first argument."""
-        return (cq.block_hadamard(args[0], self.block_size), *args[1:])
+        return (block_hadamard(args[0], self.block_size), *args[1:])
 
 
 def transform_matrix(
@@ -76,9 +85,9 @@ def transform_matrix(
     choices : Choices
     """
     if shift is not None:
-        bias = cq.fold_norm_bias(W, bias, shift)
+        bias = fold_norm_bias(W, bias, shift)
     if gain is not None:
-        W = cq.fold_norm(W, gain)
+        W = fold_norm(W, gain)
     W = _transform_side(W, matrix.input, "input", choices)
     W = _transform_outputs(W, matrix, choices)
     if bias is not None:
@@ -94,25 +103,25 @@ def _transform_outputs(W: Array, matrix: MatrixPlan, choices: Choices) -> Array:
 
 def _transform_side(W: Array, side: Side, name: str, choices: Choices) -> Array:
     if side.centered:
-        W = cq.merge_centering(W, side=name)
+        W = merge_centering(W, side=name)
     if side.permutation is not None:
-        p = cq.repeat_permutation(choices.permutations[side.permutation], side.heads, side.repeat)
-        W = cq.merge_permutation(W, p, side=name)
+        p = repeat_permutation(choices.permutations[side.permutation], side.heads, side.repeat)
+        W = merge_permutation(W, p, side=name)
     if side.factors is not None:
-        W = cq.merge_factors(W, choices.factors[side.factors], side=name)
+        W = merge_factors(W, choices.factors[side.factors], side=name)
     if side.rotation is not None:
-        W = cq.merge_rotation(W, side.rotation, side=name)
+        W = merge_rotation(W, side.rotation, side=name)
     return W
 
 
 def restore(x: torch.Tensor, side: Side, choices: Choices) -> torch.Tensor:
     """Undo on an activation (..., channels) what happened to its channels."""
     if side.rotation is not None:
-        x = cq.block_hadamard(x, side.rotation, inverse=True)
+        x = block_hadamard(x, side.rotation, inverse=True)
     if side.factors is not None:
         x = x / torch.from_numpy(choices.factors[side.factors]).to(x.device)
     if side.permutation is not None:
-        order = cq.invert_permutation(choices.permutations[side.permutation])
+        order = invert_permutation(choices.permutations[side.permutation])
         x = x[..., torch.from_numpy(order).to(x.device)]
     return x
 
