@@ -209,7 +209,8 @@ class _Integers:
         if self._bits == 4 and out.dtype == np.float32 and size % lanes.LANES == 0:
             group_passes.decode_four_bits(packed, size, steps, shifted, out)
         else:
-            group_passes.decode_integers(packed, self._bits, size, steps, shifted, out)
+            room = _row_room(out, size)
+            group_passes.decode_integers(packed, self._bits, steps, shifted, *room)
 
 
 class _Minifloat:
@@ -238,10 +239,11 @@ class _Minifloat:
     def decode_packed(
         self, packed: Array, size: int, scales: Array, zeros: Array, out: Array
     ) -> None:
+        room = _row_room(out, size)
         if self._finite:
-            group_passes.decode_minifloats(packed, self._bits, size, scales, self._rounder, out)
+            group_passes.decode_minifloats(packed, self._bits, scales, self._rounder, *room)
         else:
-            group_passes.decode_table(packed, self._bits, size, scales, self._table, out)
+            group_passes.decode_table(packed, self._bits, scales, self._table, *room)
 
 
 class _Codebook:
@@ -267,7 +269,7 @@ class _Codebook:
     def decode_packed(
         self, packed: Array, size: int, scales: Array, zeros: Array, out: Array
     ) -> None:
-        group_passes.decode_table(packed, self._bits, size, scales, self._table, out)
+        group_passes.decode_table(packed, self._bits, scales, self._table, *_row_room(out, size))
 
 
 @lru_cache(maxsize=256)
@@ -290,6 +292,12 @@ def levels_of(form: NumberFormat) -> tuple[Array, Array, Array, Array]:
 def _lanes(size: int) -> Array:
     """Return room for partial sums, as many as divide the length of a group."""
     return np.empty(math.gcd(size, LOSS_LANES) if size > LOSS_LANES else size)
+
+
+def _row_room(out: Array, size: int) -> tuple[Array, Array, Array]:
+    """Return ``out`` (rows, d) as groups, and room for a row's codes, as a whole and as groups."""
+    line = np.empty(out.shape[1], np.uint8)
+    return out.reshape(-1, size), line, line.reshape(-1, size)
 
 
 def _byte_table(form: NumberFormat, dtype: np.dtype[Any]) -> Array:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -177,9 +178,9 @@ def _choose_and_write(
 
         size = _size(x.shape, spec)
         if not propagate and _is_fused(spec):
-            plan = _plan_for(spec, dtype, size, divisor)
-            work = _worker(spec, plan, scales, zeros, sink)
-            _checked(x, x.shape[-1], dtype, work, x.shape[-1] // size, whole=True)
+            plan = _plan_for(spec, dtype, 1.0 if divisor is None else float(divisor[0]))
+            work = _worker(spec, plan, x.shape[-1] // size, scales, zeros, sink)
+            _checked(x, size, dtype, work, whole=True)
             return scales.reshape(shape), _stored(zeros, spec, shape)
 
         def each(panel: Array, rows: slice, groups: slice) -> None:
@@ -361,63 +362,65 @@ def _is_fused(spec: QuantSpec) -> bool:
     )
 
 
-def _plan_for(
-    spec: QuantSpec, dtype: np.dtype[Any], size: int, divisor: Array | None
-) -> group_passes.Plan:
-    """Return the loop's constants."""
+@lru_cache(maxsize=256)
+def _plan_for(spec: QuantSpec, dtype: np.dtype[Any], divisor: float) -> group_passes.Plan:
+    """Return the loop's constants; the divisor is that of all scales."""
     f, u, form = dtype.type, unsigned(dtype).type, spec.format
     whole = form.kind is FormatKind.INTEGER
     rule = rule_for(spec, dtype)
     return group_passes.Plan(
-        size=size,
         bits=form.bits,
         rule=rule,
         mask=u(np.iinfo(u).max >> 1),
         infinity=f(np.inf),
         positive=form.minimum >= 0,
-        factor=f(1) if divisor is None else f(divisor[0]),
-        divisor=f(1) if divisor is None else f(divisor[0]),
+        factor=f(divisor),
+        divisor=f(divisor),
         unit=f(2.0**-form.fraction_bits),
         rounder=rule.rounder if whole else rounder_for(form, dtype),
     )
 
 
 def _worker(
-    spec: QuantSpec,
-    plan: group_passes.Plan,
-    scales: Array,
-    zeros: Array,
-    sink: _Sink,
+    spec: QuantSpec, plan: group_passes.Plan, count: int, scales: Array, zeros: Array, sink: _Sink
 ) -> Callable[[Array, slice, slice], None]:
-    """Return what to do with each panel (rows, d)."""
+    """Return what to do with each panel (groups, size), ``count`` of them in a row."""
     whole = spec.format.kind is FormatKind.INTEGER
     centred = spec.symmetric and not plan.positive
     grid = group_passes.fake_symmetric if centred else group_passes.fake_affine
-    fake = grid if whole else group_passes.fake_minifloats
     encode = group_passes.encode_integers if whole else group_passes.encode_minifloats
-    nothing = np.empty((0, 0), np.uint8)
+    no_line, no_packed = np.empty(0, np.uint8), np.empty((0, 0), np.uint8)
 
-    def work(panel: Array, rows: slice, groups: slice) -> None:
-        d = panel.shape[1]
-        own = scales[groups], zeros[groups]
+    def write(panel: Array, own: tuple[Array, Array], rows: slice) -> Any:
+        room = np.zeros((4, count), panel.dtype)
+        size = panel.shape[1]
         if sink.out is not None:
-            target = sink.out.reshape(-1, d)[rows]
+            target = _rows(sink.out)[rows]
             direct = target.dtype == panel.dtype and target.flags.c_contiguous
-            rounded = target if direct else np.empty_like(panel)
-            bad = fake(panel, plan, *own, rounded)
+            rounded = target.reshape(panel.shape) if direct else np.empty_like(panel)
+            if whole:
+                bad = grid(panel, plan, *own, rounded)
+            else:
+                bad = group_passes.fake_minifloats(panel, plan, *own, rounded, room)
             if not direct:
                 _store(rounded, target)
-        elif sink.codes is not None:
-            bad = encode(panel, plan, *own, sink.codes.reshape(-1, d)[rows], nothing, False)
-        elif sink.packed is not None:
-            if fits_nibbles(spec.format, panel.dtype, plan.size, d):
-                bad = group_passes.encode_nibbles(panel, plan, *own, sink.packed[rows])
-            else:
-                line = np.empty((1, d), np.uint8)
-                bad = encode(panel, plan, *own, line, sink.packed[rows], True)
-        else:
-            bad = group_passes.scales_only(panel, plan, *own)
-        if bad >= 0:
+            return bad
+        if sink.codes is not None:
+            codes = _rows(sink.codes)[rows].reshape(panel.shape)
+            return encode(panel, plan, *own, codes, no_line, no_packed, room)
+        if sink.packed is None:
+            codes = np.empty((0, 0), spec.format.code_dtype)
+            passes = group_passes.encode_integers
+            return passes(panel, plan, *own, codes, no_line, no_packed, room)
+        packed = sink.packed[rows]
+        if fits_nibbles(spec.format, panel.dtype, size, count * size):
+            lines = panel.reshape(len(packed), -1)
+            return group_passes.encode_nibbles(lines, plan, *own, packed, room)
+        line = np.empty(count * size, np.uint8)
+        return encode(panel, plan, *own, line.reshape(count, size), line, packed, room)
+
+    def work(panel: Array, rows: slice, groups: slice) -> None:
+        if write(panel, (scales[groups], zeros[groups]), rows) >= 0:
             raise _NotFiniteError
 
     return work

@@ -10,28 +10,30 @@ import contextlib
 import ctypes
 import hashlib
 import os
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from importlib import metadata, resources
-from pathlib import Path
 from typing import Any
 
 from llvmlite import binding, ir
 
+from corequant._cpu.codegen import disk
+
 __all__ = [
+    "NAME",
     "address_of_code",
     "build",
+    "cached",
     "compiled_away",
     "converts_halves",
+    "edition",
     "fuses",
     "processor",
     "saturates",
 ]
 
-_DIGEST = hashlib.sha256().digest_size
-_NAME = "kernel"
+NAME = "kernel"
+"""Of the one function of a module that is called from outside."""
 
 
 @cache
@@ -64,43 +66,70 @@ def build(
     emit : callable
         Is given an IRBuilder at the start of the body, and the parameters.
     """
+    described = f"{edition('corequant._cpu.codegen')}\0{key}"
+    return cached(described, kinds, None, lambda: _emitted(kinds, emit))
+
+
+def cached(described: str, kinds: str, result: Any, make: Callable[[], Any]) -> Callable[..., Any]:
+    """Return the function named ``NAME`` of a module, from the cache if it has been compiled.
+
+    Parameters
+    ----------
+    described : str
+        All that the code depends on but the processor and the compiler.
+    kinds : str
+        Parameters, as for ``build``.
+    result : ctypes type or None
+        What the function returns.
+    make : callable
+        Returns the module, where it isn't cached.
+    """
     name, features = processor()
     version = metadata.version("llvmlite")
-    described = "\0".join(
-        (_edition(), key, kinds, name, features, version, binding.get_default_triple())
-    )
-    file = hashlib.sha256(described.encode()).hexdigest() + ".o"
-    code = _read(file)
+    parts = (described, kinds, name, features, version, binding.get_default_triple())
+    file = hashlib.sha256("\0".join(parts).encode()).hexdigest() + ".o"
+    code = disk.read(file)
     if code is None:
-        code = _compile(kinds, emit)
-        _write(file, code)
-    return _load(code, kinds)
+        with disk.alone(file) as waited:
+            code = disk.read(file) if waited else None
+            if code is None:
+                code = _compile(make())
+                disk.write(file, code)
+    return _load(code, kinds, result)
 
 
 @cache
-def _edition() -> str:
-    """Return the SHA-256 of the generator's sources: code made by other ones must not be used."""
-    folder = resources.files("corequant._cpu.codegen")
-    names = sorted(f.name for f in folder.iterdir() if f.name.endswith(".py"))
-    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
+def edition(*packages: str) -> str:
+    """Return the SHA-256 of packages' sources: code made by other ones must not be used."""
+    digest = hashlib.sha256()
+    for package in packages:
+        folder = resources.files(package)
+        for name in sorted(f.name for f in folder.iterdir() if f.name.endswith(".py")):
+            digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
 
 
-def _compile(kinds: str, emit: Callable[[Any, tuple[Any, ...]], None]) -> bytes:
+def _emitted(kinds: str, emit: Callable[[Any, tuple[Any, ...]], None]) -> Any:
     types = {"i": ir.IntType(64), "s": ir.IntType(64), "f": ir.FloatType(), "d": ir.DoubleType()}
     module = ir.Module("corequant")
     module.triple = binding.get_default_triple()
     kind = ir.FunctionType(ir.VoidType(), [types[k] for k in kinds])
-    function = ir.Function(module, kind, _NAME)
+    function = ir.Function(module, kind, NAME)
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     emit(builder, function.args)
     builder.ret_void()
+    # The target machine is made first: it initialises LLVM.
+    _machine()
+    return binding.parse_assembly(str(module))
+
+
+def _compile(module: Any) -> bytes:
     machine = _machine()
-    parsed = binding.parse_assembly(str(module))
-    parsed.verify()
+    module.verify()
     options = binding.create_pipeline_tuning_options(speed_level=3)
     passes = binding.create_pass_builder(machine, options)
-    passes.getModulePassManager().run(parsed, passes)
-    code: bytes = machine.emit_object(parsed)
+    passes.getModulePassManager().run(module, passes)
+    code: bytes = machine.emit_object(module)
     return code
 
 
@@ -153,7 +182,7 @@ def _new_machine() -> Any:
     )
 
 
-def _load(code: bytes, kinds: str) -> Callable[..., None]:
+def _load(code: bytes, kinds: str, result: Any) -> Callable[..., Any]:
     # An engine destroys its machine when it is destroyed, so that each has one of its own.
     engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _new_machine())
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
@@ -166,8 +195,8 @@ def _load(code: bytes, kinds: str) -> Callable[..., None]:
         "d": ctypes.c_double,
     }
     # ctypes releases the interpreter lock while the function runs.
-    prototype = ctypes.CFUNCTYPE(None, *(types[k] for k in kinds))
-    function: Any = prototype(engine.get_function_address(_NAME))
+    prototype = ctypes.CFUNCTYPE(result, *(types[k] for k in kinds))
+    function: Any = prototype(engine.get_function_address(NAME))
     # Code lives as long as its engine, which the function keeps.
     function.engine = engine
     return function  # type: ignore[no-any-return]
@@ -176,43 +205,3 @@ def _load(code: bytes, kinds: str) -> Callable[..., None]:
 def address_of_code(function: Any) -> int:
     """Return where the code of a function of ``build`` lies, for other code to call it."""
     return ctypes.cast(function, ctypes.c_void_p).value or 0
-
-
-def _folders() -> Iterator[Path]:
-    """Where compiled code may lie, the first choice first."""
-    chosen = os.environ.get("NUMBA_CACHE_DIR", "")
-    if chosen:
-        yield Path(chosen) / "corequant"
-        return
-    yield Path(__file__).parent / "__pycache__"
-    if sys.platform == "win32":
-        yield Path(os.environ.get("LOCALAPPDATA", Path.home())) / "corequant" / "kernels"
-    else:
-        home = os.environ.get("XDG_CACHE_HOME", "") or Path.home() / ".cache"
-        yield Path(home) / "corequant" / "kernels"
-
-
-def _read(file: str) -> bytes | None:
-    """Return what is cached under a name, unless it is damaged."""
-    with contextlib.suppress(OSError, RuntimeError):  # no home folder is a RuntimeError
-        for folder in _folders():
-            with contextlib.suppress(OSError):
-                content = (folder / file).read_bytes()
-                digest, code = content[:_DIGEST], content[_DIGEST:]
-                if hashlib.sha256(code).digest() == digest:
-                    return code
-    return None
-
-
-def _write(file: str, code: bytes) -> None:
-    """Cache in the first folder that can be written; without one, compile again next time."""
-    with contextlib.suppress(OSError, RuntimeError):
-        for folder in _folders():
-            with contextlib.suppress(OSError):
-                folder.mkdir(parents=True, exist_ok=True)
-                # Written aside and renamed, so that no other process reads half of it.
-                handle, name = tempfile.mkstemp(dir=folder)
-                with os.fdopen(handle, "wb") as stream:
-                    stream.write(hashlib.sha256(code).digest() + code)
-                os.replace(name, folder / file)
-                return

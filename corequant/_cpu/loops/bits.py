@@ -1,14 +1,12 @@
-"""Floats as their bit patterns, in the same words compiled and in plain Python."""
+"""Floats as their bit patterns, in the same words compiled (``intrinsics``) and in plain Python."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
-__all__ = ["like", "to_bits", "to_float"]
+__all__ = ["larger", "like", "smaller", "to_bits", "to_float"]
 
 
 def to_bits(x: Any) -> Any:
@@ -26,32 +24,11 @@ def like(value: Any, sample: Any) -> Any:
     return type(sample)(value)
 
 
-@overload(to_bits)
-def _to_bits(x):  # type: ignore[no-untyped-def]
-    if x == types.float32:
-        return lambda x: np.float32(x).view(np.uint32)
-    if x == types.float64:
-        return lambda x: np.float64(x).view(np.uint64)
-    return None
+def larger(a: Any, b: Any) -> Any:
+    """Return ``max(a, b)`` of numbers of one type: a, unless b is larger."""
+    return b if b > a else a
 
 
-@overload(to_float)
-def _to_float(bits):  # type: ignore[no-untyped-def]
-    if bits == types.uint32:
-        return lambda bits: np.uint32(bits).view(np.float32)
-    if bits == types.uint64:
-        return lambda bits: np.uint64(bits).view(np.float64)
-    return None
-
-
-_CASTS: dict[Any, Any] = {
-    types.uint32: lambda value, sample: np.uint32(value),
-    types.uint64: lambda value, sample: np.uint64(value),
-    types.float32: lambda value, sample: np.float32(value),
-    types.float64: lambda value, sample: np.float64(value),
-}
-
-
-@overload(like)
-def _like(value, sample):  # type: ignore[no-untyped-def]
-    return _CASTS.get(sample)
+def smaller(a: Any, b: Any) -> Any:
+    """Return ``min(a, b)`` of numbers of one type: a, unless b is smaller."""
+    return b if b < a else a

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from corequant._cpu.loops.bits import like, to_bits, to_float
+from corequant._cpu.loops.bits import larger, like, to_bits, to_float
 from corequant._cpu.loops.jit import jit
 from corequant._cpu.loops.lanes import largest_bits
 
@@ -31,7 +31,7 @@ def row_magnitude(row, mask):  # type: ignore[no-untyped-def]
     """Bits of the largest magnitude: integers compare as magnitudes do, NaN above infinity."""
     most = like(0, mask)
     for i in range(row.shape[0]):
-        most = max(most, like(to_bits(row[i]) & mask, mask))
+        most = larger(most, like(to_bits(row[i]) & mask, mask))
     return most
 
 
@@ -44,8 +44,8 @@ def row_range(row, mask):  # type: ignore[no-untyped-def]
         bits = to_bits(row[i])
         b = like(bits & mask, mask)
         negative = bits > mask
-        above = max(above, like(0, mask) if negative else b)
-        below = max(below, b if negative else like(0, mask))
+        above = larger(above, like(0, mask) if negative else b)
+        below = larger(below, b if negative else like(0, mask))
     return below, above
 
 

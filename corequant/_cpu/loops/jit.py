@@ -1,33 +1,154 @@
-"""The two ways in which kernels are compiled."""
+"""Kernels: Python functions on arrays and numbers that run as compiled code.
+
+A kernel is compiled for the types of its arguments when it is first called with them. numba turns
+it into LLVM's intermediate form (``frontend``); ``codegen.compiler`` compiles that as it does
+generated code, and keeps it in the same cache. So a kernel that has been compiled before is called
+without numba, whose import and first call take half a second. Compiled code releases the
+interpreter's lock.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import struct
+import threading
 from collections.abc import Callable
 from typing import Any
 
-import numba
+import numpy as np
+from llvmlite import binding
 
-__all__ = ["jit", "jit_reordered"]
+from corequant._cpu.arrays import address_of
+from corequant._cpu.codegen.compiler import cached, compiled_away, edition
+
+__all__ = ["ALLOCATE", "FAILED", "FREE", "UNABLE", "Kernel", "jit", "jit_reordered"]
+
+FAILED, UNABLE = -(1 << 63), 1 - (1 << 63)
+"""What compiled code returns when it runs out of memory, and where a kernel's result is neither an
+integer nor a bool: such kernels are for other kernels, and run as plain Python otherwise."""
+
+ALLOCATE, FREE = "corequant_allocate", "corequant_free"
+"""Symbols by which compiled code asks for memory: those of Python that need no lock."""
+
+_LOCK = threading.RLock()
+"""Held while a kernel is compiled or loaded: one thread does it, others wait."""
+
+
+class Kernel:
+    """A function that is compiled for the types of its arguments.
+
+    Parameters
+    ----------
+    function : callable
+        What to compile: a function of arrays, numbers and tuples of these.
+    reordered : bool
+        Sums may be taken in any order, so in vectors.
+    """
+
+    def __init__(self, function: Callable[..., Any], reordered: bool) -> None:
+        functools.update_wrapper(self, function)
+        self.function = function
+        self.reordered = reordered
+        self._loaded: dict[Any, tuple[Callable[..., int], struct.Struct]] = {}
+
+    def __call__(self, *arguments: Any) -> Any:
+        words: list[Any] = []
+        kinds: list[Any] = []
+        _flatten(arguments, words, kinds)
+        key = tuple(kinds)
+        found = self._loaded.get(key) or self._load(key, arguments)
+        code, packing = found
+        result = code(packing.pack(*words))
+        if result <= UNABLE:
+            if result == UNABLE:
+                return self.function(*arguments)
+            raise MemoryError(f"{self.function.__name__} needs more memory than there is")
+        return result
+
+    def _load(
+        self, key: tuple[Any, ...], arguments: tuple[Any, ...]
+    ) -> tuple[Callable[..., int], struct.Struct]:
+        with _LOCK:
+            if key in self._loaded:
+                return self._loaded[key]
+            described = "\0".join(
+                (
+                    edition("corequant._cpu.loops", "corequant._cpu.codegen"),
+                    self.function.__module__,
+                    self.function.__qualname__,
+                    str(key),
+                )
+            )
+
+            def module() -> Any:
+                from corequant._cpu.loops import frontend
+
+                return frontend.lower(self, arguments)
+
+            _provide_memory()
+            code = cached(described, "s", ctypes.c_int64, module)
+            self._loaded[key] = code, struct.Struct("".join(_letters(key)))
+            return self._loaded[key]
+
+
+def _provide_memory() -> None:
+    for name, function in (
+        (ALLOCATE, ctypes.pythonapi.PyMem_RawMalloc),
+        (FREE, ctypes.pythonapi.PyMem_RawFree),
+    ):
+        binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
+
+
+def _flatten(values: tuple[Any, ...], words: list[Any], kinds: list[Any]) -> None:
+    """Append the words that pass values, and what their types depend on."""
+    for value in values:
+        kind = type(value)
+        if kind is np.ndarray:
+            words += (address_of(value), *value.shape, *value.strides)
+            kinds += (value.dtype.char, value.ndim, value.flags.c_contiguous)
+        elif isinstance(value, tuple):
+            kinds += (kind, len(value))
+            _flatten(value, words, kinds)
+        elif value is None:
+            kinds.append(kind)
+        else:
+            words.append(value)
+            kinds.append(kind)
+
+
+def _letters(key: tuple[Any, ...]) -> list[str]:
+    """Return the letters that pack the words of arguments: 8 bytes each."""
+    letters = []
+    at = 0
+    while at < len(key):
+        kind = key[at]
+        if isinstance(kind, str):
+            letters.append("q" * (1 + 2 * key[at + 1]))
+            at += 3
+            continue
+        if issubclass(kind, tuple):
+            at += 2
+            continue
+        if kind is not type(None):
+            letters.append(_letter(kind))
+        at += 1
+    return letters
+
+
+def _letter(kind: Any) -> str:
+    if issubclass(kind, (float, np.floating)):
+        return "d"
+    if issubclass(kind, np.bool_):
+        return "?7x"
+    return "Q" if issubclass(kind, np.unsignedinteger) else "q"
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a kernel that releases the interpreter lock, cached on disk where that is possible.
-
-    numba refuses to cache where neither the package's own folder nor the user's cache folder can
-    be written; the kernel is then compiled again in each process.
-    """
-    return _compiled(function, False)
+    """Return a function as a kernel; as it is where compilation is switched off."""
+    return function if compiled_away() else Kernel(function, reordered=False)
 
 
 def jit_reordered(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile likewise a kernel whose sums may be taken in any order, so in vectors."""
-    return _compiled(function, {"reassoc", "nsz", "contract"})
-
-
-def _compiled(function: Callable[..., Any], fastmath: Any) -> Callable[..., Any]:
-    # numba's annotations know no keyword options without a signature.
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
-    try:
-        return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
-    except RuntimeError:
-        return numba.njit(**options)(function)  # type: ignore[no-any-return]
+    """Return likewise a kernel whose sums may be taken in any order."""
+    return function if compiled_away() else Kernel(function, reordered=True)

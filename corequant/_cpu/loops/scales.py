@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from corequant._cpu.loops.bits import like, to_bits, to_float
+from corequant._cpu.loops.bits import larger, like, smaller, to_bits, to_float
 from corequant._cpu.loops.jit import jit
 from corequant._cpu.loops.minifloat_grid import Rounder, nearest_value
 
@@ -56,8 +56,8 @@ class Rule(NamedTuple):
 def power_of_two(exponent, rule):  # type: ignore[no-untyped-def]
     """Return ``2**exponent`` in the working type, subnormals included."""
     field = exponent + rule.bias
-    normal = max(field, 0) << rule.fraction
-    small = 1 << max(rule.fraction + field - 1, 0)
+    normal = larger(field, 0) << rule.fraction
+    small = 1 << larger(rule.fraction + field - 1, 0)
     return to_float(like(normal if field > 0 else small, rule.rounder.shift))
 
 
@@ -72,7 +72,7 @@ def exponent_for(largest, rule):  # type: ignore[no-untyped-def]
     exponent = (bits >> rule.fraction) - rule.bias - rule.offset
     exponent -= rule.fraction if small else 0
     exponent += 1 if mantissa >= rule.threshold else 0
-    return min(max(exponent, rule.lowest), rule.highest)
+    return smaller(larger(exponent, rule.lowest), rule.highest)
 
 
 @jit
@@ -86,25 +86,31 @@ def settle(scale, rule):  # type: ignore[no-untyped-def]
 
 
 @jit
+def zero_point(steps, rule):  # type: ignore[no-untyped-def]
+    """Return the code that stands for zero, that many steps above the low end."""
+    return smaller(larger(np.rint(rule.least + steps), rule.least), rule.most)
+
+
+@jit
 def scale_and_zero(a, b, rule, factor):  # type: ignore[no-untyped-def]
     """Scale and zero point of the range [-a, b]; ``factor`` multiplies before rounding."""
     zero = like(0, rule.tiny)
     if a == 0 and b == 0:
         return rule.idle, zero
     if rule.kind == POWER:
-        return power_of_two(exponent_for(max(a, b), rule), rule), zero
+        return power_of_two(exponent_for(larger(a, b), rule), rule), zero
     if rule.symmetric:
-        return settle(max(a, b) / rule.steps * factor, rule), zero
+        return settle(larger(a, b) / rule.steps * factor, rule), zero
     two = like(2, rule.tiny)
-    scale = max((b / two + a / two) / rule.steps, rule.tiny)
-    zero = like(min(max(np.rint(rule.least + a / scale), rule.least), rule.most), rule.tiny)
-    widest = max(zero - rule.least, rule.most - zero)
-    scale = min(scale, rule.huge / widest)
+    scale = larger((b / two + a / two) / rule.steps, rule.tiny)
+    zero = zero_point(a / scale, rule)
+    widest = larger(zero - rule.least, rule.most - zero)
+    scale = smaller(scale, rule.huge / widest)
     if rule.kind == ROUNDED:
-        scale = max(nearest_value(scale, rule.rounder), rule.tiny)
-        moved = like(min(max(np.rint(rule.least + a / scale), rule.least), rule.most), rule.tiny)
+        scale = larger(nearest_value(scale, rule.rounder), rule.tiny)
+        moved = zero_point(a / scale, rule)
         # A zero point further from the middle may make the largest number infinite.
-        if scale * max(moved - rule.least, rule.most - moved) <= rule.huge:
+        if scale * larger(moved - rule.least, rule.most - moved) <= rule.huge:
             zero = moved
     return scale, zero
 
@@ -120,19 +126,19 @@ def choose(low, high, rule, factor, scales, zeros):  # type: ignore[no-untyped-d
     top = rule.huge / rule.span
     if rule.kind == POWER:
         for g in range(low.shape[0]):
-            largest = max(-low[g], high[g])
+            largest = larger(-low[g], high[g])
             scale = power_of_two(exponent_for(largest, rule), rule)
             scales[g] = rule.idle if largest == 0 else scale
     elif rule.kind == ROUNDED:
         for g in range(low.shape[0]):
-            largest = max(-low[g], high[g])
+            largest = larger(-low[g], high[g])
             scale = largest / rule.steps * factor
             scale = nearest_value(top if scale > top else scale, rule.rounder)
             scale = rule.tiny if scale < rule.tiny else scale
             scales[g] = rule.idle if largest == 0 else scale
     else:
         for g in range(low.shape[0]):
-            largest = max(-low[g], high[g])
+            largest = larger(-low[g], high[g])
             scale = largest / rule.steps * factor
             scale = top if scale > top else scale
             scale = rule.tiny if scale < rule.tiny else scale
