@@ -21,8 +21,8 @@ from corequant._cpu.loops import (
     minifloat_grid,
 )
 from corequant._cpu.loops.minifloat_grid import Rounder
-from corequant._cpu.loops.scales import FLOAT, POWER, ROUNDED, Rule
-from corequant.formats import FormatKind, NumberFormat, Specials, formats
+from corequant._cpu.loops.scales import Power, Rule
+from corequant.formats import FormatKind, NumberFormat, Specials
 from corequant.specs import QuantSpec, ScaleFormat, ScaleRounding
 
 __all__ = [
@@ -93,25 +93,16 @@ def rule_for(spec: QuantSpec, dtype: np.dtype[Any]) -> Rule:
         halves = 2.0 if form.signed or not spec.symmetric else 1.0
         steps = (form.most_code - form.least_code) / halves * unit
     # What multiplies a code is the scale times the unit, and mustn't vanish.
-    kind, tiny, lowest = FLOAT, float(info.smallest_subnormal) / unit, 1 - int(info.maxexp) + 1
-    highest = int(info.maxexp) - 1 - max(math.frexp(extreme)[1] - 1, 0)
-    if spec.scale_format is ScaleFormat.E8M0:
-        lowest, highest = -127, min(127, highest)
-    scale_format = _SCALES.get(spec.scale_format, formats["float8_e4m3fn"])
+    tiny = float(info.smallest_subnormal) / unit
+    rounder = power = None
     if spec.scale_format in _SCALES:
-        kind = ROUNDED
+        scale_format = _SCALES[spec.scale_format]
         tiny = math.ldexp(1.0, 1 - scale_format.bias - scale_format.mantissa_bits)
+        rounder = rounder_for(scale_format, dtype)
     elif spec.scale_format is not ScaleFormat.FLOAT32:
-        kind = POWER
+        power = _power_for(spec, dtype, extreme)
     idle = math.ldexp(1.0, -127) if spec.scale_format is ScaleFormat.E8M0 else 1.0
-    fraction = int(info.nmant)
-    threshold = {
-        ScaleRounding.CEIL: int((math.frexp(form.maximum)[0] * 2 - 1) * 2**fraction) + 1,
-        # Rounding half to even carries into the exponent from here on.
-        ScaleRounding.EVEN: 2**fraction - 2 ** (fraction - form.precision - 1),
-    }.get(spec.scale_rounding or ScaleRounding.FLOOR, 2**fraction)
     return Rule(
-        kind=kind,
         symmetric=spec.symmetric,
         least=f(form.least_code),
         most=f(form.most_code),
@@ -120,9 +111,27 @@ def rule_for(spec: QuantSpec, dtype: np.dtype[Any]) -> Rule:
         tiny=f(tiny),
         # Decoded numbers are rounded, and so may the scale be, to 8 bits or more: a little room
         # keeps them from reaching infinity.
-        huge=f(info.max) * f(1 - 2.0 ** (-7 if kind == ROUNDED else -20)),
+        huge=f(info.max) * f(1 - 2.0 ** (-7 if rounder else -20)),
         idle=f(idle),
-        rounder=rounder_for(scale_format, dtype),
+        rounder=rounder,
+        power=power,
+    )
+
+
+def _power_for(spec: QuantSpec, dtype: np.dtype[Any], extreme: float) -> Power:
+    """Return the constants of scales that are powers of two, of numbers up to ``extreme``."""
+    info, f, form = np.finfo(dtype), dtype.type, spec.format
+    lowest = 1 - int(info.maxexp) + 1
+    highest = int(info.maxexp) - 1 - max(math.frexp(extreme)[1] - 1, 0)
+    if spec.scale_format is ScaleFormat.E8M0:
+        lowest, highest = -127, min(127, highest)
+    fraction = int(info.nmant)
+    threshold = {
+        ScaleRounding.CEIL: int((math.frexp(form.maximum)[0] * 2 - 1) * 2**fraction) + 1,
+        # Rounding half to even carries into the exponent from here on.
+        ScaleRounding.EVEN: 2**fraction - 2 ** (fraction - form.precision - 1),
+    }.get(spec.scale_rounding or ScaleRounding.FLOOR, 2**fraction)
+    return Power(
         offset=form.max_exponent,
         threshold=threshold,
         lowest=lowest,
@@ -131,6 +140,7 @@ def rule_for(spec: QuantSpec, dtype: np.dtype[Any]) -> Rule:
         bias=1 - int(info.minexp),
         least_normal=f(info.smallest_normal),
         lift=f(2.0**fraction),
+        word=unsigned(dtype).type(1),
     )
 
 

@@ -52,6 +52,11 @@ class _Sink:
     codes: Array | None = None
     packed: Array | None = None
 
+    @property
+    def writes(self) -> bool:
+        """Whether more is wanted than scales and zero points."""
+        return not (self.out is None and self.codes is None and self.packed is None)
+
 
 def encode(x: Array, form: NumberFormat) -> Array:
     """Return the codes nearest to ``x``, which is finite, without any scale."""
@@ -177,7 +182,7 @@ def _choose_and_write(
             divisor = choose_global_scale(x, spec, skip=propagate)
 
         size = _size(x.shape, spec)
-        if not propagate and _is_fused(spec):
+        if not propagate and _is_fused(spec) and sink.writes:
             plan = _plan_for(spec, dtype, 1.0 if divisor is None else float(divisor[0]))
             work = _worker(spec, plan, x.shape[-1] // size, scales, zeros, sink)
             _checked(x, size, dtype, work, whole=True)
@@ -377,7 +382,7 @@ def _plan_for(spec: QuantSpec, dtype: np.dtype[Any], divisor: float) -> group_pa
         factor=f(divisor),
         divisor=f(divisor),
         unit=f(2.0**-form.fraction_bits),
-        rounder=rule.rounder if whole else rounder_for(form, dtype),
+        rounder=None if whole else rounder_for(form, dtype),
     )
 
 
@@ -388,36 +393,33 @@ def _worker(
     whole = spec.format.kind is FormatKind.INTEGER
     centred = spec.symmetric and not plan.positive
     grid = group_passes.fake_symmetric if centred else group_passes.fake_affine
-    encode = group_passes.encode_integers if whole else group_passes.encode_minifloats
     no_line, no_packed = np.empty(0, np.uint8), np.empty((0, 0), np.uint8)
 
     def write(panel: Array, own: tuple[Array, Array], rows: slice) -> Any:
+        given = (panel, plan, *own)
         room = np.zeros((4, count), panel.dtype)
         size = panel.shape[1]
         if sink.out is not None:
             target = _rows(sink.out)[rows]
             direct = target.dtype == panel.dtype and target.flags.c_contiguous
-            rounded = target.reshape(panel.shape) if direct else np.empty_like(panel)
-            if whole:
-                bad = grid(panel, plan, *own, rounded)
-            else:
-                bad = group_passes.fake_minifloats(panel, plan, *own, rounded, room)
+            out = target.reshape(panel.shape) if direct else np.empty_like(panel)
+            bad = grid(*given, out) if whole else group_passes.fake_minifloats(*given, out, room)
             if not direct:
-                _store(rounded, target)
+                _store(out, target)
             return bad
-        if sink.codes is not None:
-            codes = _rows(sink.codes)[rows].reshape(panel.shape)
-            return encode(panel, plan, *own, codes, no_line, no_packed, room)
         if sink.packed is None:
-            codes = np.empty((0, 0), spec.format.code_dtype)
-            passes = group_passes.encode_integers
-            return passes(panel, plan, *own, codes, no_line, no_packed, room)
+            assert sink.codes is not None  # scales alone are chosen elsewhere
+            codes = _rows(sink.codes)[rows].reshape(panel.shape)
+            if whole:
+                return group_passes.encode_integers(*given, codes, room)
+            return group_passes.encode_minifloats(*given, codes, no_line, no_packed, room)
         packed = sink.packed[rows]
         if fits_nibbles(spec.format, panel.dtype, size, count * size):
             lines = panel.reshape(len(packed), -1)
             return group_passes.encode_nibbles(lines, plan, *own, packed, room)
         line = np.empty(count * size, np.uint8)
-        return encode(panel, plan, *own, line.reshape(count, size), line, packed, room)
+        passes = group_passes.pack_integers if whole else group_passes.encode_minifloats
+        return passes(*given, line.reshape(count, size), line, packed, room)
 
     def work(panel: Array, rows: slice, groups: slice) -> None:
         if write(panel, (scales[groups], zeros[groups]), rows) >= 0:

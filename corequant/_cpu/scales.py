@@ -177,8 +177,10 @@ def _trials(
         rule = rule_for(spec.replace(scale_rounding="floor"), dtype)
         first = np.empty_like(scales)
         rules.choose(low, high, rule, factor, first, zeros)
+        assert rule.power is not None  # by the scale format
         exponents = np.frexp(first)[1][:, None] - 1 + np.array([0, -1, 1])
-        trials = np.ldexp(dtype.type(1), np.clip(exponents, rule.lowest, rule.highest))
+        exponents = np.clip(exponents, rule.power.lowest, rule.power.highest)
+        trials = np.ldexp(dtype.type(1), exponents)
         return trials.astype(dtype), np.zeros(trials.shape, dtype)
     rule = rule_for(spec, dtype)
     if spec.scale_search is ScaleSearch.FOUR_OVER_SIX:

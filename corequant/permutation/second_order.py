@@ -68,7 +68,8 @@ def energydiff(energy_gram: npt.NDArray[Any], block_size: int, *, refine: int = 
 
     # A row's sum is the channel's mean energy times the mean total, so it orders alike.
     order = descending(C.sum(1, dtype=np.float64))
-    block_of, load = spread(C, order, blocks)
+    load, block_of = np.zeros((blocks, len(C)), np.float32), np.empty(len(C), np.int64)
+    spread(C, order, np.zeros(blocks, np.int64), block_of, load)
     for _ in range(sweeps):
         if exchange(C, order, block_of, load) == 0:
             break

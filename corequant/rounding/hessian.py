@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from corequant._cpu.loops.hessian import factor_and_invert, first_fault
+from corequant._cpu.loops.hessian import TILE, factor_and_invert, first_fault
 from corequant._cpu.threads import for_rows
 from corequant._validation import check_finite, check_floating, check_index, check_numpy
 from corequant.errors import HessianError, ShapeError
@@ -87,7 +87,11 @@ def check_hessian(H: Any, d: int, name: str) -> Array:
     working: Array = (
         native if native.dtype.kind == "f" and native.itemsize > 2 else H.astype(np.float32)
     )
-    for_rows(d, d, lambda first, last: first_fault(first, last, working, root, SLACK, found))
+
+    def look(first: int, last: int) -> None:
+        first_fault(first, last, working, root, SLACK, np.empty((TILE, TILE), working.dtype), found)
+
+    for_rows(d, d, look)
     rows = [(k, int(i)) for k in (0, 1) for i in np.flatnonzero(found[:, k] < d)[:1]]
     if not rows:
         return working
@@ -202,9 +206,10 @@ class Factor:
         inverses = np.zeros((len(panels), _PANEL, _PANEL), A.dtype)
         for k, (a, b) in enumerate(panels):
             A[a:, a:b] -= A[a:, :a] @ A[a:b, :a].T
-            lower, inverse = np.empty((2, b - a, b - a), A.dtype)
-            if not factor_and_invert(A[a:b, a:b], lower, inverse):
+            exact = np.zeros((2, b - a, b - a))
+            if not factor_and_invert(A[a:b, a:b], exact[0], exact[1]):
                 return None
+            lower, inverse = exact.astype(A.dtype)
             A[a:b, a:b] = lower
             inverses[k, : b - a, : b - a] = inverse
             A[b:, a:b] = A[b:, a:b] @ inverse.T

@@ -128,9 +128,6 @@ class Scales:
         )
 
 
-_FREE = Limits(0.0, 0.0, 1.0, 1.0, True)
-
-
 @dataclass(frozen=True, eq=False)
 class Budget:
     """Limits, soft thresholds and sums of each tile of each row, as ``solve_block`` updates them.
@@ -138,7 +135,7 @@ class Budget:
     By default there are none.
     """
 
-    limits: Limits = _FREE
+    limits: Limits | None = None
     tile: int | None = None
     shrink: Array = field(default_factory=lambda: np.zeros((1, 1)))
     positive: Array = field(default_factory=lambda: np.zeros((1, 1)))

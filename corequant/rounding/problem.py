@@ -12,7 +12,14 @@ import numpy.typing as npt
 from corequant._dispatch import is_elsewhere, round_elsewhere
 from corequant._validation import check_matrix, check_number, working_dtype
 from corequant.errors import ShapeError
-from corequant.quantization import QuantizedTensor, as_spec, dequantize, quantize
+from corequant.quantization import (
+    QuantizedTensor,
+    as_spec,
+    choose_global_scale,
+    choose_qparams,
+    dequantize,
+    quantize,
+)
 from corequant.rounding.accumulators import AccumulatorSpec
 from corequant.rounding.bounds import budget_for
 from corequant.rounding.hessian import (
@@ -24,7 +31,7 @@ from corequant.rounding.hessian import (
     shrunk,
 )
 from corequant.rounding.loop import Budget, ColumnLoop, Pull, Scales
-from corequant.specs import QuantSpec
+from corequant.specs import Granularity, QuantSpec
 
 __all__ = [
     "ColumnOptions",
@@ -173,6 +180,14 @@ class Problem:
         """W in the working dtype, its columns in the loop's order."""
         return np.take(self.W, self.loop.order, axis=1).astype(self.loop.dtype, copy=False)
 
+    def _nearest(self) -> QuantizedTensor:
+        """Return W rounded to nearest, by the kernels that the loop has used already."""
+        spec, common = self.loop.scales.spec, None
+        if spec.granularity is Granularity.TENSOR_GROUP:
+            common = choose_global_scale(self.W, spec)
+        scales, zero_points = choose_qparams(self.W, spec, global_scale=common)
+        return quantize(self.W, spec, scales, zero_points, global_scale=common)
+
     def solve(
         self, method: str, values: Array, centers: Array, pull: Pull, damping: Damping | None
     ) -> RoundedTensor:
@@ -181,8 +196,7 @@ class Problem:
         loss = nearest = None
         if self.losses:
             loss = loss_of(self.W, dequantize(quantized), *self.measured)
-            plain = quantize(self.W, self.loop.scales.spec)
-            nearest = loss_of(self.W, dequantize(plain), *self.measured)
+            nearest = loss_of(self.W, dequantize(self._nearest()), *self.measured)
         report = RoundingReport(
             method,
             self.loop.name,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from corequant._cpu.grids import rounder_for, rule_for
-from corequant._cpu.loops.scales import POWER, ROUNDED, Rule
+from corequant._cpu.loops.scales import Power, Rule
 from corequant._cpu.scales import FOUR_OVER_SIX_TOP, SHRINKS, SQUARED, SWEEP
 from corequant.errors import BackendError
 from corequant.formats import formats
@@ -58,21 +58,21 @@ def effective(scales: Tensor, global_scale: Tensor | None) -> Tensor:
     return scales if global_scale is None else scales / global_scale.to(scales.dtype)
 
 
-def _power_of_two(exponent: Tensor, rule: Rule, like: Tensor) -> Tensor:
-    field = exponent + rule.bias
-    normal = field.clamp(min=0) << rule.fraction
-    small = torch.ones_like(field) << (rule.fraction + field - 1).clamp(min=0)
+def _power_of_two(exponent: Tensor, power: Power, like: Tensor) -> Tensor:
+    field = exponent + power.bias
+    normal = field.clamp(min=0) << power.fraction
+    small = torch.ones_like(field) << (power.fraction + field - 1).clamp(min=0)
     return torch.where(field > 0, normal, small).to(integers_of(like).dtype).view(like.dtype)
 
 
-def _exponent_for(largest: Tensor, rule: Rule) -> Tensor:
-    small = largest < float(rule.least_normal)
-    scaled = torch.where(small, largest * float(rule.lift), largest)
+def _exponent_for(largest: Tensor, power: Power) -> Tensor:
+    small = largest < float(power.least_normal)
+    scaled = torch.where(small, largest * float(power.lift), largest)
     bits = integers_of(scaled).long()
-    exponent = (bits >> rule.fraction) - rule.bias - rule.offset
-    exponent = exponent - small * rule.fraction
-    exponent = exponent + ((bits & ((1 << rule.fraction) - 1)) >= rule.threshold)
-    return exponent.clamp(rule.lowest, rule.highest)
+    exponent = (bits >> power.fraction) - power.bias - power.offset
+    exponent = exponent - small * power.fraction
+    exponent = exponent + ((bits & ((1 << power.fraction) - 1)) >= power.threshold)
+    return exponent.clamp(power.lowest, power.highest)
 
 
 def _number(value: SupportsFloat, like: Tensor) -> Tensor:
@@ -87,14 +87,14 @@ def choose_by_rule(low: Tensor, high: Tensor, rule: Rule, factor: Tensor) -> tup
     none = torch.zeros_like(largest)
     idle = _number(rule.idle, low)
     steps, tiny = _number(rule.steps, low), float(rule.tiny)
-    if rule.kind == POWER:
-        scale = _power_of_two(_exponent_for(largest, rule), rule, low)
+    if rule.power is not None:
+        scale = _power_of_two(_exponent_for(largest, rule.power), rule.power, low)
         return torch.where(largest == 0, idle, scale), none
     if rule.symmetric:
         with np.errstate(over="ignore"):
             top = float(rule.huge / rule.span)
         scale = (largest / steps * factor).clamp(max=top)
-        if rule.kind == ROUNDED:
+        if rule.rounder is not None:
             scale = nearest_value(scale, rule.rounder)
         return torch.where(largest == 0, idle, scale.clamp(min=tiny)), none
     least, most = float(rule.least), float(rule.most)
@@ -102,7 +102,7 @@ def choose_by_rule(low: Tensor, high: Tensor, rule: Rule, factor: Tensor) -> tup
     zero = torch.round(least + a / scale).clamp(least, most)
     widest = torch.maximum(zero - least, most - zero)
     scale = torch.minimum(scale, _number(rule.huge, low) / widest)
-    if rule.kind == ROUNDED:
+    if rule.rounder is not None:
         scale = nearest_value(scale, rule.rounder).clamp(min=tiny)
         moved = torch.round(least + a / scale).clamp(least, most)
         # A zero point farther from the middle may make the largest value infinite.
@@ -173,11 +173,12 @@ def _trials(
 ) -> tuple[Tensor, Tensor]:
     dtype, device = numpy_dtype(scales.dtype), scales.device
     if spec.scale_format in POWERS_OF_TWO:
-        rule = rule_for(spec.replace(scale_rounding="floor"), dtype)
-        exponents = _exponent_for(torch.maximum(-low, high), rule)
-        exponents = torch.where((low == 0) & (high == 0), rule.lowest, exponents)
+        power = rule_for(spec.replace(scale_rounding="floor"), dtype).power
+        assert power is not None  # by the scale format
+        exponents = _exponent_for(torch.maximum(-low, high), power)
+        exponents = torch.where((low == 0) & (high == 0), power.lowest, exponents)
         exponents = torch.stack([exponents, exponents - 1, exponents + 1], 1)
-        trials = _power_of_two(exponents.clamp(rule.lowest, rule.highest), rule, scales)
+        trials = _power_of_two(exponents.clamp(power.lowest, power.highest), power, scales)
         return trials, torch.zeros_like(trials)
     rule = rule_for(spec, dtype)
     if spec.scale_search is ScaleSearch.FOUR_OVER_SIX:

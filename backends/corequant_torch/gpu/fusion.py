@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 
 from corequant._cpu.grids import rule_for
-from corequant._cpu.loops.scales import POWER, ROUNDED
 from corequant.formats import FormatKind
 from corequant.hadamard import hadamard_factors
 from corequant.specs import Granularity, QuantSpec, ScaleFormat, ScaleSearch
@@ -61,17 +60,18 @@ def _scheme(spec: QuantSpec) -> dict[str, Any] | None:
         or spec.scale_format in (ScaleFormat.FLOAT16, ScaleFormat.BFLOAT16)
     ):
         return None
-    kind = {POWER: 2, ROUNDED: 3}.get(rule.kind, 0 if spec.symmetric else 1)
+    power = rule.power
+    kind = 2 if power else 3 if rule.rounder else 0 if spec.symmetric else 1
     return {
         "SCALE": kind,
         "STEPS": float(rule.steps),
         "TOP": float(rule.huge / rule.span if spec.symmetric else rule.huge),
         "TINY": float(rule.tiny),
         "IDLE": float(rule.idle),
-        "OFFSET": rule.offset,
-        "THRESHOLD": rule.threshold,
-        "LOWEST": rule.lowest,
-        "HIGHEST": rule.highest,
+        "OFFSET": power.offset if power else 0,
+        "THRESHOLD": power.threshold if power else 0,
+        "LOWEST": power.lowest if power else 0,
+        "HIGHEST": power.highest if power else 0,
         "INTEGERS": whole,
         "LEAST": float(rule.least),
         "LEAST_CODE": form.least_code,

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from corequant._cpu.loops.bits import larger, smaller
 from corequant._cpu.loops.jit import jit
 from corequant._cpu.loops.projection import soft_threshold
 
@@ -39,7 +40,6 @@ class Limits(NamedTuple):
     """An accumulator's bounds: a sum of weights times inputs in [low, high] stays in ±largest."""
 
     largest: float
-    """Zero without an accumulator."""
     low: float
     high: float
     unit: float
@@ -53,7 +53,7 @@ def nearest_level(v, zero, grid):  # type: ignore[no-untyped-def]
     """Return the number of the grid nearest to ``v``; an integer grid is shifted by ``zero``."""
     if grid.thresholds.shape[0] == 0:
         code = np.rint(v) + zero
-        return min(max(code, grid.least), grid.most) - zero
+        return smaller(larger(code, grid.least), grid.most) - zero
     first = 0
     last = grid.thresholds.shape[0]
     while first < last:
@@ -123,14 +123,14 @@ def solve_block(  # type: ignore[no-untyped-def]
     triangular, and ``echo`` is N, or has no rows. ``groups`` and ``tiles`` (d,) say which of a
     row's ``steps`` and of its accumulators a column has; ``shrink``, ``positive`` and ``negative``
     (rows, tiles) are the soft threshold and the sums of integer weights placed so far; ``moved``
-    (rows,) counts what the bounds changed. D is written to ``errors`` (rows, d).
+    (rows,) counts what the bounds changed. ``limits`` is None without an accumulator. D is written
+    to ``errors`` (rows, d).
     """
     size = mixing.shape[0]
     echoes = echo.shape[0] > 0
-    bounded = limits.largest > 0
     # A few rows at a time: what one waits for, its quotients, the others fill.
     for top in range(first, last, _ROWS):
-        bottom = min(top + _ROWS, last)
+        bottom = smaller(top + _ROWS, last)
         for j in range(size - 1, -1, -1):
             c = start + j
             for r in range(top, bottom):
@@ -140,7 +140,7 @@ def solve_block(  # type: ignore[no-untyped-def]
                 if pull[r, j] != 0:  # -0.0 stays what it is
                     argument += pull[r, j] / mixing[j, j]
                 wanted = argument
-                if bounded:
+                if limits is not None:
                     tile = tiles[c]
                     cut = shrink[r, tile] * step
                     if cut > 0:
@@ -166,7 +166,7 @@ def solve_block(  # type: ignore[no-untyped-def]
                 else:
                     level = nearest_level(argument / step, zero, grid)
                 error = centers[r, c] - level * step
-                if bounded and not limits.diffuse:
+                if limits is not None and not limits.diffuse:
                     error -= wanted - argument
                 values[r, c] = argument
                 errors[r, c] = error

@@ -20,7 +20,7 @@ from numba.core import codegen, cpu, externals, fastmathpass, types
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.dispatcher import Dispatcher
 from numba.core.registry import CPUTarget, cpu_target
-from numba.core.runtime import rtsys
+from numba.core.runtime.nrt import rtsys
 from numba.core.target_extension import (
     CPU,
     dispatcher_registry,
@@ -232,7 +232,8 @@ class _Words:
         if isinstance(kind, types.Array):
             return self._array(kind)
         if isinstance(kind, types.BaseTuple):
-            parts = [self.take(part) for part in kind.types]
+            members: Any = kind
+            parts = [self.take(part) for part in members]
             return self.context.make_tuple(self.builder, kind, parts)
         if isinstance(kind, types.NoneType):
             return self.context.get_dummy_value()

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from corequant._cpu.loops import integer_grid, minifloat_grid
-from corequant._cpu.loops.bits import larger, like, to_bits, to_float
+from corequant._cpu.loops.bits import larger, like, smaller, to_bits, to_float
 from corequant._cpu.loops.integer_grid import magnitudes_of_row, row_magnitude, row_range
 from corequant._cpu.loops.jit import jit
 from corequant._cpu.loops.minifloat_grid import nearest_code, nearest_value
 from corequant._cpu.loops.nibbles import decode_row, encode_row, integers_row
 from corequant._cpu.loops.packing import pack_row, unpack_row
-from corequant._cpu.loops.scales import FLOAT, Rule, choose, scale_and_zero
+from corequant._cpu.loops.scales import Rule, choose, scale_and_zero, scale_of
 
 __all__ = [
     "Plan",
@@ -37,6 +37,7 @@ __all__ = [
     "fake_affine",
     "fake_minifloats",
     "fake_symmetric",
+    "pack_integers",
 ]
 
 
@@ -93,22 +94,16 @@ def fake_symmetric(x, plan, scales, zeros, out):  # type: ignore[no-untyped-def]
     mask = plan.mask
     least = rule.least
     most = rule.most
-    quotient = rule.kind == FLOAT
-    top = rule.huge / rule.span
     none = like(0, least)
     bits = row_magnitude(x[0], mask)
     for g in range(last + 1):
         largest = to_float(bits)
         if not largest < plan.infinity:
             return g
-        if quotient:
-            # As ``settle`` does it; the call would cost small groups a third of their time.
-            scale = min(max(largest / rule.steps, rule.tiny), top) if largest > 0 else rule.idle
-        else:
-            scale = scale_and_zero(none, largest, rule, plan.factor)[0]
+        scale = scale_of(largest, rule, rule.power, plan.factor)
         scales[g] = scale
         step = like(scale * plan.unit, scale)
-        following = min(g + 1, last)
+        following = smaller(g + 1, last)
         bits = like(0, mask)
         for i in range(size):
             bits = larger(bits, like(to_bits(x[following, i]) & mask, mask))
@@ -140,7 +135,7 @@ def fake_affine(x, plan, scales, zeros, out):  # type: ignore[no-untyped-def]
         scales[g] = scale
         zeros[g] = zero
         step = like(scale * plan.unit, scale)
-        following = min(g + 1, last)
+        following = smaller(g + 1, last)
         below = none
         above = none
         for i in range(size):
@@ -167,7 +162,7 @@ def fake_minifloats(x, plan, scales, zeros, out, room):  # type: ignore[no-untyp
         own = slice(first, first + count)
         if not finish(plan, scales[own], zeros[own], room):
             return first
-        following = min(first + count, x.shape[0] - count)
+        following = smaller(first + count, x.shape[0] - count)
         for k in range(count):
             step = room[2, k]
             bits = like(0, mask)
@@ -179,36 +174,47 @@ def fake_minifloats(x, plan, scales, zeros, out, room):  # type: ignore[no-untyp
 
 
 @jit
-def encode_integers(x, plan, scales, zeros, codes, line, packed, room):  # type: ignore[no-untyped-def]
-    """Codes on an integer grid.
-
-    Where ``packed`` has rows, codes are offset and packed; ``codes`` and ``line`` are one row, as
-    groups and as a whole. Without codes either there are scales and zero points only.
-    """
+def encode_integers(x, plan, scales, zeros, codes, room):  # type: ignore[no-untyped-def]
+    """Codes on an integer grid."""
     count = room.shape[1]
-    packing = packed.shape[0] > 0
-    steps, shifted = room[2], room[3]
-    # Codes from zero on: the same steps, and zero points that are counted from the least code.
-    least = like(0, plan.rule.least) if packing else plan.rule.least
-    most = plan.rule.most - plan.rule.least + least
     for first in range(0, x.shape[0], count):
         own = slice(first, first + count)
         if not row_scales(x, first, plan, scales[own], zeros[own], room):
             return first
-        if codes.shape[0] == 0:
-            continue
+        steps, rule = room[2], plan.rule
+        integer_grid.encode(x[own], steps, zeros[own], rule.least, rule.most, codes[own])
+    return -1
+
+
+@jit
+def pack_integers(x, plan, scales, zeros, codes, line, packed, room):  # type: ignore[no-untyped-def]
+    """Packed codes on an integer grid, which count from the least.
+
+    ``codes`` and ``line`` are room for a row's codes, as groups and as a whole.
+    """
+    count = room.shape[1]
+    steps, shifted = room[2], room[3]
+    least = plan.rule.least
+    for row in range(packed.shape[0]):
+        first = row * count
+        own = slice(first, first + count)
+        if not row_scales(x, first, plan, scales[own], zeros[own], room):
+            return first
+        # The same steps, and zero points that are counted from the least code.
         for k in range(count):
-            shifted[k] = zeros[first + k] - plan.rule.least + least
-        target = codes if packing else codes[own]
-        integer_grid.encode(x[own], steps, shifted, least, most, target)
-        if packing:
-            pack_row(line, plan.bits, packed[first // count])
+            shifted[k] = zeros[first + k] - least
+        nought = like(0, least)
+        integer_grid.encode(x[own], steps, shifted, nought, plan.rule.most - least, codes)
+        pack_row(line, plan.bits, packed[row])
     return -1
 
 
 @jit
 def encode_minifloats(x, plan, scales, zeros, codes, line, packed, room):  # type: ignore[no-untyped-def]
-    """Codes on a minifloat grid; arguments as for ``encode_integers``."""
+    """Codes on a minifloat grid; where ``packed`` has rows, packed, ``codes`` being one row.
+
+    ``line`` is that row as a whole.
+    """
     count = room.shape[1]
     size = x.shape[1]
     packing = packed.shape[0] > 0
@@ -219,7 +225,7 @@ def encode_minifloats(x, plan, scales, zeros, codes, line, packed, room):  # typ
         own = slice(first, first + count)
         if not finish(plan, scales[own], zeros[own], room):
             return first
-        following = min(first + count, x.shape[0] - count)
+        following = smaller(first + count, x.shape[0] - count)
         target = codes if packing else codes[own]
         for k in range(count):
             step = room[2, k]

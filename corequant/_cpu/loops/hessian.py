@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from corequant._cpu.loops.bits import smaller
 from corequant._cpu.loops.jit import jit
 
-__all__ = ["factor_and_invert", "first_fault"]
+__all__ = ["TILE", "factor_and_invert", "first_fault"]
 
-_TILE = 64
+TILE = 64
+"""Rows and columns that are compared at a time with those across the diagonal."""
 
 
 @jit
@@ -32,22 +34,22 @@ def _is_faulty(row, stop, column, end, H, root, slack, turned):  # type: ignore[
 
 
 @jit
-def first_fault(first, last, H, root, slack, found):  # type: ignore[no-untyped-def]
+def first_fault(first, last, H, root, slack, turned, found):  # type: ignore[no-untyped-def]
     """Write where rows ``first..last-1`` of H stop being those of a Gram matrix.
 
     ``root`` (d,) holds the roots of the diagonal. ``found`` (d, 2) gets, for each row, the first
     column where ``H_ij`` and ``H_ji`` differ by more than ``slack`` times ``root_i root_j``, and
     the first where ``|H_ij|`` is above that product by more than ``slack``; d where there is none.
+    ``turned`` (TILE, TILE) is room in the dtype of H.
     """
     d = H.shape[0]
-    turned = np.empty((_TILE, _TILE), H.dtype)
-    for row in range(first, last, _TILE):
-        stop = min(row + _TILE, last)
+    for row in range(first, last, TILE):
+        stop = smaller(row + TILE, last)
         for i in range(row, stop):
             found[i, 0] = d
             found[i, 1] = d
-        for column in range(0, d, _TILE):
-            end = min(column + _TILE, d)
+        for column in range(0, d, TILE):
+            end = smaller(column + TILE, d)
             corner = (np.uint64(row), np.uint64(stop), np.uint64(column), np.uint64(end))
             if not _is_faulty(*corner, H, root, slack, turned):
                 continue
@@ -62,29 +64,26 @@ def first_fault(first, last, H, root, slack, found):  # type: ignore[no-untyped-
 
 @jit
 def factor_and_invert(square, lower, inverse):  # type: ignore[no-untyped-def]
-    """Write L of ``square = L Lᵀ`` and L⁻¹, all (n, n); return whether the square is definite."""
+    """Write L of ``square = L Lᵀ`` and L⁻¹, all (n, n); return whether the square is definite.
+
+    ``lower`` and ``inverse`` are zeros, float64.
+    """
     n = square.shape[0]
-    L = np.zeros((n, n))
-    X = np.zeros((n, n))
     for i in range(n):
         for j in range(i + 1):
             total = np.float64(square[i, j])
             for k in range(j):
-                total -= L[i, k] * L[j, k]
+                total -= lower[i, k] * lower[j, k]
             if i > j:
-                L[i, j] = total / L[j, j]
-            elif total > 0 and np.isfinite(total):
-                L[i, i] = np.sqrt(total)
+                lower[i, j] = total / lower[j, j]
+            elif total > 0 and total < np.inf:
+                lower[i, i] = np.sqrt(total)
             else:
                 return False
     for i in range(n):
-        X[i, i] = 1 / L[i, i]
+        inverse[i, i] = 1 / lower[i, i]
         for k in range(i):
-            factor = L[i, k] / L[i, i]
+            factor = lower[i, k] / lower[i, i]
             for j in range(k + 1):
-                X[i, j] -= factor * X[k, j]
-    for i in range(n):
-        for j in range(n):
-            lower[i, j] = L[i, j]
-            inverse[i, j] = X[i, j]
+                inverse[i, j] -= factor * inverse[k, j]
     return True

@@ -19,13 +19,14 @@ __all__ = ["exchange", "extremes", "search_exchanges", "search_flips", "spread"]
 
 
 @jit
-def spread(C, order, blocks):  # type: ignore[no-untyped-def]
-    """Put channels, in the given order, into the open block that they cost the least in."""
+def spread(C, order, count, block_of, load):  # type: ignore[no-untyped-def]
+    """Put channels, in the given order, into the open block that they cost the least in.
+
+    ``count`` (blocks,) and ``load`` (blocks, d), the sums of a block's rows of C, start at zero.
+    """
     d = C.shape[0]
+    blocks = load.shape[0]
     room = d // blocks
-    load = np.zeros((blocks, d), np.float32)
-    count = np.zeros(blocks, np.int64)
-    block_of = np.empty(d, np.int64)
     for c in order:
         best = -1
         for j in range(blocks):
@@ -35,7 +36,6 @@ def spread(C, order, blocks):  # type: ignore[no-untyped-def]
         count[best] += 1
         for k in range(d):
             load[best, k] += C[c, k]
-    return block_of, load
 
 
 @jit
