@@ -298,6 +298,33 @@ def backends(as_json: Json = False) -> None:
         show.backends(rows)
 
 
+@app.command()
+def cache(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder in place of the usual ones.")
+    ] = None,
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Compile what common calls need, unless it is there.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show where compiled code is cached; fill the cache, for an image that is read-only later.
+
+    A folder other than the usual ones is used where NUMBA_CACHE_DIR is set to it.
+    """
+    from corequant.compiled import cache_contents, use_folder, warm_cache
+
+    if folder is not None:
+        use_folder(folder)
+    calls = warm_cache() if warm else 0
+    found = cache_contents()
+    if as_json:
+        rows = [{**vars(entry), "path": str(entry.path)} for entry in found]
+        _print_json({"calls": calls, "folders": rows})
+    else:
+        show.cache(found)
+
+
 def run() -> int:
     """Run the command line and return its exit status; expected errors print one line."""
     try:

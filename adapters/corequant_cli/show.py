@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,11 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from corequant.compiled import CacheFolder
+
 __all__ = [
     "backends",
+    "cache",
     "demo",
     "evaluation",
     "fates",
@@ -316,6 +319,12 @@ def demo(result: Any) -> None:
         f"INT4 weights and activations\nbest: {result.best}, saved to {marked(result.output)} "
         f"and loaded again; it generates:\n[italic]{marked(result.sentence)}[/italic]"
     )
+
+
+def cache(folders: Sequence[CacheFolder]) -> None:
+    """Print folders of compiled code."""
+    for folder in folders:
+        _console.print(marked(folder), soft_wrap=True)
 
 
 def backends(rows: dict[str, dict[str, str]]) -> None:

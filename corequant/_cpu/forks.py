@@ -66,12 +66,13 @@ def register() -> None:
 
 
 def locks() -> Iterator[Any]:
-    """Yield the locks of numba's compiler and of LLVM, as far as the packages are loaded.
+    """Yield our own lock, and those of numba's compiler and of LLVM, as far as they are loaded.
 
-    Their order is that in which a compilation takes them. Numba guards its contexts with two locks
+    Their order is that in which a compilation takes them. numba guards its contexts with two locks
     each, its own and, before Python 3.12, that of ``functools.cached_property``; every use of a
     compiled function holds them for a moment.
     """
+    yield from _found("corequant._cpu.loops.jit", "LOCK")
     yield from _found("numba.core.compiler_lock", "global_compiler_lock", "_lock")
     registry: Any = sys.modules.get("numba.core.registry")
     for guarded in vars(getattr(registry, "CPUTarget", object)).values():

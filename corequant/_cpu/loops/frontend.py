@@ -33,8 +33,8 @@ from numba.extending import typeof_impl
 from numba.np import arrayobj
 
 from corequant._cpu.codegen.compiler import NAME
-from corequant._cpu.loops import intrinsics  # noqa: F401  (registers them)
-from corequant._cpu.loops.jit import ALLOCATE, FAILED, FREE, UNABLE, Kernel
+from corequant._cpu.loops.intrinsics import register
+from corequant._cpu.loops.source import ALLOCATE, FAILED, FREE, UNABLE, Source
 
 __all__ = ["lower"]
 
@@ -155,19 +155,20 @@ jit_registry[_Target] = _njit
 
 
 @cache
-def _dispatcher(kernel: Kernel) -> Any:
+def _dispatcher(kernel: Source) -> Any:
     fastmath = _REORDERED if kernel.reordered else False
     return _njit(kernel.function, nogil=True, error_model="numpy", fastmath=fastmath)
 
 
-@typeof_impl.register(Kernel)
-def _typeof_kernel(value: Kernel, context: Any) -> Any:
+@typeof_impl.register(Source)
+def _typeof_kernel(value: Source, context: Any) -> Any:
     return types.Dispatcher(_dispatcher(value))
 
 
-def lower(kernel: Kernel, arguments: tuple[Any, ...]) -> Any:
+def lower(kernel: Source, arguments: tuple[Any, ...]) -> Any:
     """Return a module whose one function unpacks arguments like these and runs the kernel."""
     with global_compiler_lock:
+        register()
         signature = tuple(_type_of(a) for a in arguments)
         dispatcher = _dispatcher(kernel)
         dispatcher.compile(signature)

@@ -1,10 +1,8 @@
-"""What kernels do with bits and short vectors, as LLVM instructions; registered with numba.
-
-Each has a definition in plain Python in ``bits``, ``lanes`` or ``nibbles``.
-"""
+"""Primitives of kernels as LLVM instructions, registered with numba; imported only to compile."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +13,9 @@ from numba.extending import lower_builtin, type_callable
 from numba.np.arrayobj import make_array
 
 from corequant._cpu.codegen.compiler import processor
-from corequant._cpu.loops import bits, lanes, nibbles
-from corequant._cpu.loops.lanes import HALF, LANES
+from corequant._cpu.loops.bits import HALF, LANES, PRIMITIVES
 
-__all__: list[str] = []
+__all__ = ["register"]
 
 _AHEAD = 384
 """Bytes of codes that are asked for ahead of reading: what is written keeps the processor from
@@ -32,41 +29,52 @@ _FLOATS = {unsigned: real for real, unsigned in _BITS.items()}
 Emit = Callable[..., Any]
 
 
-def _intrinsic(function: Any, returned: Callable[..., Any]) -> Callable[[Emit], Emit]:
-    """Register how a function is typed, and what is emitted for a call: a value, or None."""
+_EMITTERS: dict[str, tuple[Callable[..., Any], Emit]] = {}
+"""What types a primitive of types returns, and what is emitted for a call."""
 
+
+def register() -> None:
+    """Tell numba of the primitives that are known by now."""
+    for name in sorted(_EMITTERS.keys() & PRIMITIVES.keys()):
+        _register(PRIMITIVES[name], *_EMITTERS.pop(name))
+
+
+def _register(function: Callable[..., Any], returned: Callable[..., Any], emit: Emit) -> None:
     def typed(context: Any) -> Any:
-        # numba calls this with the arguments' types, and asks for its parameters.
-        names = function.__code__.co_varnames[: function.__code__.co_argcount]
-        space: dict[str, Any] = {"returned": returned}
-        exec(f"def typer({', '.join(names)}): return returned({', '.join(names)})", space)
-        return space["typer"]
+        # numba looks for the names of its parameters.
+        return functools.wraps(function)(returned)
 
-    def register(emit: Emit) -> Emit:
-        def lowered(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            value = emit(context, builder, signature, values)
-            return context.get_dummy_value() if value is None else value
+    def lowered(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        value = emit(context, builder, signature, values)
+        return context.get_dummy_value() if value is None else value
 
-        type_callable(function)(typed)
-        count = function.__code__.co_argcount
-        lower_builtin(function, *(types.Any for _ in range(count)))(lowered)
+    type_callable(function)(typed)
+    count = function.__code__.co_argcount
+    lower_builtin(function, *(types.Any for _ in range(count)))(lowered)
+
+
+def _emits(name: str, returned: Callable[..., Any]) -> Callable[[Emit], Emit]:
+    """Give what a primitive's call becomes: a value, or None."""
+
+    def keep(emit: Emit) -> Emit:
+        _EMITTERS[name] = (returned, emit)
         return emit
 
-    return register
+    return keep
 
 
-@_intrinsic(bits.to_bits, _BITS.get)
-@_intrinsic(bits.to_float, _FLOATS.get)
+@_emits("to_bits", lambda x: _BITS.get(x))
+@_emits("to_float", lambda bits: _FLOATS.get(bits))
 def _reinterpret(context: Any, builder: Any, signature: Any, values: Any) -> Any:
     return builder.bitcast(values[0], context.get_value_type(signature.return_type))
 
 
-@_intrinsic(bits.larger, lambda a, b: a)
+@_emits("larger", lambda a, b: a)
 def _larger(context: Any, builder: Any, signature: Any, values: Any) -> Any:
     return _chosen(">", context, builder, signature, values)
 
 
-@_intrinsic(bits.smaller, lambda a, b: a)
+@_emits("smaller", lambda a, b: a)
 def _smaller(context: Any, builder: Any, signature: Any, values: Any) -> Any:
     return _chosen("<", context, builder, signature, values)
 
@@ -84,7 +92,7 @@ def _chosen(relation: str, context: Any, builder: Any, signature: Any, values: A
     return builder.select(beyond, second, first)
 
 
-@_intrinsic(bits.like, lambda value, sample: sample)
+@_emits("like", lambda value, sample: sample)
 def _like(context: Any, builder: Any, signature: Any, values: Any) -> Any:
     return context.cast(builder, values[0], signature.args[0], signature.return_type)
 
@@ -132,14 +140,14 @@ def _prefetch(builder: Any, address: Any, bytes_: int) -> None:
     builder.call(function, [builder.gep(first, [ir.Constant(_I32, bytes_)]), *how])
 
 
-@_intrinsic(lanes.ask_for, lambda x, at: types.none)
+@_emits("ask_for", lambda x, at: types.none)
 def _ask_for(context: Any, builder: Any, signature: Any, values: Any) -> None:
     address = _place(context, builder, signature.args[0], values[0], values[1], _F32)
     for line in range(0, 4 * LANES, 64):
         _prefetch(builder, address, line)
 
 
-@_intrinsic(lanes.largest_of_half, lambda x, at: types.uint32)
+@_emits("largest_of_half", lambda x, at: types.uint32)
 def _largest(context: Any, builder: Any, signature: Any, values: Any) -> Any:
     words = ir.VectorType(_I32, HALF)
     loaded = builder.load(_place(context, builder, signature.args[0], values[0], values[1], words))
@@ -245,7 +253,7 @@ def _codes(context: Any, builder: Any, v: _Nibbles, kind: Any, packed: Any, at: 
     return builder.zext(v.pick(even, odd, turns), ir.VectorType(_I32, LANES))
 
 
-@_intrinsic(nibbles.encode_nibbles, lambda x, at, low, high, r, packed: types.none)
+@_emits("encode_nibbles", lambda x, at, low, high, r, packed: types.none)
 def _encode(context: Any, builder: Any, signature: Any, values: Any) -> None:
     kinds = signature.args
     v = _Nibbles(builder, _Constants(context, builder, kinds[4], values[4]))
@@ -262,7 +270,7 @@ def _encode(context: Any, builder: Any, signature: Any, values: Any) -> None:
     builder.store(builder.or_(even, builder.shl(odd, four)), place, align=1)
 
 
-@_intrinsic(nibbles.decode_integers, lambda packed, at, step, zero, out: types.none)
+@_emits("decode_integers", lambda packed, at, step, zero, out: types.none)
 def _decode_integers(context: Any, builder: Any, signature: Any, values: Any) -> None:
     kinds = signature.args
     v = _Nibbles(builder, None)
@@ -272,7 +280,7 @@ def _decode_integers(context: Any, builder: Any, signature: Any, values: Any) ->
     builder.store(numbers, place, align=4)
 
 
-@_intrinsic(nibbles.decode_nibbles, lambda packed, at, low, high, r, out: types.none)
+@_emits("decode_nibbles", lambda packed, at, low, high, r, out: types.none)
 def _decode(context: Any, builder: Any, signature: Any, values: Any) -> None:
     kinds = signature.args
     v = _Nibbles(builder, _Constants(context, builder, kinds[4], values[4]))

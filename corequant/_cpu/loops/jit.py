@@ -21,35 +21,20 @@ from llvmlite import binding
 
 from corequant._cpu.arrays import address_of
 from corequant._cpu.codegen.compiler import cached, compiled_away, edition
+from corequant._cpu.loops.source import ALLOCATE, FREE, UNABLE, Source
 
-__all__ = ["ALLOCATE", "FAILED", "FREE", "UNABLE", "Kernel", "jit", "jit_reordered"]
+__all__ = ["LOCK", "Kernel", "jit", "jit_reordered"]
 
-FAILED, UNABLE = -(1 << 63), 1 - (1 << 63)
-"""What compiled code returns when it runs out of memory, and where a kernel's result is neither an
-integer nor a bool: such kernels are for other kernels, and run as plain Python otherwise."""
-
-ALLOCATE, FREE = "corequant_allocate", "corequant_free"
-"""Symbols by which compiled code asks for memory: those of Python that need no lock."""
-
-_LOCK = threading.RLock()
+LOCK = threading.RLock()
 """Held while a kernel is compiled or loaded: one thread does it, others wait."""
 
 
-class Kernel:
-    """A function that is compiled for the types of its arguments.
-
-    Parameters
-    ----------
-    function : callable
-        What to compile: a function of arrays, numbers and tuples of these.
-    reordered : bool
-        Sums may be taken in any order, so in vectors.
-    """
+class Kernel(Source):
+    """A function that is compiled for the types of its arguments when it is called with them."""
 
     def __init__(self, function: Callable[..., Any], reordered: bool) -> None:
+        super().__init__(function, reordered)
         functools.update_wrapper(self, function)
-        self.function = function
-        self.reordered = reordered
         self._loaded: dict[Any, tuple[Callable[..., int], struct.Struct]] = {}
 
     def __call__(self, *arguments: Any) -> Any:
@@ -69,7 +54,7 @@ class Kernel:
     def _load(
         self, key: tuple[Any, ...], arguments: tuple[Any, ...]
     ) -> tuple[Callable[..., int], struct.Struct]:
-        with _LOCK:
+        with LOCK:
             if key in self._loaded:
                 return self._loaded[key]
             described = "\0".join(

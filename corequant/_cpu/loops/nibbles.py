@@ -1,6 +1,6 @@
 """Codes of 4 bits, 32 at a time: packed bytes to numbers and back.
 
-Compiled, what works on 32 codes are the vectors of ``intrinsics``.
+``intrinsics`` has what works on 32 codes as vectors.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from corequant._cpu.loops.bits import HALF, LANES, primitive
 from corequant._cpu.loops.jit import jit
-from corequant._cpu.loops.lanes import HALF, LANES, ask_for
+from corequant._cpu.loops.lanes import ask_for
 from corequant._cpu.loops.minifloat_grid import nearest_code, value_of
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 
+@primitive
 def encode_nibbles(x: Any, at: Any, low: Any, high: Any, r: Any, packed: Any) -> None:
     """Write ``packed[at/2:]`` from ``x[at:at + 32]``, whose halves have steps ``low``, ``high``."""
     steps = (low,) * HALF + (high,) * HALF
@@ -31,6 +33,7 @@ def encode_nibbles(x: Any, at: Any, low: Any, high: Any, r: Any, packed: Any) ->
         packed[at // 2 + i] = np.uint8(codes[2 * i] | (codes[2 * i + 1] << 4))
 
 
+@primitive
 def decode_nibbles(packed: Any, at: Any, low: Any, high: Any, r: Any, out: Any) -> None:
     """Write ``out[at:at + 32]`` from ``packed[at/2:]``; the halves have steps ``low``, ``high``."""
     steps = (low,) * HALF + (high,) * HALF
@@ -39,6 +42,7 @@ def decode_nibbles(packed: Any, at: Any, low: Any, high: Any, r: Any, out: Any) 
         out[at + i] = value_of(r.one.dtype.type(code), r) * steps[i]
 
 
+@primitive
 def decode_integers(packed: Any, at: Any, step: Any, zero: Any, out: Any) -> None:
     """Write ``out[at:at + 32]`` from ``packed[at/2:]``, whose codes count from zero."""
     for i in range(LANES):
