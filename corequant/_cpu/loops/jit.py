@@ -14,6 +14,7 @@ import functools
 import struct
 import threading
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,7 @@ class Kernel(Source):
             described = "\0".join(
                 (
                     edition("corequant._cpu.loops", "corequant._cpu.codegen"),
+                    metadata.version("numba"),
                     self.function.__module__,
                     self.function.__qualname__,
                     str(key),
