@@ -18,6 +18,7 @@ from corequant._cpu.loops import (
     gain_table,
     hqo,
     integer_grid,
+    lanes,
     minifloat_grid,
 )
 from corequant._cpu.loops import scales as rules
@@ -53,7 +54,7 @@ def ranges(panel: Array, symmetric: bool, skip: bool) -> tuple[Array, Array]:
     if skip:
         panel = np.where(np.isfinite(panel), panel, panel.dtype.type(0))
     mask = magnitude_mask(panel.dtype)
-    if symmetric and panel.dtype == np.float32 and panel.shape[1] % 16 == 0:
+    if symmetric and panel.dtype == np.float32 and panel.shape[1] in (lanes.HALF, lanes.LANES):
         integer_grid.all_magnitudes(panel, high)
     elif symmetric:
         integer_grid.magnitudes(panel, mask, high)

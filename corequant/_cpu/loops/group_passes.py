@@ -141,9 +141,9 @@ def fake_affine(x, plan, scales, zeros, out):  # type: ignore[no-untyped-def]
         for i in range(size):
             bits = to_bits(x[following, i])
             part = like(bits & mask, mask)
-            negative = bits > mask
-            above = larger(above, none if negative else part)
-            below = larger(below, part if negative else none)
+            # Products, for a branch would keep this loop from becoming vectors.
+            above = larger(above, like(part * like(bits <= mask, mask), mask))
+            below = larger(below, like(part * like(bits > mask, mask), mask))
             code = np.rint(x[g, i] / step) + zero
             code = least if code < least else code
             out[g, i] = ((most if code > most else code) - zero) * step

@@ -43,9 +43,9 @@ def row_range(row, mask):  # type: ignore[no-untyped-def]
     for i in range(row.shape[0]):
         bits = to_bits(row[i])
         b = like(bits & mask, mask)
-        negative = bits > mask
-        above = larger(above, like(0, mask) if negative else b)
-        below = larger(below, b if negative else like(0, mask))
+        # Products, for a branch would keep this loop from becoming vectors.
+        above = larger(above, like(b * like(bits <= mask, mask), mask))
+        below = larger(below, like(b * like(bits > mask, mask), mask))
     return below, above
 
 

@@ -84,12 +84,13 @@ def _chosen(relation: str, context: Any, builder: Any, signature: Any, values: A
     kind = signature.args[0]
     first, second = values[0], context.cast(builder, values[1], signature.args[1], kind)
     if isinstance(kind, types.Float):
-        beyond = builder.fcmp_ordered(relation, second, first)
-    elif kind.signed:
-        beyond = builder.icmp_signed(relation, second, first)
-    else:
-        beyond = builder.icmp_unsigned(relation, second, first)
-    return builder.select(beyond, second, first)
+        return builder.select(builder.fcmp_ordered(relation, second, first), second, first)
+    # The form that LLVM makes vectors of, whatever stands before and behind.
+    name = ("s" if kind.signed else "u") + {">": "max", "<": "min"}[relation]
+    whole = first.type
+    types_ = ir.FunctionType(whole, [whole, whole])
+    function = builder.module.declare_intrinsic(f"llvm.{name}", [whole], types_)
+    return builder.call(function, [first, second])
 
 
 @_emits("like", lambda value, sample: sample)
