@@ -71,8 +71,8 @@ def write(
     stored.check()
     with new_directory(target) as folder:
         copy_files(stored.copied_files(), folder)
-        config = json_text(_config(stored, scheme))
-        (folder / "config.json").write_text(config, encoding="utf-8")
+        config = json_text(_config(stored, scheme)).encode()
+        (folder / "config.json").write_bytes(config)
         places = _write_shards(folder, _tensors(stored, scheme), shard_bytes)
         _compare(folder, places, stored, scheme)
         write_digests(folder)
@@ -182,7 +182,7 @@ def _write_shards(
     if len(parts) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         file = folder / "model.safetensors.index.json"
-        file.write_text(json_text(index), encoding="utf-8")
+        file.write_bytes(json_text(index).encode())
     return places
 
 
