@@ -323,8 +323,9 @@ def test_no_step_is_done_twice(source, tokens, whole, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_statistics_of_the_whole_stream_are_taken_up_again(source, tokens, tmp_path):
-    recipe = Recipe(block_size=16, rotation="online", permutation="energydiff", factors="signs")
+@pytest.mark.parametrize("factors", ["signs", "none"])
+def test_statistics_of_the_whole_stream_are_taken_up_again(factors, source, tokens, tmp_path):
+    recipe = Recipe(block_size=16, rotation="online", permutation="energydiff", factors=factors)
     cqhf.quantize(source, recipe, tokens, tmp_path / "whole")
     begin(source, tokens, tmp_path / "out", "calibrate-00000", recipe)
     cqhf.quantize(source, recipe, tokens, tmp_path / "out", resume=True)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import quote
 
 import torch
 from filelock import lock_descriptor
@@ -68,12 +69,15 @@ class WindowFile:
 
     def __getitem__(self, index: slice) -> torch.Tensor:
         first, last, _ = index.indices(len(self))
+        shape = (last - first, *self.shape[1:])
         data = bytearray((last - first) * self._bytes)
+        if not data:
+            return torch.empty(shape, dtype=self.dtype)
         with self.path.open("rb") as file:
             file.seek(first * self._bytes)
             if file.readinto(data) != len(data):
                 raise RunError(f"{self.path} ends before window {last}")
-        return torch.frombuffer(data, dtype=self.dtype).reshape(-1, *self.shape[1:])
+        return torch.frombuffer(data, dtype=self.dtype).reshape(shape)
 
     def __setitem__(self, index: int, value: torch.Tensor) -> None:
         flat = value.detach().cpu().to(self.dtype).contiguous().reshape(-1)
@@ -206,7 +210,7 @@ class RunDirectory:
 
     def windows(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> WindowFile:
         """Return room for hidden states that the next commit will hand on under ``name``."""
-        path = self.path / f".{name}.tmp"
+        path = self.path / f".{quote(name, safe='')}.tmp"
         try:
             path.unlink(missing_ok=True)
             return WindowFile(path, shape, dtype, write=True)
@@ -242,48 +246,27 @@ class RunDirectory:
                 left.unlink()
 
     def _keep(self, step: str, name: str, windows: Windows, files: dict[str, str]) -> Any:
-        """Rename a file of hidden states after the step, unless an earlier step did."""
-        target = self.path / f"{step}.{name}.bin"
+        """Rename a file of hidden states after the step; others are copied to one."""
+        if not isinstance(windows, WindowFile) or not windows.path.name.startswith("."):
+            written = self.windows(name, tuple(windows.shape), windows[0:1].dtype)
+            for k in range(len(windows)):
+                written[k] = windows[k : k + 1]
+            windows = written
+        target = self._state_file(step, name)
         try:
-            if isinstance(windows, WindowFile) and not windows.path.name.startswith("."):
-                windows = self._linked(name, windows, target)
-            elif not isinstance(windows, WindowFile):
-                windows = self._copied(name, windows)
-            if windows.path != target:
-                sync(windows.path)
-                move(windows.path, target)
-                windows.path = target
+            sync(windows.path)
+            move(windows.path, target)
+            windows.path = target
             sync(self.path)
             files[target.name] = file_sha256(target)
         except OSError as error:
-            if isinstance(error, CorequantError):
-                raise
             raise OutputError(f"{target} could not be written: {error}") from error
         return [list(windows.shape), str(windows.dtype).removeprefix("torch.")]
-
-    def _linked(self, name: str, windows: WindowFile, target: Path) -> WindowFile:
-        """Return an earlier step's states, kept for as long as those of ``target`` are."""
-        if windows.path == target:
-            return windows
-        target.unlink(missing_ok=True)
-        try:
-            os.link(windows.path, target)
-        except (AttributeError, OSError):
-            # There are systems, and disks such as those of exFAT, without hard links.
-            return self._copied(name, windows)
-        return WindowFile(target, tuple(windows.shape), windows.dtype)
-
-    def _copied(self, name: str, windows: Windows) -> WindowFile:
-        """Return states in a file that has no step's name yet."""
-        written = self.windows(name, tuple(windows.shape), windows[0:1].dtype)
-        for k in range(len(windows)):
-            written[k] = windows[k : k + 1]
-        return written
 
     def _forget(self, steps: list[str]) -> None:
         for step in steps:
             for name in self._records[step]["state"]:
-                (self.path / f"{step}.{name}.bin").unlink(missing_ok=True)
+                self._state_file(step, name).unlink(missing_ok=True)
 
     def resume(self, steps: list[str]) -> int:
         """Return how many of the steps are done and whole; what lies after them is removed."""
@@ -341,11 +324,14 @@ class RunDirectory:
             return {}
         step = self._order[-1]
         return {
-            name: WindowFile(self.path / f"{step}.{name}.bin", tuple(shape), getattr(torch, dtype))
+            name: WindowFile(self._state_file(step, name), tuple(shape), getattr(torch, dtype))
             for name, (shape, dtype) in self._records[step]["state"].items()
         }
 
     # ---- what goes beyond a ledger
+
+    def _state_file(self, step: str, name: str) -> Path:
+        return self.path / f"{step}.{quote(name, safe='')}.bin"
 
     def _tensor_file(self, step: str) -> Path:
         return self.path / f"{step}.safetensors"
