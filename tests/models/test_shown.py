@@ -17,6 +17,7 @@ from corequant_cli.show import marked, plain
 from corequant_transformers.checkpoint.reports import read_report
 from corequant_transformers.files.digests import DIGESTS
 from corequant_transformers.planning.memory import limit_memory
+from tests import capabilities
 from tests.models.test_checkpoint import word_level
 from tests.models.test_sources import edit, write
 
@@ -188,6 +189,7 @@ def test_plans_and_reports_of_directories_with_brackets(command, tmp_path):
 # ---- what is read and written
 
 
+@capabilities.pipes
 def test_pipes_are_not_waited_for(command, tmp_path):
     folder, pipe = write(tmp_path / "model"), tmp_path / "pipe"
     os.mkfifo(pipe)
