@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["forks", "limits", "links", "modes", "pipes", "procfs", "protection"]
+__all__ = ["forks", "limits", "links", "names", "pipes", "procfs", "protection"]
 
 
 def _links() -> bool:
@@ -22,11 +22,12 @@ def _links() -> bool:
     return False
 
 
-def _modes() -> bool:
-    """Return whether directories can be their owner's alone."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "x").mkdir(mode=0o700)
-        return (Path(folder) / "x").stat().st_mode & 0o777 == 0o700
+def _names() -> bool:
+    """Return whether names may have characters that aren't printable."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(OSError):
+        (Path(folder) / "a\x1b[31m\n\u202e").mkdir()
+        return True
+    return False
 
 
 def _protection() -> bool:
@@ -42,7 +43,7 @@ def _needs(able: bool, what: str) -> pytest.MarkDecorator:
 forks = _needs(hasattr(os, "fork"), "fork")
 limits = _needs(importlib.util.find_spec("resource") is not None, "limits of resources")
 links = _needs(_links(), "links that anybody may make")
-modes = _needs(_modes(), "permissions by owner")
+names = _needs(_names(), "names with any character")
 pipes = _needs(hasattr(os, "mkfifo"), "pipes with names")
 procfs = _needs(Path("/proc/self/statm").exists(), "/proc")
 protection = _needs(_protection(), "mprotect")

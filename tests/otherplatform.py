@@ -15,6 +15,8 @@ from __future__ import annotations
 import builtins
 import ctypes
 import errno
+import functools
+import importlib.util
 import io
 import os
 import re
@@ -34,14 +36,14 @@ FUNCTIONS = (
     "getgid getgroups getloadavg getpgid getxattr killpg lchown lockf memfd_create mkfifo mknod "
     "nice openpty pipe2 posix_fadvise posix_fallocate posix_spawn pread preadv pwrite pwritev "
     "readv register_at_fork sched_getaffinity sched_setaffinity sched_yield sendfile setsid "
-    "setuid setxattr statvfs sync sysconf uname wait3 wait4 waitid writev O_ACCMODE O_CLOEXEC "
+    "setuid setxattr statvfs sync uname wait3 wait4 waitid writev O_ACCMODE O_CLOEXEC "
     "O_DIRECT O_DIRECTORY O_DSYNC O_NOATIME O_NOFOLLOW O_NONBLOCK O_SYNC O_TMPFILE"
 ).split()
 """Of ``os``; ``getuid`` is left, which pytest asks."""
 
 SIGNALS = (
     "ITIMER_REAL SIGALRM SIGBUS SIGHUP SIGKILL SIGPIPE SIGQUIT SIGSTOP SIGUSR1 SIGXFSZ alarm "
-    "getitimer pause pthread_kill pthread_sigmask setitimer sigwait"
+    "getitimer pause pthread_kill setitimer sigwait"
 ).split()
 ENCODING = "cp1252"
 REMOVED = 1 << 30
@@ -56,6 +58,8 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 def install() -> None:
     """Take away what Windows lacks, for good; libraries are imported first."""
+    if importlib.util.find_spec("fcntl") is None:
+        return
     import fcntl
     import resource
     import tempfile
@@ -72,9 +76,13 @@ def install() -> None:
     filelock.lock_descriptor  # noqa: B018
     files = _Files(lambda handle: not fcntl.fcntl(handle, fcntl.F_GETFL) & _WRITING)
     usage, own = resource.getrusage, resource.RUSAGE_SELF
-    psutil.Process = lambda: SimpleNamespace(
-        memory_info=lambda: SimpleNamespace(peak_wset=1024 * usage(own).ru_maxrss)
-    )
+    psutil._common.open, info = builtins.open, psutil.Process.memory_info
+
+    @functools.wraps(info)
+    def with_peak(process: Any) -> Any:
+        return SimpleNamespace(**info(process)._asdict(), peak_wset=1024 * usage(own).ru_maxrss)
+
+    psutil.Process.memory_info = with_peak
 
     for name in MODULES:
         sys.modules[name] = None  # type: ignore[assignment]
@@ -196,6 +204,8 @@ class _Files:
                 raise error
 
     def _held(self) -> Iterator[str]:
+        if not self._os.path.exists("/proc/self/maps"):
+            return
         for handle in self._os.listdir("/proc/self/fd"):
             try:
                 yield self._os.readlink(f"/proc/self/fd/{handle}")

@@ -91,7 +91,7 @@ def quantize(
     ] = False,
     memory: Annotated[
         str | None,
-        typer.Option(help="Memory limit, enforced by the system.", metavar="<size>[MiB|GiB]"),
+        typer.Option(help="Memory limit, which Linux enforces.", metavar="<size>[MiB|GiB]"),
     ] = None,
     device: Device = "cpu",
     dry_run: Annotated[

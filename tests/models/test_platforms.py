@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -58,7 +59,7 @@ result = cqhf.quantize(source, recipe, tokens, output, resume=True)
 assert 50 < result.report["peak_rss_mib"] < 10_000
 first = cqhf.load(output).state_dict()
 assert first and all(bool(tensor.isfinite().all()) for tensor in first.values())
-with pytest.raises(cq.RecipeError, match="must be left out on a system.* got 2GiB"):
+with pytest.raises(cq.RecipeError, match="must be left out.* got 2GiB"):
     cqhf.limit_memory("2GiB", cqhf.plan(source, recipe))
 
 def command(*arguments):
@@ -98,6 +99,7 @@ def elsewhere(tmp_path):
         (tmp_path / "program.py").write_text(BEGINNING + text, encoding="utf-8")
         return subprocess.run(
             [sys.executable, "-m", "tests.otherplatform", tmp_path / "program.py", *arguments],
+            cwd=Path(__file__).parents[2],
             capture_output=True,
             text=True,
             check=False,

@@ -131,6 +131,7 @@ def test_inspecting_compares_files(saved, command, tmp_path):
     assert "match their digests" not in printed
 
 
+@capabilities.names
 @pytest.mark.filterwarnings("always::UserWarning")
 def test_a_warning_is_one_line_that_a_terminal_may_see(copy_of, command, tmp_path):
     nasty = tmp_path / "a\x1b[31m\nb"
@@ -167,6 +168,7 @@ def test_names_of_files_are_printable(name, command, tmp_path):
         assert plain(name).strip("\n") in errors or "\n" in name
 
 
+@capabilities.names
 @pytest.mark.filterwarnings("ignore:.*was written before:UserWarning")
 def test_names_of_directories_and_types_are_printable(copy_of, command, tmp_path):
     nasty = tmp_path / "a\x1b[31m[x]\u202e"
@@ -223,6 +225,7 @@ def test_a_byte_order_mark_changes_nothing(command, tmp_path):
     assert plan["recipe"]["block_size"] == 32
 
 
+@capabilities.limits
 @pytest.mark.parametrize("size", ["9" * 20 + "GiB", "9" * 400, "8589934592GiB"])
 def test_more_memory_than_there_can_be_is_refused(size):
     table = cqhf.plan(cqhf.tiny_model("llama"), Recipe(block_size=16))

@@ -122,8 +122,8 @@ def limit_memory(size: str, plan: ModelPlan) -> int:
 
 def _unlimited(size: str) -> RecipeError:
     return RecipeError(
-        "memory must be left out on a system that, other than Linux, enforces no limit on private "
-        f"memory, got {size}; plan prints the peak to expect"
+        "memory must be left out where the system, unlike Linux, enforces no limit on private "
+        f"memory, got {size[:40]}; plan prints the peak to expect"
     )
 
 
