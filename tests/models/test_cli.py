@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from tests import capabilities
 from tests.models.test_checkpoint import word_level
 
 ROOT = Path(__file__).parents[2]
-COMMAND = Path(sys.executable).with_name("corequant")
+COMMAND = shutil.which("corequant", path=Path(sys.executable).parent)
 TEXT = "a b c d e f g h i j k l m n o p " * 40
 
 
