@@ -86,6 +86,7 @@ assert status == 0 and "\\\\u03b4" in shown, shown
 assert command("quantize", source, "-o", f"{last}/no", "--calibration", text, *small,
                "--block-size", "16", "--memory", "2GiB")[0] == 1
 # A directory that is loaded can be removed.
+kept = cqhf.load(made)
 shutil.rmtree(made)
 assert not [f for f in pathlib.Path(last).rglob("*") if f.suffix == ".tmp"]
 """

@@ -35,6 +35,10 @@ __all__ = [
 ]
 
 _CHUNK = 2**20
+_BACKEND = "pread" if hasattr(os, "O_TEMPORARY") else "mmap"
+"""Windows, whose own flag this is, neither removes nor replaces what is mapped, and reserves memory
+for all of it. Elsewhere mapping is quicker."""
+
 _WAITS = (0.01, 0.05, 0.2, 0.5, 1.0)
 """Seconds between attempts to rename what another program has open."""
 
@@ -159,12 +163,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read all tensors of a safetensors file into memory.
-
-    They are not mapped: Windows neither removes nor replaces what is, and reserves memory for all
-    of it; elsewhere they would change with the file.
-    """
-    return safetensors.torch.load_file(path, backend="pread")
+    """Read all tensors of a safetensors file."""
+    return safetensors.torch.load_file(path, backend=_BACKEND)
 
 
 def compare(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
