@@ -134,7 +134,7 @@ def golden_vectors() -> dict[str, Array]:
     (6, 64)
     """
     folder = files("corequant") / "golden"
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     data = (folder / manifest["file"]).read_bytes()
     if (found := hashlib.sha256(data).hexdigest()) != manifest["sha256"]:
         raise BackendError(f"{manifest['file']} must have sha256 {manifest['sha256']}, got {found}")

@@ -6,6 +6,7 @@ been checked, so that help and usage errors are immediate.
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from pathlib import Path
@@ -90,7 +91,7 @@ def quantize(
     ] = False,
     memory: Annotated[
         str | None,
-        typer.Option(help="Memory limit, enforced by the system.", metavar="<size>[MiB|GiB]"),
+        typer.Option(help="Memory limit, which Linux enforces.", metavar="<size>[MiB|GiB]"),
     ] = None,
     device: Device = "cpu",
     dry_run: Annotated[
@@ -190,7 +191,7 @@ def export(
     written = cqhf.export(model, output, to, source=source, verify=verify)
     if as_json:
         files = sorted(written.rglob("*")) if written.is_dir() else [written]
-        places = {f: str(f.relative_to(written)) if f != written else f.name for f in files}
+        places = {f: f.relative_to(written).as_posix() if f != written else f.name for f in files}
         sizes = {place: f.stat().st_size for f, place in places.items() if f.is_file()}
         _print_json({"output": str(written), "to": to, "files": sizes})
     else:
@@ -327,6 +328,9 @@ def cache(
 
 def run() -> int:
     """Run the command line and return its exit status; expected errors print one line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Files and pipes may have an encoding that lacks what tables show, Windows' above all.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

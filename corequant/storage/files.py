@@ -36,15 +36,16 @@ def open_regular(path: str | Path) -> BufferedReader:
 
     Examples
     --------
+    >>> import os
     >>> from corequant.storage.files import open_regular
-    >>> open_regular("/dev/null")
+    >>> open_regular(os.devnull)
     Traceback (most recent call last):
     ...
-    OSError: [Errno 22] a device, where a regular file is expected: '/dev/null'
+    OSError: [Errno 22] a device, where a regular file is expected: '...'
     """
     try:
         # Opening a pipe waits for its other end unless it is told not to.
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
         if error.errno == errno.ENXIO:
             raise _irregular(path, "a socket") from None

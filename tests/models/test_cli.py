@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +19,11 @@ import pytest
 
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
+from tests import capabilities
 from tests.models.test_checkpoint import word_level
 
 ROOT = Path(__file__).parents[2]
-COMMAND = Path(sys.executable).with_name("corequant")
+COMMAND = shutil.which("corequant", path=Path(sys.executable).parent)
 TEXT = "a b c d e f g h i j k l m n o p " * 40
 
 
@@ -204,6 +206,7 @@ def test_errors_are_one_line(folder, arguments, status, words):
     assert not (folder / "out").exists()
 
 
+@capabilities.forks
 def test_interrupt(folder, tmp_path):
     long = tmp_path / "long.txt"
     long.write_text(TEXT * 200)
@@ -239,6 +242,7 @@ def test_dry_run_lists_every_tensor(folder, tmp_path):
     assert "norm folded" in table
 
 
+@capabilities.limits
 def test_memory_is_limited(folder, tmp_path):
     arguments = ("quantize", "model", "-o", tmp_path / "out", "--calibration", "text.txt", *SMALL)
     done = run(*arguments, "--memory", "100MiB", cwd=folder, check=False)
@@ -256,6 +260,7 @@ def readme_commands():
     return [line for line in lines if line.startswith("corequant ")]
 
 
+@capabilities.links
 @pytest.mark.real_model
 def test_the_readmes_commands(smollm2_path, tmp_path):
     from pydoc_data.topics import topics

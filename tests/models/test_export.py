@@ -132,16 +132,22 @@ def test_layers_that_are_fused_share_a_global_scale(rounding, tokens, tmp_path):
         assert len(set(own.values())) == 4
 
 
+def rewrite(file, change):
+    """Write a file of tensors anew; nothing of it is mapped when it is replaced."""
+    there, anew = TensorFile(file), file.with_name("anew")
+    write_tensors(anew, change({name: there.read(name) for name in there.names}))
+    anew.replace(file)
+
+
 def test_global_scales_that_differ_are_refused(tokens, tmp_path):
     """A directory of another program, say: readers that fuse layers would take one for all."""
     recipe = {"rotation": "offline", "weights": "nvfp4", "activations": "none"}
     own, _ = quantized(tmp_path, tokens, **recipe)
-    file = TensorFile(own / "corequant.safetensors")
-    tensors = {name: file.read(name) for name in file.names}
     key = "model.layers.1.self_attn.k_proj.weight_global_scale"
-    tensors[key] = RawTensor.of(tensors[key].array() * 2)
-    write_tensors(tmp_path / "changed", tensors)
-    (tmp_path / "changed").rename(own / "corequant.safetensors")
+    rewrite(
+        own / "corequant.safetensors",
+        lambda tensors: {**tensors, key: RawTensor.of(tensors[key].array() * 2)},
+    )
     with pytest.raises(
         cq.SpecError, match="q_proj and .*k_proj read the same input and must share"
     ):
@@ -172,13 +178,11 @@ def test_rotations_of_our_matrices_are_ours_to_the_bit(block, ours, tokens, tmp_
     matrix = cq.hadamard_matrix(block).astype(np.float32)
     if not ours:
         matrix = np.ascontiguousarray(matrix[::-1] * matrix[1])
-        file = TensorFile(out / "model.safetensors")
-        changed = {
-            n: RawTensor.of(matrix, "F32") if f"R{block}_input" in n else file.read(n)
-            for n in file.names
-        }
-        write_tensors(tmp_path / "changed", changed)
-        (tmp_path / "changed").rename(out / "model.safetensors")
+        other = RawTensor.of(matrix, "F32")
+        rewrite(
+            out / "model.safetensors",
+            lambda tensors: {n: other if f"R{block}_input" in n else t for n, t in tensors.items()},
+        )
         (out / "corequant.sha256").unlink()
     transforms = [m for m in load(out).modules() if isinstance(m, BlockTransform)]
     assert len(transforms) == 2
@@ -273,10 +277,11 @@ def test_what_was_dequantized_at_loading_is_not_saved_without_its_rotations(
 def test_a_missing_rotation_is_an_error(tokens, tmp_path):
     recipe = {"block_size": 16, "weights": "int4:group16", "activations": "none"}
     _, out = quantized(tmp_path, tokens, **recipe)
-    file = TensorFile(out / "model.safetensors")
-    kept = {n: file.read(n) for n in file.names if "layers.1.mlp.down_proj.R16" not in n}
-    write_tensors(tmp_path / "fewer", kept)
-    (tmp_path / "fewer").rename(out / "model.safetensors")
+    left_out = "layers.1.mlp.down_proj.R16"
+    rewrite(
+        out / "model.safetensors",
+        lambda tensors: {n: t for n, t in tensors.items() if left_out not in n},
+    )
     with pytest.raises(cq.CheckpointError, match=r"layers\.1\.mlp\.down_proj.*not orthogonal"):
         load(out)
 

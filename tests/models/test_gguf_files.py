@@ -256,7 +256,7 @@ def test_other_tokenizers_are_refused(own, tmp_path):
     def refused(words, **changes):
         shutil.copytree(own, tmp_path / "changed")
         file = tmp_path / "changed/tokenizer.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **changes}))
         with pytest.raises(cq.CheckpointError, match=words):
             cqhf.export(tmp_path / "changed", tmp_path / "model.gguf", "gguf")
         shutil.rmtree(tmp_path / "changed")
@@ -292,7 +292,7 @@ def test_other_tokenizers_are_refused(own, tmp_path):
 def test_what_llama_cpp_does_to_no_text_is_refused(changes, words, own, tmp_path):
     shutil.copytree(own, tmp_path / "changed")
     file = tmp_path / "changed/tokenizer.json"
-    values = json.loads(file.read_text())
+    values = json.loads(file.read_text(encoding="utf-8"))
     for name, change in changes.items():
         if name == "model":
             values[name].update(change)

@@ -17,6 +17,7 @@ from corequant_cli.show import marked, plain
 from corequant_transformers.checkpoint.reports import read_report
 from corequant_transformers.files.digests import DIGESTS
 from corequant_transformers.planning.memory import limit_memory
+from tests import capabilities
 from tests.models.test_checkpoint import word_level
 from tests.models.test_sources import edit, write
 
@@ -130,6 +131,7 @@ def test_inspecting_compares_files(saved, command, tmp_path):
     assert "match their digests" not in printed
 
 
+@capabilities.names
 @pytest.mark.filterwarnings("always::UserWarning")
 def test_a_warning_is_one_line_that_a_terminal_may_see(copy_of, command, tmp_path):
     nasty = tmp_path / "a\x1b[31m\nb"
@@ -166,6 +168,7 @@ def test_names_of_files_are_printable(name, command, tmp_path):
         assert plain(name).strip("\n") in errors or "\n" in name
 
 
+@capabilities.names
 @pytest.mark.filterwarnings("ignore:.*was written before:UserWarning")
 def test_names_of_directories_and_types_are_printable(copy_of, command, tmp_path):
     nasty = tmp_path / "a\x1b[31m[x]\u202e"
@@ -188,6 +191,7 @@ def test_plans_and_reports_of_directories_with_brackets(command, tmp_path):
 # ---- what is read and written
 
 
+@capabilities.pipes
 def test_pipes_are_not_waited_for(command, tmp_path):
     folder, pipe = write(tmp_path / "model"), tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -221,6 +225,7 @@ def test_a_byte_order_mark_changes_nothing(command, tmp_path):
     assert plan["recipe"]["block_size"] == 32
 
 
+@capabilities.limits
 @pytest.mark.parametrize("size", ["9" * 20 + "GiB", "9" * 400, "8589934592GiB"])
 def test_more_memory_than_there_can_be_is_refused(size):
     table = cqhf.plan(cqhf.tiny_model("llama"), Recipe(block_size=16))

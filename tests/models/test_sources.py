@@ -16,6 +16,7 @@ import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from corequant_transformers.model.surroundings import quiet_transformers
+from tests import capabilities
 from tests.models.test_checkpoint import word_level
 
 RECIPE = Recipe(block_size=16, weights="int8:channel:symmetric", activations=None)
@@ -96,7 +97,7 @@ def test_tied_weights_may_be_stored_in_either_place(kept, tied, tokens, tmp_path
     folder = write(tmp_path / "model", tie_word_embeddings=True)
     edit(folder, tie_word_embeddings=tied)
     file = folder / "model.safetensors"
-    tensors = load_file(file)
+    tensors = load_file(file, backend="pread")
     matrix = tensors.pop("model.embed_tokens.weight")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if kept in (name, "both"):
@@ -124,7 +125,10 @@ def test_prefixes_are_added_and_taken_away(kind, tokens, tmp_path):
     folder = write(tmp_path / "model", kind)
     wanted = logits(transformers_reads(folder), tokens)
     file = folder / "model.safetensors"
-    tensors, prefix = load_file(file), "transformer." if kind == "gpt2" else "model."
+    tensors, prefix = (
+        load_file(file, backend="pread"),
+        "transformer." if kind == "gpt2" else "model.",
+    )
     save_file({k.removeprefix(prefix): t for k, t in tensors.items()}, file, {"format": "pt"})
     check_as_transformers(folder, tokens)
     assert torch.equal(logits(cqhf.Source(folder).load(), tokens), wanted)
@@ -261,6 +265,7 @@ def test_no_kernel_is_fetched_for_an_export(tokens, tmp_path):
 # ---- files that lead elsewhere, or nowhere
 
 
+@capabilities.links
 @pytest.mark.parametrize(
     "name",
     [
@@ -286,6 +291,7 @@ def test_links_out_of_the_directory_are_refused(name, tokens, tmp_path):
             call(folder)
 
 
+@capabilities.links
 def test_links_inside_the_directory_and_to_blobs_are_followed(tokens, tmp_path):
     blobs, folder = tmp_path / "blobs", tmp_path / "snapshots" / "1"
     folder.mkdir(parents=True)
@@ -299,6 +305,7 @@ def test_links_inside_the_directory_and_to_blobs_are_followed(tokens, tmp_path):
     cqhf.load(tmp_path / "out")
 
 
+@capabilities.links
 def test_a_link_out_of_a_saved_directory_is_not_exported(tokens, tmp_path):
     recipe = Recipe(rotation="offline", weights="int4:group16", activations="none")
     cqhf.quantize(cqhf.tiny_model("llama"), recipe, tokens, tmp_path / "own")
@@ -309,6 +316,7 @@ def test_a_link_out_of_a_saved_directory_is_not_exported(tokens, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@capabilities.pipes
 @pytest.mark.parametrize(
     "name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"]
 )
@@ -321,6 +329,7 @@ def test_pipes_are_not_waited_for(name, tokens, tmp_path):
             call(folder)
 
 
+@capabilities.pipes
 def test_pipes_in_saved_directories_are_not_waited_for(tokens, tmp_path):
     source, out = write(tmp_path / "model"), tmp_path / "out"
     cqhf.quantize(source, RECIPE, tokens, out)

@@ -19,6 +19,7 @@ import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from corequant_transformers.run.directory import RunDirectory
 from corequant_transformers.run.output import run_directory
+from tests import capabilities
 from tests.models.test_checkpoint import word_level
 
 RECIPE = Recipe(block_size=16)
@@ -149,7 +150,7 @@ SERVER = textwrap.dedent(
 
     def hook(name, args):
         # Everything that a run does to names and files of its own.
-        if not armed[0] or name not in ("open", "os.rename", "os.remove", "os.mkdir", "os.link"):
+        if not armed[0] or name not in ("open", "os.rename", "os.remove", "os.mkdir"):
             return
         if str(args[0]).startswith(output) or "/.out" in str(args[0]):
             writes = name != "open" or args[2] & (os.O_WRONLY | os.O_RDWR)
@@ -230,6 +231,7 @@ def check_whole(folder):
             load_file(file)
 
 
+@capabilities.forks
 @pytest.mark.parametrize(("mode", "status"), [("kill", "-9"), ("full", "7")])
 def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(mode, status, server, whole, tmp_path):
     assert server("count", resume=False).startswith("events")
@@ -255,6 +257,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(mode, status, server, w
     assert digest(tmp_path / "out") == whole
 
 
+@capabilities.forks
 def test_a_run_that_is_killed_while_it_saves_leaves_nothing_behind(server, whole, tmp_path):
     total = int(server("count", resume=False).split()[1])
     server.process.stdout.readline()
@@ -271,6 +274,7 @@ def test_a_run_that_is_killed_while_it_saves_leaves_nothing_behind(server, whole
         at -= 5
 
 
+@capabilities.limits
 def test_files_that_may_not_grow_end_a_run_clearly(server, whole, tmp_path):
     """The system itself refuses writes, in the middle of whichever file is the first too long."""
     for largest in (150, 6000, 50_000):
@@ -323,8 +327,9 @@ def test_no_step_is_done_twice(source, tokens, whole, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_statistics_of_the_whole_stream_are_taken_up_again(source, tokens, tmp_path):
-    recipe = Recipe(block_size=16, rotation="online", permutation="energydiff", factors="signs")
+@pytest.mark.parametrize("factors", ["signs", "none"])
+def test_statistics_of_the_whole_stream_are_taken_up_again(factors, source, tokens, tmp_path):
+    recipe = Recipe(block_size=16, rotation="online", permutation="energydiff", factors=factors)
     cqhf.quantize(source, recipe, tokens, tmp_path / "whole")
     begin(source, tokens, tmp_path / "out", "calibrate-00000", recipe)
     cqhf.quantize(source, recipe, tokens, tmp_path / "out", resume=True)
@@ -370,6 +375,11 @@ def test_a_manifest_that_is_none_is_refused(text, source, tokens, tmp_path):
     manifest.write_text(text)
     with pytest.raises(cq.RunError, match="manifest.json|must be as when the run was begun"):
         cqhf.quantize(source, RECIPE, tokens, tmp_path / "out", resume=True)
+
+
+@capabilities.pipes
+def test_a_manifest_that_is_a_pipe_is_refused(source, tokens, tmp_path):
+    manifest = begin(source, tokens, tmp_path / "out") / "manifest.json"
     manifest.unlink()
     os.mkfifo(manifest)
     with pytest.raises(cq.RunError, match="where a regular file is expected"):
@@ -448,6 +458,7 @@ def peak_of(folder, output):
     return int(peak) / 1024
 
 
+@capabilities.procfs
 def test_peak_memory_does_not_depend_on_depth(tmp_path):
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 128}
     shallow, deep = (

@@ -228,7 +228,7 @@ def edit(folder, change):
     import safetensors.torch
 
     file = folder / "corequant.safetensors"
-    tensors = safetensors.torch.load_file(file)
+    tensors = safetensors.torch.load_file(file, backend="pread")
     change(tensors)
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
     # As whoever writes such a directory would.

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import corequant as cq
-from tests import fusedcases
+from tests import capabilities, fusedcases
 
 
 def some(count, seed):
@@ -40,6 +40,7 @@ def test_permuted_float64_rows_of_every_residue(d):
         np.testing.assert_array_equal(found.scales, expected.scales)
 
 
+@capabilities.protection
 def test_guarded_memory_notices_a_stray_byte():
     memory = fusedcases.Guarded()
     taken = memory.take(100, 1)
@@ -51,6 +52,7 @@ def test_guarded_memory_notices_a_stray_byte():
     assert taken.size == 100
 
 
+@capabilities.protection
 def test_a_read_beyond_a_guarded_array_ends_the_process():
     script = (
         "import ctypes, sys; sys.path.insert(0, sys.argv[1])\n"
@@ -63,6 +65,7 @@ def test_a_read_beyond_a_guarded_array_ends_the_process():
     assert done.returncode < 0
 
 
+@capabilities.protection
 def test_nothing_reads_or_writes_beyond_its_arrays():
     root = Path(__file__).parents[2]
     program = [sys.executable, str(root / "bench" / "bench_cases.py")]

@@ -1,6 +1,8 @@
-"""Rotations against other implementations, and the accuracy contract against long double."""
+"""Rotations against other implementations, and the accuracy contract against exact numbers."""
 
 from __future__ import annotations
+
+import math
 
 import ml_dtypes
 import numpy as np
@@ -9,12 +11,31 @@ import scipy.linalg
 
 import corequant as cq
 
+BITS = 200
+"""Bits after the point of exact numbers, which are integers of Python."""
+
+
+@np.vectorize(otypes=[object])
+def exactly(x):
+    """Return a number in units of the last of these bits."""
+    numerator, denominator = float(x).as_integer_ratio()
+    return (numerator << BITS) // denominator
+
 
 def oracle(x, inverse=False):
-    """Multiply by the matrix in long double."""
-    matrix = cq.hadamard_matrix(x.shape[-1])
-    matrix = (matrix.T if inverse else matrix).astype(np.longdouble)
-    return x.astype(np.longdouble) @ matrix / np.sqrt(np.longdouble(x.shape[-1]))
+    """Multiply by the matrix exactly, and divide by the root to the last of these bits."""
+    order = x.shape[-1]
+    matrix = cq.hadamard_matrix(order)
+    matrix = (matrix.T if inverse else matrix).astype(np.float64)
+    rest, total = x.astype(np.float64), 0
+    # A few bits of each number at a time, whose sums float64 holds.
+    for bits in range(20, BITS, 24):
+        part = np.rint(np.ldexp(rest, bits))
+        assert np.abs(part).max() * order < 2**53
+        rest -= np.ldexp(part, -bits)
+        total = total + (part @ matrix).astype(np.int64).astype(object) * 2 ** (BITS - bits)
+    assert not rest.any()
+    return total * 2**BITS // math.isqrt(order << 2 * BITS)
 
 
 def butterflies(x):
@@ -30,8 +51,8 @@ def butterflies(x):
 
 
 def relative_error(found, exact):
-    wide = found.astype(np.longdouble)
-    return float(np.sqrt(np.square(wide - exact).sum() / np.square(exact).sum()))
+    error = ((exactly(found) - exact) / 2**BITS).astype(np.float64)
+    return np.linalg.norm(error) / np.linalg.norm((exact / 2**BITS).astype(np.float64))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -19,6 +19,7 @@ from corequant._cpu.codegen import cores, row_kernels
 from corequant._cpu.codegen.compiler import compiled_away
 from corequant._cpu.codegen.plans import plan_rows
 from corequant._cpu.codegen.rotation_kernels import kernel_for
+from tests import capabilities
 
 PROGRAM = str(Path(__file__).parents[2] / "bench" / "bench_embedding.py")
 
@@ -36,10 +37,12 @@ def run(*arguments):
     return done.stdout
 
 
+@capabilities.forks
 def test_forks_work_while_threads_compile():
     assert "12 forks" in run("forks", "--count", "12")
 
 
+@capabilities.procfs
 def test_shapes_leave_nothing_behind():
     assert "files" in run("shapes", "--calls", "8000", "--shapes", "300")
 
@@ -60,6 +63,7 @@ def test_the_locks_of_numba_and_llvm_are_found():
         assert hasattr(lock, "_at_fork_reinit")
 
 
+@capabilities.forks
 def test_a_lock_whose_owner_is_gone_is_made_anew(monkeypatch):
     """Where waiting for a lock is in vain, the child still gets one that is free."""
     lock = threading.RLock()
@@ -166,6 +170,7 @@ def test_code_does_not_grow_with_the_core(monkeypatch):
     assert max(sizes) < 24 << 10, sizes
 
 
+@capabilities.forks
 def test_a_fork_is_not_held_up_by_what_others_do_before_it():
     """Logging takes its lock before a fork, and a compilation waits for it: ours comes first."""
     script = (
@@ -187,6 +192,7 @@ def test_a_fork_is_not_held_up_by_what_others_do_before_it():
     assert done.returncode == 0, done.stderr
 
 
+@capabilities.forks
 def test_a_fork_waits_for_a_context_that_another_thread_reads():
     script = """
 import os, signal, threading

@@ -19,6 +19,8 @@ from corequant.storage.tensor_file import RawTensor, TensorFile, write_tensors
 @pytest.fixture(params=["pipe", "socket", "device", "link to a pipe"])
 def special(request, tmp_path):
     path = tmp_path / "special"
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("the system has devices alone, in no folder")
     if request.param == "pipe":
         os.mkfifo(path)
     elif request.param == "socket":
@@ -54,7 +56,8 @@ def test_tensors_and_indexes_are_regular_files(special, tmp_path):
 def test_missing_files_and_directories_are_what_they_were(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_text(tmp_path / "none")
-    with pytest.raises(IsADirectoryError):
+    # Windows opens none, which is an error of permission.
+    with pytest.raises((IsADirectoryError, PermissionError)):
         read_text(tmp_path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import pytest
 import corequant as cq
 from corequant._cpu import arrays
 from corequant._cpu import rotation as _rotation
+from tests import capabilities
 
 ROOT = Path(cq.__file__).parents[1]
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
@@ -187,7 +189,7 @@ def test_numba_num_threads_is_respected():
     assert run(script, NUMBA_NUM_THREADS="3") == "3"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
+@capabilities.forks
 def test_a_forked_worker_rotates():
     script = """
 import multiprocessing, numpy as np, corequant as cq
@@ -211,7 +213,7 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
     ids=["plain", "AVX2", "SSE2", "Zen 4's choices", "Zen 5's choices"],
 )
 def test_every_path_gives_the_same_bytes(environment, tmp_path):
-    if "NUMBA_CPU_NAME" in environment and os.uname().machine != "x86_64":
+    if "NUMBA_CPU_NAME" in environment and platform.machine().lower() not in ("x86_64", "amd64"):
         environment = {"NUMBA_CPU_NAME": "generic"}
     settings = {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_DISABLE_JIT": "0", **environment}
     assert run(DIGEST, **settings) == digest()

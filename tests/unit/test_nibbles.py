@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -70,7 +71,7 @@ for text in ("mxfp4", "nvfp4", "int4:group64"):
 
 
 def test_processors_without_long_permutations():
-    processor = "haswell" if os.uname().machine == "x86_64" else "generic"
+    processor = "haswell" if platform.machine().lower() in ("x86_64", "amd64") else "generic"
     environment = {**os.environ, "NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": ""}
     done = subprocess.run(
         [sys.executable, "-c", OLDER], env=environment, capture_output=True, text=True

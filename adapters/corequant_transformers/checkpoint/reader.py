@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import safetensors
-import safetensors.torch
 import torch
 import transformers
 
@@ -18,7 +17,7 @@ from corequant.storage.arrays import from_arrays
 from corequant.storage.files import open_regular, read_text
 from corequant.storage.tensor_file import RawTensor, TensorFile
 from corequant_transformers.checkpoint.tensors import FORMAT_VERSION, WEIGHTS, place_tensors
-from corequant_transformers.files.atomic import read_json
+from corequant_transformers.files.atomic import read_json, read_tensors
 from corequant_transformers.files.digests import check_digests, checking, warn_of_none
 from corequant_transformers.model.configs import as_config_errors, check_config, settle_config
 from corequant_transformers.model.layouts import standardize
@@ -83,7 +82,7 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
         # Opened first, since a pipe in its place would be waited for.
         open_regular(file).close()
-        return safetensors.torch.load_file(file)
+        return read_tensors(file)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
     except (OSError, ValueError, safetensors.SafetensorError) as error:

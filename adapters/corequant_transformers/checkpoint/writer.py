@@ -103,7 +103,7 @@ def save(
         file = folder / "generation_config.json"
         # One that was made from the config says nothing that this doesn't.
         if generation is not None and not file.exists() and not generation._from_model_config:
-            file.write_text(generation.to_json_string(), encoding="utf-8")
+            file.write_bytes(generation.to_json_string().encode())
         safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         compare(folder / WEIGHTS, tensors)
     return Path(output).absolute()
@@ -147,11 +147,11 @@ def writing(
         if tokenizer is not None and not copied_files:
             with quiet_transformers():
                 tokenizer.save_pretrained(folder)
-        (folder / "float_config.json").write_text(float_config, encoding="utf-8")
-        (folder / "config.json").write_text(_config(name, plan, float_config), encoding="utf-8")
-        (folder / "recipe.toml").write_text(plan.recipe.to_toml(), encoding="utf-8")
+        (folder / "float_config.json").write_bytes(float_config.encode())
+        (folder / "config.json").write_bytes(_config(name, plan, float_config).encode())
+        (folder / "recipe.toml").write_bytes(plan.recipe.to_toml().encode())
         yield folder
-        (folder / "report.json").write_text(sealed_report(report, folder), encoding="utf-8")
+        (folder / "report.json").write_bytes(sealed_report(report, folder).encode())
         # The writer makes files that only their owner can read.
         (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)
         write_digests(folder)

@@ -71,10 +71,11 @@ def write(
     stored.check()
     with new_directory(target) as folder:
         copy_files(stored.copied_files(), folder)
-        config = json_text(_config(stored, scheme))
-        (folder / "config.json").write_text(config, encoding="utf-8")
+        config = json_text(_config(stored, scheme)).encode()
+        (folder / "config.json").write_bytes(config)
         places = _write_shards(folder, _tensors(stored, scheme), shard_bytes)
-        _compare(folder, places, stored, scheme)
+        if (changed := _difference(folder, places, stored, scheme)) is not None:
+            raise OutputError(changed)
         write_digests(folder)
     return target
 
@@ -182,26 +183,30 @@ def _write_shards(
     if len(parts) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         file = folder / "model.safetensors.index.json"
-        file.write_text(json_text(index), encoding="utf-8")
+        file.write_bytes(json_text(index).encode())
     return places
 
 
-def _compare(folder: Path, places: dict[str, str], stored: Stored, scheme: Scheme) -> None:
-    """Read everything back, dequantize it, and compare every bit with what was meant."""
+def _difference(folder: Path, places: dict[str, str], stored: Stored, scheme: Scheme) -> str | None:
+    """Read everything back, dequantize it, and return which bits aren't as they were meant.
+
+    An error would hold the mapped files, which Windows can't remove then.
+    """
     index = folder / "model.safetensors.index.json"
     if index.exists() and read_index(index) != {n: folder / p for n, p in places.items()}:
-        raise OutputError(f"{index.name} did not read back as it was written")
+        return f"{index.name} did not read back as it was written"
     files = {name: TensorFile(folder / name) for name in set(places.values())}
     written = {name: files[place].read(name) for name, place in places.items()}
     for name, tensor in _tensors(stored, scheme):
         if not written[name].same(tensor):
-            raise OutputError(f"{name} did not read back as it was written")
+            return f"{name} did not read back as it was written"
     for matrix in stored.plan.quantized:
         own = {k: t for k, t in written.items() if k.startswith(f"{matrix.name}.weight")}
         back = dequantize(scheme.read(matrix.name, own, matrix.shape))
         meant = dequantize(stored.quantized(matrix))
         if not np.array_equal(back.view(np.uint32), meant.view(np.uint32)):
-            raise OutputError(f"{matrix.name} does not decode to what was quantized")
+            return f"{matrix.name} does not decode to what was quantized"
+    return None
 
 
 def _skeleton(stored: Stored) -> Any:

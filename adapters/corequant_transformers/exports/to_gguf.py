@@ -128,7 +128,8 @@ def write(
         finally:
             writer.close()
         seal_gguf(part)
-        _compare(part, tensors, stored)
+        if (changed := _difference(part, tensors, stored)) is not None:
+            raise OutputError(changed)
     return target
 
 
@@ -216,17 +217,20 @@ def _order(stored: Stored, module: str, arch: str) -> npt.NDArray[np.int64] | No
     return rows.reshape(heads[suffix], 2, sizes.head_dim // 2).swapaxes(1, 2).reshape(-1)
 
 
-def _compare(part: Path, tensors: list[_Tensor], stored: Stored) -> None:
-    """Read everything back, dequantize it, and compare every bit with what was meant."""
+def _difference(part: Path, tensors: list[_Tensor], stored: Stored) -> str | None:
+    """Read everything back, dequantize it, and return which bits aren't as they were meant.
+
+    An error would hold the mapped file, which Windows can't remove then.
+    """
     found = {t.name: t for t in gguf.GGUFReader(part).tensors}
     if set(found) != {t.name for t in tensors}:
-        raise OutputError(f"{part} did not read back with the tensors that were written")
+        return f"{part} did not read back with the tensors that were written"
     arch = architecture_name(stored.config)
     for t in tensors:
         back = found[t.name]
         data = np.ascontiguousarray(back.data)
         if back.tensor_type.name != t.kind or data.tobytes() != t.make().tobytes():
-            raise OutputError(f"{t.name} did not read back as it was written")
+            return f"{t.name} did not read back as it was written"
         if t.matrix is None:
             continue
         quantized, order = stored.quantized(t.matrix), _order(stored, t.matrix.name, arch)
@@ -237,7 +241,8 @@ def _compare(part: Path, tensors: list[_Tensor], stored: Stored) -> None:
         else:
             same = np.array_equal(numbers.view(np.uint32), meant.view(np.uint32))
         if not same:
-            raise OutputError(f"{t.name} does not decode to what was quantized")
+            return f"{t.name} does not decode to what was quantized"
+    return None
 
 
 def _rounding(quantized: QuantizedTensor, order: npt.NDArray[np.int64] | None) -> Array:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +24,9 @@ __all__ = [
     "compare",
     "concatenate",
     "file_sha256",
+    "move",
     "read_json",
+    "read_tensors",
     "replacing",
     "sync",
     "umask",
@@ -31,6 +35,13 @@ __all__ = [
 ]
 
 _CHUNK = 2**20
+_BACKEND = "pread" if hasattr(os, "O_TEMPORARY") else "mmap"
+"""Windows, whose own flag this is, neither removes nor replaces what is mapped, and reserves memory
+for all of it. Elsewhere mapping is quicker."""
+
+_WAITS = (0.01, 0.05, 0.2, 0.5, 1.0)
+"""Seconds between attempts to rename what another program has open."""
+
 # Order of the format's own writer: wide types first, so that every tensor is aligned.
 _WIDTHS = (
     "BOOL F4 F6_E2M3 F6_E3M2 U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ I16 U16 F16 "
@@ -39,12 +50,43 @@ _WIDTHS = (
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or the names in a directory are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until a file or the names in a directory are on the disk, where the system can tell."""
+    folder = path.is_dir()
     try:
-        os.fsync(handle)
+        # Windows waits for files that are open for writing, and for no directory.
+        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    except PermissionError:
+        if folder:
+            return
+        raise
+    try:
+        _flush(handle)
     finally:
         os.close(handle)
+
+
+def _flush(handle: int) -> None:
+    # To macOS a file is synchronised when the disk's own cache has it; this empties that as well,
+    # where the disk can.
+    with suppress(ImportError, AttributeError, OSError):
+        fcntl = importlib.import_module("fcntl")
+        fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+        return
+    os.fsync(handle)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file or a directory; a file that has the name already is replaced."""
+    for seconds in _WAITS:
+        try:
+            source.replace(target)
+            return
+        except PermissionError as error:
+            # Windows refuses as long as a program, such as a virus scanner, has it open.
+            if getattr(error, "winerror", None) is None:
+                raise
+            time.sleep(seconds)
+    source.replace(target)
 
 
 def file_sha256(path: Path) -> str:
@@ -70,9 +112,9 @@ def replacing(path: Path) -> Iterator[Path]:
     part = Path(name)
     try:
         yield part
-        part.chmod(0o666 & ~umask())
         sync(part)
-        part.replace(path)
+        part.chmod(0o666 & ~umask())
+        move(part, path)
         sync(path.parent)
     except (OSError, safetensors.SafetensorError) as error:
         if isinstance(error, CorequantError):
@@ -98,10 +140,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object, whole or not at all."""
-    text = json_text(value)
+    text = json_text(value).encode()
     with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
-        if part.read_text(encoding="utf-8") != text:
+        part.write_bytes(text)
+        if part.read_bytes() != text:
             raise OutputError(f"{path} did not read back as it was written")
 
 
@@ -118,6 +160,11 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
         safetensors.torch.save_file(stored, part, metadata={"format": "pt"})
         compare(part, stored)
         return file_sha256(part)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read all tensors of a safetensors file."""
+    return safetensors.torch.load_file(path, backend=_BACKEND)
 
 
 def compare(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -81,7 +81,7 @@ def write_digests(folder: Path) -> None:
     """Write the list for all files in a directory but those about the run."""
     names = [name for name in pieces(folder) if name not in (DIGESTS, REPORT, LOG)]
     text = "".join(f"{_sha256(folder / name)}  {name}\n" for name in names)
-    (folder / DIGESTS).write_text(text, encoding="utf-8")
+    (folder / DIGESTS).write_bytes(text.encode())
 
 
 def sealed_report(report: Mapping[str, Any], folder: Path) -> str:

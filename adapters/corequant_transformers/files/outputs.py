@@ -9,6 +9,7 @@ for a model last.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from pathlib import Path
 import safetensors
 
 from corequant.errors import CorequantError, OutputError
-from corequant_transformers.files.atomic import sync, umask
+from corequant_transformers.files.atomic import move, sync, umask
 
 __all__ = [
     "UNFINISHED",
@@ -32,8 +33,11 @@ __all__ = [
 UNFINISHED = ".corequant.*.tmp"
 """What is written inside a directory that was there already has such a name until it is whole."""
 
-_SYSTEMS = "lost+found"
-"""A directory at the root of a volume of ext4 and its like, which is empty otherwise."""
+_SYSTEMS = {
+    *("lost+found", "System Volume Information", "$RECYCLE.BIN"),
+    *(".fseventsd", ".Spotlight-V100", ".Trashes"),
+}
+"""Directories at the root of a volume that is empty otherwise: of ext4, Windows and macOS."""
 
 _LAST = ("config.json", "corequant.safetensors")
 
@@ -73,7 +77,7 @@ def check_output(path: str | Path, *, allow_full: bool = False) -> Path:
 def contents(folder: Path) -> list[Path]:
     """Return what a directory holds, other than what its file system put there."""
     mounted = os.path.ismount(folder)
-    return [f for f in folder.iterdir() if not (mounted and f.name == _SYSTEMS and f.is_dir())]
+    return [f for f in folder.iterdir() if not (mounted and f.name in _SYSTEMS and f.is_dir())]
 
 
 def _try(folder: Path, what: str) -> None:
@@ -82,9 +86,15 @@ def _try(folder: Path, what: str) -> None:
     Permission bits don't tell for a superuser or a read-only file system; trying does. A temporary
     file has no name where the system allows that, so that a process which is killed leaves none.
     """
+    # Windows' own. Its tempfile, before Python 3.13, takes a refusal for a name that is taken, and
+    # tries two billion others.
+    removed = getattr(os, "O_TEMPORARY", None)
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        if removed is None:
+            tempfile.TemporaryFile(dir=folder).close()
+        else:
+            name = folder / f".{secrets.token_hex(8)}.tmp"
+            os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | removed))
     except OSError as error:
         raise OutputError(f"{what} can't be written: {folder}: {_reason(error)}") from error
 
@@ -177,7 +187,7 @@ def new_directory(target: Path, within: Path | None = None) -> Iterator[Path]:
         else:
             folder.chmod(0o777 & ~umask())
             sync(folder)
-            folder.rename(target)
+            move(folder, target)
             sync(target.parent)
     except (OSError, safetensors.SafetensorError) as error:
         if isinstance(error, CorequantError):
@@ -196,7 +206,7 @@ def _move(folder: Path, target: Path) -> None:
             if os.path.lexists(target / name):
                 raise OutputError(f"{target / name} appeared meanwhile and was not replaced")
             moved.append(target / name)
-            (folder / name).rename(target / name)
+            move(folder / name, target / name)
     except BaseException:
         for file in moved:
             if file.is_dir():

@@ -61,7 +61,7 @@ def write_report(inspection: Inspection, path: str | Path) -> Path:
     target = check_report_output(path)
     text = _page(inspection)
     with replacing(target) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(text.encode())
     return target
 
 

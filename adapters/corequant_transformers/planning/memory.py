@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import math
+import mmap
 import re
-import resource
 import sys
+from typing import Any
 
 from corequant.errors import RecipeError
 from corequant_transformers.planning.model_plan import ModelPlan
@@ -33,8 +35,21 @@ def peak_rss_mib() -> float:
             return int(found[1]) / 1024
     except OSError:
         pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    resource = _resource()
+    if resource is None:
+        import psutil
+
+        return float(psutil.Process().memory_info().peak_wset) / 2**20
+    peak = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _resource() -> Any:
+    """Return the module ``resource``; None on Windows."""
+    try:
+        return importlib.import_module("resource")
+    except ModuleNotFoundError:
+        return None
 
 
 def trim_memory(above: int = 0) -> None:
@@ -43,8 +58,12 @@ def trim_memory(above: int = 0) -> None:
     Getting it back page by page takes longer than many a computation, so that a process with at
     most ``above`` bytes keeps it.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None and (above == 0 or _resident() > above):
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, TypeError):
+        # It is glibc's, and Windows has no name for all that is loaded.
+        return
+    if above == 0 or _resident() > above:
         trim(0)
 
 
@@ -52,7 +71,7 @@ def _resident() -> float:
     """Return the bytes that the process has in memory now; infinity where nothing says so."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
+            return int(file.read().split()[1]) * mmap.PAGESIZE
     except OSError:
         return math.inf
 
@@ -73,13 +92,16 @@ def limit_memory(size: str, plan: ModelPlan) -> int:
     Raises
     ------
     RecipeError
-        If the plan needs more.
+        If the plan needs more, or the system is one that doesn't enforce it, as macOS and Windows.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|[kmg]ib)", size.strip().lower())
     if found is None:
         raise RecipeError(f"memory must be a size such as 900MiB or 2GiB, got {size!r}")
     wanted = float(found[1]) * _UNITS[found[2]]
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource = _resource()
+    if resource is None:
+        raise _unlimited(size)
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     most = 2**63 - 1 if hard == resource.RLIM_INFINITY else hard
     if wanted >= most:
         raise RecipeError(
@@ -92,4 +114,23 @@ def limit_memory(size: str, plan: ModelPlan) -> int:
             f"memory must be at least {needed / 2**20:.0f}MiB for this model and recipe, got {size}"
         )
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    if not _is_refused(limit):
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        raise _unlimited(size)
     return limit
+
+
+def _unlimited(size: str) -> RecipeError:
+    return RecipeError(
+        "memory must be left out where the system, unlike Linux, enforces no limit on private "
+        f"memory, got {size[:40]}; plan prints the peak to expect"
+    )
+
+
+def _is_refused(size: int) -> bool:
+    """Return whether the system refuses that many bytes of private memory."""
+    try:
+        mmap.mmap(-1, size, access=mmap.ACCESS_COPY).close()
+    except OSError:
+        return True
+    return False

@@ -8,7 +8,6 @@ the machine's power is done again.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -18,13 +17,21 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import quote
 
-import safetensors.torch
 import torch
+from filelock import lock_descriptor
 
 from corequant.errors import CorequantError, OutputError, RunError
 from corequant.storage.files import json_text, json_value
-from corequant_transformers.files.atomic import file_sha256, sync, write_json, write_tensors
+from corequant_transformers.files.atomic import (
+    file_sha256,
+    move,
+    read_tensors,
+    sync,
+    write_json,
+    write_tensors,
+)
 from corequant_transformers.model.forward import Windows
 
 __all__ = ["RunDirectory", "WindowFile", "ended"]
@@ -62,12 +69,15 @@ class WindowFile:
 
     def __getitem__(self, index: slice) -> torch.Tensor:
         first, last, _ = index.indices(len(self))
+        shape = (last - first, *self.shape[1:])
         data = bytearray((last - first) * self._bytes)
+        if not data:
+            return torch.empty(shape, dtype=self.dtype)
         with self.path.open("rb") as file:
             file.seek(first * self._bytes)
             if file.readinto(data) != len(data):
                 raise RunError(f"{self.path} ends before window {last}")
-        return torch.frombuffer(data, dtype=self.dtype).reshape(-1, *self.shape[1:])
+        return torch.frombuffer(data, dtype=self.dtype).reshape(shape)
 
     def __setitem__(self, index: int, value: torch.Tensor) -> None:
         flat = value.detach().cpu().to(self.dtype).contiguous().reshape(-1)
@@ -87,7 +97,7 @@ def ended(path: Path) -> Path:
 
 def _open_plain(name: str, flags: int) -> int:
     # A pipe in its place would be waited for.
-    opened = os.open(name, flags | os.O_NONBLOCK, 0o666)
+    opened = os.open(name, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
     if not stat.S_ISREG(os.fstat(opened).st_mode):
         os.close(opened)
         raise OSError(f"{name} must be a regular file")
@@ -143,13 +153,9 @@ class RunDirectory:
                 self.path.mkdir(exist_ok=True)
                 # The system frees the lock when its holder ends, however it ends.
                 lock = open(self.path / _LOCK, "ab", opener=_open_plain)
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+                if not lock_descriptor(lock.fileno(), blocking=False):
                     lock.close()
-                    raise RunError(
-                        f"another process is working on the run in {self.path}"
-                    ) from None
+                    raise RunError(f"another process is working on the run in {self.path}")
                 if self._is_current(lock):
                     return lock
                 lock.close()
@@ -202,9 +208,9 @@ class RunDirectory:
 
     # ---- the ledger
 
-    def windows(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Windows:
+    def windows(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> WindowFile:
         """Return room for hidden states that the next commit will hand on under ``name``."""
-        path = self.path / f".{name}.tmp"
+        path = self.path / f".{quote(name, safe='')}.tmp"
         try:
             path.unlink(missing_ok=True)
             return WindowFile(path, shape, dtype, write=True)
@@ -240,26 +246,18 @@ class RunDirectory:
                 left.unlink()
 
     def _keep(self, step: str, name: str, windows: Windows, files: dict[str, str]) -> Any:
-        """Rename a file of hidden states after the step, unless an earlier step did."""
-        if not isinstance(windows, WindowFile):
+        """Rename a file of hidden states after the step; others are copied to one."""
+        if not isinstance(windows, WindowFile) or not windows.path.name.startswith("."):
             written = self.windows(name, tuple(windows.shape), windows[0:1].dtype)
             for k in range(len(windows)):
                 written[k] = windows[k : k + 1]
-            assert isinstance(written, WindowFile)
             windows = written
-        target = self.path / f"{step}.{name}.bin"
+        target = self._state_file(step, name)
         try:
-            if windows.path.name.startswith("."):
-                sync(windows.path)
-                windows.path.replace(target)
-                windows.path = target
-                sync(self.path)
-            elif windows.path != target:
-                # A hard link: the same states, kept for as long as this step's are.
-                target.unlink(missing_ok=True)
-                os.link(windows.path, target)
-                windows = WindowFile(target, tuple(windows.shape), windows.dtype)
-                sync(self.path)
+            sync(windows.path)
+            move(windows.path, target)
+            windows.path = target
+            sync(self.path)
             files[target.name] = file_sha256(target)
         except OSError as error:
             raise OutputError(f"{target} could not be written: {error}") from error
@@ -268,7 +266,7 @@ class RunDirectory:
     def _forget(self, steps: list[str]) -> None:
         for step in steps:
             for name in self._records[step]["state"]:
-                (self.path / f"{step}.{name}.bin").unlink(missing_ok=True)
+                self._state_file(step, name).unlink(missing_ok=True)
 
     def resume(self, steps: list[str]) -> int:
         """Return how many of the steps are done and whole; what lies after them is removed."""
@@ -318,7 +316,7 @@ class RunDirectory:
     def tensors(self, step: str) -> dict[str, torch.Tensor]:
         """Return the tensors of a step that is done."""
         file = self._tensor_file(step)
-        return safetensors.torch.load_file(file) if file.exists() else {}
+        return read_tensors(file) if file.exists() else {}
 
     def state(self) -> dict[str, Windows]:
         """Return the hidden states of the last step that is done."""
@@ -326,11 +324,14 @@ class RunDirectory:
             return {}
         step = self._order[-1]
         return {
-            name: WindowFile(self.path / f"{step}.{name}.bin", tuple(shape), getattr(torch, dtype))
+            name: WindowFile(self._state_file(step, name), tuple(shape), getattr(torch, dtype))
             for name, (shape, dtype) in self._records[step]["state"].items()
         }
 
     # ---- what goes beyond a ledger
+
+    def _state_file(self, step: str, name: str) -> Path:
+        return self.path / f"{step}.{quote(name, safe='')}.bin"
 
     def _tensor_file(self, step: str) -> Path:
         return self.path / f"{step}.safetensors"
@@ -342,8 +343,9 @@ class RunDirectory:
     def log(self, event: Mapping[str, Any]) -> None:
         """Append an event to the log, one JSON object a line."""
         try:
-            with open(self.path / LOG, "a", encoding="utf-8", opener=_open_plain) as file:
-                file.write(json_text({"time": round(time.time(), 3), **event}, indent=None) + "\n")
+            with open(self.path / LOG, "ab", opener=_open_plain) as file:
+                line = json_text({"time": round(time.time(), 3), **event}, indent=None)
+                file.write(f"{line}\n".encode())
         except OSError as error:
             raise OutputError(f"{self.path / LOG} could not be written: {error}") from error
 
@@ -372,6 +374,11 @@ class RunDirectory:
         # It loses its name first, so that half of it is never found.
         rest = ended(self.path)
         shutil.rmtree(rest, ignore_errors=True)
-        self.path.rename(rest)
+        try:
+            self.path.rename(rest)
+        except PermissionError:
+            # Windows renames no directory with an open file in it.
+            self.close()
+            move(self.path, rest)
         shutil.rmtree(rest, ignore_errors=True)
         self.close()

@@ -60,7 +60,7 @@ def describe_run(
     files = {place_of(file): file_sha256(file) for file in source.files()}
     data = hashlib.sha256(np.ascontiguousarray(tokens, "<i8").tobytes())
     return {
-        "format": 1,
+        "format": 2,
         "recipe": recipe.to_dict(),
         "data": {"shape": list(tokens.shape), "sha256": data.hexdigest()},
         "model": files,
