@@ -169,6 +169,8 @@ def main() -> None:
                 sys.exit("the digests differ")
     if options.only != "digests":
         pytest = [python, "-m", "pytest", "--backends", "numpy", "-p", "no:cacheprovider", "-rs"]
+        # Hypothesis's own profile for slow machines: examples have no time limit.
+        pytest.append("--hypothesis-profile=ci")
         for name, reason in UNFIT.items():
             print(f"left out, {reason}: {name}")
             pytest.append(f"--deselect={name}")
