@@ -11,7 +11,7 @@ PLAIN := $(addprefix tests/unit/test_,rotation.py permutation.py second_order.py
 	merging.py diagnostics.py) $(addprefix tests/property/test_,rotation.py permutation.py \
 	diagnostics.py)
 
-.PHONY: demo test test-nojit lint bench clean
+.PHONY: demo test test-arm lint bench clean
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,6 +39,10 @@ lint: $(VENV)/.dev
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest -q $(PLAIN)
+
+# Emulated, with an environment of its own in the user's cache folder: hours.
+test-arm: $(VENV)/.dev
+	$(BIN)/python tests/arm.py -n $(WORKERS) --dist worksteal
 
 bench: $(VENV)/.dev
 	$(BIN)/python -W ignore bench/bench_rotation.py --rounds 5 --write

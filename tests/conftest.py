@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,8 +28,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+_BEYOND_THE_CORE = re.compile(
+    r"^(?:import|from) (?:torch|transformers|corequant_|brevitas|compressed_tensors|gguf|onnx)",
+    re.MULTILINE,
+)
+"""An import, at a file's top, of what the core doesn't need."""
+
+
+def backends_of(config: pytest.Config) -> list[str]:
+    return config.getoption("--backends").split(",")
+
+
 def asks_for_cuda(config: pytest.Config) -> bool:
-    return "cuda" in config.getoption("--backends").split(",")
+    return "cuda" in backends_of(config)
+
+
+def asks_for_numpy_alone(config: pytest.Config) -> bool:
+    return backends_of(config) == ["numpy"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,16 +53,44 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what only a GPU can show, or only the interpreter.
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out files that import more than the core needs, where its backend alone is asked for.
 
-    A GPU that was asked for and isn't there is an error.
+    ``pytest_report_header`` names them.
     """
-    unfit = "interpreter" if asks_for_cuda(config) else "cuda"
-    left_out = [item for item in items if item.get_closest_marker(unfit)]
+    if collection_path.suffix == ".py" and asks_for_numpy_alone(config):
+        return bool(_BEYOND_THE_CORE.search(collection_path.read_text("utf-8"))) or None
+    return None
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Name the files that ``pytest_ignore_collect`` leaves out."""
+    if not asks_for_numpy_alone(config):
+        return []
+    folder = Path(__file__).parent
+    files = (file for file in sorted(folder.rglob("test_*.py")))
+    left_out = [f.name for f in files if _BEYOND_THE_CORE.search(f.read_text("utf-8"))]
+    return ["left out, they import more than the core needs: " + ", ".join(left_out)]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what only a GPU can show, or only the interpreter, or only torch.
+
+    A GPU or torch that was asked for and isn't there is an error.
+    """
+    unfit = {"interpreter" if asks_for_cuda(config) else "cuda"}
+    if asks_for_numpy_alone(config):
+        unfit.add("torch")
+
+    def fits(item: pytest.Item) -> bool:
+        call = getattr(item, "callspec", None)
+        given = {value for value in call.params.values() if isinstance(value, str)} if call else ()
+        return not (unfit.intersection(given) or any(map(item.get_closest_marker, unfit)))
+
+    left_out = [item for item in items if not fits(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker(unfit)]
+        items[:] = [item for item in items if fits(item)]
 
 
 @pytest.fixture

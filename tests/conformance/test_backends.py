@@ -112,6 +112,7 @@ def test_non_finite_input_is_refused_alike(x, convert):
         cq.ActivationStats(96).update(convert(x))
 
 
+@pytest.mark.torch
 def test_bfloat16_tensors():
     import torch
 
@@ -123,6 +124,7 @@ def test_bfloat16_tensors():
     assert cq.fake_quantize(x, "int4:token:asymmetric").dtype == torch.bfloat16
 
 
+@pytest.mark.torch
 def test_parameters_give_tensors_with_gradients():
     import torch
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import corequant as cq
 from corequant import testing
@@ -25,11 +24,11 @@ def test_backends_pass(check, name):
     check.run(testing.find_target(name))
 
 
-def test_the_report(capsys):
-    assert testing.main(["--backend", "torch"]) == 0
+def test_the_report(capsys, name):
+    assert testing.main(["--backend", name]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(testing.checks()) + 1
-    assert lines[-1] == f"torch: {len(lines) - 1} of {len(lines) - 1} checks passed"
+    assert lines[-1] == f"{name}: {len(lines) - 1} of {len(lines) - 1} checks passed"
 
 
 class Wrong:
@@ -77,6 +76,12 @@ def test_faults_are_found(fault, check):
 def test_an_absent_backend_is_an_error():
     with pytest.raises(cq.BackendError, match="no backend"):
         testing.main(["--backend", "nowhere"])
+
+
+@pytest.mark.torch
+def test_cuda_without_a_gpu_is_an_error():
+    import torch
+
     if not torch.cuda.is_available():
         with pytest.raises(cq.BackendError, match="no usable GPU or driver"):
             testing.main(["--backend", "cuda"])

@@ -44,6 +44,7 @@ def test_import_loads_only_what_names_need_at_once():
     assert loaded == str([*names, "corequant.formats"])
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -65,6 +66,7 @@ def test_help_and_wrong_arguments_of_the_command_load_no_framework(arguments):
     assert status == ("0" if "--help" in arguments else "1")
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("path", ["tests/conformance/test_cuda.py", "bench/bench_gpu.py"])
 def test_what_is_for_gpus_needs_torch_alone(path):
     """A machine with a GPU often has torch, and nothing else that we need."""
@@ -77,6 +79,7 @@ def test_what_is_for_gpus_needs_torch_alone(path):
     assert run(code) == "it runs"
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("missing", ["typer", "transformers"])
 def test_the_command_says_what_it_needs(missing):
     code = (

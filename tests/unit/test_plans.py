@@ -66,7 +66,7 @@ def test_plans_differ_in_speed_alone(dtype, vectors):
                 assert (turned(other, x, signs) == expected).all(), other
 
 
-FAMILIES = [tuning._ZEN4, tuning._ZEN5, tuning._INTEL]
+FAMILIES = [tuning._ZEN4, tuning._ZEN5, tuning._INTEL, tuning._NEON]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,7 +9,6 @@ import warnings
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 
 import corequant as cq
 from corequant.formats import find_format
@@ -484,7 +483,11 @@ def test_codes_and_scales_of_other_kinds_are_looked_at():
 
 
 def _as(backend, array):
-    return array if array is None or backend == "numpy" else torch.from_numpy(array)
+    if array is None or backend == "numpy":
+        return array
+    import torch
+
+    return torch.from_numpy(array)
 
 
 @pytest.mark.parametrize("backend", ["numpy", "torch"])

@@ -136,7 +136,8 @@ def test_sleeping_helpers_are_woken_for_much_work_or_soon_after_other(monkeypatc
     claimed = []
     claim = _threads._Crew.claim
     monkeypatch.setattr(_threads._Crew, "claim", lambda s, n: claimed.append(n) or claim(s, n))
-    for awake, worth in ((1e-9, 1 << 40), (1e9, 1 << 40), (1e-9, 1)):
+    # A caller whose helper is late sleeps as long, and a helper goes on looking.
+    for awake, worth in ((1e-9, 1 << 40), (5, 1 << 40), (1e-9, 1)):
         monkeypatch.setattr(_threads, "_AWAKE", awake)
         monkeypatch.setattr(_threads, "_WORTH_WAKING", worth)
         rotation._rows.cache_clear()

@@ -193,7 +193,7 @@ def fitted(plan: Plan, length: int) -> Plan | None:
 def plan_columns(dtype: str, core: int, power: int, inverse: bool, signs: str, stores: str) -> Plan:
     """Plan a rotation down the first axis: rows are combined, vectors lie along them."""
     best = tuning()
-    radices = split(power)
+    radices = split(power, best.radix)
     single = len(radices) + (core > 1) == 1
     return Plan(
         dtype=dtype,
@@ -226,6 +226,7 @@ class Tuning:
     """A family's choices; the fields that ``Plan`` has too mean what they mean there.
 
     ``in_place`` is the number of vectors from which a whole block stays in the result; 0 for never.
+    Where no table tells, the first pass takes ``tile`` vectors and later ones at most ``radix``.
     ``inserted`` has permuted numbers put into vectors before they are written.
     """
 
@@ -241,18 +242,22 @@ class Tuning:
     mixed: bool = False
     split: bool = False
     inserted: bool = False
+    tile: int = 8
+    radix: int = 16
 
     def passes(self, vectors: int, dtype: str, stores: str) -> Passes:
         """Return the fastest cut for a block of a number of vectors."""
         special = {"float16": self.float16, "bfloat16": self.bfloat16}.get(dtype, {})
         table = {**self.rows, **(self.streamed if stores != "ordinary" else {}), **special}
-        return table.get(vectors) or Passes(8, split(vectors // 8))
+        if found := table.get(vectors):
+            return found
+        return Passes(self.tile, split(vectors // self.tile, self.radix))
 
 
-def split(order: int) -> tuple[int, ...]:
-    """Split a power of two into radices of at most 16, as even as that gets."""
+def split(order: int, largest: int = 16) -> tuple[int, ...]:
+    """Split a power of two into radices of at most ``largest``, as even as that gets."""
     bits = order.bit_length() - 1
-    count = -(-bits // 4)
+    count = -(-bits // (largest.bit_length() - 1))
     return tuple(1 << ((bits + k) // count) for k in range(count))
 
 
@@ -356,10 +361,16 @@ _ZEN5 = Tuning(
     inserted=True,
 )
 
+# NEON has 32 registers of 16 bytes. Passes of four vectors take 16 of these and spill next to none;
+# with radix 8 a pass touches the stack as often as the data. Counted in what LLVM emits.
+_NEON = Tuning(rows={}, streamed={}, columns_ahead=256, padding=1, tile=4, radix=4)
+
 
 @cache
 def tuning() -> Tuning:
     """Return the choices for the processor that is compiled for."""
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return _NEON
     name = processor()[0]
     if not name.startswith("znver"):
         return _INTEL
