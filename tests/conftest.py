@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -46,6 +47,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker(unfit)]
+
+
+@pytest.fixture
+def use_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Set how many threads kernels use, more than there are processors too."""
+
+    def use(count: int) -> None:
+        monkeypatch.setattr("corequant._cpu.threads.processor_count", lambda: count)
+        monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
+
+    return use
 
 
 @pytest.fixture

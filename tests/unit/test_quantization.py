@@ -9,7 +9,6 @@ import warnings
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 
 import corequant as cq
 from corequant.formats import find_format
@@ -184,11 +183,11 @@ def test_fake_quantize_is_quantize_and_dequantize(text):
 
 
 @pytest.mark.parametrize("text", SPECS)
-def test_results_do_not_depend_on_threads(text, monkeypatch):
+def test_results_do_not_depend_on_threads(text, use_threads):
     x = sample((600, 384))
-    monkeypatch.setenv("NUMBA_NUM_THREADS", "1")
+    use_threads(1)
     alone, codes = cq.fake_quantize(x, text), cq.quantize(x, text).codes
-    monkeypatch.setenv("NUMBA_NUM_THREADS", "3")
+    use_threads(3)
     np.testing.assert_array_equal(cq.fake_quantize(x, text), alone)
     np.testing.assert_array_equal(cq.quantize(x, text).codes, codes)
 
@@ -484,7 +483,11 @@ def test_codes_and_scales_of_other_kinds_are_looked_at():
 
 
 def _as(backend, array):
-    return array if array is None or backend == "numpy" else torch.from_numpy(array)
+    if array is None or backend == "numpy":
+        return array
+    import torch
+
+    return torch.from_numpy(array)
 
 
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
