@@ -11,7 +11,19 @@ PLAIN := $(addprefix tests/unit/test_,rotation.py permutation.py second_order.py
 	merging.py diagnostics.py) $(addprefix tests/property/test_,rotation.py permutation.py \
 	diagnostics.py)
 
-.PHONY: demo test test-arm lint bench clean
+# What is tested with other versions than those of constraints.txt, and what of it needs no torch.
+SUITES := $(addprefix tests/,unit property reference conformance models)
+CORE := $(addprefix tests/,unit property conformance)
+
+# Versions of torch and of peers to use where the oldest or newest can't be had, as
+# FLOOR="torch==2.13.0".
+FLOOR ?=
+NEWEST ?=
+
+# A newer Python for the core alone.
+NEWEST_PYTHON ?= python3.13
+
+.PHONY: demo test test-arm test-floor test-newest test-newest-core lint bench clean
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,6 +56,30 @@ test: lint
 test-arm: $(VENV)/.dev
 	$(BIN)/python tests/arm.py -n $(WORKERS) --dist worksteal
 
+# Environments of their own, with the oldest versions that pyproject.toml declares and with the
+# newest that there are.
+test-floor:
+	test -x .venv-floor/bin/python || $(PYTHON) -m venv .venv-floor
+	$(PYTHON) tests/floor.py $(FLOOR) > .venv-floor/constraints.txt
+	.venv-floor/bin/python -m pip install --quiet --upgrade pip
+	.venv-floor/bin/python -m pip install --quiet -c .venv-floor/constraints.txt \
+		-e ".[transformers,dev,peers]"
+	.venv-floor/bin/python -m pytest -n $(WORKERS) --dist worksteal $(SUITES)
+
+test-newest:
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade pip
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+		-e ".[transformers,dev,peers]" $(NEWEST)
+	.venv-newest/bin/python -m pytest -n $(WORKERS) --dist worksteal $(SUITES)
+
+test-newest-core:
+	test -x .venv-newest-core/bin/python || $(NEWEST_PYTHON) -m venv .venv-newest-core
+	.venv-newest-core/bin/python -m pip install --quiet --upgrade pip
+	.venv-newest-core/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+		-e . array-api-strict hypothesis ml_dtypes pytest pytest-xdist safetensors
+	.venv-newest-core/bin/python -m pytest -n $(WORKERS) --dist worksteal --backends numpy $(CORE)
+
 bench: $(VENV)/.dev
 	$(BIN)/python -W ignore bench/bench_rotation.py --rounds 5 --write
 	$(BIN)/python -W ignore bench/bench_formats.py --peers --write
@@ -51,4 +87,4 @@ bench: $(VENV)/.dev
 	$(BIN)/python -W ignore bench/bench_torch.py --write
 
 clean:
-	rm -rf $(VENV) build dist demo-output
+	rm -rf $(VENV) .venv-floor .venv-newest .venv-newest-core build dist demo-output

@@ -19,6 +19,7 @@ from corequant.errors import (
     CorequantError,
     HadamardOrderError,
     HessianError,
+    MissingPackageError,
     NonFiniteError,
     OutputError,
     PermutationError,
@@ -31,6 +32,7 @@ from corequant.errors import (
 from corequant.formats import NumberFormat, find_format, formats
 
 if TYPE_CHECKING:
+    __version__: str
     from corequant._dispatch import available_backends
     from corequant.calibration import ActivationStats
     from corequant.casting import decode, encode
@@ -164,6 +166,7 @@ __all__ = [
     "Granularity",
     "HadamardOrderError",
     "HessianError",
+    "MissingPackageError",
     "NonFiniteError",
     "NumberFormat",
     "OutputError",
@@ -251,9 +254,12 @@ forks.register()
 if not TYPE_CHECKING:  # with it, any name would have a type
 
     def __getattr__(name: str) -> Any:
-        if name not in _LAZY:
+        if name == "__version__":
+            value: Any = importlib.import_module("corequant.storage.files").version_of("corequant")
+        elif name in _LAZY:
+            value = getattr(importlib.import_module(_LAZY[name]), name)
+        else:
             raise AttributeError(f"module 'corequant' has no attribute {name!r}")
-        value = getattr(importlib.import_module(_LAZY[name]), name)
         globals()[name] = value
         return value
 

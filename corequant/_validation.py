@@ -12,6 +12,7 @@ import numpy.typing as npt
 from corequant.errors import (
     BackendError,
     BlockSizeError,
+    MissingPackageError,
     NonFiniteError,
     PermutationError,
     ShapeError,
@@ -40,6 +41,7 @@ __all__ = [
     "is_on_host",
     "is_plain_type",
     "join_some",
+    "need_packages",
     "working_dtype",
 ]
 
@@ -274,3 +276,15 @@ def join_some(items: list[Any] | tuple[Any, ...], most: int = 16) -> str:
         return ", ".join(map(str, items))
     half = most // 2
     return f"{', '.join(map(str, items[:half]))}, ..., {', '.join(map(str, items[-half:]))}"
+
+
+def need_packages(name: str, extra: str, *packages: str) -> None:
+    """Raise MissingPackageError, which says how to get them, unless packages are installed."""
+    from importlib.util import find_spec
+
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise MissingPackageError(
+            f"{name} needs {' and '.join(missing)}; install what is missing with: "
+            f'pip install "corequant[{extra}]"'
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 __all__ = ["main"]
@@ -9,6 +10,9 @@ __all__ = ["main"]
 
 def main() -> None:
     """Run the command, or name the package that it lacks."""
+    # Half of the time that torch and Transformers take to import is the garbage collector's, which
+    # finds nothing; commands turn it on again once these are there.
+    gc.disable()
     try:
         from corequant_cli.app import run
 
@@ -20,4 +24,6 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(1)
+    # At the end Python would go through all objects once more.
+    gc.freeze()
     sys.exit(status)

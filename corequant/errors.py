@@ -19,6 +19,7 @@ __all__ = [
     "CorequantError",
     "HadamardOrderError",
     "HessianError",
+    "MissingPackageError",
     "NonFiniteError",
     "OutputError",
     "PermutationError",
@@ -90,6 +91,10 @@ class RecipeError(CorequantError, ValueError):
 
 class BackendError(CorequantError, RuntimeError):
     """No installed backend can work on the given arrays."""
+
+
+class MissingPackageError(BackendError, ImportError):
+    """A package of one of the extras is not installed; the message says how to install it."""
 
 
 class CalibrationError(CorequantError, ValueError):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from corequant._validation import check_index
+from corequant._validation import check_index, need_packages
 from corequant.errors import AccumulatorError, RecipeError, SpecError
 from corequant.rounding.accumulators import AccumulatorSpec, check_tile
 from corequant.rounding.methods import RoundingOptions, rounding_methods
@@ -347,12 +347,9 @@ class Recipe:
 
     def to_toml(self) -> str:
         """Write the recipe as TOML (needs tomli-w, of the extra ``transformers``)."""
-        try:
-            import tomli_w
-        except ImportError as error:
-            raise ImportError(
-                'to_toml needs tomli-w; install it with: pip install "corequant[transformers]"'
-            ) from error
+        need_packages("Recipe.to_toml", "transformers", "tomli_w")
+        import tomli_w
+
         return tomli_w.dumps(self.to_dict())
 
     @classmethod

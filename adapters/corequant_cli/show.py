@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Column, Table
 
 from corequant.compiled import CacheFolder
 
@@ -39,7 +28,25 @@ __all__ = [
     "remaining",
 ]
 
-_console = Console()
+
+# rich takes longer to import than the text of --help takes to print: it is imported when used.
+@functools.cache
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _table(*columns: Any, **options: Any) -> Any:
+    from rich.table import Table
+
+    return Table(*columns, **options)
+
+
+def _column(name: str, **options: Any) -> Any:
+    from rich.table import Column
+
+    return Column(name, **options)
 
 
 def plain(value: Any) -> str:
@@ -62,6 +69,8 @@ def plain(value: Any) -> str:
 
 def marked(value: Any) -> str:
     """Return ``plain`` text with square brackets escaped for rich."""
+    from rich.markup import escape
+
     return escape(plain(value))
 
 
@@ -72,6 +81,16 @@ def _escaped(character: str) -> str:
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
     """Yield a callable ``(phase, done, total)`` that draws a bar for each phase on stderr."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     bars = Progress(
         TextColumn("{task.description:<24}"),
         BarColumn(),
@@ -96,15 +115,17 @@ def remaining(event: dict[str, Any]) -> None:
     seconds = event["remaining_seconds"]
     if seconds and event["steps_left"] % 5 == 0:
         minutes, rest = divmod(round(seconds), 60)
+        from rich.console import Console
+
         Console(stderr=True).print(f"about {minutes}:{rest:02d} remaining after {event['step']}")
 
 
 def fates(rows: list[dict[str, Any]]) -> None:
     """Print a line for each tensor of the model."""
-    table = Table("tensor", "shape", "fate")
+    table = _table("tensor", "shape", "fate")
     for row in rows:
         table.add_row(marked(row["name"]), "×".join(map(str, row["shape"])), row["fate"])
-    _console.print(table)
+    _console().print(table)
 
 
 def plan_dict(plan: Any) -> dict[str, Any]:
@@ -142,8 +163,8 @@ def plan_dict(plan: Any) -> dict[str, Any]:
 def plan_table(plan: Any) -> None:
     """Print what is done to each kind of matrix."""
     sizes, kind = plan.dimensions, marked(plan.architecture.model_type)
-    table = Table(
-        Column("matrix", no_wrap=True), "shape", "folds", "reads", "writes", "rounded",
+    table = _table(
+        _column("matrix", no_wrap=True), "shape", "folds", "reads", "writes", "rounded",
         title=f"{kind}: {sizes.blocks} blocks, hidden {sizes.hidden}, "
         f"intermediate {sizes.intermediate}, head {sizes.head_dim}",
     )  # fmt: skip
@@ -163,13 +184,13 @@ def plan_table(plan: Any) -> None:
             ", ".join(filter(None, dict.fromkeys(_side(p.output, "") for p in m.row_slices))),
             "yes" if m.quantized else "",
         )
-    _console.print(table)
+    _console().print(table)
     for note in plan.notes:
-        _console.print(f"note: {marked(note)}")
+        _console().print(f"note: {marked(note)}")
     cost = plan.cost()
     recipe = plan.recipe
-    _console.print(f"weights {recipe.weights}, activations {recipe.activations or 'float'}")
-    _console.print(
+    _console().print(f"weights {recipe.weights}, activations {recipe.activations or 'float'}")
+    _console().print(
         f"online rotations: {cost['online_rotations']}, "
         f"{cost['online_additions_per_token']:,} additions per token "
         f"({cost['online_share']:.2%} of the linear layers' multiplications), "
@@ -177,7 +198,7 @@ def plan_table(plan: Any) -> None:
         f"quantized weights: {cost['quantized_mib']:.1f} MiB of {cost['float_mib']:.1f} MiB float; "
         f"peak memory about {cost['peak_mib']:.0f} MiB"
     )
-    _console.print(
+    _console().print(
         f"valid block sizes for {_widths(plan)}: " + ", ".join(map(str, cost["block_sizes"]))
     )
 
@@ -185,12 +206,12 @@ def plan_table(plan: Any) -> None:
 def quantized(result: Any, output: Path) -> None:
     """Print what ``quantize`` did."""
     found = result.verification
-    _console.print(
+    _console().print(
         f"verified before quantizing: logits agree with the float model to "
         f"{found.logits_error:.1e} (float64), {found.matrices_changed} matrices changed, "
         f"{found.rotations_online} online rotations, {found.permutations} permutations"
     )
-    _console.print(
+    _console().print(
         f"saved to {marked(output)} in {result.report['seconds']} s, "
         f"peak memory {result.report['peak_rss_mib']} MiB"
     )
@@ -200,7 +221,7 @@ def _roundings(rows: list[dict[str, Any]]) -> None:
     """Print how each layer was rounded, for methods that use its inputs."""
     idle = [row["name"] for row in rows if row.get("unrouted")]
     if idle:
-        _console.print(
+        _console().print(
             f"{len(idle)} layers of experts without calibration tokens were rounded to nearest, "
             f"the first of them {marked(idle[0])}"
         )
@@ -210,9 +231,9 @@ def _roundings(rows: list[dict[str, Any]]) -> None:
     names = [str(row["name"]).split(".") for row in seen]
     columns = enumerate(zip(*names, strict=False))
     shared = next((k for k, column in columns if len(set(column)) > 1), 0)
-    layer, method = (Column(name, overflow="fold") for name in ("layer", "method"))
+    layer, method = (_column(name, overflow="fold") for name in ("layer", "method"))
     heads = ("loss to nearest", "loss", "damping", "dead", "s", "peak MiB")
-    table = Table(layer, method, *heads)
+    table = _table(layer, method, *heads)
     for row, name in zip(seen, names, strict=True):
         damping = row.get("relative_damping")
         again = "" if (row.get("damping_tries") or 1) == 1 else f" (try {row['damping_tries']})"
@@ -226,12 +247,12 @@ def _roundings(rows: list[dict[str, Any]]) -> None:
             f"{row['seconds']:.1f}",
             str(row["peak_rss_mib"]),
         )
-    _console.print(table)
+    _console().print(table)
 
 
 def evaluation(model: Path, result: Any) -> None:
     """Print a perplexity."""
-    _console.print(
+    _console().print(
         f"perplexity [bold]{result.perplexity:.3f}[/bold] over {result.predicted} positions "
         f"({result.windows} windows of {result.sequence_length}): {marked(model)}"
     )
@@ -245,16 +266,16 @@ def inspection(
     compared: int | None,
 ) -> None:
     """Print recipe, verification, regions and files of a quantized directory."""
-    _console.print(f"[bold]{marked(model)}[/bold]")
-    _console.print(recipe.to_toml().rstrip(), highlight=False, markup=False)
+    _console().print(f"[bold]{marked(model)}[/bold]")
+    _console().print(recipe.to_toml().rstrip(), highlight=False, markup=False)
     found = report.get("verification", {})
-    _console.print(
+    _console().print(
         f"verified: logits to {found['logits_error']:.1e}, "
         f"{marked(found.get('matrices_changed'))} matrices changed"
     )
     regions = report.get("regions", [])
     if regions:
-        table = Table("region", "tokens", "largest block mass / mean", "after permutation")
+        table = _table("region", "tokens", "largest block mass / mean", "after permutation")
         for row in regions:
             if row.get("unrouted"):
                 table.add_row(marked(row["name"]), "0", "no tokens routed to this expert", "")
@@ -266,20 +287,20 @@ def inspection(
                 f"{row['largest_block_mass'] / mean:.3f}",
                 f"{row['largest_block_mass_permuted'] / mean:.3f}",
             )
-        _console.print(table)
+        _console().print(table)
     _roundings(report.get("matrices", []))
-    files = Table("file", "bytes")
+    files = _table("file", "bytes")
     for name, size in sizes.items():
         files.add_row(marked(name), f"{size:,}")
-    _console.print(files)
+    _console().print(files)
     if compared is not None:
-        _console.print(f"{compared} files match their digests")
+        _console().print(f"{compared} files match their digests")
 
 
 def outliers(found: Any, page: Path) -> None:
     """Print a line for each layer of an inspected float model."""
     kind = marked(found.model_type)
-    table = Table(
+    table = _table(
         "layer", "δ", "rotated", "both", "full", "balance", "recovery",
         title=f"{kind}, blocks of {found.block_size}: ranges relative to the original "
         "activation",
@@ -295,8 +316,8 @@ def outliers(found: Any, page: Path) -> None:
             f"{layer.balance['identity']:.1f}→{layer.balance['energydiff']:.2f}",
             f"{layer.recovery['energydiff'][0]:.2f}",
         )
-    _console.print(table)
-    _console.print(f"report: {marked(page)}")
+    _console().print(table)
+    _console().print(f"report: {marked(page)}")
 
 
 def _figure(value: float | None) -> str:
@@ -309,12 +330,12 @@ def _short(name: str) -> str:
 
 def demo(result: Any) -> None:
     """Print the demo's table and the best model's text."""
-    table = Table("rotation", "permutation", "perplexity", "recovery")
+    table = _table("rotation", "permutation", "perplexity", "recovery")
     for row in result.rows:
         recovery = "" if row.recovery is None else f"{row.recovery:.3f}"
         table.add_row(row.rotation, row.permutation, f"{row.perplexity:.2f}", recovery)
-    _console.print(table)
-    _console.print(
+    _console().print(table)
+    _console().print(
         f"recovery = perplexity of the full-vector rotation / perplexity; "
         f"INT4 weights and activations\nbest: {result.best}, saved to {marked(result.output)} "
         f"and loaded again; it generates:\n[italic]{marked(result.sentence)}[/italic]"
@@ -324,15 +345,15 @@ def demo(result: Any) -> None:
 def cache(folders: Sequence[CacheFolder]) -> None:
     """Print folders of compiled code."""
     for folder in folders:
-        _console.print(marked(folder), soft_wrap=True)
+        _console().print(marked(folder), soft_wrap=True)
 
 
 def backends(rows: dict[str, dict[str, str]]) -> None:
     """Print one line for each backend."""
-    table = Table("backend", "what it has")
+    table = _table("backend", "what it has")
     for name, found in rows.items():
         table.add_row(marked(name), marked(", ".join(f"{k} {v}" for k, v in found.items())))
-    _console.print(table)
+    _console().print(table)
 
 
 def _widths(plan: Any) -> str:

@@ -4,22 +4,52 @@ Importing it patches Transformers: config and quantizer of compressed-tensors ar
 that rotate at run time, see ``exports.transformers_hook``.
 """
 
-from corequant_transformers.architectures.known import Architecture, Experts, register
-from corequant_transformers.calibration.choices import Calibration
-from corequant_transformers.checkpoint.reader import load, load_tokenizer
-from corequant_transformers.exports.targets import export
-from corequant_transformers.exports.transformers_hook import install
-from corequant_transformers.files.digests import check_digests
-from corequant_transformers.inspection.html import write_report
-from corequant_transformers.inspection.outliers import Inspection, inspect
-from corequant_transformers.model.sources import Source
-from corequant_transformers.model.text import Evaluation, evaluate, token_windows
-from corequant_transformers.pipeline import Quantized, calibrate, plan, quantize
-from corequant_transformers.planning.fates import fates
-from corequant_transformers.planning.memory import limit_memory
-from corequant_transformers.testing import tiny_model
-from corequant_transformers.transforms.matrices import Choices
-from corequant_transformers.transforms.verification import Trace, Verification, trace, verify
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from corequant._validation import need_packages
+from corequant_transformers.exports.arrival import install_when_imported
+
+if TYPE_CHECKING:
+    from corequant_transformers.architectures.known import Architecture, Experts, register
+    from corequant_transformers.calibration.choices import Calibration
+    from corequant_transformers.checkpoint.reader import load, load_tokenizer
+    from corequant_transformers.exports.targets import export
+    from corequant_transformers.exports.transformers_hook import install
+    from corequant_transformers.files.digests import check_digests
+    from corequant_transformers.inspection.html import write_report
+    from corequant_transformers.inspection.outliers import Inspection, inspect
+    from corequant_transformers.model.sources import Source
+    from corequant_transformers.model.text import Evaluation, evaluate, token_windows
+    from corequant_transformers.pipeline import Quantized, calibrate, plan, quantize
+    from corequant_transformers.planning.fates import fates
+    from corequant_transformers.planning.memory import limit_memory
+    from corequant_transformers.testing import tiny_model
+    from corequant_transformers.transforms.matrices import Choices
+    from corequant_transformers.transforms.verification import Trace, Verification, trace, verify
+
+# Imported when first asked for: torch and Transformers take seconds.
+_PARTS = {
+    "architectures.known": "Architecture Experts register",
+    "calibration.choices": "Calibration",
+    "checkpoint.reader": "load load_tokenizer",
+    "exports.targets": "export",
+    "exports.transformers_hook": "install",
+    "files.digests": "check_digests",
+    "inspection.html": "write_report",
+    "inspection.outliers": "Inspection inspect",
+    "model.sources": "Source",
+    "model.text": "Evaluation evaluate token_windows",
+    "pipeline": "Quantized calibrate plan quantize",
+    "planning.fates": "fates",
+    "planning.memory": "limit_memory",
+    "testing": "tiny_model",
+    "transforms.matrices": "Choices",
+    "transforms.verification": "Trace Verification trace verify",
+}
+_LAZY = {name: part for part, names in _PARTS.items() for name in names.split()}
 
 __all__ = [
     "Architecture",
@@ -52,4 +82,20 @@ __all__ = [
     "write_report",
 ]
 
-install()
+need_packages(
+    "corequant_transformers", "transformers", "torch", "ml_dtypes", "transformers", "safetensors"
+)
+install_when_imported()
+
+if not TYPE_CHECKING:  # with it, any name would have a type
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY:
+            raise AttributeError(f"module 'corequant_transformers' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"corequant_transformers.{_LAZY[name]}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -34,6 +34,7 @@ from corequant._cpu.codegen.team import (
     lead,
     serve,
 )
+from corequant._cpu.processors import processor_count
 
 __all__ = ["Units", "for_rows", "one_part", "thread_count"]
 
@@ -60,13 +61,11 @@ _PATIENCE = 1e-3
 
 
 def thread_count() -> int:
-    """Return how many threads kernels use: NUMBA_NUM_THREADS, or the processors given to us."""
+    """Return how many threads kernels use: NUMBA_NUM_THREADS, at most the processors we have."""
     wanted = os.environ.get("NUMBA_NUM_THREADS", "")
     if wanted.isdigit() and int(wanted) > 0:
-        return int(wanted)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return min(int(wanted), processor_count())
+    return processor_count()
 
 
 def for_rows(

@@ -217,7 +217,7 @@ def _arguments(spec: QuantSpec, what: str) -> dict[str, Any]:
         )
     if weights and not spec.symmetric:
         raise SpecError(
-            f"weights must be symmetric, got {spec}: Transformers 5.23 can't load zero points from "
-            "compressed-tensors files"
+            f"weights must be symmetric, got {spec}: Transformers 5.23 and 5.24 can't load packed "
+            "zero points"
         )
     return {**common, "type": "int"}

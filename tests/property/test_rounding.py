@@ -326,6 +326,8 @@ def test_grouping_tokens_in_other_batches_changes_nothing(splits):
 
 _PROGRAM = """
 import hashlib, numpy as np, corequant as cq
+from corequant._cpu import threads
+threads.processor_count = lambda: 3
 generator = np.random.default_rng(0)
 x = generator.normal(size=(900, 700)).astype(np.float32)
 x[:, 1:] += x[:, :-1] / 2

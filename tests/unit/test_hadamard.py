@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import hashlib
 import importlib.util
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -285,9 +286,9 @@ def test_examples_run():
 
 @pytest.mark.parametrize("name", hadamard.__all__)
 def test_public_names_are_documented(name):
-    text = getattr(hadamard, name).__doc__
+    text = inspect.getdoc(getattr(hadamard, name))
     for section in ("Parameters", "Returns", "Raises", "Examples"):
-        assert f"    {section}\n    {'-' * len(section)}\n" in text
+        assert f"{section}\n{'-' * len(section)}\n" in text
     assert ">>> " in text
     for source in ("Sylvester", "Paley", "Williamson"):
         assert source in text

@@ -134,10 +134,10 @@ def test_streamed_results_are_the_same_bytes(rng, monkeypatch, offset, order):
     assert (memory[start + x.nbytes :] == 7).all()
 
 
-def test_result_does_not_depend_on_threads(rng, monkeypatch):
+def test_result_does_not_depend_on_threads(rng, monkeypatch, use_threads):
     monkeypatch.setattr(_rotation, "_PER_THREAD", 1 << 12)
     _rotation._rows.cache_clear()
-    monkeypatch.setenv("NUMBA_NUM_THREADS", "7")
+    use_threads(7)
     x = rng.normal(size=(256, 1536)).astype(np.float32)
     for axis, order in ((1, 64), (1, 12 * 128), (0, 256)):
         one = cq.block_hadamard(x, order, axis=axis, threads=1)
@@ -148,21 +148,16 @@ def test_result_does_not_depend_on_threads(rng, monkeypatch):
         cq.block_hadamard(x, 64, threads=0)
 
 
-def test_callers_threads_share_the_kernels(rng, monkeypatch):
+def test_callers_threads_share_the_kernels(rng, monkeypatch, use_threads):
     monkeypatch.setattr(_rotation, "_PER_THREAD", 1 << 14)
     _rotation._rows.cache_clear()
-    monkeypatch.setenv("NUMBA_NUM_THREADS", "3")
+    use_threads(3)
     arrays = [rng.normal(size=(64, 2048)).astype(np.float32) for _ in range(8)]
     expected = [cq.block_hadamard(x, 2048, threads=1) for x in arrays]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda x: cq.block_hadamard(x, 2048), arrays))
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-def test_numba_num_threads_is_respected():
-    script = "from corequant._cpu.threads import thread_count; print(thread_count())"
-    assert run(script, NUMBA_NUM_THREADS="3") == "3"
 
 
 @capabilities.forks

@@ -183,11 +183,11 @@ def test_fake_quantize_is_quantize_and_dequantize(text):
 
 
 @pytest.mark.parametrize("text", SPECS)
-def test_results_do_not_depend_on_threads(text, monkeypatch):
+def test_results_do_not_depend_on_threads(text, use_threads):
     x = sample((600, 384))
-    monkeypatch.setenv("NUMBA_NUM_THREADS", "1")
+    use_threads(1)
     alone, codes = cq.fake_quantize(x, text), cq.quantize(x, text).codes
-    monkeypatch.setenv("NUMBA_NUM_THREADS", "3")
+    use_threads(3)
     np.testing.assert_array_equal(cq.fake_quantize(x, text), alone)
     np.testing.assert_array_equal(cq.quantize(x, text).codes, codes)
 

@@ -18,8 +18,8 @@ from corequant._cpu.codegen.team import ASLEEP, LOOKING, Word
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_ranges_cover_the_rows_once(threads, monkeypatch):
-    monkeypatch.setenv("NUMBA_NUM_THREADS", "7")
+def test_ranges_cover_the_rows_once(threads, use_threads):
+    use_threads(7)
     seen = np.zeros(1001, int)
     ranges = []
 
@@ -32,8 +32,8 @@ def test_ranges_cover_the_rows_once(threads, monkeypatch):
     assert len(ranges) == threads
 
 
-def test_where_callers_are_enough_each_works_alone(monkeypatch):
-    monkeypatch.setenv("NUMBA_NUM_THREADS", "3")
+def test_where_callers_are_enough_each_works_alone(use_threads):
+    use_threads(3)
     seen = []
 
     def work(first, last):
@@ -49,18 +49,18 @@ def test_where_callers_are_enough_each_works_alone(monkeypatch):
     assert _threads._crew.working == 0
 
 
-def test_a_caller_does_what_no_helper_has_begun(monkeypatch):
+def test_a_caller_does_what_no_helper_has_begun(monkeypatch, use_threads):
     monkeypatch.setattr(_threads._Helper, "_help", lambda self: None)
     monkeypatch.setattr(_threads, "_crew", _threads._Crew())
-    monkeypatch.setenv("NUMBA_NUM_THREADS", "4")
+    use_threads(4)
     done = []
     _threads.for_rows(64, 1 << 20, lambda first, last: done.extend(range(first, last)))
     assert done == list(range(64))
     turn(64, threads=4)
 
 
-def test_helpers_sleep_work_and_sleep_again(monkeypatch):
-    monkeypatch.setenv("NUMBA_NUM_THREADS", "3")
+def test_helpers_sleep_work_and_sleep_again(monkeypatch, use_threads):
+    use_threads(3)
     monkeypatch.setattr(_threads, "_crew", _threads._Crew())
     for _ in range(20):
         turn(1024, threads=3)
@@ -77,8 +77,8 @@ def test_helpers_sleep_work_and_sleep_again(monkeypatch):
     fell_asleep(_threads._crew)
 
 
-def test_a_helper_takes_part(monkeypatch):
-    monkeypatch.setenv("NUMBA_NUM_THREADS", "2")
+def test_a_helper_takes_part(monkeypatch, use_threads):
+    use_threads(2)
     monkeypatch.setattr(_threads, "_crew", _threads._Crew())
 
     def idle(job, *rest):
@@ -131,8 +131,8 @@ def test_nothing_is_let_go_while_a_helper_works(monkeypatch):
     np.testing.assert_array_equal(x[:, 0], 8)
 
 
-def test_sleeping_helpers_are_woken_for_much_work_or_soon_after_other(monkeypatch):
-    monkeypatch.setenv("NUMBA_NUM_THREADS", "2")
+def test_sleeping_helpers_are_woken_for_much_work_or_soon_after_other(monkeypatch, use_threads):
+    use_threads(2)
     claimed = []
     claim = _threads._Crew.claim
     monkeypatch.setattr(_threads._Crew, "claim", lambda s, n: claimed.append(n) or claim(s, n))
@@ -172,18 +172,18 @@ def test_small_work_stays_with_the_caller():
     assert not _threads.one_part(80, 100, None, 1000)
 
 
-def test_results_do_not_depend_on_the_number_of_threads(rng, monkeypatch):
+def test_results_do_not_depend_on_the_number_of_threads(rng, use_threads):
     x = rng.normal(size=(512, 1536)).astype(np.float32)
     results = []
-    for count in ("1", "2", "5"):
-        monkeypatch.setenv("NUMBA_NUM_THREADS", count)
+    for count in (1, 2, 5):
+        use_threads(count)
         results.append(cq.fake_quantize(cq.block_hadamard(x), "int4:token:asymmetric"))
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])
 
 
-def test_an_error_in_a_thread_reaches_the_caller(monkeypatch):
-    monkeypatch.setenv("NUMBA_NUM_THREADS", "2")
+def test_an_error_in_a_thread_reaches_the_caller(use_threads):
+    use_threads(2)
 
     def work(first, last):
         if first:
@@ -203,8 +203,8 @@ def test_many_callers_at_once(rng):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forking is POSIX only")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_has_threads_of_its_own(rng, monkeypatch):
-    monkeypatch.setenv("NUMBA_NUM_THREADS", "2")
+def test_a_forked_child_has_threads_of_its_own(rng, use_threads):
+    use_threads(2)
     x = rng.normal(size=(256, 1024)).astype(np.float32)
     expected = cq.block_hadamard(x, 64)
     with multiprocessing.get_context("fork").Pool(1) as pool:

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from corequant._cpu.processors import processor_count
 from corequant.errors import CheckpointError
 from corequant.storage.files import json_text, open_regular, read_text
 from corequant_transformers.files.atomic import read_json
@@ -56,7 +57,7 @@ _UNREAD = (".md", ".html", ".gguf")
 _FIELD = "digests"
 _BLANK = "0" * 64
 _LINE = re.compile(rf"([0-9a-f]{{64}})  ((?:{TEMPLATES}/)?[^\n\r/\0]+)")
-_READERS = min(4, os.cpu_count() or 1)
+_READERS = 4
 _GGUF_HEAD = 4096
 _GGUF_LEAST = 24
 """Bytes of the smallest GGUF file: the word, its version, and two counts of nothing."""
@@ -146,7 +147,7 @@ def check_digests(path: str | Path, wanted: Callable[[str], bool] | None = None)
         digests |= _report_digests(path)
     _check_names(path, set(digests))
     names = [name for name in digests if name != REPORT and (wanted is None or wanted(name))]
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(min(_READERS, processor_count())) as pool:
         for name, found in zip(names, pool.map(_sha256, (path / n for n in names)), strict=True):
             if found != digests[name]:
                 raise _changed(path / name)
