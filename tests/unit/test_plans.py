@@ -54,13 +54,13 @@ def test_plans_differ_in_speed_alone(dtype, vectors):
         expected = turned(replace(plan, paired_loads=False, split=False), x, signs)
         for passes in PASSES[vectors]:
             cut = replace(plan, tile=passes.tile, radices=passes.radices, halved=passes.halved)
-            changes = [{}, {"mixed": True}, {"padding": 0}, {"padding": 1}, {"ahead": 4096}]
+            changes = [{}, {"mixed": "all"}, {"mixed": "most"}, {"padding": 0}, {"depth": 2}, {"depth": 5}, {"padding": 1}, {"ahead": 4096}]
             if kind.itemsize > 2:
-                changes += [{"in_place": bool(passes.radices), "mixed": True}]
+                changes += [{"in_place": bool(passes.radices), "mixed": "most"}]
             if dtype == "float32" and where != "before":
                 changes += [{"paired_loads": True}]
             if dtype == "bfloat16" and (cut.tile > 1 or cut.halved):
-                changes += [{"split": True}, {"split": True, "mixed": True}]
+                changes += [{"split": True}, {"split": True, "mixed": "all", "depth": 3}]
             for change in changes:
                 other = replace(cut, **{"split": False, "in_place": False, **change})
                 assert (turned(other, x, signs) == expected).all(), other

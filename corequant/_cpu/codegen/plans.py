@@ -22,7 +22,10 @@ from corequant._cpu.codegen.compiler import processor
 from corequant._cpu.codegen.cores import mix_scratch
 from corequant._cpu.codegen.vectors import VECTOR_BYTES, lanes_of
 
-__all__ = ["Passes", "Plan", "fitted", "plan_columns", "plan_rows", "split", "tuning"]
+__all__ = ["PAGE", "Passes", "Plan", "fitted", "plan_columns", "plan_rows", "split", "tuning"]
+
+PAGE = 4096
+"""Bytes after which addresses look alike to a store's queue."""
 
 _SHIFTED_BATCH = 1024
 """Numbers assembled before they are streamed: enough that no load waits for a store."""
@@ -63,12 +66,15 @@ class Plan:
         Do the first pass on vectors of 32 bytes.
     in_place : bool
         Keep a block in the result between passes instead of the scratch.
-    mixed : bool
-        Let the units that multiply take the differences of butterflies between vectors.
+    mixed : {"", "all", "most"}
+        Let the units that multiply take differences of butterflies between vectors: all of them,
+        or those of later passes but not of their last stages.
     split : bool
         Load bfloat16 by pairs, so that the first butterfly is one between vectors.
     padding : int
         Vectors left free after each tile in the scratch.
+    depth : int
+        Tiles of the first pass that are under way at once.
     """
 
     dtype: str
@@ -85,9 +91,10 @@ class Plan:
     paired_loads: bool = False
     halved: bool = False
     in_place: bool = False
-    mixed: bool = False
+    mixed: str = ""
     split: bool = False
     padding: int = 1
+    depth: int = 1
 
     def __str__(self) -> str:
         """Write the form that ``parse`` reads; it is what a compiled kernel is cached under."""
@@ -145,11 +152,21 @@ class Plan:
         return self.chunks * self.pitch if self.passes > 1 and not self.in_place else 0
 
     @property
+    def joined(self) -> bool:
+        """Whether shifted stores copy from where the block has been between passes."""
+        wide = self.dtype in ("float32", "float64")
+        return self.stores == "shifted" and self.kept > 0 and self.padding == 0 and wide
+
+    @property
     def scratch(self) -> int:
         """Bytes of scratch that a kernel needs, 64-aligned."""
-        assembled = VECTOR_BYTES * (self.unit // self.lanes + 1) if self.stores == "shifted" else 0
         core = mix_scratch(self.core) if self.core > 1 else 0
-        return self.kept + core + assembled
+        assembled = 0
+        if self.stores == "shifted":
+            # The line before it is used, too.
+            whole = 0 if self.joined else self.unit // self.lanes
+            assembled = VECTOR_BYTES * (whole + 1)
+        return self.kept + core + assembled + (PAGE if self.kept else 0)
 
 
 @lru_cache(maxsize=256)
@@ -175,9 +192,10 @@ def plan_rows(dtype: str, core: int, power: int, inverse: bool, signs: str, stor
         paired_loads=best.paired_loads and dtype == "float32" and power > 1 and signs != "before",
         halved=passes.halved,
         in_place=0 < best.in_place <= core * vectors and several and wide and stores == "ordinary",
-        mixed=best.mixed and bool(passes.radices),
+        mixed=best.mixed if passes.radices else "",
         split=best.split and dtype == "bfloat16" and core == 1 and power > 1 and tile > 1,
         padding=best.padding,
+        depth=best.depth,
     )
 
 
@@ -238,7 +256,8 @@ class Tuning:
     paired_loads: bool = False
     padding: int = 0
     in_place: int = 0
-    mixed: bool = False
+    mixed: str = ""
+    depth: int = 1
     split: bool = False
     inserted: bool = False
 
@@ -312,7 +331,8 @@ _ZEN4 = Tuning(
         256: Passes(4, (8, 8)),
     },
     in_place=1,
-    mixed=True,
+    mixed="most",
+    depth=4,
     split=True,
 )
 
@@ -351,7 +371,7 @@ _ZEN5 = Tuning(
     bfloat16=_NARROW,
     ahead=8192,
     in_place=256,
-    mixed=True,
+    mixed="all",
     split=True,
     inserted=True,
 )
