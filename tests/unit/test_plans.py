@@ -54,7 +54,16 @@ def test_plans_differ_in_speed_alone(dtype, vectors):
         expected = turned(replace(plan, paired_loads=False, split=False), x, signs)
         for passes in PASSES[vectors]:
             cut = replace(plan, tile=passes.tile, radices=passes.radices, halved=passes.halved)
-            changes = [{}, {"mixed": "all"}, {"mixed": "most"}, {"padding": 0}, {"depth": 2}, {"depth": 5}, {"padding": 1}, {"ahead": 4096}]
+            changes = [
+                {},
+                {"mixed": "all"},
+                {"mixed": "most"},
+                {"padding": 0},
+                {"depth": 2},
+                {"depth": 5},
+                {"padding": 1},
+                {"ahead": 4096},
+            ]
             if kind.itemsize > 2:
                 changes += [{"in_place": bool(passes.radices), "mixed": "most"}]
             if dtype == "float32" and where != "before":

@@ -21,7 +21,7 @@ from llvmlite import ir
 from corequant._cpu.codegen.cores import mix, mix_scratch
 from corequant._cpu.codegen.plans import PAGE, Plan
 from corequant._cpu.codegen.shifted_stores import ShiftedStores
-from corequant._cpu.codegen.staggered import staggered
+from corequant._cpu.codegen.staggered import Step, staggered
 from corequant._cpu.codegen.vectors import VECTOR_BYTES, Vectors, counted, int64
 
 __all__ = ["Body"]
@@ -231,7 +231,7 @@ class Body:
             return []
 
         distances = [1 << k for k in range(int(plan.paired_loads), stages - int(plan.split))]
-        steps = [load, *(partial(within, d) for d in distances), between, finish]
+        steps: list[Step] = [load, *(partial(within, d) for d in distances), between, finish]
         staggered(self.b, over.chunks, steps, plan.depth)
 
     def _fused(self, v: Vectors, *mixed: str) -> Any:

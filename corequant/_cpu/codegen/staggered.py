@@ -1,7 +1,7 @@
 """Loops whose turns overlap: each turn's steps stand beside other steps of the turns before.
 
-A processor looks only so far ahead for work that is ready. The stages of a tile wait for each other;
-with another tile's stages between them, what is looked at is ready more often.
+A processor looks only so far ahead for work that is ready. The stages of a tile wait for each
+other; with another tile's stages between them, what is looked at is ready more often.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from llvmlite import ir
 
 from corequant._cpu.codegen.vectors import int64
 
-__all__ = ["staggered"]
+__all__ = ["Step", "staggered"]
 
 Step = Callable[[Any, list[Any]], list[Any]]
 """Is given the index of a turn and the previous step's values, and returns its own.
