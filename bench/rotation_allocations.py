@@ -47,30 +47,19 @@ def pairs() -> dict[str, tuple[np.ndarray, np.ndarray]]:
         return {k: (allocated(k, Path(folder)), allocated(k, Path(folder))) for k in KINDS}
 
 
-def compared(
-    title: str, rounds: int, cases: list[tuple[str, str, dict[str, tuple[Job, Job]]]]
-) -> Result:
-    """Measure pairs of jobs, one for each kind of allocation: the first's speed, the second's 1."""
-    rows: list[list[object]] = []
-    goals = []
-    for name, what, jobs in cases:
-        both = {f"{kind}{i}": job for kind, two in jobs.items() for i, job in enumerate(two)}
-        t = medians(both, rounds)
-        shares = [t[f"{kind}1"] / t[f"{kind}0"] for kind in jobs]
-        rows.append([name, what, *shares, min(shares) / max(shares)])
-        block = int(name.partition("=")[2]) if name.startswith("b=") else 0
-        least = {"in place / limit": LIMIT, "out= / copyto": OUT}.get(what, {}).get(block)
-        if least is not None:
-            goals.append(Goal(f"8: {name}, {what}, the least", least, min(shares)))
-        goals.append(Goal(f"8: {name}, {what}, least / most", EVEN, min(shares) / max(shares)))
-    return Result(title, ["", "", *KINDS, "least / most"], rows, goals)
+def measured(jobs: dict[str, tuple[Job, Job]], rounds: int) -> list[float]:
+    """Return how many times as fast as the second the first job of each pair is."""
+    both = {f"{kind}{i}": job for kind, two in jobs.items() for i, job in enumerate(two)}
+    t = medians(both, rounds)
+    return [t[f"{kind}1"] / t[f"{kind}0"] for kind in jobs]
 
 
 def allocations(rounds: int) -> Result:
     """float32, 64 MiB, at each kind of allocation, whose own limit and copy are the measure."""
     pin()
     arrays = pairs()
-    cases = []
+    rows: list[list[object]] = []
+    goals = []
     for b in POWERS:
         placed, copied = {}, {}
         for kind, (x, y) in arrays.items():
@@ -83,13 +72,22 @@ def allocations(rounds: int) -> Result:
                 lambda a=a, o=o, b=b: cq.block_hadamard(a, b, out=o, threads=1),
                 lambda x=x, y=y: np.copyto(y, x),
             )
-        cases.append((f"b={b}", "in place / limit", placed))
-        cases.append((f"b={b}", "out= / copyto", copied))
-    return compared("float32, 64 MiB, by allocation", rounds, cases)
+        for what, jobs, least in (
+            ("in place / limit", placed, LIMIT),
+            ("out= / copyto", copied, OUT),
+        ):
+            shares = measured(jobs, rounds)
+            even = min(shares) / max(shares)
+            rows.append([b, what, *shares, even])
+            if b in least:
+                goals.append(Goal(f"8: b={b}, {what}, the least", least[b], min(shares)))
+            goals.append(Goal(f"8: b={b}, {what}, least / most", EVEN, even))
+    head = ["b", "", *KINDS, "least / most"]
+    return Result("float32, 64 MiB, by allocation", head, rows, goals)
 
 
 def fused_allocations(rounds: int) -> Result:
-    """Fused calls and statistics at each kind of allocation, against a copy of the same array."""
+    """Fused calls and statistics at each kind of allocation, in milliseconds."""
     pin()
     arrays = pairs()
     codes = np.zeros((SIDE, SIDE), np.int8)
@@ -104,17 +102,15 @@ def fused_allocations(rounds: int) -> Result:
         "rotate_fake_quantize": lambda x, y: cq.rotate_fake_quantize(x, 64, spec, out=y, threads=1),
         "ActivationStats.update": lambda x, y: stats.update(x),
     }
-    cases = []
+    rows: list[list[object]] = []
+    goals = []
     for name, call in work.items():
-        jobs = {
-            kind: (
-                lambda x=x, y=y, call=call: call(x, y),
-                lambda x=x, y=y: np.copyto(y, x),
-            )
-            for kind, (x, y) in arrays.items()
-        }
-        cases.append((name, "/ copyto", jobs))
-    return compared("Fused calls and statistics, 64 MiB, by allocation", rounds, cases)
+        jobs = {k: lambda x=x, y=y, call=call: call(x, y) for k, (x, y) in arrays.items()}
+        t = [1e3 * seconds for seconds in medians(jobs, rounds).values()]
+        rows.append([name, *t, min(t) / max(t)])
+        goals.append(Goal(f"8: {name}, worst / best allocation", EVEN, min(t) / max(t)))
+    head = ["ms", *KINDS, "best / worst"]
+    return Result("Fused calls and statistics, 64 MiB, by allocation", head, rows, goals)
 
 
 ALLOCATION_PARTS: dict[str, Callable[[int], Result]] = {

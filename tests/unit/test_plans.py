@@ -152,3 +152,16 @@ def test_a_plan_is_read_back_from_its_text():
         plan_columns("float32", 1, 256, False, "before", "ordinary"),
     ):
         assert Plan.parse(str(plan)) == plan
+
+
+@pytest.mark.parametrize("name", ["generic", "haswell", "skylake-avx512", "znver3", "znver4"])
+def test_tiles_fit_the_registers(monkeypatch, name):
+    """A vector of 64 bytes takes two of a processor's 16 registers, or one of 32."""
+    monkeypatch.setattr(tuning, "processor", lambda: (name, ""))
+    chosen = tuning.tuning.__wrapped__()
+    vectors = 32 if name in ("skylake-avx512", "znver4") else 8
+    for power in (1 << k for k in range(10)):
+        passes = chosen.passes(power, "float32")
+        assert max(passes.tile, *passes.radices, 1) <= vectors
+        # Tiles under way are carried in registers from turn to turn.
+        assert chosen.depth == 1 or chosen.depth * chosen.single <= vectors

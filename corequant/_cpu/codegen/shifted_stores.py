@@ -41,7 +41,7 @@ class ShiftedStores:
         counted = ir.Constant(_LINE, list(range(_LINE.count)))
         self.ours = b.icmp_unsigned(">=", counted, everywhere)
 
-    def write(self, unit: Any, size: int) -> None:
+    def write(self, unit: Any, size: Any) -> None:
         """Copy all whole lines of a unit of ``size`` bytes."""
         b, v = self.b, self.v
         start = v.address(self.lines, b.mul(unit, int64(size)))
@@ -52,10 +52,10 @@ class ShiftedStores:
                 v.store(self._line(0), start, VECTOR_BYTES, stream=True)
         with counted(b, size, VECTOR_BYTES, VECTOR_BYTES) as at:
             v.store(self._line(at), v.address(start, at), VECTOR_BYTES, stream=True)
-        last = self._load(v.address(self.place, size - VECTOR_BYTES))
+        last = self._load(v.address(self.place, b.sub(int64(size), int64(VECTOR_BYTES))))
         v.store(last, v.address(self.place, -VECTOR_BYTES), VECTOR_BYTES)
 
-    def finish(self, units: Any, size: int) -> None:
+    def finish(self, units: Any, size: Any) -> None:
         """Write what is left of the last line."""
         end = self.v.address(self.lines, self.b.mul(units, int64(size)))
         self._store_where(self.b.not_(self.ours), self._line(0), end)
