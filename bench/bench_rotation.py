@@ -25,8 +25,11 @@ import json
 import platform
 from pathlib import Path
 
-from rotation_parts import PARTS, POWERS, Goal, Result
+from rotation_allocations import ALLOCATION_PARTS
+from rotation_parts import PARTS as OTHER_PARTS
+from rotation_parts import POWERS, Goal, Result
 
+PARTS = OTHER_PARTS | ALLOCATION_PARTS
 HERE = Path(__file__).parent
 KEPT = HERE / "rotation.json"
 MARKS = ("<!-- rotation: begin -->", "<!-- rotation: end -->")

@@ -14,7 +14,7 @@ from corequant._cpu.codegen.compiler import compiled_away
 from corequant._cpu.codegen.plans import Plan, fitted, plan_rows
 from corequant._cpu.codegen.row_kernels import fused_context, fused_kernel, fused_scratch
 from corequant._cpu.codegen.row_steps import Task, index_dtype
-from corequant._cpu.codegen.vectors import compute_dtype, lanes_of
+from corequant._cpu.codegen.vectors import VECTOR_BYTES, compute_dtype, lanes_of
 from corequant._cpu.rotation import repeated_bits, scale_of, where_signs
 from corequant._cpu.threads import Units
 from corequant.formats import FormatKind
@@ -182,7 +182,7 @@ def _kernel(
     grid: str,
     symmetric: bool,
     permuted: bool,
-    streamed: bool,
+    stores: str,
     signs: str,
 ) -> _Kernel:
     """Return what a shape needs; many shapes share one compiled kernel."""
@@ -191,7 +191,7 @@ def _kernel(
     if permuted:
         # The gather fetches the next row; what the rotation reads is in the cache already.
         plan = replace(plan, ahead=0)
-    task = Task.of(plan.lanes, d, group, grid, symmetric, permuted, streamed)
+    task = Task.of(plan.lanes, d, group, grid, symmetric, permuted, stores)
     real = np.dtype(compute_dtype(name))
     return _Kernel(
         fused_kernel(plan, task),
@@ -224,7 +224,9 @@ def fuse(
     rotated number was finite.
     """
     rows, d = x.shape
-    streamed = grid == "values" and storing(out.nbytes, address_of(out)) == "streamed"
+    stores = storing(out.nbytes, address_of(out)) if grid == "values" else "ordinary"
+    if stores == "shifted" and out.strides[0] % VECTOR_BYTES:
+        stores = "ordinary"
     found = _kernel(
         name_of(x.dtype),
         block_size,
@@ -233,7 +235,7 @@ def fuse(
         grid,
         symmetric,
         permutation is not None,
-        streamed,
+        stores,
         where_signs(signs, inverse=False),
     )
     bits = np.zeros(0, np.uint8) if signs is None else repeated_bits(found.plan, signs)

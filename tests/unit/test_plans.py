@@ -54,13 +54,22 @@ def test_plans_differ_in_speed_alone(dtype, vectors):
         expected = turned(replace(plan, paired_loads=False, split=False), x, signs)
         for passes in PASSES[vectors]:
             cut = replace(plan, tile=passes.tile, radices=passes.radices, halved=passes.halved)
-            changes = [{}, {"mixed": True}, {"padding": 0}, {"padding": 1}, {"ahead": 4096}]
+            changes = [
+                {},
+                {"mixed": "all"},
+                {"mixed": "most"},
+                {"padding": 0},
+                {"depth": 2},
+                {"depth": 5},
+                {"padding": 1},
+                {"ahead": 4096},
+            ]
             if kind.itemsize > 2:
-                changes += [{"in_place": bool(passes.radices), "mixed": True}]
+                changes += [{"in_place": bool(passes.radices), "mixed": "most"}]
             if dtype == "float32" and where != "before":
                 changes += [{"paired_loads": True}]
             if dtype == "bfloat16" and (cut.tile > 1 or cut.halved):
-                changes += [{"split": True}, {"split": True, "mixed": True}]
+                changes += [{"split": True}, {"split": True, "mixed": "all", "depth": 3}]
             for change in changes:
                 other = replace(cut, **{"split": False, "in_place": False, **change})
                 assert (turned(other, x, signs) == expected).all(), other
@@ -143,3 +152,16 @@ def test_a_plan_is_read_back_from_its_text():
         plan_columns("float32", 1, 256, False, "before", "ordinary"),
     ):
         assert Plan.parse(str(plan)) == plan
+
+
+@pytest.mark.parametrize("name", ["generic", "haswell", "skylake-avx512", "znver3", "znver4"])
+def test_tiles_fit_the_registers(monkeypatch, name):
+    """A vector of 64 bytes takes two of a processor's 16 registers, or one of 32."""
+    monkeypatch.setattr(tuning, "processor", lambda: (name, ""))
+    chosen = tuning.tuning.__wrapped__()
+    vectors = 32 if name in ("skylake-avx512", "znver4") else 8
+    for power in (1 << k for k in range(10)):
+        passes = chosen.passes(power, "float32")
+        assert max(passes.tile, *passes.radices, 1) <= vectors
+        # Tiles under way are carried in registers from turn to turn.
+        assert chosen.depth == 1 or chosen.depth * chosen.single <= vectors

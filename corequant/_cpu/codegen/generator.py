@@ -19,8 +19,9 @@ from typing import Any
 from llvmlite import ir
 
 from corequant._cpu.codegen.cores import mix, mix_scratch
-from corequant._cpu.codegen.plans import Plan
+from corequant._cpu.codegen.plans import PAGE, Plan
 from corequant._cpu.codegen.shifted_stores import ShiftedStores
+from corequant._cpu.codegen.staggered import Step, staggered
 from corequant._cpu.codegen.vectors import VECTOR_BYTES, Vectors, counted, int64
 
 __all__ = ["Body"]
@@ -43,7 +44,7 @@ class _Stretch:
 
     number: int
     part: Any
-    chunks: int
+    chunks: Any
     last: bool = False
 
 
@@ -83,38 +84,82 @@ class Body:
     def emit(self) -> None:
         """Emit the loop over units."""
         plan, b = self.plan, self.b
+        with b.goto_entry_block():
+            self.signs_at = b.alloca(_WORD)
+            self.fused = {v: v.minus_one() if plan.mixed else None for v in (self.v, self.half)}
+        b.store(self.phase, self.signs_at)
+        self.scratch = self._apart(self.scratch)
         vectors = plan.strip or plan.unit // plan.lanes
         moved = vectors * self.v.stored_bytes
-        with b.goto_entry_block():
-            phase = b.alloca(_WORD)
-            self.fused = {v: v.minus_one() if plan.mixed else None for v in (self.v, self.half)}
-        b.store(self.phase, phase)
+        if self.straight:
+            self._look_ahead(int64(0), moved)
+            over = _Stretch(0, int64(0), self.units, last=True)
+            self._first_pass(over, self._array(self.src, 0), self._array(self.dst, 1))
+        else:
+            self._each_unit(moved)
+        if plan.stores != "ordinary":
+            self.v.fence()
+
+    @property
+    def straight(self) -> bool:
+        """Whether units are tiles of a single pass, so that all of them are one loop."""
+        plan = self.plan
+        single = plan.tile > 0 and plan.passes == 1 and plan.chunks == 1
+        return single and plan.stores != "shifted"
+
+    def _each_unit(self, moved: int) -> None:
+        plan, b = self.plan, self.b
         if plan.stores == "shifted":
-            start = plan.kept + mix_scratch(plan.core)
-            shifted = ShiftedStores(self.v, self.dst, self.v.address(self.scratch, start))
+            after = plan.kept + mix_scratch(plan.core) + VECTOR_BYTES
+            place = self.v.address(self.scratch, 0 if plan.joined else after)
+            shifted = ShiftedStores(self.v, self.dst, place)
         with self._loop(self.units) as unit:
             offset = b.mul(unit, int64(moved))
-            self.from_twin = self.v.address(self.twin, offset)
-            self.ahead = self.v.address(self.src, b.add(offset, int64(max(plan.ahead, moved))))
+            self._look_ahead(offset, moved)
             if plan.signs != "none" and not plan.strip:
-                at = b.load(phase)
-                self.unit_signs = self.v.address(self.signs, b.lshr(at, int64(3)))
-                following = b.add(at, int64(plan.unit))
-                wraps = b.icmp_signed("==", following, self.period)
-                b.store(b.select(wraps, int64(0), following), phase)
+                self._next_signs()
             target = self.v.address(self.dst, offset)
             if plan.stores == "shifted":
                 target = shifted.place
             source = self.v.address(self.src, offset)
-            self._unit(self._array(source, 0), self._array(target, 1), moved)
+            self._unit(self._array(source, 0), self._array(target, 1))
             if plan.stores == "shifted":
                 shifted.write(unit, moved)
         if plan.stores == "shifted":
             shifted.finish(self.units, moved)
-        if plan.stores != "ordinary":
-            self.v.fence()
 
-    def _unit(self, source: _Place, target: _Place, moved: int) -> None:
+    def _apart(self, scratch: Any) -> Any:
+        """Return where in the scratch to begin: apart from the source in the cache's sets.
+
+        Where both are as far into a page, or nearly, loads of the one wait for stores to the other.
+        """
+        if not self.plan.kept:
+            return scratch
+        b = self.b
+        ends = [b.ptrtoint(pointer, _WORD) for pointer in (self.src, scratch)]
+        apart = b.add(b.sub(*ends), int64(2 * VECTOR_BYTES))
+        start = b.and_(apart, int64(PAGE - VECTOR_BYTES))
+        if self.plan.joined:
+            start = b.add(start, int64(VECTOR_BYTES))
+        return self.v.address(scratch, start)
+
+    def _look_ahead(self, offset: Any, moved: int) -> None:
+        """Set what a unit at ``offset`` fetches, and how much of it a pass does."""
+        plan, b = self.plan, self.b
+        self.from_twin = self.v.address(self.twin, offset)
+        self.ahead = self.v.address(self.src, b.add(offset, int64(max(plan.ahead, moved))))
+        self.share = -(-moved // VECTOR_BYTES // plan.passes)
+
+    def _next_signs(self) -> None:
+        """Step to the signs of the next unit."""
+        b = self.b
+        at = b.load(self.signs_at)
+        self.unit_signs = self.v.address(self.signs, b.lshr(at, int64(3)))
+        following = b.add(at, int64(self.plan.unit))
+        wraps = b.icmp_signed("==", following, self.period)
+        b.store(b.select(wraps, int64(0), following), self.signs_at)
+
+    def _unit(self, source: _Place, target: _Place) -> None:
         """All passes over one unit, all but the last one part after the other.
 
         A part is what the last pass combines, so that it stays in the first-level cache until then.
@@ -123,8 +168,8 @@ class Body:
         rest = _Place(self.scratch, plan.pitch, in_array=False)
         if plan.in_place:
             rest = target
-        lines = -(-moved // VECTOR_BYTES)
-        self.share = -(-lines // plan.passes)
+        if plan.joined:
+            target = rest
         steps: list[Callable[..., None]] = [self._first_pass] if plan.tile else []
         distance = 1
         for radix in plan.radices:
@@ -133,8 +178,9 @@ class Body:
         if plan.core > 1:
             steps.append(partial(self._core_pass, distance))
         *early, final = steps
-        chunks = plan.chunks // plan.parts
-        with self._loop(plan.parts if early else 1) as part:
+        parts = plan.parts if len(early) > 1 else 1
+        chunks = plan.chunks // parts
+        with self._loop(parts) as part:
             for number, step in enumerate(early):
                 step(_Stretch(number, part, chunks), source if number == 0 else rest, rest)
         whole = _Stretch(len(early), int64(0), plan.chunks, last=True)
@@ -148,7 +194,11 @@ class Body:
         count = plan.tile * VECTOR_BYTES // v.bytes
         stages = min(plan.power, v.lanes * parts).bit_length() - 1
         together = max(parts, min(count, plan.power // v.lanes))
-        with self._loop(over.chunks) as index:
+        fused = self._fused(v, "all")
+
+        def load(index: Any, _: list[Any]) -> list[Any]:
+            if self.straight and plan.signs == "before":
+                self._next_signs()
             chunk = self._prefetch(over, index, over.chunks)
             vectors = []
             for i in range(0, count, parts):
@@ -160,15 +210,33 @@ class Body:
                     vectors += v.butterflies(self._load_split(v, source, chunk, i))
                 else:
                     vectors.append(self._load(v, source, chunk, i, first=True))
-            done = int(plan.paired_loads or plan.split)
-            for stage in range(stages - done):
-                distance = 1 << (stage + int(plan.paired_loads))
-                vectors = [v.lane_butterfly(vector, distance) for vector in vectors]
+            return vectors
+
+        def within(distance: int, _: Any, vectors: list[Any]) -> list[Any]:
+            return [v.lane_butterfly(vector, distance) for vector in vectors]
+
+        def between(_: Any, vectors: list[Any]) -> list[Any]:
+            vectors = list(vectors)
             for start, part in itertools.product(range(0, count, together), range(parts)):
                 run = slice(start + part, start + together, parts)
-                vectors[run] = v.butterflies(vectors[run], self.fused[v])
+                vectors[run] = v.butterflies(vectors[run], fused)
+            return vectors
+
+        def finish(index: Any, vectors: list[Any]) -> list[Any]:
+            if self.straight and plan.signs == "after":
+                self._next_signs()
+            chunk = self._tile(over, index, over.chunks)
             for i in range(0, count, parts):
                 self._store_some(v, vectors[i : i + parts], target, chunk, i, over.last)
+            return []
+
+        distances = [1 << k for k in range(int(plan.paired_loads), stages - int(plan.split))]
+        steps: list[Step] = [load, *(partial(within, d) for d in distances), between, finish]
+        staggered(self.b, over.chunks, steps, plan.depth)
+
+    def _fused(self, v: Vectors, *mixed: str) -> Any:
+        """Return the vector that lets differences be products, where the plan is one of these."""
+        return self.fused[v] if self.plan.mixed in mixed else None
 
     def _pass(
         self, radix: int, distance: int, over: _Stretch, source: _Place, target: _Place
@@ -192,7 +260,9 @@ class Body:
             turned = []
             for one in places:
                 loaded = [self._load(v, source, chunk, one, first) for chunk in chunks]
-                turned.append(v.butterflies(loaded, self.fused[v]))
+                plain = self.plan.mixed == "most"
+                fused = self._fused(v, "all", "most")
+                turned.append(v.butterflies(loaded, fused, plain_last=plain))
             for chunk, *vectors in zip(chunks, *turned, strict=True):
                 self._store_some(v, vectors, target, chunk, place, over.last)
 
@@ -269,7 +339,8 @@ class Body:
         """Flip the signs of what is vector ``at`` of a chunk."""
         if self.plan.strip:
             return v.scale(vector, self._row_factor(v, chunk))
-        start = self.b.mul(chunk, int64(self.plan.tile * self.plan.lanes // 8))
+        within = int64(0) if self.straight else chunk
+        start = self.b.mul(within, int64(self.plan.tile * self.plan.lanes // 8))
         if isinstance(at, int):
             at, nibble = divmod(at * v.lanes // 4, 2)
         else:
@@ -291,16 +362,16 @@ class Body:
         return self.b.add(self.b.mul(chunk, int64(place.step)), int64(within))
 
     def _prefetch(
-        self, over: _Stretch, number: Any, tiles: int, piece: Any = 0, pieces: int = 1
+        self, over: _Stretch, number: Any, tiles: Any, piece: Any = 0, pieces: int = 1
     ) -> Any:
         """Fetch this tile's share of what comes next, so that all passes overlap with memory.
 
         It may be fetched in ``pieces``. Returns the number of the tile in the unit.
         """
         plan, b = self.plan, self.b
-        tile = b.add(b.mul(over.part, int64(tiles)), number)
+        tile = self._tile(over, number, tiles)
         if plan.ahead and not plan.strip:
-            parts = plan.chunks // over.chunks
+            tiles, parts = (1, 1) if self.straight else (tiles, plan.chunks // over.chunks)
             each = -(-self.share // (tiles * parts))
             start = b.mul(tile, int64(each * VECTOR_BYTES))
             offset = over.number * self.share * VECTOR_BYTES
@@ -314,6 +385,10 @@ class Body:
                 at = b.add(start, int64(offset + k * VECTOR_BYTES))
                 self.v.prefetch(self.v.address(self.ahead, at))
         return tile
+
+    def _tile(self, over: _Stretch, number: Any, tiles: Any) -> Any:
+        """Count a tile of a part from the beginning of the unit."""
+        return self.b.add(self.b.mul(over.part, int64(tiles)), number)
 
     def _number(self, *parts: Any) -> Any:
         """Count the turns of nested loops: ((i, n), (j, m), k) gives (i n + j) m + k."""

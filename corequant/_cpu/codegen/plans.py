@@ -5,24 +5,25 @@ distances 1, 2, 4, ..., p/2, then by the core of order K. A pass does several st
 vectors as registers hold. Every plan does the stages in that one order, so that every plan gives
 the same bits; plans differ in speed alone. ``docs/kernels.md`` tells why each is as it is.
 
-What each family of processors likes best was measured, not derived. Keys of its tables are the
-vectors in a block: p over the numbers in 64 bytes. The tables for narrower numbers and for streamed
-stores hold what differs from ``rows``, which holds what differs from tiles of 8 vectors.
+What each family of processors likes best was measured, not derived; it is a few numbers, from which
+the passes of all block sizes follow.
 """
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 
 from corequant._cpu.codegen.compiler import processor
 from corequant._cpu.codegen.cores import mix_scratch
 from corequant._cpu.codegen.vectors import VECTOR_BYTES, lanes_of
 
-__all__ = ["Passes", "Plan", "fitted", "plan_columns", "plan_rows", "split", "tuning"]
+__all__ = ["PAGE", "Passes", "Plan", "fitted", "plan_columns", "plan_rows", "split", "tuning"]
+
+PAGE = 4096
+"""Bytes after which addresses look alike to a store's queue."""
 
 _SHIFTED_BATCH = 1024
 """Numbers assembled before they are streamed: enough that no load waits for a store."""
@@ -63,12 +64,15 @@ class Plan:
         Do the first pass on vectors of 32 bytes.
     in_place : bool
         Keep a block in the result between passes instead of the scratch.
-    mixed : bool
-        Let the units that multiply take the differences of butterflies between vectors.
+    mixed : {"", "all", "most"}
+        Let the units that multiply take differences of butterflies between vectors: all of them,
+        or those of later passes but not of their last stages.
     split : bool
         Load bfloat16 by pairs, so that the first butterfly is one between vectors.
     padding : int
         Vectors left free after each tile in the scratch.
+    depth : int
+        Tiles of the first pass that are under way at once.
     """
 
     dtype: str
@@ -85,9 +89,10 @@ class Plan:
     paired_loads: bool = False
     halved: bool = False
     in_place: bool = False
-    mixed: bool = False
+    mixed: str = ""
     split: bool = False
     padding: int = 1
+    depth: int = 1
 
     def __str__(self) -> str:
         """Write the form that ``parse`` reads; it is what a compiled kernel is cached under."""
@@ -145,11 +150,21 @@ class Plan:
         return self.chunks * self.pitch if self.passes > 1 and not self.in_place else 0
 
     @property
+    def joined(self) -> bool:
+        """Whether shifted stores copy from where the block has been between passes."""
+        wide = self.dtype in ("float32", "float64")
+        return self.stores == "shifted" and self.kept > 0 and self.padding == 0 and wide
+
+    @property
     def scratch(self) -> int:
         """Bytes of scratch that a kernel needs, 64-aligned."""
-        assembled = VECTOR_BYTES * (self.unit // self.lanes + 1) if self.stores == "shifted" else 0
         core = mix_scratch(self.core) if self.core > 1 else 0
-        return self.kept + core + assembled
+        assembled = 0
+        if self.stores == "shifted":
+            # The line before it is used, too.
+            whole = 0 if self.joined else self.unit // self.lanes
+            assembled = VECTOR_BYTES * (whole + 1)
+        return self.kept + core + assembled + (PAGE if self.kept else 0)
 
 
 @lru_cache(maxsize=256)
@@ -171,13 +186,14 @@ def plan_rows(dtype: str, core: int, power: int, inverse: bool, signs: str, stor
         signs=signs,
         stores=stores,
         batch=_SHIFTED_BATCH if stores == "shifted" and core == 1 else 0,
-        ahead=best.ahead,
+        ahead=best.fetched(core * vectors, stores),
         paired_loads=best.paired_loads and dtype == "float32" and power > 1 and signs != "before",
         halved=passes.halved,
         in_place=0 < best.in_place <= core * vectors and several and wide and stores == "ordinary",
-        mixed=best.mixed and bool(passes.radices),
+        mixed=best.mixed if passes.radices else "",
         split=best.split and dtype == "bfloat16" and core == 1 and power > 1 and tile > 1,
         padding=best.padding,
+        depth=best.depth,
     )
 
 
@@ -193,7 +209,7 @@ def fitted(plan: Plan, length: int) -> Plan | None:
 def plan_columns(dtype: str, core: int, power: int, inverse: bool, signs: str, stores: str) -> Plan:
     """Plan a rotation down the first axis: rows are combined, vectors lie along them."""
     best = tuning()
-    radices = split(power, best.radix)
+    radices = split(power, _least_count(power, best.columns_radix))
     single = len(radices) + (core > 1) == 1
     return Plan(
         dtype=dtype,
@@ -225,145 +241,108 @@ class Passes:
 class Tuning:
     """A family's choices; the fields that ``Plan`` has too mean what they mean there.
 
-    ``in_place`` is the number of vectors from which a whole block stays in the result; 0 for never.
-    Where no table tells, the first pass takes ``tile`` vectors and later ones at most ``radix``.
-    ``inserted`` has permuted numbers put into vectors before they are written.
+    There are as few passes as there can be, each later one of a radix up to ``radix``, the largest
+    first, after one of ``tiles[0]`` vectors or, to save a pass, up to ``tiles[1]``. Small blocks
+    fill a tile of ``single`` vectors; ``halved`` is for them alone. ``narrow`` takes the place of
+    these numbers for 16-bit dtypes. ``in_place`` is the number of vectors from which a whole block
+    stays in the result; 0 for never. ``paused`` is that from which a streamed block takes so long
+    that the processor stops fetching ahead. ``columns_radix`` is the largest of rotations down
+    columns. ``inserted`` has permuted numbers put into vectors before they are written.
     """
 
-    rows: Mapping[int, Passes]
-    streamed: Mapping[int, Passes]
-    float16: Mapping[int, Passes] = field(default_factory=dict)
-    bfloat16: Mapping[int, Passes] = field(default_factory=dict)
+    single: int
+    tiles: tuple[int, int]
+    radix: int
+    narrow: int = 0
+    halved: bool = False
     ahead: int = 0
+    paused: int = 0
     columns_ahead: int = 0
     paired_loads: bool = False
     padding: int = 0
     in_place: int = 0
-    mixed: bool = False
+    mixed: str = ""
+    depth: int = 1
     split: bool = False
     inserted: bool = False
-    tile: int = 8
-    radix: int = 16
+    columns_radix: int = 16
 
-    def passes(self, vectors: int, dtype: str, stores: str) -> Passes:
-        """Return the fastest cut for a block of a number of vectors."""
-        special = {"float16": self.float16, "bfloat16": self.bfloat16}.get(dtype, {})
-        table = {**self.rows, **(self.streamed if stores != "ordinary" else {}), **special}
-        if found := table.get(vectors):
-            return found
-        return Passes(self.tile, split(vectors // self.tile, self.radix))
+    def passes(self, vectors: int, dtype: str, stores: str = "ordinary") -> Passes:
+        """Cut the stages of a block of a number of vectors."""
+        single, (least, most) = self.single, self.tiles
+        # Tiles of one vector cost an eighth of the speed where lines are copied afterwards.
+        least = max(least, 2) if stores == "shifted" else least
+        if self.narrow and dtype in ("float16", "bfloat16"):
+            single = least = most = self.narrow
+        count = 0
+        while vectors > most * self.radix**count:
+            count += 1
+        if not count:
+            return Passes(max(single, vectors), halved=self.halved and vectors <= single)
+        tile = max(least, -(-vectors // self.radix**count))
+        return Passes(tile, split(vectors // tile, count)[::-1])
+
+    def fetched(self, vectors: int, stores: str) -> int:
+        """Return the bytes that blocks of a number of vectors fetch ahead."""
+        pauses = stores != "ordinary" and 0 < self.paused <= vectors
+        return VECTOR_BYTES * vectors if pauses else self.ahead
 
 
-def split(order: int, largest: int = 16) -> tuple[int, ...]:
-    """Split a power of two into radices of at most ``largest``, as even as that gets."""
+def _least_count(order: int, radix: int) -> int:
+    """Return how few radices up to ``radix`` a power of two splits into."""
+    return -(-(order.bit_length() - 1) // (radix.bit_length() - 1))
+
+
+def split(order: int, count: int = 0) -> tuple[int, ...]:
+    """Split a power of two into even radices: ``count`` of them, or as few as keep to 16."""
     bits = order.bit_length() - 1
-    count = -(-bits // (largest.bit_length() - 1))
+    count = count or _least_count(order, 16)
     return tuple(1 << ((bits + k) // count) for k in range(count))
 
 
-# Emerald Rapids. Fetching 4 KiB ahead is 5 % slower, 16 KiB not faster (in place, block size 64).
+# Emerald Rapids, and processors with 16 registers: more than four vectors leave the loads of the
+# next tile no room to start early, and radix 16 no registers. Fetching 4 KiB ahead is 5 % slower,
+# 16 KiB not faster (in place, block size 64).
 _INTEL = Tuning(
-    rows={
-        1: Passes(4),
-        2: Passes(4),
-        4: Passes(4),
-        8: Passes(4, (2,)),
-        16: Passes(4, (4,)),
-        64: Passes(4, (4, 4)),
-        256: Passes(4, (8, 8)),
-        512: Passes(4, (8, 4, 4)),
-        1024: Passes(8, (16, 8)),
-    },
-    # Stores that bypass the cache want few lines at a time in the last pass.
-    streamed={16: Passes(8, (2,)), 128: Passes(4, (8, 4))},
+    single=4,
+    tiles=(4, 4),
+    radix=8,
     ahead=8192,
     columns_ahead=256,
     paired_loads=platform.machine().lower() in ("x86_64", "amd64"),
     padding=1,
 )
 
-# Zen 4.
+# Zen 4, whose units are 32 bytes wide; there are registers for that in tiles of up to 4 vectors.
 _ZEN4 = Tuning(
-    rows={
-        1: Passes(4, halved=True),
-        2: Passes(4),
-        4: Passes(4, halved=True),
-        16: Passes(1, (16,)),
-        64: Passes(4, (16,), halved=True),
-        256: Passes(4, (8, 8)),
-        512: Passes(4, (16, 8)),
-        1024: Passes(8, (16, 8)),
-    },
-    streamed={16: Passes(8, (2,)), 128: Passes(4, (4, 8))},
-    float16={
-        1: Passes(4, halved=True),
-        2: Passes(4, halved=True),
-        4: Passes(8, halved=True),
-        8: Passes(8, halved=True),
-        16: Passes(8, (2,), halved=True),
-        32: Passes(8, (4,), halved=True),
-        64: Passes(4, (16,), halved=True),
-        128: Passes(8, (16,), halved=True),
-    },
-    bfloat16={
-        1: Passes(8),
-        2: Passes(8),
-        4: Passes(8),
-        8: Passes(8),
-        16: Passes(2, (8,)),
-        32: Passes(4, (8,)),
-        64: Passes(8, (8,)),
-        128: Passes(4, (4, 8)),
-        256: Passes(4, (8, 8)),
-    },
+    single=4,
+    tiles=(1, 8),
+    radix=16,
+    halved=True,
+    paused=256,
     in_place=1,
-    mixed=True,
+    mixed="most",
+    depth=3,
     split=True,
 )
 
-
-_NARROW = {1 << k: Passes(16) for k in range(5)}
-_NARROW |= {1 << k: Passes(16, (1 << (k - 4),)) for k in range(5, 9)}
-_NARROW |= {1 << k: Passes(16, (1 << (k - 8), 16)) for k in range(9, 13)}
-"""Where conversion takes longer than all else, fewer and larger tiles."""
-
 # Zen 5, whose vectors are 64 bytes wide throughout, and which gains by being asked to fetch.
+# Where conversion takes longer than all else, tiles are large.
 _ZEN5 = Tuning(
-    rows={
-        1: Passes(8),
-        2: Passes(8),
-        4: Passes(8),
-        32: Passes(2, (16,)),
-        256: Passes(8, (2, 16)),
-        512: Passes(2, (16, 16)),
-        1024: Passes(1, (8, 16, 8)),
-        2048: Passes(1, (16, 16, 8)),
-        4096: Passes(2, (16, 16, 8)),
-    },
-    streamed={
-        1: Passes(2, halved=True),
-        2: Passes(2, halved=True),
-        4: Passes(2, (2,)),
-        8: Passes(1, (8,)),
-        16: Passes(1, (2, 8)),
-        64: Passes(1, (8, 8)),
-        128: Passes(1, (16, 8)),
-        512: Passes(8, (8, 8)),
-        1024: Passes(8, (4, 4, 8)),
-        2048: Passes(16, (16, 8)),
-    },
-    float16=_NARROW,
-    bfloat16=_NARROW,
+    single=8,
+    tiles=(1, 8),
+    radix=16,
+    narrow=16,
     ahead=8192,
     in_place=256,
-    mixed=True,
+    mixed="all",
     split=True,
     inserted=True,
 )
 
 # NEON has 32 registers of 16 bytes. Passes of four vectors take 16 of these and spill next to none;
 # with radix 8 a pass touches the stack as often as the data. Counted in what LLVM emits.
-_NEON = Tuning(rows={}, streamed={}, columns_ahead=256, padding=1, tile=4, radix=4)
+_NEON = Tuning(single=4, tiles=(4, 4), radix=4, columns_radix=4, columns_ahead=256, padding=1)
 
 
 @cache
@@ -372,6 +351,7 @@ def tuning() -> Tuning:
     if platform.machine().lower() in ("aarch64", "arm64"):
         return _NEON
     name = processor()[0]
-    if not name.startswith("znver"):
+    # Zen 1 to 3 have 16 registers, and are best served by what serves others of that kind.
+    if not name.startswith("znver") or name in ("znver1", "znver2", "znver3"):
         return _INTEL
-    return _ZEN4 if name in ("znver1", "znver2", "znver3", "znver4") else _ZEN5
+    return _ZEN4 if name == "znver4" else _ZEN5

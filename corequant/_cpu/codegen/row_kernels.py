@@ -36,6 +36,7 @@ from corequant._cpu.codegen.row_steps import (
     narrows,
     usual,
 )
+from corequant._cpu.codegen.shifted_stores import ShiftedStores
 from corequant._cpu.codegen.vectors import VECTOR_BYTES, Vectors, counted, int64
 
 __all__ = ["fused_context", "fused_kernel", "fused_scratch"]
@@ -52,7 +53,7 @@ _FUSED = ("contract",)
 
 def fused_scratch(plan: Plan, length: int, group: int) -> int:
     """Bytes of scratch that a fused kernel needs for rows of ``length``, 64-aligned."""
-    row = length * (Vectors(None, plan.dtype).stored_bytes // plan.lanes) + 2 * VECTOR_BYTES
+    row = length * (Vectors(None, plan.dtype).stored_bytes // plan.lanes) + 3 * VECTOR_BYTES
     each = -(-(length // group) // plan.lanes) * VECTOR_BYTES
     return row + len(_Parameters._fields) * each + plan.scratch
 
@@ -80,10 +81,9 @@ def fused_context(
     length, group : int
         Numbers in a row, a multiple of the plan's unit, and in a group, which divides it.
     addresses : sequence of int
-        Addresses of the array, the codes, scales and zero points of all rows, the permutation,
-        ``sign_bits``,
-        an int64 that becomes 1 if a rotated number is not finite, and the core's ``choices``. The
-        permutation holds d numbers of ``index_dtype(d)``.
+        Addresses of the array, the codes, scales and zero points of all rows, the permutation (d
+        numbers of ``index_dtype(d)``), ``sign_bits``, an int64 that becomes 1 if a rotated number
+        is not finite, and the core's ``choices``.
     numbers : sequence of float
         The scale of the rotation, the ends of the grid, the smallest scale, and the largest number
         that a code may stand for.
@@ -134,7 +134,8 @@ class _Rows:
         # takes whole vectors only.
         whole = v.stored_bytes == VECTOR_BYTES and not self.plan.halved
         self.seen = whole and task.whole
-        rotated = self.scratch
+        # The line before the row is for shifted stores.
+        rotated = b.add(self.scratch, int64(VECTOR_BYTES))
         kept = b.add(rotated, lines)
         self.scale_vectors = b.udiv(b.add(self.groups, int64(v.lanes - 1)), int64(v.lanes))
         each = b.mul(self.scale_vectors, int64(VECTOR_BYTES))
@@ -145,6 +146,8 @@ class _Rows:
         )
         units = b.udiv(self.length, int64(self.plan.unit))
         written = stored if task.grid == "values" else 1
+        begin = self._pointer(b.add(self.out, b.mul(self.first, row_bytes)))
+        shifted = ShiftedStores(v, begin, self._pointer(rotated))
         with counted(b, self.rows) as turn:
             row = b.add(self.first, turn)
             source = b.add(self.src, b.mul(row, row_bytes))
@@ -166,6 +169,7 @@ class _Rows:
             width = self._times(self.length, written)
             target = self._pointer(b.add(self.out, b.mul(row, width)))
             values = self._pointer(rotated)
+            target = values if task.stores == "shifted" else target
             if task.grid == "float4":
                 with counted(b, self.groups) as group:
                     here = v.address(target, b.mul(group, self.group))
@@ -173,7 +177,11 @@ class _Rows:
                     self._float4(self._group(values, group), here, number)
             else:
                 self._affine(values, target, row, own, self._following(source))
-        if task.streamed:
+            if task.stores == "shifted":
+                shifted.write(turn, row_bytes)
+        if task.stores == "shifted":
+            shifted.finish(self.rows, row_bytes)
+        if task.stores != "ordinary":
             v.fence()
         with b.if_then(b.fcmp_unordered("!=", b.load(self.doubt), zero)):
             status = b.inttoptr(self.status, _WORD.as_pointer())
@@ -187,14 +195,12 @@ class _Rows:
         number = ir.IntType(8 * stored)
         base, to = (b.inttoptr(a, number.as_pointer()) for a in (source, target))
         next_row = v.address(self._pointer(source), self._times(self.length, stored))
-        # By plain registers; gather instructions take 18 cycles for 16 numbers. Written one by one
-        # they take 13 on Zen 5, put together in a vector first 10.5.
-        put_together = ir.VectorType(number, line)
+        # Gather instructions take 18 cycles for 16 numbers, single stores 13 on Zen 5, this 10.5.
         with counted(b, b.udiv(self.length, int64(line))) as turn:
             start = b.mul(turn, int64(line))
             for k in range(0, line * stored, VECTOR_BYTES):
                 v.prefetch(v.address(next_row, b.add(b.mul(start, int64(stored)), int64(k))))
-            gathered = ir.Constant(put_together, ir.Undefined)
+            gathered = ir.Constant(ir.VectorType(number, line), ir.Undefined)
             for k, chosen in enumerate(self._indices(start)):
                 loaded = b.load(b.gep(base, [chosen]))
                 if tuning().inserted:
@@ -239,10 +245,9 @@ class _Rows:
         As much is fetched from the address ``ahead``.
         """
         b, v = self.b, self.v
-        together = self.task.together
-        with counted(b, self.vectors, step=together) as first:
+        with counted(b, self.vectors, step=self.task.together) as first:
             start = b.mul(first, int64(v.stored_bytes))
-            places = [b.add(start, int64(k * v.stored_bytes)) for k in range(together)]
+            places = [b.add(start, int64(k * v.stored_bytes)) for k in range(self.task.together)]
             if ahead is not None:
                 for place in places:
                     v.prefetch(v.address(ahead, place))
@@ -338,7 +343,7 @@ class _Rows:
             else:
                 value = b.fmul(b.fsub(step, shift), scales)
                 at = v.address(target, b.mul(i, int64(v.stored_bytes)))
-                streamed = self.task.streamed
+                streamed = self.task.stores == "streamed"
                 v.store_stored(value, at, v.stored_bytes if streamed else 0, streamed)
 
     @property

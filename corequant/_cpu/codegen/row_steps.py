@@ -96,8 +96,8 @@ class Task:
         Without zero points.
     permuted : bool
         Gather the channels first.
-    streamed : bool
-        Values bypass the cache; they start on a line of it.
+    stores : {"ordinary", "streamed", "shifted"}
+        How values are stored, as in ``Plan``; for shifted ones a row is whole lines.
     """
 
     group: int
@@ -108,7 +108,7 @@ class Task:
     grid: str
     symmetric: bool
     permuted: bool
-    streamed: bool = False
+    stores: str = "ordinary"
 
     @classmethod
     def of(
@@ -119,7 +119,7 @@ class Task:
         grid: str,
         symmetric: bool = True,
         permuted: bool = False,
-        streamed: bool = False,
+        stores: str = "ordinary",
     ) -> Task:
         """Return the task of rows of ``length`` numbers in groups, both whole vectors of lanes."""
         vectors = group // lanes
@@ -132,7 +132,7 @@ class Task:
             grid,
             symmetric,
             permuted,
-            streamed,
+            stores,
         )
 
 

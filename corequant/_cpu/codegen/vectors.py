@@ -192,14 +192,19 @@ class Vectors:
         odd = self._shuffle(self._load(twin, self.kind), [i | 1 for i in range(self.lanes)])
         return self._add_signed(even, odd, 1)
 
-    def butterflies(self, vectors: list[Any], fused: Any = None) -> list[Any]:
+    def butterflies(
+        self, vectors: list[Any], fused: Any = None, plain_last: bool = False
+    ) -> list[Any]:
         """Sylvester's transform across a power of two of vectors, small distances first.
 
-        ``fused``, a vector of -1, lets the units that multiply take the differences.
+        ``fused``, a vector of -1, lets the units that multiply take the differences, with
+        ``plain_last`` those of all stages but the last.
         """
         vectors = list(vectors)
         half = 1
         while half < len(vectors):
+            if plain_last and 2 * half == len(vectors):
+                fused = None
             for i in range(len(vectors)):
                 if not i & half:
                     a, b = vectors[i], vectors[i | half]
