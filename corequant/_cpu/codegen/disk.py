@@ -64,10 +64,14 @@ def write(file: str, code: bytes) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             # Written aside and renamed, so that no other process reads half of it.
             handle, name = tempfile.mkstemp(dir=folder)
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(hashlib.sha256(code).digest() + code)
-            os.replace(name, folder / file)
-            return
+            try:
+                with os.fdopen(handle, "wb") as stream:
+                    stream.write(hashlib.sha256(code).digest() + code)
+                os.replace(name, folder / file)
+                return
+            except OSError:  # a full disk, or on Windows a file that another process reads
+                os.unlink(name)
+                raise
 
 
 @contextlib.contextmanager
