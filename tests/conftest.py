@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable
@@ -49,9 +50,15 @@ def asks_for_numpy_alone(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose how Triton's kernels run, once for the process: compiled if a GPU was asked for."""
+    """Choose how Triton's kernels run, compiled if a GPU was asked for; give properties time."""
     if not asks_for_cuda(config):
         os.environ["TRITON_INTERPRET"] = "1"
+    # A busy machine would miss deadlines. Machines with a GPU may lack hypothesis.
+    with contextlib.suppress(ImportError):
+        from hypothesis import settings
+
+        settings.register_profile("untimed", deadline=None)
+        settings.load_profile("untimed")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
