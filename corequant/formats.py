@@ -27,9 +27,10 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -121,15 +122,16 @@ class NumberFormat:
     fraction_bits: int = 0
     table: tuple[float, ...] = ()
 
-    # Computed once: they are read in every call, however small its arrays are.
-    code_dtype: np.dtype[np.int8 | np.uint8] = field(init=False, repr=False, compare=False)
-    least_code: int = field(init=False, repr=False, compare=False)
-    most_code: int = field(init=False, repr=False, compare=False)
-    magnitudes: int = field(init=False, repr=False, compare=False)
-    minimum: float = field(init=False, repr=False, compare=False)
-    maximum: float = field(init=False, repr=False, compare=False)
-    max_exponent: int = field(init=False, repr=False, compare=False)
-    precision: int = field(init=False, repr=False, compare=False)
+    # Computed once for each format: they are read in every call, however small its arrays are.
+    # Not fields, which torch.compile compares one by one.
+    code_dtype: ClassVar[np.dtype[np.int8 | np.uint8]]
+    least_code: ClassVar[int]
+    most_code: ClassVar[int]
+    magnitudes: ClassVar[int]
+    minimum: ClassVar[float]
+    maximum: ClassVar[float]
+    max_exponent: ClassVar[int]
+    precision: ClassVar[int]
 
     def __post_init__(self) -> None:
         """Compute what follows from the other attributes."""

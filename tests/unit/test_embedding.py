@@ -147,19 +147,19 @@ def test_words_choose_the_sums_of_the_core(order, inverse):
 @compiled
 def test_code_does_not_grow_with_the_core(monkeypatch):
     """Order 4108 was 2.8 MB of code and took 16 s to compile."""
-    from corequant._cpu.codegen import compiler
+    from corequant._cpu.codegen import compiler, disk
 
     sizes = []
 
-    def compile_anew(kinds, emit):
-        code = compile(kinds, emit)
+    def compile_anew(module):
+        code = compile(module)
         sizes.append(len(code))
         return code
 
     compile = compiler._compile
     monkeypatch.setattr(compiler, "_compile", compile_anew)
-    monkeypatch.setattr(compiler, "_read", lambda file: None)
-    monkeypatch.setattr(compiler, "_write", lambda file, code: None)
+    monkeypatch.setattr(disk, "read", lambda file: None)
+    monkeypatch.setattr(disk, "write", lambda file, code: None)
     kernel_for.cache_clear()
     for order in (492, 4108):
         x = np.random.default_rng(0).normal(size=(1, order))
