@@ -58,7 +58,7 @@ class CacheFolder:
 
 def cache_contents() -> list[CacheFolder]:
     """Return the folders that compiled code is read from, the first choice first."""
-    from corequant._cpu.codegen.disk import folders
+    from corequant._cpu.codegen.compiler import folders
 
     found = []
     for path in folders():

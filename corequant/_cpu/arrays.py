@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import threading
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from corequant._cpu.codegen.compiler import address_of
 from corequant._cpu.codegen.vectors import VECTOR_BYTES
 
 __all__ = [
-    "address_of",
     "aligned",
     "is_plain",
     "name_of",
@@ -28,30 +26,6 @@ Array = npt.NDArray[Any]
 
 _STREAMED_BYTES = 1 << 25
 """Results of at least 32 MiB bypass the cache: they would push everything else out of it."""
-
-_pointer_at = ctypes.c_void_p.from_address
-_FIELD = object.__basicsize__
-"""Offset of the data pointer in an array object: it follows what every Python object has."""
-
-
-def _by_interface(x: Any) -> int:
-    return int(x.ctypes.data)
-
-
-def _by_field(x: Any) -> int:
-    return _pointer_at(id(x) + _FIELD).value or 0
-
-
-def _choose() -> Callable[[Any], int]:
-    """Read the pointer from the object if that is where it is, in a sixth of the time."""
-    probe = np.zeros(4)[1:]
-    head = ctypes.string_at(id(probe) + _FIELD, ctypes.sizeof(ctypes.c_void_p))
-    same = int.from_bytes(head, "little") == probe.ctypes.data
-    return _by_field if same else _by_interface
-
-
-address_of: Callable[[Any], int] = _choose()
-"""Address of an array's first number."""
 
 
 def storing(size: int, target: int) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._cpu.arrays import address_of, aligned, is_plain, name_of, new, scratch, storing
-from corequant._cpu.codegen.compiler import compiled_away
+from corequant._cpu.arrays import aligned, is_plain, name_of, new, scratch, storing
+from corequant._cpu.codegen.compiler import address_of, compiled_away
 from corequant._cpu.codegen.plans import Plan, fitted, plan_rows
 from corequant._cpu.codegen.row_kernels import fused_context, fused_kernel, fused_scratch
 from corequant._cpu.codegen.row_steps import Task, index_dtype

@@ -20,7 +20,7 @@ from corequant._cpu.scales import choose, effective, global_scale_for, ranges
 from corequant._cpu.threads import for_rows
 from corequant._validation import check_finite, working_dtype
 from corequant.formats import FormatKind, NumberFormat
-from corequant.specs import Granularity, QuantSpec, ScaleSearch, qparams_shape
+from corequant.specs import Granularity, QuantSpec, ScaleSearch
 
 __all__ = [
     "choose_global_scale",
@@ -168,7 +168,10 @@ def fake_quantize(
 def _choose_and_write(
     x: Array, spec: QuantSpec, global_scale: Array | None, sink: _Sink, propagate: bool = False
 ) -> tuple[Array, Array | None]:
-    dtype, shape = working_dtype(x), qparams_shape(x.shape, spec)
+    dtype, group = working_dtype(x), spec.group_size
+    shape = (*x.shape[:-1], 1 if group is None else x.shape[-1] // group)
+    if spec.granularity is Granularity.TENSOR:
+        shape = (1,) * x.ndim
     count = int(np.prod(shape))
     scales, zeros = np.full(count, rule_for(spec, dtype).idle), np.zeros(count, dtype)
     if x.size and spec.granularity is Granularity.TENSOR:

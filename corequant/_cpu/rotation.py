@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._cpu.arrays import address_of, aligned, is_plain, name_of, new, scratch, storing
-from corequant._cpu.codegen.compiler import compiled_away
+from corequant._cpu.arrays import aligned, is_plain, name_of, new, scratch, storing
+from corequant._cpu.codegen.compiler import address_of, compiled_away
 from corequant._cpu.codegen.plans import Plan, fitted, plan_columns, plan_rows
 from corequant._cpu.codegen.rotation_kernels import Context, kernel_for, piece, settings, sign_bits
 from corequant._cpu.codegen.vectors import VECTOR_BYTES, compute_dtype, lanes_of

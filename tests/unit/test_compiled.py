@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 
 from corequant import compiled
-from corequant._cpu.codegen import compiler, disk
+from corequant._cpu.codegen import compiler
 from corequant._cpu.loops.jit import Kernel, jit
 
 pytestmark = pytest.mark.skipif(compiler.compiled_away(), reason="nothing is compiled")
 
 SCRIPT = """
 import sys, numpy as np, corequant as cq
-from corequant._cpu.codegen import compiler, disk
+from corequant._cpu.codegen import compiler
 if sys.argv[1] == "read-only":
     def refuse(*given, **more):
         raise OSError("read-only file system")
-    disk.tempfile.mkstemp = disk.os.open = refuse
+    compiler.tempfile.mkstemp = compiler.os.open = refuse
 if sys.argv[1] != "cold":
     def unexpected(*given):
         raise AssertionError("compiled again")
@@ -58,20 +58,20 @@ def test_others_wait_for_the_process_that_compiles(tmp_path, monkeypatch):
     inside, order = threading.Event(), []
 
     def first():
-        with disk.alone("a.o") as waited:
+        with compiler.alone("a.o") as waited:
             inside.set()
             time.sleep(0.2)
-            disk.write("a.o", b"code")
+            compiler.write("a.o", b"code")
             order.append(("first", waited))
 
     thread = threading.Thread(target=first)
     thread.start()
     inside.wait()
-    with disk.alone("b.o") as waited:
+    with compiler.alone("b.o") as waited:
         assert not waited  # another file
-    with disk.alone("a.o") as waited:
+    with compiler.alone("a.o") as waited:
         order.append(("second", waited))
-        assert disk.read("a.o") == b"code"
+        assert compiler.read("a.o") == b"code"
     thread.join()
     assert order == [("first", False), ("second", True)]
     assert [p.name for p in (tmp_path / "corequant").iterdir()] == ["a.o"]
@@ -84,7 +84,7 @@ def test_a_killed_process_keeps_nobody_waiting(tmp_path, monkeypatch):
     mark.touch()
     os.utime(mark, (time.time() - 100,) * 2)
     started = time.monotonic()
-    with disk.alone("a.o") as waited:
+    with compiler.alone("a.o") as waited:
         assert waited
     assert time.monotonic() - started < 5
     assert not mark.exists()
@@ -93,10 +93,10 @@ def test_a_killed_process_keeps_nobody_waiting(tmp_path, monkeypatch):
 def test_where_no_file_can_be_made_nobody_waits(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file"))
-    with disk.alone("a.o") as waited:
+    with compiler.alone("a.o") as waited:
         assert not waited
-    disk.write("a.o", b"code")
-    assert disk.read("a.o") is None
+    compiler.write("a.o", b"code")
+    assert compiler.read("a.o") is None
     (entry,) = compiled.cache_contents()
     assert (entry.files, entry.writable) == (0, False)
 

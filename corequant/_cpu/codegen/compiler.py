@@ -2,6 +2,9 @@
 
 numba would do the same, but its type system takes longer to wake up than everything that a first
 rotation needs. llvmlite alone, which numba is built on, loads a cached kernel in milliseconds.
+
+Code is read from every folder, so that one filled beforehand serves where nothing can be written.
+It is written to the first folder that takes it; without one, each process compiles for itself.
 """
 
 from __future__ import annotations
@@ -10,30 +13,46 @@ import contextlib
 import ctypes
 import hashlib
 import os
-from collections.abc import Callable
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import metadata, resources
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from llvmlite import binding, ir
-
-from corequant._cpu.codegen import disk
 
 __all__ = [
     "NAME",
+    "address_of",
     "address_of_code",
+    "alone",
     "build",
     "cached",
     "compiled_away",
     "converts_halves",
     "edition",
+    "folders",
     "fuses",
     "processor",
+    "read",
     "saturates",
+    "write",
 ]
 
 NAME = "kernel"
 """Of the one function of a module that is called from outside."""
+
+_DIGEST = hashlib.sha256().digest_size
+
+_PATIENCE = 20.0
+"""Seconds after which a process that compiles is taken for dead; none of our kernels takes 3."""
+
+_LOOK = 0.005
+"""Seconds between looks at whether another process has finished."""
 
 
 @cache
@@ -88,13 +107,13 @@ def cached(described: str, kinds: str, result: Any, make: Callable[[], Any]) -> 
     version = metadata.version("llvmlite")
     parts = (described, kinds, name, features, version, binding.get_default_triple())
     file = hashlib.sha256("\0".join(parts).encode()).hexdigest() + ".o"
-    code = disk.read(file)
+    code = read(file)
     if code is None:
-        with disk.alone(file) as waited:
-            code = disk.read(file) if waited else None
+        with alone(file) as waited:
+            code = read(file) if waited else None
             if code is None:
                 code = _compile(make())
-                disk.write(file, code)
+                write(file, code)
     return _load(code, kinds, result)
 
 
@@ -205,3 +224,116 @@ def _load(code: bytes, kinds: str, result: Any) -> Callable[..., Any]:
 def address_of_code(function: Any) -> int:
     """Return where the code of a function of ``build`` lies, for other code to call it."""
     return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+_pointer_at = ctypes.c_void_p.from_address
+_FIELD = object.__basicsize__
+"""Offset of the data pointer in an array object: it follows what every Python object has."""
+
+
+def _by_interface(x: Any) -> int:
+    return int(x.ctypes.data)
+
+
+def _by_field(x: Any) -> int:
+    return _pointer_at(id(x) + _FIELD).value or 0
+
+
+def _choose() -> Callable[[Any], int]:
+    """Read the pointer from the object if that is where it is, in a sixth of the time."""
+    probe = np.zeros(4)[1:]
+    head = ctypes.string_at(id(probe) + _FIELD, ctypes.sizeof(ctypes.c_void_p))
+    same = int.from_bytes(head, "little") == probe.ctypes.data
+    return _by_field if same else _by_interface
+
+
+address_of: Callable[[Any], int] = _choose()
+"""Address of an array's first number."""
+
+
+def folders() -> list[Path]:
+    """Return where compiled code may lie, the first choice first.
+
+    ``NUMBA_CACHE_DIR`` where that is set; else beside the package, then the user's cache.
+    """
+    chosen = os.environ.get("NUMBA_CACHE_DIR", "")
+    if chosen:
+        return [Path(chosen) / "corequant"]
+    found = [Path(__file__).parent / "__pycache__"]
+    with contextlib.suppress(RuntimeError):  # no home folder
+        if sys.platform == "win32":
+            found.append(
+                Path(os.environ.get("LOCALAPPDATA", Path.home())) / "corequant" / "kernels"
+            )
+        else:
+            home = os.environ.get("XDG_CACHE_HOME", "") or Path.home() / ".cache"
+            found.append(Path(home) / "corequant" / "kernels")
+    return found
+
+
+def read(file: str) -> bytes | None:
+    """Return what is cached under a name, unless it is damaged."""
+    for folder in folders():
+        with contextlib.suppress(OSError):
+            content = (folder / file).read_bytes()
+            digest, code = content[:_DIGEST], content[_DIGEST:]
+            if hashlib.sha256(code).digest() == digest:
+                return code
+    return None
+
+
+def write(file: str, code: bytes) -> None:
+    """Cache in the first folder that can be written."""
+    for folder in folders():
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            # Written aside and renamed, so that no other process reads half of it.
+            handle, name = tempfile.mkstemp(dir=folder)
+            try:
+                with os.fdopen(handle, "wb") as stream:
+                    stream.write(hashlib.sha256(code).digest() + code)
+                os.replace(name, folder / file)
+                return
+            except OSError:  # a full disk, or on Windows a file that another process reads
+                os.unlink(name)
+                raise
+
+
+@contextlib.contextmanager
+def alone(file: str) -> Iterator[bool]:
+    """Let one process at a time compile what a file will hold; yields whether it had to wait.
+
+    A file beside it marks that a process is at work. Nobody waits where none can be made, nor for
+    a process that was killed longer than ``_PATIENCE``.
+    """
+    mark, waited = _mark(file)
+    try:
+        yield waited
+    finally:
+        if mark is not None:
+            mark.unlink(missing_ok=True)
+
+
+def _mark(file: str) -> tuple[Path | None, bool]:
+    """Make the file that marks work; returns it, or None, and whether another process had one."""
+    for folder in folders():
+        mark = folder / (file + ".busy")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            return mark, False
+        except FileExistsError:
+            _wait(mark)
+            # What the other compiled is read; if it failed, each one that waited does it itself.
+            return None, True
+        except OSError:
+            continue
+    return None, False
+
+
+def _wait(mark: Path) -> None:
+    end = time.monotonic() + _PATIENCE
+    with contextlib.suppress(OSError):
+        while time.monotonic() < end and time.time() - mark.stat().st_mtime < _PATIENCE:
+            time.sleep(_LOOK)
+        mark.unlink(missing_ok=True)

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 from llvmlite import binding
 
-from corequant._cpu.arrays import address_of
-from corequant._cpu.codegen.compiler import cached, compiled_away, edition
+from corequant._cpu.codegen.compiler import address_of, cached, compiled_away, edition
 from corequant._cpu.loops.source import ALLOCATE, FREE, UNABLE, Source
 
 __all__ = ["LOCK", "Kernel", "jit", "jit_reordered"]
