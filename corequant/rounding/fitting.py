@@ -12,7 +12,7 @@ import numpy.typing as npt
 from corequant._dispatch import is_elsewhere, round_elsewhere
 from corequant._validation import check_index, check_matrix
 from corequant.errors import SpecError
-from corequant.quantization import QuantizedTensor, as_spec, dequantize, quantize
+from corequant.quantization import QuantizedTensor, as_spec, choose_qparams, dequantize, quantize
 from corequant.rounding.hessian import check_hessian
 from corequant.specs import Granularity, QuantSpec, ScaleFormat
 
@@ -87,20 +87,21 @@ def fit_scales(W: Any, H: Any, spec: QuantSpec | str, *, rank: int = 8) -> Quant
     W = check_matrix("W", W)
     d = W.shape[1]
     H = check_hessian(H, d, "W")
-    start = quantize(W, spec)
+    # By kernels that are used below, too.
+    start, zero_points = choose_qparams(W, spec)
     if W.size == 0:
-        return start
+        return quantize(W, spec, start, zero_points)
     U, diagonal = _leading(H, min(check_index("rank", rank), d))
     size = d if spec.group_size is None else spec.group_size
-    scales = np.array(start.scales, copy=True)
+    scales = np.array(start, copy=True)
     rows = max(1, CHUNK // (len(FACTORS) * (d // size) * (U.shape[1] + 1)))
     for first in range(0, len(W), rows):
         part = slice(first, first + rows)
-        zeros = None if start.zero_points is None else start.zero_points[part]
-        squares, projected = _trials(W[part], spec, start.scales[part], zeros, U, diagonal, size)
+        zeros = None if zero_points is None else zero_points[part]
+        squares, projected = _trials(W[part], spec, start[part], zeros, U, diagonal, size)
         chosen = _choose(squares, projected)
         scales[part] *= FACTORS[chosen].reshape(scales[part].shape)
-    return quantize(W, spec, scales, start.zero_points)
+    return quantize(W, spec, scales, zero_points)
 
 
 def check_fitted(spec: QuantSpec | str) -> QuantSpec:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from corequant._cpu.loops.hessian import TILE, factor_and_invert, first_fault
+from corequant._cpu.loops.hessian import TILE, factor_and_invert, has_faults
 from corequant._cpu.threads import for_rows
 from corequant._validation import check_finite, check_floating, check_index, check_numpy
 from corequant.errors import HessianError, ShapeError
@@ -82,24 +82,38 @@ def check_hessian(H: Any, d: int, name: str) -> Array:
     if d and diagonal.min() < 0:
         j = int(np.argmin(diagonal))
         raise indefinite(name, diagonal[j], j, j)
-    root, found = np.sqrt(diagonal), np.empty((d, 2), np.int64)
+    root = np.sqrt(diagonal)
     native = H.astype(H.dtype.newbyteorder("="), copy=False)
     working: Array = (
         native if native.dtype.kind == "f" and native.itemsize > 2 else H.astype(np.float32)
     )
+    faults: list[int] = []
 
     def look(first: int, last: int) -> None:
-        first_fault(first, last, working, root, SLACK, np.empty((TILE, TILE), working.dtype), found)
+        room = np.empty((TILE, TILE), working.dtype)
+        if has_faults(first, last, working, root, SLACK, room):
+            faults.append(first)
 
     for_rows(d, d, look)
-    rows = [(k, int(i)) for k in (0, 1) for i in np.flatnonzero(found[:, k] < d)[:1]]
-    if not rows:
-        return working
-    kind, i = rows[0]
-    j = int(found[i, kind])
-    if kind == 0:
-        raise asymmetric(name, H[i, j], H[j, i], i, j)
-    raise indefinite(name, H[i, j], i, j, diagonal)
+    if faults:
+        raise _first_fault(name, working, root, diagonal)
+    return working
+
+
+def _first_fault(name: str, H: Array, root: Array, diagonal: Array) -> HessianError:
+    """Return the error of the first entry that is asymmetric or else too large."""
+    beyond = None
+    for first in range(0, len(H), TILE):
+        part = slice(first, first + TILE)
+        rows, bound = H[part].astype(np.float64), root[part, None] * root
+        for i, j in np.argwhere(np.abs(rows - H[:, part].T) > SLACK * bound)[:1]:
+            i = int(i) + first
+            return asymmetric(name, H[i, j], H[j, i], i, int(j))
+        if beyond is None:
+            for i, j in np.argwhere(np.abs(rows) > (1 + SLACK) * bound)[:1]:
+                beyond = int(i) + first, int(j)
+    assert beyond is not None  # there is a fault of one kind or the other
+    return indefinite(name, H[beyond], *beyond, diagonal)
 
 
 def asymmetric(name: str, entry: Any, other: Any, i: int, j: int) -> HessianError:

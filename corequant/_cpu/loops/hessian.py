@@ -7,7 +7,7 @@ import numpy as np
 from corequant._cpu.loops.bits import smaller
 from corequant._cpu.loops.jit import jit
 
-__all__ = ["TILE", "factor_and_invert", "first_fault"]
+__all__ = ["TILE", "factor_and_invert", "has_faults"]
 
 TILE = 64
 """Rows and columns that are compared at a time with those across the diagonal."""
@@ -34,32 +34,22 @@ def _is_faulty(row, stop, column, end, H, root, slack, turned):  # type: ignore[
 
 
 @jit
-def first_fault(first, last, H, root, slack, turned, found):  # type: ignore[no-untyped-def]
-    """Write where rows ``first..last-1`` of H stop being those of a Gram matrix.
+def has_faults(first, last, H, root, slack, turned):  # type: ignore[no-untyped-def]
+    """Return whether rows ``first..last-1`` of H are not those of a Gram matrix.
 
-    ``root`` (d,) holds the roots of the diagonal. ``found`` (d, 2) gets, for each row, the first
-    column where ``H_ij`` and ``H_ji`` differ by more than ``slack`` times ``root_i root_j``, and
-    the first where ``|H_ij|`` is above that product by more than ``slack``; d where there is none.
-    ``turned`` (TILE, TILE) is room in the dtype of H.
+    ``root`` (d,) holds the roots of the diagonal. ``H_ij`` and ``H_ji`` may differ by ``slack``
+    times ``root_i root_j``, and ``|H_ij|`` may be above that product by as much. ``turned``
+    (TILE, TILE) is room in the dtype of H.
     """
     d = H.shape[0]
     for row in range(first, last, TILE):
         stop = smaller(row + TILE, last)
-        for i in range(row, stop):
-            found[i, 0] = d
-            found[i, 1] = d
         for column in range(0, d, TILE):
             end = smaller(column + TILE, d)
             corner = (np.uint64(row), np.uint64(stop), np.uint64(column), np.uint64(end))
-            if not _is_faulty(*corner, H, root, slack, turned):
-                continue
-            for i in range(row, stop):
-                for j in range(column, end):
-                    bound = np.float64(root[i]) * root[j]
-                    if abs(np.float64(H[i, j]) - H[j, i]) > slack * bound and found[i, 0] == d:
-                        found[i, 0] = j
-                    if abs(H[i, j]) > (1 + slack) * bound and found[i, 1] == d:
-                        found[i, 1] = j
+            if _is_faulty(*corner, H, root, slack, turned):
+                return True
+    return False
 
 
 @jit
