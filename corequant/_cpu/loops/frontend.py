@@ -9,7 +9,10 @@ The extension of targets is that of numba's ``tests/test_target_extension.py``.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -165,9 +168,21 @@ def _typeof_kernel(value: Source, context: Any) -> Any:
     return types.Dispatcher(_dispatcher(value))
 
 
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Look for no garbage meanwhile, of which numba makes little, so that compiling takes less."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def lower(kernel: Source, arguments: tuple[Any, ...]) -> Any:
     """Return a module whose one function unpacks arguments like these and runs the kernel."""
-    with global_compiler_lock:
+    with global_compiler_lock, _without_collector():
         register()
         signature = tuple(_type_of(a) for a in arguments)
         dispatcher = _dispatcher(kernel)
