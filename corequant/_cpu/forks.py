@@ -89,9 +89,15 @@ def _found(module: str, *path: str) -> Iterator[Any]:
 
 
 def _prepare() -> None:
-    for lock in locks():
-        (_held.locks if lock.acquire(timeout=_PATIENCE) else _held.missed).append(lock)
-    _settle_imports()
+    while True:
+        found = list(locks())
+        for lock in found:
+            (_held.locks if lock.acquire(timeout=_PATIENCE) else _held.missed).append(lock)
+        _settle_imports()
+        # A package whose import ended meanwhile has locks that others may hold by now.
+        if len(list(locks())) == len(found):
+            return
+        _release()
 
 
 def _settle_imports() -> None:

@@ -16,6 +16,7 @@ import pytest
 import corequant as cq
 from corequant._cpu import arrays
 from corequant._cpu import rotation as _rotation
+from corequant._cpu.codegen import compiler
 from tests import capabilities
 
 ROOT = Path(cq.__file__).parents[1]
@@ -260,7 +261,7 @@ def test_a_repeated_call_is_as_strict_as_the_first(rng):
 def test_addresses_are_those_of_the_arrays(dtype):
     memory = np.zeros(64, dtype)
     for x in (memory, memory[3:], memory[::2], memory.reshape(4, 16)[1:, 2:]):
-        assert arrays.address_of(x) == x.ctypes.data == arrays._by_interface(x)
+        assert compiler.address_of(x) == x.ctypes.data == compiler._by_interface(x)
 
 
 def test_a_repeated_call_works_in_the_scratch_that_there_is(rng, monkeypatch):
