@@ -26,10 +26,10 @@ import numpy as np
 __all__ = ["CacheFolder", "cache_contents", "use_folder", "warm_cache"]
 
 _BLOCKS = (16, 32, 64, 128, 256)
-_SPECS = (
-    *("int4:token", "int4:token:asymmetric", "int8:token", "int4:group128", "int8:channel"),
-    *("int4:channel:symmetric:mse", "mxfp4", "nvfp4", "float8_e4m3fn:channel"),
-)
+_SPECS = """
+    int4:token int4:token:asymmetric int8:token int4:group128 int8:channel
+    int4:channel:symmetric:mse mxfp4 nvfp4 float8_e4m3fn:channel
+""".split()
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class CacheFolder:
 
 def cache_contents() -> list[CacheFolder]:
     """Return the folders that compiled code is read from, the first choice first."""
-    from corequant._cpu.codegen.compiler import folders
+    from corequant._cpu.codegen.compiler import cache_folders
 
     found = []
-    for path in folders():
+    for path in cache_folders():
         sizes = [file.stat().st_size for file in path.glob("*.o")] if path.is_dir() else []
         nearest = next(p for p in (path, *path.parents) if p.exists())
         writable = os.access(nearest, os.W_OK) and nearest.is_dir()

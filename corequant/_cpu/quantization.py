@@ -169,6 +169,7 @@ def _choose_and_write(
     x: Array, spec: QuantSpec, global_scale: Array | None, sink: _Sink, propagate: bool = False
 ) -> tuple[Array, Array | None]:
     dtype, group = working_dtype(x), spec.group_size
+    # As ``qparams_shape`` has it.
     shape = (*x.shape[:-1], 1 if group is None else x.shape[-1] // group)
     if spec.granularity is Granularity.TENSOR:
         shape = (1,) * x.ndim

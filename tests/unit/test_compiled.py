@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+import corequant as cq
 from corequant import compiled
 from corequant._cpu.codegen import compiler
 from corequant._cpu.loops.jit import Kernel, jit
@@ -58,45 +60,51 @@ def test_others_wait_for_the_process_that_compiles(tmp_path, monkeypatch):
     inside, order = threading.Event(), []
 
     def first():
-        with compiler.alone("a.o") as waited:
+        with compiler.compilation_lock("a.o") as waited:
             inside.set()
             time.sleep(0.2)
-            compiler.write("a.o", b"code")
+            compiler.write_cached("a.o", b"code")
             order.append(("first", waited))
 
     thread = threading.Thread(target=first)
     thread.start()
     inside.wait()
-    with compiler.alone("b.o") as waited:
+    with compiler.compilation_lock("b.o") as waited:
         assert not waited  # another file
-    with compiler.alone("a.o") as waited:
+    with compiler.compilation_lock("a.o") as waited:
         order.append(("second", waited))
-        assert compiler.read("a.o") == b"code"
+        assert compiler.read_cached("a.o") == b"code"
     thread.join()
     assert order == [("first", False), ("second", True)]
     assert [p.name for p in (tmp_path / "corequant").iterdir()] == ["a.o"]
 
 
-def test_a_killed_process_keeps_nobody_waiting(tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["ended", "elsewhere, long ago"])
+def test_a_killed_process_keeps_nobody_waiting(tmp_path, monkeypatch, how):
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     (tmp_path / "corequant").mkdir()
-    mark = tmp_path / "corequant" / "a.o.busy"
-    mark.touch()
-    os.utime(mark, (time.time() - 100,) * 2)
+    lock = tmp_path / "corequant" / "a.o.lock"
+    if how == "ended" and os.name == "posix":
+        ended = subprocess.Popen([sys.executable, "-c", ""])
+        ended.wait()
+        lock.write_text(f"{platform.node()} {ended.pid}")
+    else:
+        lock.write_text(f"elsewhere {os.getpid()}")
+        os.utime(lock, (time.time() - 100,) * 2)
     started = time.monotonic()
-    with compiler.alone("a.o") as waited:
+    with compiler.compilation_lock("a.o") as waited:
         assert waited
     assert time.monotonic() - started < 5
-    assert not mark.exists()
+    assert not lock.exists()
 
 
 def test_where_no_file_can_be_made_nobody_waits(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file"))
-    with compiler.alone("a.o") as waited:
+    with compiler.compilation_lock("a.o") as waited:
         assert not waited
-    compiler.write("a.o", b"code")
-    assert compiler.read("a.o") is None
+    compiler.write_cached("a.o", b"code")
+    assert compiler.read_cached("a.o") is None
     (entry,) = compiled.cache_contents()
     assert (entry.files, entry.writable) == (0, False)
 
@@ -137,21 +145,56 @@ def reserve(n):
     return int(room[n - 1])
 
 
-@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
+def off_by_a_byte(x):
+    moved = np.empty(x.nbytes + 1, np.uint8)[1:].view(x.dtype).reshape(x.shape)
+    moved[...] = x
+    return moved
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "strided": lambda x: x[..., ::-1],
+    "Fortran": np.asfortranarray,
+    "unaligned": off_by_a_byte,
+    "a subclass": lambda x: x.view(np.memmap),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int8, np.uint8, np.int64])
-def test_arguments_arrive_as_they_are(rng, dtype, strided):
-    x = rng.integers(0, 16, (6, 10)).astype(dtype)
-    y = rng.integers(0, 16, 10).astype(dtype)
-    out, plain = np.zeros((2, 6, 10))
-    if strided:
-        x, y = x[::2, ::-1], y[::-1]
-        out, plain = out[::2], plain[::2]
+def test_arguments_arrive_as_they_are(rng, dtype, layout):
+    x, y, out, plain = (
+        LAYOUTS[layout](a)
+        for a in (
+            rng.integers(0, 16, (6, 10)).astype(dtype),
+            rng.integers(0, 16, 10).astype(dtype),
+            *np.zeros((2, 6, 10)),
+        )
+    )
     for factor in (2, 2.5, np.float32(0.5), np.float64(-1), np.int64(-7)):
         for flag in (True, np.bool_(False)):
             given = (x, y, factor, 3, flag, (np.float64(0.25), 4))
             assert isinstance(weighted, Kernel)
             assert weighted(*given, out) == weighted.function(*given, plain)
             np.testing.assert_array_equal(out, plain)
+
+
+def test_other_byte_orders_are_not_mistaken(rng):
+    from numba.core.errors import NumbaNotImplementedError
+
+    x, y = rng.normal(size=(6, 10)), rng.normal(size=10)
+    out = np.zeros((6, 10))
+    weighted(x, y, 1.0, 3, True, (0.5, 1), out)
+    with pytest.raises(NumbaNotImplementedError, match=">f8"):
+        weighted(x.astype(">f8"), y, 1.0, 3, True, (0.5, 1), out)
+
+
+def test_matrices_in_files_are_taken(rng, tmp_path):
+    x = rng.normal(size=(64, 32)).astype(np.float32)
+    np.save(tmp_path / "H.npy", x.T @ x)
+    H = np.load(tmp_path / "H.npy", mmap_mode="r")
+    expected = cq.gptq(x[:8], np.array(H), "int4:channel")
+    np.testing.assert_array_equal(cq.gptq(x[:8], H, "int4:channel").codes, expected.codes)
 
 
 def test_memory_of_kernels_is_given_back_or_refused():

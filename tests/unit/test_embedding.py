@@ -158,8 +158,8 @@ def test_code_does_not_grow_with_the_core(monkeypatch):
 
     compile = compiler._compile
     monkeypatch.setattr(compiler, "_compile", compile_anew)
-    monkeypatch.setattr(compiler, "read", lambda file: None)
-    monkeypatch.setattr(compiler, "write", lambda file, code: None)
+    monkeypatch.setattr(compiler, "read_cached", lambda file: None)
+    monkeypatch.setattr(compiler, "write_cached", lambda file, code: None)
     kernel_for.cache_clear()
     for order in (492, 4108):
         x = np.random.default_rng(0).normal(size=(1, order))

@@ -12,6 +12,7 @@ import pytest
 
 import corequant as cq
 from corequant.formats import find_format
+from corequant.specs import qparams_shape
 
 SPECS = [
     "int4:channel:symmetric",
@@ -219,11 +220,12 @@ def test_out_takes_the_result_or_is_refused():
         cq.fake_quantize(x, "int4:group32", out=out)
 
 
-@pytest.mark.parametrize("shape", [(0, 32), (3, 0), (0, 0), (2, 0, 32)])
+@pytest.mark.parametrize("shape", [(0, 32), (3, 0), (0, 0), (2, 0, 32), (2, 3, 64)])
 @pytest.mark.parametrize("text", ["int4:channel", "int4:tensor:asymmetric", "mxfp4", "nvfp4"])
-def test_empty_arrays_stay_empty(shape, text):
+def test_shapes_are_kept_by_empty_arrays_too(shape, text):
     quantized = cq.quantize(np.zeros(shape, np.float32), text)
     assert quantized.shape == shape
+    assert quantized.scales.shape == qparams_shape(shape, quantized.spec)
     assert cq.dequantize(quantized).shape == shape
     assert cq.fake_quantize(np.zeros(shape, np.float32), text).shape == shape
 

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import platform
 import sys
 import tempfile
 import time
@@ -29,18 +30,18 @@ __all__ = [
     "NAME",
     "address_of",
     "address_of_code",
-    "alone",
     "build",
+    "cache_folders",
     "cached",
+    "compilation_lock",
     "compiled_away",
     "converts_halves",
     "edition",
-    "folders",
     "fuses",
     "processor",
-    "read",
+    "read_cached",
     "saturates",
-    "write",
+    "write_cached",
 ]
 
 NAME = "kernel"
@@ -49,7 +50,7 @@ NAME = "kernel"
 _DIGEST = hashlib.sha256().digest_size
 
 _PATIENCE = 20.0
-"""Seconds after which a process that compiles is taken for dead; none of our kernels takes 3."""
+"""Seconds for which a process waits for another one that compiles; no kernel takes as long."""
 
 _LOOK = 0.005
 """Seconds between looks at whether another process has finished."""
@@ -107,13 +108,13 @@ def cached(described: str, kinds: str, result: Any, make: Callable[[], Any]) -> 
     version = metadata.version("llvmlite")
     parts = (described, kinds, name, features, version, binding.get_default_triple())
     file = hashlib.sha256("\0".join(parts).encode()).hexdigest() + ".o"
-    code = read(file)
+    code = read_cached(file)
     if code is None:
-        with alone(file) as waited:
-            code = read(file) if waited else None
+        with compilation_lock(file) as waited:
+            code = read_cached(file) if waited else None
             if code is None:
                 code = _compile(make())
-                write(file, code)
+                write_cached(file, code)
     return _load(code, kinds, result)
 
 
@@ -251,7 +252,7 @@ address_of: Callable[[Any], int] = _choose()
 """Address of an array's first number."""
 
 
-def folders() -> list[Path]:
+def cache_folders() -> list[Path]:
     """Return where compiled code may lie, the first choice first.
 
     ``NUMBA_CACHE_DIR`` where that is set; else beside the package, then the user's cache.
@@ -271,9 +272,9 @@ def folders() -> list[Path]:
     return found
 
 
-def read(file: str) -> bytes | None:
+def read_cached(file: str) -> bytes | None:
     """Return what is cached under a name, unless it is damaged."""
-    for folder in folders():
+    for folder in cache_folders():
         with contextlib.suppress(OSError):
             content = (folder / file).read_bytes()
             digest, code = content[:_DIGEST], content[_DIGEST:]
@@ -282,9 +283,9 @@ def read(file: str) -> bytes | None:
     return None
 
 
-def write(file: str, code: bytes) -> None:
+def write_cached(file: str, code: bytes) -> None:
     """Cache in the first folder that can be written."""
-    for folder in folders():
+    for folder in cache_folders():
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             # Written aside and renamed, so that no other process reads half of it.
@@ -300,30 +301,32 @@ def write(file: str, code: bytes) -> None:
 
 
 @contextlib.contextmanager
-def alone(file: str) -> Iterator[bool]:
+def compilation_lock(file: str) -> Iterator[bool]:
     """Let one process at a time compile what a file will hold; yields whether it had to wait.
 
-    A file beside it marks that a process is at work. Nobody waits where none can be made, nor for
-    a process that was killed longer than ``_PATIENCE``.
+    A file beside it holds the machine and the process that is at work. Nobody waits where none can
+    be made, for a process that has ended, or longer than ``_PATIENCE``.
     """
-    mark, waited = _mark(file)
+    lock, waited = _take_lock(file)
     try:
         yield waited
     finally:
-        if mark is not None:
-            mark.unlink(missing_ok=True)
+        if lock is not None:
+            lock.unlink(missing_ok=True)
 
 
-def _mark(file: str) -> tuple[Path | None, bool]:
-    """Make the file that marks work; returns it, or None, and whether another process had one."""
-    for folder in folders():
-        mark = folder / (file + ".busy")
+def _take_lock(file: str) -> tuple[Path | None, bool]:
+    """Make the file that locks; returns it, or None, and whether another process had made it."""
+    for folder in cache_folders():
+        lock = folder / (file + ".lock")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            return mark, False
+            handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            os.write(handle, _holder().encode())
+            os.close(handle)
+            return lock, False
         except FileExistsError:
-            _wait(mark)
+            _wait(lock)
             # What the other compiled is read; if it failed, each one that waited does it itself.
             return None, True
         except OSError:
@@ -331,9 +334,29 @@ def _mark(file: str) -> tuple[Path | None, bool]:
     return None, False
 
 
-def _wait(mark: Path) -> None:
+def _holder() -> str:
+    return f"{platform.node()} {os.getpid()}"
+
+
+def _wait(lock: Path) -> None:
     end = time.monotonic() + _PATIENCE
     with contextlib.suppress(OSError):
-        while time.monotonic() < end and time.time() - mark.stat().st_mtime < _PATIENCE:
+        while time.monotonic() < end and time.time() - lock.stat().st_mtime < _PATIENCE:
+            if _has_ended(lock.read_text()):
+                break
             time.sleep(_LOOK)
-        mark.unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
+
+
+def _has_ended(holder: str) -> bool:
+    """Return whether a process is known to have ended; False of other machines and systems."""
+    node, _, process = holder.rpartition(" ")
+    if os.name != "posix" or node != platform.node() or not process.isdigit():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's
+        return False
+    return False

@@ -1,7 +1,7 @@
 """From a kernel to LLVM's intermediate form, by numba; imported only to compile.
 
 numba has a target of ours beside its own: a processor's, but for the optimisation of each function
-on its own, its machine code and its wrappers for Python, which take three quarters of numba's time.
+on its own, its machine code and its wrappers for Python, which take most of numba's time.
 A kernel and all that it calls become one module, optimised once by ``codegen.compiler``.
 
 The extension of targets is that of numba's ``tests/test_target_extension.py``.
@@ -199,10 +199,11 @@ def lower(kernel: Source, arguments: tuple[Any, ...]) -> Any:
 
 
 def _type_of(value: Any) -> Any:
-    """Return numba's type; arrays may be written to, and are aligned to their numbers."""
+    """Return numba's type, of arrays as if they might be written to."""
     if isinstance(value, np.ndarray):
         element: Any = numba.from_dtype(value.dtype)
-        return types.Array(element, value.ndim, "C" if value.flags.c_contiguous else "A")
+        layout: Any = "C" if value.flags.c_contiguous else "A"
+        return types.Array(element, value.ndim, layout, aligned=value.flags.aligned)
     if isinstance(value, tuple):
         parts = [_type_of(v) for v in value]
         kind = type(value)

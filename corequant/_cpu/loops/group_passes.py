@@ -17,12 +17,18 @@ import numpy as np
 
 from corequant._cpu.loops import integer_grid, minifloat_grid
 from corequant._cpu.loops.bits import larger, like, smaller, to_bits, to_float
-from corequant._cpu.loops.integer_grid import magnitudes_of_row, row_magnitude, row_range
+from corequant._cpu.loops.integer_grid import (
+    magnitudes,
+    magnitudes_of_row,
+    ranges,
+    row_magnitude,
+    row_range,
+)
 from corequant._cpu.loops.jit import jit
 from corequant._cpu.loops.minifloat_grid import nearest_code, nearest_value
 from corequant._cpu.loops.nibbles import decode_row, encode_row, integers_row
 from corequant._cpu.loops.packing import pack_row, unpack_row
-from corequant._cpu.loops.scales import Rule, choose, scale_and_zero, scale_of
+from corequant._cpu.loops.scales import Rule, choose, scale_and_zero, symmetric_scale
 
 __all__ = [
     "Plan",
@@ -74,14 +80,11 @@ def finish(plan, scales, zeros, room):  # type: ignore[no-untyped-def]
 @jit
 def row_scales(x, first, plan, scales, zeros, room):  # type: ignore[no-untyped-def]
     """Find the ranges of a row's groups, the first of them given, and finish it."""
-    centred = plan.rule.symmetric and not plan.positive
-    for k in range(room.shape[1]):
-        if centred:
-            room[1, k] = to_float(row_magnitude(x[first + k], plan.mask))
-        else:
-            below, above = row_range(x[first + k], plan.mask)
-            room[0, k] = -to_float(below)
-            room[1, k] = to_float(above)
+    own = slice(first, first + room.shape[1])
+    if plan.rule.symmetric and not plan.positive:
+        magnitudes(x[own], plan.mask, room[1])
+    else:
+        ranges(x[own], plan.mask, room[0], room[1])
     return finish(plan, scales, zeros, room)
 
 
@@ -100,7 +103,7 @@ def fake_symmetric(x, plan, scales, zeros, out):  # type: ignore[no-untyped-def]
         largest = to_float(bits)
         if not largest < plan.infinity:
             return g
-        scale = scale_of(largest, rule, rule.power, plan.factor)
+        scale = symmetric_scale(largest, rule, rule.power, plan.factor)
         scales[g] = scale
         step = like(scale * plan.unit, scale)
         following = smaller(g + 1, last)
@@ -156,8 +159,7 @@ def fake_minifloats(x, plan, scales, zeros, out, room):  # type: ignore[no-untyp
     count = room.shape[1]
     size = x.shape[1]
     mask = plan.mask
-    for k in range(count):
-        room[1, k] = to_float(row_magnitude(x[k], mask))
+    magnitudes(x[:count], mask, room[1])
     for first in range(0, x.shape[0], count):
         own = slice(first, first + count)
         if not finish(plan, scales[own], zeros[own], room):
@@ -219,8 +221,7 @@ def encode_minifloats(x, plan, scales, zeros, codes, line, packed, room):  # typ
     size = x.shape[1]
     packing = packed.shape[0] > 0
     mask = plan.mask
-    for k in range(count):
-        room[1, k] = to_float(row_magnitude(x[k], mask))
+    magnitudes(x[:count], mask, room[1])
     for first in range(0, x.shape[0], count):
         own = slice(first, first + count)
         if not finish(plan, scales[own], zeros[own], room):

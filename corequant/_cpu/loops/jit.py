@@ -3,7 +3,7 @@
 A kernel is compiled for the types of its arguments when it is first called with them. numba turns
 it into LLVM's intermediate form (``frontend``); ``codegen.compiler`` compiles that as it does
 generated code, and keeps it in the same cache. So a kernel that has been compiled before is called
-without numba, whose import and first call take half a second. Compiled code releases the
+without numba, which takes longer to import than most calls take. Compiled code releases the
 interpreter's lock.
 """
 
@@ -90,9 +90,10 @@ def _flatten(values: tuple[Any, ...], words: list[Any], kinds: list[Any]) -> Non
     """Append the words that pass values, and what their types depend on."""
     for value in values:
         kind = type(value)
-        if kind is np.ndarray:
+        if kind is np.ndarray or isinstance(value, np.ndarray):
+            flags = value.flags
             words += (address_of(value), *value.shape, *value.strides)
-            kinds += (value.dtype.char, value.ndim, value.flags.c_contiguous)
+            kinds += (value.dtype, value.ndim, flags.c_contiguous, flags.aligned)
         elif isinstance(value, tuple):
             kinds += (kind, len(value))
             _flatten(value, words, kinds)
@@ -109,9 +110,9 @@ def _letters(key: tuple[Any, ...]) -> list[str]:
     at = 0
     while at < len(key):
         kind = key[at]
-        if isinstance(kind, str):
+        if isinstance(kind, np.dtype):
             letters.append("q" * (1 + 2 * key[at + 1]))
-            at += 3
+            at += 4
             continue
         if issubclass(kind, tuple):
             at += 2

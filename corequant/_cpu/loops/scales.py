@@ -17,7 +17,7 @@ from corequant._cpu.loops.bits import larger, like, smaller, to_bits, to_float
 from corequant._cpu.loops.jit import jit
 from corequant._cpu.loops.minifloat_grid import Rounder, nearest_value
 
-__all__ = ["Power", "Rule", "choose", "scale_and_zero", "scale_of", "settle"]
+__all__ = ["Power", "Rule", "choose", "scale_and_zero", "settle", "symmetric_scale"]
 
 
 class Power(NamedTuple):
@@ -124,7 +124,7 @@ def affine(a, b, rule, rounder, power):  # type: ignore[no-untyped-def]
 
 
 @jit
-def scale_of(largest, rule, power, factor):  # type: ignore[no-untyped-def]
+def symmetric_scale(largest, rule, power, factor):  # type: ignore[no-untyped-def]
     """Scale of a symmetric range; ``factor`` multiplies before rounding."""
     if power is not None:
         scale = power_of_two(exponent_for(largest, power), power)
@@ -137,7 +137,7 @@ def scale_of(largest, rule, power, factor):  # type: ignore[no-untyped-def]
 def scale_and_zero(a, b, rule, factor):  # type: ignore[no-untyped-def]
     """Scale and zero point of the range [-a, b]."""
     if rule.symmetric:
-        return scale_of(larger(a, b), rule, rule.power, factor), like(0, rule.tiny)
+        return symmetric_scale(larger(a, b), rule, rule.power, factor), like(0, rule.tiny)
     if a == 0 and b == 0:
         return rule.idle, like(0, rule.tiny)
     return affine(a, b, rule, rule.rounder, rule.power)
@@ -148,7 +148,7 @@ def choose(low, high, rule, factor, scales, zeros):  # type: ignore[no-untyped-d
     """Scales and zero points of ranges; loops of their own become vectors."""
     if rule.symmetric:
         for g in range(low.shape[0]):
-            scales[g] = scale_of(larger(-low[g], high[g]), rule, rule.power, factor)
+            scales[g] = symmetric_scale(larger(-low[g], high[g]), rule, rule.power, factor)
             zeros[g] = 0
     else:
         for g in range(low.shape[0]):
