@@ -2,10 +2,10 @@
 
 Usage: python bench/bench_start.py [--runs 5] [--only NAME ...] [--write]
 
-Each figure is the median of processes of their own on one processor, in which NumPy and, except for
-one row, numba have been imported before the clock starts. The cache is put on a read-only mount where
-this may be done (by root, on Linux); else the permission to write is taken from it, which root has
-anyway. ``--write`` puts the table into bench/README.md.
+Each figure is the median over fresh processes on one processor. NumPy and, except for one row,
+numba are imported before the clock starts. The cache is put on a read-only mount where that is
+permitted (root, on Linux); otherwise its write permission is removed. ``--write`` puts the table
+into bench/README.md.
 """
 
 from __future__ import annotations
