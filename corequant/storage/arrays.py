@@ -17,7 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant.errors import CheckpointError
-from corequant.packing import pack, pack_bytes, packed_bytes, packed_words, unpack, unpack_bytes
+from corequant.packing.codes import (
+    pack,
+    pack_bytes,
+    packed_bytes,
+    packed_words,
+    unpack,
+    unpack_bytes,
+)
 from corequant.quantization import QuantizedTensor
 from corequant.specs import Granularity, QuantSpec, qparams_shape
 from corequant.storage.scales import load_scales, store_scales

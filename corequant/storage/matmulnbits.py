@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from corequant.errors import ShapeError, SpecError
 from corequant.formats import FormatKind
-from corequant.packing import pack_bytes
+from corequant.packing.codes import pack_bytes
 from corequant.quantization import QuantizedTensor
 from corequant.specs import Granularity
 

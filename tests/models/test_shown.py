@@ -12,8 +12,9 @@ import pytest
 import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
-from corequant_cli import app, show
-from corequant_cli.show import marked, plain
+from corequant_cli import app
+from corequant_cli.tables import plans
+from corequant_cli.tables.console import marked, plain
 from corequant_transformers.checkpoint.reports import read_report
 from corequant_transformers.files.digests import DIGESTS
 from corequant_transformers.planning.memory import limit_memory
@@ -264,7 +265,7 @@ def test_the_command_works_on_the_directory_that_it_is_in(saved, command, tmp_pa
 
 def test_outputs_of_every_command_are_json_to_others(command, tmp_path, monkeypatch):
     values = {"perplexity": float("inf"), "rows": [float("nan")]}
-    monkeypatch.setattr(show, "plan_dict", lambda table: values)
+    monkeypatch.setattr(plans, "plan_dict", lambda table: values)
     printed = command("plan", write(tmp_path / "model"), "--json")[1]
     assert json.loads(printed, parse_constant=pytest.fail) == {"perplexity": None, "rows": [None]}
 

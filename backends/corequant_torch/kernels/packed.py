@@ -11,7 +11,7 @@ from corequant._validation import check_array, check_divides, check_permutation
 from corequant.errors import ShapeError, SpecError
 from corequant.formats import find_format
 from corequant.fusion import rotate_quantize
-from corequant.packed import PackedTensor
+from corequant.packing.tensors import PackedTensor
 from corequant.quantization import as_spec
 from corequant.rotation import check_block_size, check_signs
 from corequant.specs import QuantSpec, ScaleFormat, qparams_shape

@@ -19,7 +19,7 @@ from corequant._validation import (
 )
 from corequant.errors import ShapeError
 from corequant.formats import find_format
-from corequant.packing import packed_bytes, packed_words
+from corequant.packing.codes import packed_bytes, packed_words
 from corequant.quantization import (
     QuantizedTensor,
     as_spec,
@@ -217,7 +217,7 @@ def pack_quantized(quantized: QuantizedTensor) -> PackedTensor:
     >>> cq.pack_quantized(cq.quantize(np.ones((2, 32), np.float32), "mxfp4")).nbytes
     34
     """
-    from corequant.packing import pack, pack_bytes
+    from corequant.packing.codes import pack, pack_bytes
 
     if not isinstance(quantized, QuantizedTensor):
         raise TypeError(f"quantized must be a QuantizedTensor, got {type(quantized).__name__}")
@@ -241,7 +241,7 @@ def unpack_quantized(packed: PackedTensor) -> QuantizedTensor:
     >>> cq.unpack_quantized(p).codes[0, :3]
     array([6, 6, 6], dtype=uint8)
     """
-    from corequant.packing import unpack, unpack_bytes
+    from corequant.packing.codes import unpack, unpack_bytes
 
     scales, zero_points = _check_packed(packed)
     spec = packed.spec

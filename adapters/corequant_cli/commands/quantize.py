@@ -1,0 +1,77 @@
+"""``corequant quantize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from corequant.recipe import Recipe
+from corequant_cli.commands.arguments import (
+    Device,
+    Json,
+    Model,
+    load_adapter,
+    output_path,
+    print_json,
+)
+from corequant_cli.commands.options import read_option, takes_recipe
+from corequant_cli.tables import console, models, plans
+
+__all__ = ["quantize"]
+
+
+@takes_recipe
+def quantize(
+    model: Model,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="New or empty directory.", parser=output_path, metavar="<path>"
+        ),
+    ],
+    calibration: Annotated[Path, typer.Option(help="Text file (UTF-8) to calibrate on.")],
+    recipe: Recipe,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run to the same output.")
+    ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Memory limit, which Linux enforces.", metavar="<size>[MiB|GiB]"),
+    ] = None,
+    device: Device = "cpu",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what would happen to every tensor.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Calibrate, permute, rotate, verify, quantize and save a model."""
+    text = "" if dry_run else read_option("calibration", calibration)
+    import corequant_transformers as cqhf
+
+    load_adapter()
+    if dry_run:
+        fates = cqhf.fates(cqhf.plan(model, recipe))
+        if as_json:
+            print_json({"tensors": fates})
+        else:
+            plans.fates(fates)
+        return
+    limit = None if memory is None else cqhf.limit_memory(memory, cqhf.plan(model, recipe))
+    with console.progress() as progress:
+        result = cqhf.quantize(
+            model,
+            recipe,
+            text,
+            output,
+            resume=resume,
+            memory=limit,
+            device=device,
+            events=console.remaining,
+            progress=progress,
+        )
+    if as_json:
+        print_json({"output": str(output), **result.report})
+    else:
+        models.quantized(result, output)
