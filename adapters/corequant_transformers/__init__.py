@@ -16,13 +16,15 @@ if TYPE_CHECKING:
     from corequant_transformers.architectures.known import Architecture, Experts, register
     from corequant_transformers.calibration.choices import Calibration
     from corequant_transformers.checkpoint.reader import load, load_tokenizer
+    from corequant_transformers.evaluation.divergence import Divergence
+    from corequant_transformers.evaluation.measurement import Evaluation, evaluate
     from corequant_transformers.exports.targets import export
     from corequant_transformers.exports.transformers_hook import install
     from corequant_transformers.files.digests import check_digests
     from corequant_transformers.inspection.html import write_report
     from corequant_transformers.inspection.outliers import Inspection, inspect
     from corequant_transformers.model.sources import Source
-    from corequant_transformers.model.text import Evaluation, evaluate, token_windows
+    from corequant_transformers.model.text import token_windows
     from corequant_transformers.pipeline import Quantized, calibrate, plan, quantize
     from corequant_transformers.planning.fates import fates
     from corequant_transformers.planning.memory import limit_memory
@@ -35,13 +37,15 @@ _PARTS = {
     "architectures.known": "Architecture Experts register",
     "calibration.choices": "Calibration",
     "checkpoint.reader": "load load_tokenizer",
+    "evaluation.divergence": "Divergence",
+    "evaluation.measurement": "Evaluation evaluate",
     "exports.targets": "export",
     "exports.transformers_hook": "install",
     "files.digests": "check_digests",
     "inspection.html": "write_report",
     "inspection.outliers": "Inspection inspect",
     "model.sources": "Source",
-    "model.text": "Evaluation evaluate token_windows",
+    "model.text": "token_windows",
     "pipeline": "Quantized calibrate plan quantize",
     "planning.fates": "fates",
     "planning.memory": "limit_memory",
@@ -55,6 +59,7 @@ __all__ = [
     "Architecture",
     "Calibration",
     "Choices",
+    "Divergence",
     "Evaluation",
     "Experts",
     "Inspection",

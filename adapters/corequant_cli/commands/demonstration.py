@@ -19,10 +19,11 @@ import torch
 from corequant.errors import CheckpointError
 from corequant.recipe import Recipe
 from corequant_transformers.checkpoint.reader import load
+from corequant_transformers.evaluation.measurement import evaluate
 from corequant_transformers.files.outputs import check_output
 from corequant_transformers.model.sources import Source
 from corequant_transformers.model.surroundings import quiet_transformers, undisturbed
-from corequant_transformers.model.text import evaluate, token_windows
+from corequant_transformers.model.text import token_windows
 from corequant_transformers.pipeline import Progress, calibrate, quantize
 
 __all__ = ["Demo", "Row", "fetch_model", "help_topics", "run"]

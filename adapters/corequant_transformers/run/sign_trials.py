@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from corequant_transformers.evaluation.perplexity import perplexity
 from corequant_transformers.model.forward import Windows, block_arguments, enter, leaving, run_block
 from corequant_transformers.model.parts import ENTRY, EXIT, Part, Parts, part_plan
-from corequant_transformers.model.text import perplexity
 from corequant_transformers.planning.model_plan import ModelPlan, plan_model
 from corequant_transformers.rounding.layers import round_nearest
 from corequant_transformers.transforms.matrices import Choices, transform_model

@@ -1,0 +1,112 @@
+"""Negative log-likelihoods of tokens, and their mean as a perplexity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from corequant.errors import NonFiniteError
+from corequant_torch.cpu.onednn import QuickForward
+from corequant_transformers.evaluation.statistics import mean_with_error
+from corequant_transformers.model.logits import window_logits
+
+__all__ = ["few_rows", "log_probabilities", "perplexity", "perplexity_with_error", "window_losses"]
+
+Tokens = npt.NDArray[np.int64]
+Values = npt.NDArray[np.float64]
+
+_ROWS = 32
+"""Positions whose logits are held in float64 at once."""
+
+
+def perplexity(model: Any, tokens: Tokens) -> float:
+    """Return the perplexity over windows of a model that no other thread runs.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A replica or a skeleton with open parts.
+    tokens : numpy.ndarray (windows, length), int64
+    """
+    losses = [window_losses(model, window) for window in tokens]
+    return perplexity_with_error(np.stack(losses))[0]
+
+
+def perplexity_with_error(losses: Values) -> tuple[float, float | None]:
+    """Return exp of the mean over tokens, and its standard error over windows.
+
+    Parameters
+    ----------
+    losses : numpy.ndarray (windows, positions)
+        Negative log-likelihoods in nats.
+
+    Returns
+    -------
+    perplexity : float
+    error : float or None
+        To first order: the perplexity times the standard error of the mean loss.
+    """
+    mean, error = mean_with_error(losses)
+    with np.errstate(over="ignore"):
+        value = float(np.exp(mean))
+    return value, None if error is None else value * error
+
+
+def window_losses(model: Any, window: Tokens) -> Values:
+    """Return the negative log-likelihood (length - 1,) of each token of a window but the first.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        As for ``perplexity``.
+    window : numpy.ndarray (length,), int64
+
+    Returns
+    -------
+    numpy.ndarray (length - 1,), float64
+        In nats; the softmax is computed in float64.
+
+    Raises
+    ------
+    NonFiniteError
+        If logits hold NaN or infinity.
+    """
+    found = []
+    following = torch.from_numpy(window[1:])
+    with QuickForward():
+        for logits in window_logits(model, window):
+            targets, following = following[: len(logits)], following[len(logits) :]
+            for part, own in few_rows(logits, targets):
+                exact = log_probabilities("logits", part)
+                chosen = exact.gather(1, own.to(exact.device)[:, None])[:, 0]
+                found.append(-chosen.cpu().numpy())
+    return np.concatenate(found)
+
+
+def few_rows(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield as many rows of each tensor as may be held in float64 over a vocabulary."""
+    for start in range(0, len(tensors[0]), _ROWS):
+        yield tuple(tensor[start : start + _ROWS] for tensor in tensors)
+
+
+def log_probabilities(name: str, logits: torch.Tensor) -> torch.Tensor:
+    """Return the logarithm of the softmax (positions, vocabulary) in float64.
+
+    Raises
+    ------
+    NonFiniteError
+        If a logit of a row is NaN or infinite upwards, or all are infinite downwards.
+    """
+    # Metal has no float64.
+    exact = (logits.cpu() if logits.device.type == "mps" else logits).double()
+    total = exact.logsumexp(dim=-1, keepdim=True)
+    bad = ~total[:, 0].isfinite()
+    if bad.any():
+        faults = ~(exact[bad] < torch.inf)
+        row, column = int(bad.to(torch.int8).argmax()), int(faults[0].to(torch.int8).argmax())
+        raise NonFiniteError(name, int(faults.sum()), (row, column), float(exact[row, column]))
+    return exact.sub_(total)
