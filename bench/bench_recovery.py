@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -99,7 +100,8 @@ class Seeded:
         plan = cqhf.plan(self.float, recipe)
         choices = choose_all(plan, self.data, lambda name: self._float(f"{name}.weight"))
         for row in plan.quantized:
-            if row == self.rows[row.name]:
+            before = self.rows[row.name]
+            if replace(row, settings=before.settings) == before:
                 continue
             W, b = transform_matrix(
                 self._float(f"{row.name}.weight").astype(np.float64),

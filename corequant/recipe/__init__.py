@@ -10,5 +10,15 @@ from corequant.recipe.model import (
     ROUNDINGS,
     Recipe,
 )
+from corequant.recipe.settings import FLOAT, LayerSettings
 
-__all__ = ["FACTORS", "PERMUTATIONS", "REFERENCES", "ROTATIONS", "ROUNDINGS", "Recipe"]
+__all__ = [
+    "FACTORS",
+    "FLOAT",
+    "PERMUTATIONS",
+    "REFERENCES",
+    "ROTATIONS",
+    "ROUNDINGS",
+    "LayerSettings",
+    "Recipe",
+]

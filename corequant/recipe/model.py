@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from corequant._validation import check_index, need_packages
 from corequant.errors import AccumulatorError, RecipeError, SpecError
+from corequant.recipe.settings import LayerSettings
 from corequant.rounding.accumulators import AccumulatorSpec, check_tile
 from corequant.rounding.methods import RoundingOptions, rounding_methods
 from corequant.selection import METHODS
@@ -273,6 +274,12 @@ class Recipe:
         if self.block_size is None or self.block_size == "auto":
             return ()
         return self.block_size if isinstance(self.block_size, tuple) else (self.block_size,)
+
+    def settings_of(self, layer: str) -> LayerSettings:
+        """Return how a linear layer is quantized, by the path of its module."""
+        return LayerSettings(
+            self.weights, self.activations, self.rounding_options(), self.permutation
+        )
 
     def rounding_options(self) -> RoundingOptions:
         """Return how weights are rounded, for ``round_together``."""

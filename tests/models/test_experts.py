@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import corequant as cq
 import corequant_transformers as cqhf
-from corequant.recipe import Recipe
+from corequant.recipe import LayerSettings, Recipe
 from corequant.rounding import AccumulatorSpec, InputMoments, RoundingOptions
 from corequant_transformers.model.forward import HiddenStates, block_arguments, run_block
 from corequant_transformers.model.layouts import ExpertList
@@ -56,11 +58,10 @@ def test_the_float_network_is_asked_about_the_tokens_that_an_expert_gets(tokens,
         block = parts.block(0)
         own = [run_block(block, states[k : k + 1], arguments)[0] for k in range(len(tokens))]
         (_, unforced), visits[:] = visits[0], []
-        rows = [m for m in plan.quantized if m.block == 0]
+        settings = LayerSettings(INT4, options=RoundingOptions("qronos"))
+        rows = [replace(m, settings=settings) for m in plan.quantized if m.block == 0]
         hidden = HiddenStates(noisy.clone(), states.clone())
-        options = RoundingOptions("qronos")
-        path = "model.layers.0"
-        round_block(block, path, rows, hidden, arguments, INT4, None, options)
+        round_block(block, "model.layers.0", rows, hidden, arguments)
         # What the float block gives, it gives by its own routes.
         for k, expected in enumerate(own):
             torch.testing.assert_close(hidden.float_states[k], expected, rtol=0, atol=0)

@@ -14,7 +14,7 @@ import torch
 
 import corequant as cq
 import corequant_transformers as cqhf
-from corequant.recipe import Recipe
+from corequant.recipe import LayerSettings, Recipe
 from corequant.rounding import RoundingOptions, round_together
 from corequant_transformers.model.forward import HiddenStates
 from corequant_transformers.model.parts import ModelWeights, Parts, skeleton
@@ -223,13 +223,11 @@ def test_an_interrupted_block_is_as_it_was():
 
     block = Toy("parallel")
     hidden = torch.randn(2, 4, 8, generator=torch.manual_seed(0))
-    rows = [MatrixPlan(f"b.{n}", (8, 8)) for n in ("first", "second")]
+    settings = LayerSettings(INT4, options=RoundingOptions("gptq"))
+    rows = [MatrixPlan(f"b.{n}", (8, 8), settings=settings) for n in ("first", "second")]
     watched = weakref.ref(hidden)
     with pytest.raises(Stop):
-        round_block(
-            block, "b", rows, HiddenStates(hidden, None), {}, INT4, None, RoundingOptions("gptq"),
-            progress=stop,
-        )  # fmt: skip
+        round_block(block, "b", rows, HiddenStates(hidden, None), {}, progress=stop)
     assert not block.first._forward_pre_hooks
     before = block.first.weight.clone()
     block(hidden)
@@ -290,11 +288,12 @@ class Toy(torch.nn.Module):
 
 
 def toy(mode, hidden=None, norm=None, options=None):
-    rows = [MatrixPlan(f"b.{n}", (8, 8), norm) for n in ("first", "second")]
-    hidden = torch.randn(2, 4, 8, generator=torch.manual_seed(0)) if hidden is None else hidden
     options = options or RoundingOptions("qronos")
+    settings = LayerSettings(INT4, options=options)
+    rows = [MatrixPlan(f"b.{n}", (8, 8), norm, settings=settings) for n in ("first", "second")]
+    hidden = torch.randn(2, 4, 8, generator=torch.manual_seed(0)) if hidden is None else hidden
     states = HiddenStates(hidden, hidden.clone() if options.needs_float else None)
-    return round_block(Toy(mode), "b", rows, states, {}, INT4, None, options)
+    return round_block(Toy(mode), "b", rows, states, {})
 
 
 def test_layers_that_run_otherwise_than_described():
@@ -343,7 +342,7 @@ def test_blocks_that_are_called_without_names(tokens):
 def test_matrices_outside_of_blocks_are_refused(tokens):
     model = cqhf.tiny_model("llama")
     plan = cqhf.plan(model, Recipe(block_size=16, rounding="gptq"))
-    head = dataclasses.replace(plan.matrices[-1], quantized=True)
+    head = dataclasses.replace(plan.matrices[-1], settings=plan.quantized[0].settings)
     plan = dataclasses.replace(plan, matrices=(*plan.matrices[:-1], head))
     with pytest.raises(cq.ArchitectureError, match="lie in a decoder block.*lm_head"):
         Job(Parts(skeleton(model), plan, ModelWeights(model)), plan, tokens, MemoryLedger())

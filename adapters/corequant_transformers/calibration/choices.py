@@ -15,7 +15,7 @@ from corequant.diagnostics import block_mass
 from corequant.errors import CalibrationError
 from corequant.hadamard import valid_block_sizes
 from corequant.permutation import identity_permutation
-from corequant.recipe import Recipe
+from corequant.recipe import LayerSettings
 from corequant.selection import (
     Selection,
     make_permutation,
@@ -66,15 +66,16 @@ class Calibration:
     draw_losses: tuple[float, ...] = ()
 
 
-def needs_second_order(recipe: Recipe) -> bool:
-    """Return whether the recipe's permutation needs the energy statistic."""
-    return "energy_gram" in permutation_needs(recipe.permutation)
+def needs_second_order(region: Region) -> bool:
+    """Return whether the choice of a region's permutation needs the energy statistic."""
+    return "energy_gram" in permutation_needs(region.settings.permutation)
 
 
-def needs_tokens(recipe: Recipe) -> bool:
-    """Return whether the recipe's choices need tokens, not only sums over them."""
-    judged = "tokens" in permutation_needs(recipe.permutation) or recipe.block_size == "auto"
-    return judged or recipe.factors != "none"
+def needs_tokens(plan: ModelPlan) -> bool:
+    """Return whether a plan's choices need tokens, not only sums over them."""
+    if plan.recipe.block_size == "auto" or plan.recipe.factors != "none":
+        return True
+    return any("tokens" in permutation_needs(r.settings.permutation) for r in plan.regions)
 
 
 def check_calibration(plan: ModelPlan, calibration: Calibration) -> None:
@@ -85,21 +86,21 @@ def check_calibration(plan: ModelPlan, calibration: Calibration) -> None:
     CalibrationError
         If it was made for another model, or for a recipe that needs less.
     """
-    recipe, held = plan.recipe, calibration.statistics
+    held, tokens = calibration.statistics, needs_tokens(plan)
     for region in plan.regions:
         found = held.get(region.name)
         lacks = None
         if found is None or found.d != region.width:
             lacks = f"{region.width} channels of {region.name}"
-        elif needs_second_order(recipe) and "energy_gram" not in found.to_arrays():
+        elif needs_second_order(region) and "energy_gram" not in found.to_arrays():
             lacks = f"the second-order statistics of {region.name}"
-        elif needs_tokens(recipe) and region.name not in calibration.held_out:
+        elif tokens and region.name not in calibration.held_out:
             lacks = f"tokens of {region.name}"
         if lacks is not None:
             raise CalibrationError(
                 f"the calibration must hold {lacks}, which the recipe's permutation "
-                f"{recipe.permutation!r}, block size or factors need, got one without; call "
-                "calibrate with this model and this recipe"
+                f"{region.settings.permutation!r}, block size or factors need, got one without; "
+                "call calibrate with this model and this recipe"
             )
 
 
@@ -114,20 +115,21 @@ def choose_block_size(plan: ModelPlan, indices: Sequence[int], calibration: Cali
         size: the largest that any of them needs.
     calibration : Calibration
     """
-    recipe, spec, largest = plan.recipe, _activations(plan.recipe), 0
+    largest = 0
     for index in indices:
         region = plan.regions[index]
+        spec = _activations(region.settings)
         judged = _judged(region, calibration)
         if not judged.count:
             # An expert that no token was routed to goes along with the others.
             continue
         x, width = judged.tokens, region.width
-        limit = (1 + recipe.tolerance) * rotation_error(x, None, spec)
+        limit = (1 + plan.recipe.tolerance) * rotation_error(x, None, spec)
         chosen = width
         for b in valid_block_sizes(width):
             if b < 16 or b & (b - 1) or b == width:
                 continue
-            p = _permutation(recipe, region, b, calibration, index).permutation
+            p = _permutation(plan, region, b, calibration, index).permutation
             if rotation_error(x, b, spec, permutation=p) <= limit:
                 chosen = b
                 break
@@ -182,28 +184,28 @@ def choose(
         return RegionChoice(permutation, factors, row)
     if region.permuted:
         b = region.side.rotation or 1
-        chosen = _permutation(plan.recipe, region, b, calibration, index)
+        chosen = _permutation(plan, region, b, calibration, index)
         order = permutation = chosen.permutation
         row |= {"permutation": chosen.method, "errors": chosen.errors}
     if region.factored:
-        factors, errors = _factors(plan.recipe, region, calibration, weight, order)
+        factors, errors = _factors(plan, region, calibration, weight, order)
         row |= {"factors": min(errors, key=lambda n: errors[n]), "output_errors": errors}
     return RegionChoice(permutation, factors, row | _masses(region, calibration, order))
 
 
 def _permutation(
-    recipe: Recipe, region: Region, b: int, calibration: Calibration, index: int
+    plan: ModelPlan, region: Region, b: int, calibration: Calibration, index: int
 ) -> Selection:
-    statistics = calibration.statistics[region.name]
-    generator = np.random.default_rng([recipe.seed, index])
-    spec, heads = _activations(recipe), region.side.heads
-    if recipe.permutation == "auto":
+    statistics, method = calibration.statistics[region.name], region.settings.permutation
+    generator = np.random.default_rng([plan.recipe.seed, index])
+    spec, heads = _activations(region.settings), region.side.heads
+    if method == "auto":
         held_out = _judged(region, calibration).tokens
         return select_permutation(statistics, held_out, b, spec, heads=heads, seed=generator)
     p = make_permutation(
-        recipe.permutation, statistics, b, symmetric=spec.symmetric, heads=heads, seed=generator
+        method, statistics, b, symmetric=spec.symmetric, heads=heads, seed=generator
     )
-    return Selection(p, recipe.permutation)
+    return Selection(p, method)
 
 
 def _judged(region: Region, calibration: Calibration) -> ActivationStats:
@@ -213,7 +215,7 @@ def _judged(region: Region, calibration: Calibration) -> ActivationStats:
 
 
 def _factors(
-    recipe: Recipe,
+    plan: ModelPlan,
     region: Region,
     calibration: Calibration,
     weight: Callable[[str], Array],
@@ -222,15 +224,16 @@ def _factors(
     seen = calibration.statistics[region.name].tokens[:, order]
     judge = _judged(region, calibration).tokens[:, order]
     W = weight(region.name)[:, order].astype(np.float32)
-    options: dict[str, Any] = {} if recipe.factors == "scales" else {"exponents": ()}
+    options: dict[str, Any] = {} if plan.recipe.factors == "scales" else {"exponents": ()}
     options["mean_square"] = calibration.statistics[region.name].mean_square[order]
-    spec = _activations(recipe)
-    return select_scales(seen, judge, W, region.side.rotation, spec, recipe.weights, **options)
+    spec, weights = _activations(region.settings), region.settings.weights
+    assert weights is not None, "regions are those of matrices that are quantized"
+    return select_scales(seen, judge, W, region.side.rotation, spec, weights, **options)
 
 
-def _activations(recipe: Recipe) -> QuantSpec:
+def _activations(settings: LayerSettings) -> QuantSpec:
     # Without a quantizer to choose for, the usual one stands in.
-    return recipe.activations or QuantSpec.parse("int4:token:asymmetric")
+    return settings.activations or QuantSpec.parse("int4:token:asymmetric")
 
 
 def _masses(

@@ -49,11 +49,11 @@ class Collector:
 
     def __init__(self, plan: ModelPlan, shape: tuple[int, int]) -> None:
         windows, length = shape
-        self._recipe = plan.recipe
+        self._seed = plan.recipe.seed
         self._regions = {region.name: region for region in plan.regions}
         self._windows = windows
         self._stride = _energy_stride(plan, windows * length)
-        self._kept = _RESERVOIR if needs_tokens(plan.recipe) else 0
+        self._kept = _RESERVOIR if needs_tokens(plan) else 0
         # A single window has to serve for both.
         self._judging = windows - 1 if self._kept and windows > 1 else windows
         self.statistics: dict[str, ActivationStats] = {}
@@ -64,17 +64,16 @@ class Collector:
         """Start a region's statistics, unless they are started."""
         if region.name in self.statistics:
             return
-        recipe = self._recipe
         self.statistics[region.name] = ActivationStats(
             region.width,
-            energy_gram=needs_second_order(recipe),
+            energy_gram=needs_second_order(region),
             energy_stride=self._stride,
             reservoir=self._kept,
-            seed=recipe.seed,
+            seed=self._seed,
         )
         if self._kept:
             self.held_out[region.name] = ActivationStats(
-                region.width, reservoir=self._kept, seed=recipe.seed
+                region.width, reservoir=self._kept, seed=self._seed
             )
 
     def forget(self, region: str) -> None:

@@ -198,7 +198,7 @@ class Stored:
         """Return the codes and scales of a quantized matrix."""
         prefix = f"{matrix.name}.weight_"
         own = {n: self._file.read(n).array() for n in self._file.names if n.startswith(prefix)}
-        return from_arrays(matrix.name, own, self.plan.recipe.weights, matrix.shape)
+        return from_arrays(matrix.name, own, matrix.weights, matrix.shape)
 
     def rest(self) -> list[str]:
         """Return the names of what isn't quantized: embeddings, norms, biases, the head."""

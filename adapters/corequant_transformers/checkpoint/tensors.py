@@ -49,9 +49,9 @@ def place_tensors(
     for matrix in plan.quantized:
         prefix = f"{matrix.name}.weight_"
         own = {k: array_of(k, t, where) for k, t in tensors.items() if k.startswith(prefix)}
-        quantized = from_arrays(matrix.name, own, plan.recipe.weights, matrix.shape)
+        quantized = from_arrays(matrix.name, own, matrix.weights, matrix.shape)
         bias = tensors.pop(f"{matrix.name}.bias", None)
-        layer = QuantizedLinear.of(matrix, quantized, bias, plan.recipe.activations)
+        layer = QuantizedLinear.of(matrix, quantized, bias)
         had_bias = model.get_submodule(matrix.name).bias is not None
         if had_bias != (bias is not None):
             rule, got = ("must hold", "without it") if had_bias else ("must not hold", "with it")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from corequant_transformers.model.configs import as_config_errors
 from corequant_transformers.model.parts import build
 from corequant_transformers.model.sources import copy_files
 from corequant_transformers.planning.matrix_plan import MatrixPlan
+from corequant_transformers.planning.model_plan import ModelPlan
 
 __all__ = ["check_layers", "write"]
 
@@ -64,39 +65,75 @@ def write(
         raise OutputError(f"source must be left out for compressed-tensors, got {str(source)!r}")
     target = check_output(output)
     plan = stored.plan
-    scheme = Scheme(plan.recipe.weights, plan.recipe.activations)
+    schemes = _schemes(plan)
     check_layers(stored)
     _check_activations(stored)
     _check_shared_scales(stored)
     stored.check()
     with new_directory(target) as folder:
         copy_files(stored.copied_files(), folder)
-        config = json_text(_config(stored, scheme)).encode()
+        config = json_text(_config(stored, schemes)).encode()
         (folder / "config.json").write_bytes(config)
-        places = _write_shards(folder, _tensors(stored, scheme), shard_bytes)
-        if (changed := _difference(folder, places, stored, scheme)) is not None:
+        places = _write_shards(folder, _tensors(stored, schemes), shard_bytes)
+        if (changed := _difference(folder, places, stored, schemes)) is not None:
             raise OutputError(changed)
         write_digests(folder)
     return target
 
 
-def _config(stored: Stored, scheme: Scheme) -> dict[str, Any]:
+def _schemes(plan: ModelPlan) -> dict[str, Scheme]:
+    """Return each quantized layer's scheme by its name.
+
+    Raises
+    ------
+    SpecError
+        If there is none, or the readers would need several dtypes; names the layer.
+    """
+    found: dict[str, Scheme] = {}
+    for matrix in plan.quantized:
+        try:
+            scheme = found[matrix.name] = Scheme(matrix.weights, matrix.activations)
+        except SpecError as error:
+            raise SpecError(f"{matrix.name}: {error}") from None
+        first = plan.quantized[0]
+        if scheme.dtype != found[first.name].dtype:
+            raise SpecError(
+                "the scales of all layers must be of one format, which is the dtype that readers "
+                f"compute in, got {first.weights} for {first.name} and {matrix.weights} for "
+                f"{matrix.name}; end both in :float32, :float16 or :bfloat16"
+            )
+    return found
+
+
+def _dtype(schemes: Mapping[str, Scheme]) -> str:
+    return next(iter(schemes.values())).dtype
+
+
+def _config(stored: Stored, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
     plan = stored.plan
     own = ("torch_dtype", "transformers_weights")
     values = {k: v for k, v in stored.float_config.items() if k not in own}
     transforms = _transforms(plan.online)
-    names = [m.name for m in plan.quantized]
+    members: dict[Scheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        members.setdefault(scheme, []).append(name)
+    formats = {scheme.format for scheme in members}
+    ignored = [m.name for m in plan.matrices if _is_ignored(m)]
+    groups = [
+        scheme.config(_targets(stored, names, ignored) if len(members) == 1 else names)
+        for scheme, names in members.items()
+    ]
     values.update(
-        dtype=_TORCH[scheme.dtype],
+        dtype=_TORCH[_dtype(schemes)],
         architectures=[_class_name(stored.config)],
         tie_word_embeddings=False,
         quantization_config={
             "quant_method": "compressed-tensors",
             "version": _VERSION,
             "quantization_status": GUARD if transforms else "compressed",
-            "format": scheme.format,
-            "config_groups": {"group_0": scheme.config(_targets(stored, names))},
-            "ignore": [plan.architecture.head],
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+            "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
+            "ignore": ignored,
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
             "transform_config": transforms,
@@ -105,10 +142,15 @@ def _config(stored: Stored, scheme: Scheme) -> dict[str, Any]:
     return values
 
 
-def _targets(stored: Stored, names: list[str]) -> list[str]:
+def _is_ignored(matrix: MatrixPlan) -> bool:
+    """Return whether a matrix is a linear layer that stays in float."""
+    return not matrix.quantized and matrix.role not in ("embedding", "router")
+
+
+def _targets(stored: Stored, names: list[str], ignored: list[str]) -> list[str]:
     """Name the class where it covers exactly the quantized layers, otherwise each layer."""
     linear = {n for n, m in _skeleton(stored).named_modules() if isinstance(m, torch.nn.Linear)}
-    return ["Linear"] if linear - {stored.plan.architecture.head} == set(names) else names
+    return ["Linear"] if linear - set(ignored) == set(names) else names
 
 
 def _transforms(online: tuple[MatrixPlan, ...]) -> dict[str, Any]:
@@ -137,19 +179,20 @@ def _size(matrix: MatrixPlan) -> int:
     return matrix.input.rotation or matrix.shape[1]
 
 
-def _tensors(stored: Stored, scheme: Scheme) -> Iterator[tuple[str, RawTensor]]:
+def _tensors(stored: Stored, schemes: Mapping[str, Scheme]) -> Iterator[tuple[str, RawTensor]]:
+    dtype = _dtype(schemes)
     for matrix in stored.plan.quantized:
-        yield from scheme.tensors(matrix.name, stored.quantized(matrix)).items()
+        yield from schemes[matrix.name].tensors(matrix.name, stored.quantized(matrix)).items()
         if matrix.online:
             size = _size(matrix)
             rotation = hadamard_matrix(size).astype(np.float32)
             name = f"{matrix.name}.R{size}_input.weight"
-            yield name, RawTensor.of(rotation, scheme.dtype)
+            yield name, RawTensor.of(rotation, dtype)
     for name in stored.rest():
         try:
-            yield name, RawTensor.of(stored.read(name).array(), scheme.dtype)
+            yield name, RawTensor.of(stored.read(name).array(), dtype)
         except ValueError as error:
-            raise SpecError(f"{name} can't be stored as {scheme.dtype}: {error}") from None
+            raise SpecError(f"{name} can't be stored as {dtype}: {error}") from None
 
 
 def _write_shards(
@@ -187,7 +230,9 @@ def _write_shards(
     return places
 
 
-def _difference(folder: Path, places: dict[str, str], stored: Stored, scheme: Scheme) -> str | None:
+def _difference(
+    folder: Path, places: dict[str, str], stored: Stored, schemes: Mapping[str, Scheme]
+) -> str | None:
     """Read everything back, dequantize it, and return which bits aren't as they were meant.
 
     An error would hold the mapped files, which Windows can't remove then.
@@ -197,12 +242,12 @@ def _difference(folder: Path, places: dict[str, str], stored: Stored, scheme: Sc
         return f"{index.name} did not read back as it was written"
     files = {name: TensorFile(folder / name) for name in set(places.values())}
     written = {name: files[place].read(name) for name, place in places.items()}
-    for name, tensor in _tensors(stored, scheme):
+    for name, tensor in _tensors(stored, schemes):
         if not written[name].same(tensor):
             return f"{name} did not read back as it was written"
     for matrix in stored.plan.quantized:
         own = {k: t for k, t in written.items() if k.startswith(f"{matrix.name}.weight")}
-        back = dequantize(scheme.read(matrix.name, own, matrix.shape))
+        back = dequantize(schemes[matrix.name].read(matrix.name, own, matrix.shape))
         meant = dequantize(stored.quantized(matrix))
         if not np.array_equal(back.view(np.uint32), meant.view(np.uint32)):
             return f"{matrix.name} does not decode to what was quantized"
@@ -245,12 +290,14 @@ def check_layers(stored: Stored) -> None:
 
 
 def _check_activations(stored: Stored) -> None:
-    spec = stored.plan.recipe.activations
-    if spec is not None and spec.granularity is Granularity.TENSOR_GROUP:
-        raise SpecError(
-            f"activations of {spec} need a scale per layer from calibration in compressed-tensors, "
-            "which corequant chooses per call; export with activations 'none'"
-        )
+    for matrix in stored.plan.quantized:
+        spec = matrix.activations
+        if spec is not None and spec.granularity is Granularity.TENSOR_GROUP:
+            raise SpecError(
+                f"activations of {spec} need a scale per layer from calibration in "
+                "compressed-tensors, which corequant chooses per call; export with activations "
+                f"'none', got {matrix.name} with them"
+            )
 
 
 def _check_shared_scales(stored: Stored) -> None:
@@ -259,7 +306,7 @@ def _check_shared_scales(stored: Stored) -> None:
     for matrix in stored.plan.quantized:
         scale = stored.quantized(matrix).global_scale
         if scale is None:
-            return
+            continue
         name, first = seen.setdefault(matrix.reads, (matrix.name, float(scale[0])))
         if not math.isclose(first, float(scale[0]), rel_tol=0):
             raise SpecError(

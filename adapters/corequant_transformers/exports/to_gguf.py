@@ -7,7 +7,9 @@ every rotation must be merged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,13 +100,13 @@ def write(
     """
     target = check_file_output(output, ".gguf")
     plan = stored.plan
-    kind = block_type_of(plan.recipe.weights)
+    kinds = {m.name: _block_type(m) for m in plan.quantized}
     _check_recipe(plan)
     arch = architecture_name(stored.config)
     check_layers(stored)
     given = None if source is None else Source(source)
     values = [*hyperparameters(stored.config, plan), *vocabulary(stored, given)]
-    tensors = list(_tensors(stored, kind, arch))
+    tensors = list(_tensors(stored, kinds, arch))
     stored.check()
     with replacing(target) as part:
         writer = gguf.GGUFWriter(part, arch)
@@ -114,7 +116,7 @@ def write(
             writer.add_string(GGUF_DIGEST, "0" * 64)
             for key, value, vtype, sub_type in values:
                 writer.add_key_value(key, value, vtype, sub_type)
-            writer.add_file_type(getattr(gguf.LlamaFileType, _FILE_TYPES[kind]))
+            writer.add_file_type(getattr(gguf.LlamaFileType, _FILE_TYPES[_prevailing(plan, kinds)]))
             writer.add_quantization_version(_QUANTIZATION_VERSION)
             for t in tensors:
                 size = int(np.prod(t.shape)) * t.dtype.itemsize
@@ -140,21 +142,37 @@ def _check_recipe(plan: ModelPlan) -> None:
             f"first is {plan.online[0].name}, rotate their inputs at run time, which llama.cpp "
             "can't; quantize with rotation 'offline'"
         )
-    spec = plan.recipe.activations
-    if spec is not None and not (
-        spec.format.name == "int8"
-        and spec.granularity is Granularity.GROUP
-        and spec.group_size == 32
-        and spec.symmetric
-        and spec.scale_search is ScaleSearch.ABSMAX
-    ):
-        raise SpecError(
-            "llama.cpp rounds activations to 8 bits in groups of 32 whatever a file says, so "
-            f"activations must be none or int8:group32, got {spec}"
-        )
+    for matrix in plan.quantized:
+        spec = matrix.activations
+        if spec is not None and not (
+            spec.format.name == "int8"
+            and spec.granularity is Granularity.GROUP
+            and spec.group_size == 32
+            and spec.symmetric
+            and spec.scale_search is ScaleSearch.ABSMAX
+        ):
+            raise SpecError(
+                "llama.cpp rounds activations to 8 bits in groups of 32 whatever a file says, so "
+                f"activations must be none or int8:group32, got {spec} for {matrix.name}"
+            )
 
 
-def _tensors(stored: Stored, kind: str, arch: str) -> Iterator[_Tensor]:
+def _block_type(matrix: MatrixPlan) -> str:
+    try:
+        return block_type_of(matrix.weights)
+    except SpecError as error:
+        raise SpecError(f"{matrix.name}: {error}") from None
+
+
+def _prevailing(plan: ModelPlan, kinds: Mapping[str, str]) -> str:
+    """Return the block type that most weights have, after which the file is called."""
+    counts: Counter[str] = Counter()
+    for matrix in plan.quantized:
+        counts[kinds[matrix.name]] += math.prod(matrix.shape)
+    return counts.most_common(1)[0][0]
+
+
+def _tensors(stored: Stored, kinds: Mapping[str, str], arch: str) -> Iterator[_Tensor]:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], stored.plan.dimensions.blocks)
 
     def translated(name: str) -> str:
@@ -167,6 +185,7 @@ def _tensors(stored: Stored, kind: str, arch: str) -> Iterator[_Tensor]:
     if factors is not None:
         yield _Tensor("rope_freqs.weight", "F32", factors.shape, lambda: factors)
     for matrix in stored.plan.quantized:
+        kind = kinds[matrix.name]
         width = BLOCK_BYTES[kind] * matrix.shape[1] // 32
         yield _Tensor(
             translated(f"{matrix.name}.weight"),

@@ -56,15 +56,11 @@ class QuantizedLinear(torch.nn.Module):
 
     @classmethod
     def of(
-        cls,
-        matrix: MatrixPlan,
-        quantized: QuantizedTensor,
-        bias: torch.Tensor | None,
-        activations: QuantSpec | None,
+        cls, matrix: MatrixPlan, quantized: QuantizedTensor, bias: torch.Tensor | None
     ) -> QuantizedLinear:
         """Return the layer for a matrix of a plan."""
         rotation = matrix.input.rotation if matrix.online else None
-        return cls(quantized, bias, rotation, activations, matrix.name)
+        return cls(quantized, bias, rotation, matrix.activations, matrix.name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the layer's output (..., out_features) for ``x`` (..., in_features)."""

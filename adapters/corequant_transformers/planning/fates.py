@@ -36,7 +36,7 @@ def _acts(matrix: MatrixPlan, plan: ModelPlan) -> list[str]:
     acts += dict.fromkeys(f"{words} in {where}" for side, where in sides if (words := _words(side)))
     if matrix.online:
         acts.append(f"input rotated at run time by {matrix.input.rotation}")
-    acts.append(f"rounded to {plan.recipe.weights}" if matrix.quantized else "float")
+    acts.append(f"rounded to {matrix.weights}" if matrix.quantized else "float")
     return acts
 
 

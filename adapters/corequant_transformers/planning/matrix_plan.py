@@ -10,8 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from corequant.errors import BlockSizeError, HadamardOrderError
-from corequant.recipe import Recipe
+from corequant.recipe import FLOAT, LayerSettings, Recipe
 from corequant.rotation import check_block_size
+from corequant.rounding import RoundingOptions
+from corequant.specs import QuantSpec
 from corequant_transformers.architectures.known import Architecture, Dimensions
 
 __all__ = [
@@ -92,8 +94,8 @@ class MatrixPlan:
         What happens to its columns and to its rows.
     online : bool
         Whether the input is rotated at run time rather than by the layer before.
-    quantized : bool
-        Whether its weight and its input are quantized.
+    settings : LayerSettings
+        How its weight and its input are quantized; by default they stay in float.
     slices : tuple of RowSlice
         The rows of a matrix with several projections, in order, in place of ``output``.
     reads : str
@@ -111,12 +113,34 @@ class MatrixPlan:
     input: Side = Side()
     output: Side = Side()
     online: bool = False
-    quantized: bool = True
+    settings: LayerSettings = FLOAT
     slices: tuple[RowSlice, ...] = ()
     reads: str = ""
     block: int | None = None
     expert: int | None = None
     role: str = ""
+
+    @property
+    def quantized(self) -> bool:
+        """Whether its weight is quantized."""
+        return self.settings.weights is not None
+
+    @property
+    def weights(self) -> QuantSpec:
+        """Quantizer of its weight, of a matrix that is quantized."""
+        if self.settings.weights is None:
+            raise ValueError(f"{self.name} must be quantized to have a quantizer")
+        return self.settings.weights
+
+    @property
+    def activations(self) -> QuantSpec | None:
+        """Quantizer of its input at run time; None leaves it in float."""
+        return self.settings.activations
+
+    @property
+    def options(self) -> RoundingOptions:
+        """How its weight is rounded."""
+        return self.settings.options
 
     @property
     def row_slices(self) -> tuple[RowSlice, ...]:
@@ -146,12 +170,15 @@ class Region:
         Channels, counted once where heads repeat.
     side : Side
         What happens to them.
+    settings : LayerSettings
+        How the matrix that reads them is quantized; of several the first.
     """
 
     name: str
     readers: tuple[str, ...]
     width: int
     side: Side
+    settings: LayerSettings
 
     @property
     def permuted(self) -> bool:
@@ -179,7 +206,7 @@ def _region(name: str, readers: list[MatrixPlan]) -> Region:
         seen.setdefault(matrix.reads or matrix.name, matrix.name)
     first = readers[0]
     width = first.shape[1] // first.input.repeat
-    return Region(name, tuple(seen.values()), width, first.input)
+    return Region(name, tuple(seen.values()), width, first.input, first.settings)
 
 
 # ---- the residual stream

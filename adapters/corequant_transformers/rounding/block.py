@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 
 from corequant.errors import CalibrationError, NonFiniteError
-from corequant.rounding import InputMoments, RoundedTensor, RoundingOptions
+from corequant.rounding import InputMoments, RoundedTensor
 from corequant.specs import QuantSpec
 from corequant_transformers.model.forward import HiddenStates, Windows, run_block
 from corequant_transformers.model.layouts import ExpertList
@@ -96,9 +96,6 @@ def round_block(
     rows: Sequence[MatrixPlan],
     hidden: HiddenStates,
     arguments: Mapping[str, Any],
-    weights: QuantSpec,
-    activations: QuantSpec | None,
-    options: RoundingOptions,
     *,
     executor: Executor | None = None,
     progress: Callable[[int], None] = lambda done: None,
@@ -112,14 +109,12 @@ def round_block(
     path : str
         Path of the block in the model, with which the rows' names start.
     rows : sequence of MatrixPlan
-        Plans of the block's quantized layers, in the order in which they run.
+        Plans of the block's quantized layers, in the order in which they run. Those that read the
+        same input must have one quantizer of it.
     hidden : HiddenStates
         Input of the block; overwritten by its output.
     arguments : mapping
         Its further arguments by name.
-    weights, activations : QuantSpec
-        Activations may be None.
-    options : RoundingOptions
     executor : concurrent.futures.Executor, optional
         Rounds the layers of a group at the same time, to the same codes.
     progress : callable
@@ -140,32 +135,22 @@ def round_block(
         If the inputs' moments can't be used; names the layer and the window.
     """
     groups = groups_of(rows)
-    shared = shared_global_scales(rows, _weights(block, path, rows), weights)
+    shared = shared_global_scales(rows, _weights(block, path, rows))
     layers: dict[str, QuantizedLinear] = {}
     table: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        on_codes = multiplies_codes(weights, activations, device_of(block))
-        inputs = RoundedInputs(path, activations, on_codes)
-        networks = _Networks(
-            stack, block, path, groups, hidden, arguments, inputs, options.needs_float
-        )
+        inputs = _rounded_inputs(path, groups, device_of(block))
+        compares = any(row.options.needs_float for row in rows)
+        networks = _Networks(stack, block, path, groups, hidden, arguments, inputs, compares)
         for index, group in enumerate(groups):
             started = time.monotonic()
             moments = networks.moments(index)
-            found = round_on_inputs(
-                _weights(block, path, group),
-                moments,
-                weights,
-                shared.get(group[0].name),
-                options,
-                executor,
-            )
+            weights = _weights(block, path, group)
+            found = round_on_inputs(group, weights, moments, shared, executor)
             seconds = time.monotonic() - started
             for row in group:
                 name = row.name.removeprefix(f"{path}.")
-                layer = quantized_layer(
-                    block.get_submodule(name), row, found[row.name], activations
-                )
+                layer = quantized_layer(block.get_submodule(name), row, found[row.name])
                 networks.place(name, layer)
                 layers[row.name] = layer
                 table.append(_report(row, found[row.name], moments.count, seconds / len(group)))
@@ -177,6 +162,20 @@ def round_block(
             state = hidden.float_states[window : window + 1]
             hidden.float_states[window] = run_block(block, state, arguments)[0]
     return RoundedBlock(layers, table, hidden)
+
+
+def _rounded_inputs(
+    path: str, groups: Sequence[Sequence[MatrixPlan]], device: torch.device
+) -> RoundedInputs:
+    """Return what a block's layers read; codes where all layers of a group multiply them."""
+    specs: dict[str, QuantSpec | None] = {}
+    on_codes: set[str] = set()
+    for group in groups:
+        names = [row.name.removeprefix(f"{path}.") for row in group]
+        specs |= {name: row.activations for name, row in zip(names, group, strict=True)}
+        if all(multiplies_codes(row.weights, row.activations, device) for row in group):
+            on_codes.update(names)
+    return RoundedInputs(path, specs, on_codes)
 
 
 class _Networks:
@@ -219,7 +218,7 @@ class _Networks:
         self._reference: BlockPasses | None = None
         if compares:
             states = hidden.quantized if hidden.float_states is None else hidden.float_states
-            self._reference = passes(block, states, RoundedInputs(path, None))
+            self._reference = passes(block, states, RoundedInputs(path, {}))
             _share_routes(stack, self._quantized, self._rounded, block, self._reference)
 
     def moments(self, index: int) -> InputMoments:
@@ -251,7 +250,7 @@ class _Networks:
         module: Any = self._quantized.get_submodule(name)
         # The same numbers that the layer will multiply by.
         module.weight = torch.nn.Parameter(layer.weight, requires_grad=False)
-        if self._inputs.on_codes:
+        if name in self._inputs.on_codes:
             multiply, inputs = linear_on_codes(layer), self._inputs
             module.forward = lambda x: multiply(inputs.codes)
 

@@ -8,7 +8,7 @@ the decoded numbers in float32 differs from it by its own rounding only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -47,21 +47,23 @@ class RoundedInputs:
     ----------
     path : str
         Path of the decoder block, for error messages.
-    spec : QuantSpec or None
-        None rounds nothing.
-    on_codes : bool
-        Keep codes, too.
+    specs : mapping of str to QuantSpec or None
+        Quantizers by the layers' paths in the block; without one nothing is rounded.
+    on_codes : container of str
+        Layers that read codes.
 
     Attributes
     ----------
     codes : CodeInput
-        With ``on_codes``: the last rounded input.
+        The last rounded input of a layer that reads codes.
     """
 
     codes: CodeInput
 
-    def __init__(self, path: str, spec: QuantSpec | None, on_codes: bool = False) -> None:
-        self.path, self.spec, self.on_codes = path, spec, on_codes
+    def __init__(
+        self, path: str, specs: Mapping[str, QuantSpec | None], on_codes: Container[str] = ()
+    ) -> None:
+        self.path, self.specs, self.on_codes = path, specs, on_codes
 
     def __call__(
         self, name: str, x: torch.Tensor, window: int
@@ -76,14 +78,15 @@ class RoundedInputs:
         NonFiniteError
             If ``x`` holds NaN or infinity; names the layer and the window.
         """
+        spec = self.specs.get(name)
         try:
-            if self.spec is None:
+            if spec is None:
                 check_finite("x", x)
                 return x, x
-            if self.on_codes:
-                rounded, self.codes = input_codes(x, self.spec)
+            if name in self.on_codes:
+                rounded, self.codes = input_codes(x, spec)
                 return rounded.new_empty(1).expand(rounded.shape), rounded
-            simulated: torch.Tensor = fake_quantize(x, self.spec)
+            simulated: torch.Tensor = fake_quantize(x, spec)
             return simulated, simulated
         except NonFiniteError as error:
             where = f"the input of {self.path}.{name} in calibration window {window}"

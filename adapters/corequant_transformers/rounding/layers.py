@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import partial
 from typing import Any
@@ -32,9 +32,9 @@ _CPU_SEARCHES = (ScaleSearch.EXACT, ScaleSearch.HQO)
 
 
 def shared_global_scales(
-    rows: Iterable[MatrixPlan], weights: Mapping[str, npt.NDArray[Any]], spec: QuantSpec
+    rows: Iterable[MatrixPlan], weights: Mapping[str, npt.NDArray[Any]]
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """Return each layer's global scale by its name; nothing for specs without one.
+    """Return layers' global scales by their names, of those whose spec has one.
 
     Kernels multiply by query, key and value, or by gate and up, as by one matrix, and take one
     global scale for all of it: vLLM the largest that a file holds. Layers that read the same input
@@ -45,24 +45,23 @@ def shared_global_scales(
     rows : iterable of MatrixPlan
     weights : mapping of str to numpy.ndarray (out_features, in_features)
         By the rows' names.
-    spec : QuantSpec
 
     Examples
     --------
     >>> import numpy as np, corequant as cq
+    >>> from corequant.recipe import LayerSettings
     >>> from corequant_transformers.planning.matrix_plan import MatrixPlan
     >>> from corequant_transformers.rounding.layers import shared_global_scales
-    >>> rows = [MatrixPlan(name, (1, 16), reads="input") for name in ("query", "key")]
+    >>> nvfp4 = {"reads": "input", "settings": LayerSettings(cq.QuantSpec.parse("nvfp4"))}
+    >>> rows = [MatrixPlan(name, (1, 16), **nvfp4) for name in ("query", "key")]
     >>> weights = {n: np.full((1, 16), v, np.float32) for n, v in (("query", 6.0), ("key", 3.0))}
-    >>> shared_global_scales(rows, weights, cq.QuantSpec.parse("nvfp4"))["key"]
+    >>> shared_global_scales(rows, weights)["key"]
     array([448.], dtype=float32)
     """
-    if spec.granularity is not Granularity.TENSOR_GROUP:
-        return {}
-    rows = list(rows)
+    rows = [row for row in rows if row.weights.granularity is Granularity.TENSOR_GROUP]
     least: dict[str, npt.NDArray[np.float32]] = {}
     for row in rows:
-        own, key = choose_global_scale(weights[row.name], spec), row.reads or row.name
+        own, key = choose_global_scale(weights[row.name], row.weights), row.reads or row.name
         least[key] = np.minimum(own, least.get(key, own))
     return {row.name: least[row.reads or row.name] for row in rows}
 
@@ -82,31 +81,28 @@ def round_nearest(
         Rounds its matrices at the same time.
     """
     weights = {m.name: _weight(model, m) for m in plan.quantized}
-    spec = plan.recipe.weights
-    shared = shared_global_scales(plan.quantized, weights, spec)
+    shared = shared_global_scales(plan.quantized, weights)
     tasks = {
-        name: partial(round_to_nearest, W, spec, global_scale=shared.get(name))
-        for name, W in weights.items()
+        m.name: partial(
+            round_to_nearest, weights[m.name], m.weights, global_scale=shared.get(m.name)
+        )
+        for m in plan.quantized
     }
     if executor is None:
         found = {name: task() for name, task in tasks.items()}
     else:
         waiting = {name: executor.submit(task) for name, task in tasks.items()}
         found = {name: future.result() for name, future in waiting.items()}
-    return [_place(model, m, plan, weights[m.name], found[m.name]) for m in plan.quantized]
+    return [_place(model, m, weights[m.name], found[m.name]) for m in plan.quantized]
 
 
 def _weight(model: Any, matrix: MatrixPlan) -> Any:
     return to_host(model.get_submodule(matrix.name).weight).astype(np.float32)
 
 
-def _place(
-    model: Any, matrix: MatrixPlan, plan: ModelPlan, W: Any, rounded: RoundedTensor
-) -> dict[str, Any]:
+def _place(model: Any, matrix: MatrixPlan, W: Any, rounded: RoundedTensor) -> dict[str, Any]:
     module = model.get_submodule(matrix.name)
-    model.set_submodule(
-        matrix.name, quantized_layer(module, matrix, rounded, plan.recipe.activations)
-    )
+    model.set_submodule(matrix.name, quantized_layer(module, matrix, rounded))
     error = _relative_squared_error(W, dequantize(rounded))
     return {"name": matrix.name, "relative_squared_error": error}
 
@@ -122,59 +118,70 @@ def _relative_squared_error(W: Any, rounded: Any) -> float:
     return error / max(total, 1e-30)
 
 
-def quantized_layer(
-    module: Any, matrix: MatrixPlan, rounded: RoundedTensor, activations: QuantSpec | None
-) -> QuantizedLinear:
+def quantized_layer(module: Any, matrix: MatrixPlan, rounded: RoundedTensor) -> QuantizedLinear:
     """Return the layer that takes a linear layer's place, with its bias and on its device."""
     bias = getattr(module, "bias", None)
     bias = None if bias is None else bias.detach().float()
-    layer = QuantizedLinear.of(matrix, rounded, bias, activations)
+    layer = QuantizedLinear.of(matrix, rounded, bias)
     return layer.to(module.weight.device)
 
 
 def round_on_inputs(
+    rows: Sequence[MatrixPlan],
     weights: Mapping[str, npt.NDArray[Any]],
     moments: InputMoments,
-    spec: QuantSpec,
-    divisor: npt.NDArray[np.float32] | None,
-    options: RoundingOptions,
+    divisors: Mapping[str, npt.NDArray[np.float32]],
     executor: Executor | None,
 ) -> dict[str, RoundedTensor]:
     """Round layers that read the same input for what they read.
 
     Parameters
     ----------
+    rows : sequence of MatrixPlan
     weights : mapping of str to numpy.ndarray (out_features, in_features)
+        By the rows' names.
     moments : InputMoments
         Without any token, as of an expert that none visits, layers are rounded to nearest.
-    spec : QuantSpec
-    divisor : numpy.ndarray (1,), float32, optional
-        Global scale.
-    options : RoundingOptions
+    divisors : mapping of str to numpy.ndarray (1,), float32
+        Global scales of the rows that have one.
     executor : concurrent.futures.Executor, optional
         Rounds the layers at the same time, to the same codes.
     """
-    if not moments.count:
-        return _round_idle(weights, spec, divisor, options)
-    H, G = moments.H, moments.G
-    if not H.is_cpu and spec.scale_search not in _CPU_SEARCHES:
-        return _round_on_device(weights, moments, spec, divisor, options)
-    H, G = to_host(H), None if G is None else to_host(G)
     # One by one in any case: products of all rows together would be summed in another order, and
     # the codes would depend on the executor. What they could share is little against the work on
     # the widest layer of a block, which shares with none.
-    shared: dict[str, Any] = {"global_scale": divisor, "tokens": moments.count}
+    tasks: dict[str, Callable[[], dict[str, RoundedTensor]]] = {}
+    found: dict[str, RoundedTensor] = {}
+    on_host: list[Any] = []
+    for row in rows:
+        given = ({row.name: weights[row.name]}, row.weights)
+        divisor = divisors.get(row.name)
+        if not moments.count:
+            found |= _round_idle(*given, divisor, row.options)
+            continue
+        if not moments.H.is_cpu and row.weights.scale_search not in _CPU_SEARCHES:
+            found |= _round_on_device(*given, divisor, row.options, moments)
+            continue
+        if not on_host:
+            on_host += [to_host(moments.H), None if moments.G is None else to_host(moments.G)]
+        H, G = on_host
+        tasks[row.name] = partial(
+            round_together,
+            *given,
+            row.options,
+            H,
+            G if row.options.needs_float else None,
+            global_scale=divisor,
+            tokens=moments.count,
+        )
     if executor is None:
-        found = [
-            round_together({name: W}, spec, options, H, G, **shared) for name, W in weights.items()
-        ]
+        results = [task() for task in tasks.values()]
     else:
-        waiting = [
-            executor.submit(round_together, {name: W}, spec, options, H, G, **shared)
-            for name, W in weights.items()
-        ]
-        found = [future.result() for future in waiting]
-    return {name: one for each in found for name, one in each.items()}
+        waiting = [executor.submit(task) for task in tasks.values()]
+        results = [future.result() for future in waiting]
+    for result in results:
+        found |= result
+    return {row.name: found[row.name] for row in rows}
 
 
 def _round_idle(
@@ -197,13 +204,13 @@ def _round_idle(
 
 def _round_on_device(
     weights: Mapping[str, npt.NDArray[Any]],
-    moments: InputMoments,
     spec: QuantSpec,
     divisor: npt.NDArray[np.float32] | None,
     options: RoundingOptions,
+    moments: InputMoments,
 ) -> dict[str, RoundedTensor]:
     """Round where the moments are; codes and scales come back to the CPU."""
-    H, G = moments.H, moments.G
+    H, G = moments.H, moments.G if options.needs_float else None
     there = None if divisor is None else torch.from_numpy(divisor).to(H.device)
     result = {}
     for name, W in weights.items():

@@ -124,13 +124,12 @@ class Job:
         self._verified = tokens[0, :VERIFIED_TOKENS]
 
     def _check_rounding(self) -> None:
-        recipe = self.plan.recipe
-        outside = [m.name for m in self.plan.quantized if m.block is None]
-        if outside and recipe.rounding_options().needs_moments:
-            raise ArchitectureError(
-                f"a matrix must lie in a decoder block to be rounded by {recipe.rounding}, got "
-                f"{min(outside)}"
-            )
+        for matrix in self.plan.quantized:
+            if matrix.block is None and matrix.options.needs_moments:
+                raise ArchitectureError(
+                    "a matrix must lie in a decoder block to be rounded by "
+                    f"{matrix.options.method}, got {matrix.name}"
+                )
 
     def calibrate(self) -> Calibration:
         """Run the float model over all windows and return its statistics; nothing is chosen.
@@ -256,7 +255,9 @@ class Job:
         if index is not None and plan.recipe.block_size == "auto":
             outputs = {m.name for m in plan.mlp_outputs}
             read = [k for k in own if regions[k].name in outputs]
-            size = report["block_size"] = choose_block_size(plan, read, found)
+            # A layer that is kept has no rotation.
+            size = choose_block_size(plan, read, found) or _width(plan, index)
+            report["block_size"] = size
             plan = self._plan_with(index, size)
         tensors: dict[str, torch.Tensor] = {}
         for k in own:
@@ -272,9 +273,8 @@ class Job:
         return report, tensors
 
     def _plan_with(self, index: int, size: int) -> ModelPlan:
-        sizes = [size if i == index else None for i in self.parts.blocks]
-        width = self.plan.dimensions.intermediate
-        recipe = replace(self.plan.recipe, block_size=tuple(s or width for s in sizes))
+        sizes = [size if i == index else _width(self.plan, i) for i in self.parts.blocks]
+        recipe = replace(self.plan.recipe, block_size=tuple(sizes))
         return plan_model(self.parts.model.config, recipe)
 
     def _weight(self, name: str) -> npt.NDArray[Any]:
@@ -314,10 +314,9 @@ class Job:
                 self.parts, self.plan, self.choices, self._verified
             )
             state["reference"][0], state["transformed"][0] = before, after
-            options = self.plan.recipe.rounding_options()
-            if options.needs_moments:
+            if self.plan.needs_moments:
                 names = ["quantized"]
-                if options.needs_float and self.plan.recipe.reference == "model":
+                if self.plan.needs_float and self.plan.recipe.reference == "model":
                     names.append("float")
                 for name in names:
                     state[name] = self.ledger.windows(name, self._states, torch.float32)
@@ -358,7 +357,7 @@ class Job:
 
     def _round(self, index: int, hidden: HiddenStates | None) -> list[dict[str, Any]]:
         """Round a transformed block in place and return rows for the report."""
-        model, rows, recipe = self.parts.model, part_plan(self.plan, index), self.plan.recipe
+        model, rows = self.parts.model, part_plan(self.plan, index)
         if hidden is None:
             return round_nearest(model, rows, self.executor)
         model.float()
@@ -370,9 +369,6 @@ class Job:
             rows.quantized,
             hidden,
             self._arguments[torch.float32][index],
-            recipe.weights,
-            recipe.activations,
-            recipe.rounding_options(),
             executor=self.executor,
             progress=lambda done: self.progress("round", before + done, total),
         )
@@ -443,6 +439,11 @@ def _block_of(region: Region, plan: ModelPlan) -> int | None:
     found = {part_of(f"{reader}.", plan) for reader in region.readers}
     only = found.pop() if len(found) == 1 else None
     return only if isinstance(only, int) else None
+
+
+def _width(plan: ModelPlan, block: int) -> int:
+    """Return the width of what a block's MLP rotates at run time."""
+    return next(m.shape[1] for m in plan.mlp_outputs if m.block == block)
 
 
 def _quantizes(step: str) -> bool:

@@ -1,0 +1,256 @@
+"""The rows of a plan, in the order in which a token meets the matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from corequant.errors import RecipeError
+from corequant.recipe import Recipe
+from corequant_transformers.architectures.known import Architecture, Dimensions
+from corequant_transformers.planning.matrix_plan import (
+    MatrixPlan,
+    RowSlice,
+    Side,
+    Stream,
+    check_rotation,
+    plan_stream,
+)
+
+__all__ = ["plan_matrices"]
+
+
+def plan_matrices(
+    a: Architecture, config: Any, sizes: Dimensions, recipe: Recipe
+) -> tuple[tuple[MatrixPlan, ...], tuple[str, ...]]:
+    """Return a row for every matrix of a model, and what its structure prevents.
+
+    Parameters
+    ----------
+    a : Architecture
+    config : transformers.PreTrainedConfig
+    sizes : Dimensions
+    recipe : Recipe
+
+    Raises
+    ------
+    BlockSizeError, HadamardOrderError
+        If a rotation doesn't fit a width; the message names the width.
+    RecipeError
+        If signs or scales are asked for where the path isn't linear.
+    """
+    sparse = [_is_sparse(a, config, i) for i in range(sizes.blocks)]
+    _check_factors(a, recipe, sparse)
+    widths = [sizes.expert_intermediate if s else sizes.intermediate for s in sparse]
+    blocks = _block_sizes(recipe, widths)
+    stream = plan_stream(a, recipe, sizes)
+    matrices = list(_embeddings(a, sizes, stream))
+    for i in range(sizes.blocks):
+        matrices += _attention(a, sizes, i, stream, recipe)
+        matrices += _mlps(a, sizes, i, stream, sparse[i], blocks[i], recipe)
+    head = MatrixPlan(
+        a.head,
+        (sizes.vocabulary, sizes.hidden),
+        norm=a.final_norm,
+        input=stream.final,
+        reads="final",
+        role="head",
+    )
+    return (*matrices, head), stream.notes
+
+
+def _embeddings(a: Architecture, sizes: Dimensions, stream: Stream) -> Iterator[MatrixPlan]:
+    for name, rows in ((a.embedding, sizes.vocabulary), (a.positions, sizes.positions)):
+        if name is not None:
+            shape = (rows, sizes.hidden)
+            yield MatrixPlan(name, shape, input=stream.written, role="embedding")
+
+
+def _attention(
+    a: Architecture, sizes: Dimensions, block: int, stream: Stream, recipe: Recipe
+) -> Iterator[MatrixPlan]:
+    path = a.block.format(block)
+    name = f"{path}.{a.attention_output}"
+    queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    online = recipe.rotation == "online"
+    if online:
+        given = recipe.block_size if isinstance(recipe.block_size, int) else None
+        width = check_rotation("block_size", given, "heads times head_dim", queries)
+    else:
+        width = check_rotation(
+            "head_block_size", recipe.head_block_size, "head_dim", sizes.head_dim
+        )
+    settings = recipe.settings_of(name)
+    value = read = Side()
+    if settings.weights is None:
+        # Nothing is done for the sake of an input that stays as it is.
+        online = False
+    else:
+        # A block that holds whole heads leaves nothing to balance inside them.
+        inside = width < sizes.head_dim and sizes.head_dim % width == 0
+        region = name if inside and settings.permutation != "identity" else None
+        group = sizes.heads // sizes.kv_heads if region else 1
+        heads = sizes.kv_heads if region else 1
+        value = Side(permutation=region, rotation=None if online else width, heads=heads)
+        read = Side(permutation=region, rotation=width, heads=heads, repeat=group)
+    projections = (
+        (a.query, RowSlice(queries)),
+        (a.key, RowSlice(keys)),
+        (a.value, RowSlice(keys, value)),
+    )
+    yield from _readers(
+        path, a.attention_norm, projections, recipe, sizes, stream,
+        block=block, role="attention_input",
+    )  # fmt: skip
+    yield MatrixPlan(
+        name,
+        (sizes.hidden, queries),
+        input=read,
+        output=stream.written,
+        online=online,
+        settings=settings,
+        reads=name,
+        block=block,
+        role="attention_output",
+    )
+
+
+def _readers(
+    path: str,
+    norm: str | None,
+    projections: Iterable[tuple[str, RowSlice]],
+    recipe: Recipe,
+    sizes: Dimensions,
+    stream: Stream,
+    **where: Any,
+) -> Iterator[MatrixPlan]:
+    """Yield linear readers of the stream; those with one path are slices of one matrix."""
+    fused: dict[str, list[RowSlice]] = {}
+    for name, rows in projections:
+        fused.setdefault(name, []).append(rows)
+    expert = where.get("expert")
+    reads = f"{path}.{where['role']}" + ("" if expert is None else f".{expert}")
+    for name, slices in fused.items():
+        settings = recipe.settings_of(f"{path}.{name}")
+        kept = settings.weights is None
+        yield MatrixPlan(
+            f"{path}.{name}",
+            (sum(each.rows for each in slices), sizes.hidden),
+            None if norm is None else f"{path}.{norm}",
+            stream.final if kept else stream.read,
+            output=slices[0].output if len(slices) == 1 else Side(),
+            online=stream.online and not kept,
+            settings=settings,
+            slices=tuple(slices) if len(slices) > 1 else (),
+            reads=reads,
+            **where,
+        )
+
+
+def _mlps(
+    a: Architecture,
+    sizes: Dimensions,
+    block: int,
+    stream: Stream,
+    sparse: bool,
+    block_size: int,
+    recipe: Recipe,
+) -> Iterator[MatrixPlan]:
+    path = a.block.format(block)
+    e = a.experts
+    if e is None or not sparse:
+        layers = (a.gate, a.up, a.down)
+        yield from _mlp(a, sizes, layers, sizes.intermediate, stream, block_size, recipe, block)
+        return
+    yield MatrixPlan(
+        f"{path}.{e.router}",
+        (sizes.experts, sizes.hidden),
+        None if a.mlp_norm is None else f"{path}.{a.mlp_norm}",
+        stream.final,
+        reads=f"{path}.mlp_input",
+        block=block,
+        role="router",
+    )
+    for i in range(sizes.experts):
+        layers = (f"{e.path}.{i}.{e.gate}", f"{e.path}.{i}.{e.up}", f"{e.path}.{i}.{e.down}")
+        width = sizes.expert_intermediate
+        yield from _mlp(a, sizes, layers, width, stream, block_size, recipe, block, i)
+
+
+def _mlp(
+    a: Architecture,
+    sizes: Dimensions,
+    layers: tuple[str | None, str, str],
+    width: int,
+    stream: Stream,
+    block_size: int,
+    recipe: Recipe,
+    block: int,
+    expert: int | None = None,
+) -> Iterator[MatrixPlan]:
+    path = a.block.format(block)
+    gate, up, down = layers
+    name = f"{path}.{down}"
+    settings = recipe.settings_of(name)
+    kept = settings.weights is None
+    online = recipe.rotation != "offline" and not kept
+    # A single block leaves nothing to permute.
+    permuted = settings.permutation != "identity" and block_size < width
+    region = name if permuted and online else None
+    inner = Side(permutation=region)
+    # The gate passes through an activation function, so factors go through up alone.
+    linear = replace(inner, factors=None if kept or recipe.factors == "none" else name)
+    projections = [(up, RowSlice(width, linear))]
+    if gate is not None:
+        projections.insert(0, (gate, RowSlice(width, inner)))
+    where = {"block": block, "expert": expert}
+    yield from _readers(
+        path, a.mlp_norm, projections, recipe, sizes, stream, role="mlp_input", **where
+    )
+    yield MatrixPlan(
+        name,
+        (sizes.hidden, width),
+        input=replace(linear, rotation=block_size if online else None),
+        output=stream.written,
+        online=online,
+        settings=settings,
+        reads=name,
+        block=block,
+        expert=expert,
+        role="mlp_output",
+    )
+
+
+def _is_sparse(a: Architecture, config: Any, block: int) -> bool:
+    if a.experts is None:
+        return False
+    return a.experts.is_sparse is None or a.experts.is_sparse(config, block)
+
+
+def _check_factors(a: Architecture, recipe: Recipe, sparse: list[bool]) -> None:
+    if recipe.factors != "none" and a.gate is None and not all(sparse):
+        raise RecipeError(
+            f"factors must be none for {a.model_type!r}, got {recipe.factors!r}: signs and scales "
+            f"pass only through linear paths, and in an MLP without a gate the activation "
+            f"function stands between {a.up} and {a.down}"
+        )
+
+
+def _block_sizes(recipe: Recipe, widths: list[int]) -> list[int]:
+    """Return each layer's block size; an automatic one counts as the full vector until chosen."""
+    given = recipe.block_size
+    if recipe.rotation == "offline":
+        return widths
+    wanted: tuple[int | None, ...]
+    if isinstance(given, tuple):
+        wanted = given
+    else:
+        wanted = (given if isinstance(given, int) else None,) * len(widths)
+    if len(wanted) != len(widths):
+        raise RecipeError(
+            f"block_size must be one number or one for each of {len(widths)} blocks, "
+            f"got {len(wanted)}"
+        )
+    pairs = zip(wanted, widths, strict=True)
+    return [check_rotation("block_size", b, "intermediate_size", width) for b, width in pairs]
