@@ -27,6 +27,7 @@ from corequant.errors import (
     RunError,
     ShapeError,
     SpecError,
+    TaskError,
     VerificationError,
 )
 from corequant.formats import NumberFormat, find_format, formats
@@ -183,6 +184,7 @@ __all__ = [
     "ScaleSearch",
     "ShapeError",
     "SpecError",
+    "TaskError",
     "VerificationError",
     "absmax",
     "accumulator_bits",

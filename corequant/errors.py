@@ -27,6 +27,7 @@ __all__ = [
     "RunError",
     "ShapeError",
     "SpecError",
+    "TaskError",
     "VerificationError",
 ]
 
@@ -99,6 +100,10 @@ class MissingPackageError(BackendError, ImportError):
 
 class CalibrationError(CorequantError, ValueError):
     """Calibration data is missing, empty or too short."""
+
+
+class TaskError(CorequantError, ValueError):
+    """A file of tasks to evaluate on is missing, empty or malformed."""
 
 
 class ArchitectureError(CorequantError, ValueError):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from corequant_transformers.checkpoint.reader import load, load_tokenizer
     from corequant_transformers.evaluation.divergence import Divergence
     from corequant_transformers.evaluation.measurement import Evaluation, evaluate
+    from corequant_transformers.evaluation.task_files import Task, read_task
+    from corequant_transformers.evaluation.tasks import TaskResult, evaluate_tasks
     from corequant_transformers.exports.targets import export
     from corequant_transformers.exports.transformers_hook import install
     from corequant_transformers.files.digests import check_digests
@@ -39,6 +41,8 @@ _PARTS = {
     "checkpoint.reader": "load load_tokenizer",
     "evaluation.divergence": "Divergence",
     "evaluation.measurement": "Evaluation evaluate",
+    "evaluation.task_files": "Task read_task",
+    "evaluation.tasks": "TaskResult evaluate_tasks",
     "exports.targets": "export",
     "exports.transformers_hook": "install",
     "files.digests": "check_digests",
@@ -65,11 +69,14 @@ __all__ = [
     "Inspection",
     "Quantized",
     "Source",
+    "Task",
+    "TaskResult",
     "Trace",
     "Verification",
     "calibrate",
     "check_digests",
     "evaluate",
+    "evaluate_tasks",
     "export",
     "fates",
     "inspect",
@@ -79,6 +86,7 @@ __all__ = [
     "load_tokenizer",
     "plan",
     "quantize",
+    "read_task",
     "register",
     "tiny_model",
     "token_windows",

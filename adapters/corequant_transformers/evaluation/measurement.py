@@ -25,7 +25,7 @@ from corequant_transformers.model.sources import Source
 from corequant_transformers.model.surroundings import device_of, undisturbed
 from corequant_transformers.model.text import token_windows
 
-__all__ = ["Evaluation", "evaluate", "prepared", "reference_model"]
+__all__ = ["Evaluation", "check_vocabulary", "evaluate", "reference_model", "replica_of"]
 
 Tokens = npt.NDArray[np.int64]
 Values = npt.NDArray[np.float64]
@@ -146,10 +146,9 @@ def evaluate(
     else:
         tokens = check_tokens(text)
         tokens = tokens if windows is None else tokens[: check_index("windows", windows)]
-    own = prepared(model, tokens)
-    reference = None
+    own, reference = _prepared(model, tokens), None
     if against is not None:
-        reference = prepared(reference_model(against, device_of(own)), tokens)
+        reference = _prepared(reference_model(against, device_of(own)), tokens)
     found: dict[str, list[Values]] = {}
     for done, window in enumerate(tokens):
         for name, values in _measured(own, reference, window).items():
@@ -162,29 +161,24 @@ def evaluate(
     return Evaluation(total, count, length, count * (length - 1), error, divergence)
 
 
-def prepared(model: Any, tokens: Tokens) -> Any:
-    """Return a replica to run on token windows, if it has all that they need.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-    tokens : numpy.ndarray (windows, length), int64
+def replica_of(model: Any) -> Any:
+    """Return a replica to run.
 
     Raises
     ------
     ArchitectureError
         If the model's architecture is unknown, or it lacks an embedding or a head.
-    CalibrationError
-        If it can't read so long a window, or has no row for a token.
     """
-    architecture = architecture_of(model.config)
-    check_places(model, architecture)
-    check_positions(architecture, dimensions_of(model.config), tokens)
-    embedding = model.get_submodule(architecture.embedding)
-    check_ids(tokens, len(getattr(embedding, "weight", ())) or model.config.vocab_size)
+    check_places(model, architecture_of(model.config))
     own = replicate(model)
     own.config.return_dict = True
     return own
+
+
+def check_vocabulary(model: Any, tokens: Tokens) -> None:
+    """Raise CalibrationError for tokens (windows, length) that a model has no row for."""
+    embedding = model.get_submodule(architecture_of(model.config).embedding)
+    check_ids(tokens, len(getattr(embedding, "weight", ())) or model.config.vocab_size)
 
 
 def reference_model(against: Any, device: torch.device | str = "cpu") -> Any:
@@ -201,6 +195,14 @@ def reference_model(against: Any, device: torch.device | str = "cpu") -> Any:
     if is_quantized(against):
         return load(against).to(device)
     return Source(against).load().to(device)
+
+
+def _prepared(model: Any, tokens: Tokens) -> Any:
+    """Return a replica to run on token windows, if the model can read them."""
+    own = replica_of(model)
+    check_positions(architecture_of(model.config), dimensions_of(model.config), tokens)
+    check_vocabulary(model, tokens)
+    return own
 
 
 def _measured(model: Any, reference: Any, window: Tokens) -> dict[str, Values]:

@@ -1,8 +1,8 @@
-"""A model's logits over a window of tokens, a few hundred positions at a time."""
+"""A model's logits at chosen positions, a few hundred at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from corequant_transformers.architectures.known import architecture_of
 from corequant_transformers.model.replicas import standing_in
 
-__all__ = ["window_logits"]
+__all__ = ["chosen_logits", "placed", "read_ahead", "window_logits"]
 
 _MOST_ROWS = 256
 _MOST_LOGITS = 1 << 24
@@ -25,8 +25,7 @@ def window_logits(model: Any, window: npt.NDArray[np.int64]) -> Iterator[torch.T
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A replica or a skeleton with open parts, which no other thread runs. Its modules have
-        other forward passes until the iterator ends.
+        As for ``chosen_logits``.
     window : numpy.ndarray (length,), int64
 
     Yields
@@ -34,35 +33,96 @@ def window_logits(model: Any, window: npt.NDArray[np.int64]) -> Iterator[torch.T
     torch.Tensor (positions, vocabulary)
         In the dtype and on the device of the model.
     """
-    architecture = architecture_of(model.config)
-    trunk = model.get_submodule(architecture.embedding.rpartition(".")[0])
-    head: Any = model.get_submodule(architecture.head).weight
-    # Layers of torch's own quantization have a method of that name, and run on the CPU.
-    ids = torch.from_numpy(window).to(getattr(head, "device", "cpu"))[None]
+    ids = placed(model, torch.from_numpy(window)[None])
+    yield from chosen_logits(model, ids, lambda states: states[0, :-1])
+
+
+def chosen_logits(
+    model: Any,
+    ids: torch.Tensor,
+    choose: Callable[[torch.Tensor], torch.Tensor],
+    **arguments: Any,
+) -> Iterator[torch.Tensor]:
+    """Yield the logits at chosen positions of a batch, in order.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A replica or a skeleton with open parts, which no other thread runs. Its modules have
+        other forward passes until the iterator ends.
+    ids : torch.Tensor (batch, length), int64
+        On the model's device.
+    choose : callable
+        Returns the rows (positions, width) of an array (batch, length, width) that are wanted.
+    **arguments
+        More of the model's arguments, such as what was read before.
+
+    Yields
+    ------
+    torch.Tensor (positions, vocabulary)
+    """
+    trunk = _trunk(model)
     found: list[Any] = []
-    forward = trunk.forward
-
-    def once(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        found.append((output, output.last_hidden_state))
-        output.last_hidden_state = output.last_hidden_state[:, :1]
-        return output
-
-    # Through the whole model: what its own forward and its hooks do before the trunk counts.
-    with torch.no_grad(), standing_in(trunk, once):
-        whole = model(input_ids=ids, use_cache=False).logits[0]
+    with torch.no_grad(), standing_in(trunk, _watched(trunk.forward, found)):
+        whole = model(input_ids=ids, **{"use_cache": False, **arguments}).logits
     rows = max(1, min(_MOST_ROWS, _MOST_LOGITS // whole.shape[-1]))
     if not found:
         # A function in the place of the model's forward found another trunk by itself.
-        yield from whole[:-1].split(rows)
+        yield from torch.split(choose(whole), rows)
         return
-    output, hidden = found[0]
+    output, states = found[0]
     del whole
     # What stands between the last hidden states and the logits besides the head, such as a soft
     # cap, is the model's own affair: it runs with a trunk that has its answer already.
     with standing_in(trunk, lambda *args, **kwargs: output):
-        for part in hidden[:, :-1].split(rows, dim=1):
-            output.last_hidden_state = part
+        for part in torch.split(choose(states), rows):
+            output.last_hidden_state = part[None]
             with torch.no_grad():
                 logits = model(input_ids=ids, use_cache=False).logits[0]
             yield logits
+
+
+def read_ahead(model: Any, ids: torch.Tensor) -> Any:
+    """Return the cache that a model has after reading a batch of tokens.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        As for ``chosen_logits``.
+    ids : torch.Tensor (batch, length), int64
+        On the model's device.
+
+    Returns
+    -------
+    transformers.Cache or None
+        None if the model keeps none.
+    """
+    trunk = _trunk(model)
+    with torch.no_grad(), standing_in(trunk, _watched(trunk.forward, [])):
+        return model(input_ids=ids, use_cache=True).past_key_values
+
+
+def placed(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return token ids on the device of a model's head."""
+    head: Any = model.get_submodule(architecture_of(model.config).head).weight
+    # Layers of torch's own quantization have a method of that name, and run on the CPU.
+    return ids.to(getattr(head, "device", "cpu"))
+
+
+def _trunk(model: Any) -> Any:
+    architecture = architecture_of(model.config)
+    return model.get_submodule(architecture.embedding.rpartition(".")[0])
+
+
+def _watched(forward: Callable[..., Any], found: list[Any]) -> Callable[..., Any]:
+    """Return a forward pass that keeps its output and last hidden states, and hands on few."""
+
+    # Through the whole model: what its own forward and its hooks do before the trunk counts. Its
+    # head sees one position.
+    def once(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        found.append((output, output.last_hidden_state))
+        output.last_hidden_state = output.last_hidden_state[:1, :1]
+        return output
+
+    return once
