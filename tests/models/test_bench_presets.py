@@ -1,0 +1,59 @@
+"""What bench_presets.py relies on: the same function in another basis, and the same measure."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import corequant_transformers as cqhf
+from corequant.recipe import Recipe
+
+BENCH = str(Path(__file__).parents[2] / "bench")
+
+
+@pytest.fixture(name="scripts")
+def _scripts(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import bench_presets
+    import preset_sides
+
+    yield bench_presets, preset_sides
+    for name in ("bench_presets", "preset_sides", "markdown", "options"):
+        sys.modules.pop(name, None)
+
+
+def test_rotated_model_computes_the_same_from_other_weights(scripts):
+    model = cqhf.tiny_model("llama").double()
+    ids = torch.arange(1, 33)[None]
+    with torch.no_grad():
+        # Gains that are all one would not show that they are folded.
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.mul_(torch.linspace(0.5, 2, len(parameter), dtype=torch.float64))
+        wanted = model(input_ids=ids).logits
+        other = scripts[0].rotated(model)
+        found = other(input_ids=ids).logits
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+    for name, before in model.state_dict().items():
+        if "embed" not in name and before.ndim == 2:
+            assert float((other.state_dict()[name] - before).abs().max()) > 1e-3, name
+
+
+def test_sides_are_measured_as_by_evaluate(scripts, tmp_path):
+    model = cqhf.tiny_model("llama")
+    windows = np.arange(192).reshape(3, 64) % 100
+    recipe = Recipe(weights="int4:channel", activations=None, rotation="offline")
+    quantized = cqhf.quantize(model, recipe, windows).model
+    with torch.no_grad():
+        hidden = [model.model(input_ids=torch.from_numpy(w)[None])[0][0].numpy() for w in windows]
+    np.savez(tmp_path / "reference", hidden=hidden, head=model.lm_head.weight.detach().numpy())
+    np.save(tmp_path / "test", windows)
+    found = scripts[1].compare(quantized, tmp_path)
+    wanted = cqhf.evaluate(quantized, windows, against=model)
+    assert found["perplexity"] == pytest.approx(wanted.perplexity, rel=1e-5)
+    assert found["kl"] == pytest.approx(wanted.divergence.kl, rel=1e-3)
+    assert found["top1"] == pytest.approx(wanted.divergence.top1, abs=0.02)
