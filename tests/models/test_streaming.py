@@ -233,13 +233,18 @@ def check_whole(folder):
 
 @capabilities.forks
 @pytest.mark.parametrize(("mode", "status"), [("kill", "-9"), ("full", "7")])
-def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(mode, status, server, whole, tmp_path):
+def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(
+    mode, status, server, whole, tmp_path, request
+):
+    """Runs are stopped at every 67th event or 19th write; with ``--exhaustive`` far more often."""
+    often = request.config.getoption("--exhaustive")
     assert server("count", resume=False).startswith("events")
     assert digest(tmp_path / "out") == whole
     # The count of events differs between modes: runs are stopped until one is not.
     server.process.stdout.readline()
     clear(tmp_path)
-    at, step, stopped = 1, 31 if mode == "kill" else 13, 0
+    at, stopped = 1, 0
+    step = {"kill": 11, "full": 5}[mode] if often else {"kill": 67, "full": 19}[mode]
     while True:
         result = server(mode, at, resume=False)
         if result == "0":
