@@ -30,7 +30,7 @@ from corequant_transformers.model.layouts import (
     check_untouched,
     standardize,
 )
-from corequant_transformers.model.parts import ModelWeights, Parts, skeleton
+from corequant_transformers.model.parts import ModelWeights, Parts, is_tied, skeleton
 from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
 from corequant_transformers.model.replicas import check_given, check_plain, unwrap
 from corequant_transformers.model.sources import Source, read_generation
@@ -38,10 +38,12 @@ from corequant_transformers.model.surroundings import check_device, device_of, u
 from corequant_transformers.model.text import token_windows
 from corequant_transformers.planning.memory import peak_rss_mib
 from corequant_transformers.planning.model_plan import ModelPlan, plan_model
-from corequant_transformers.run.job import Job, steps_of
+from corequant_transformers.planning.unquantized import settle_dtype
+from corequant_transformers.run.job import Job
 from corequant_transformers.run.ledger import Ledger, MemoryLedger
 from corequant_transformers.run.output import begin_run, describe_run, has_run, save_run
 from corequant_transformers.run.pace import Pace
+from corequant_transformers.run.steps import steps_of
 from corequant_transformers.transforms.matrices import restructure
 
 __all__ = ["Calibration", "Quantized", "calibrate", "plan", "quantize"]
@@ -87,21 +89,21 @@ def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
             "model instead"
         )
     try:
-        table = plan_model(config, recipe)
+        own = config if source else next(cast(Any, model).parameters(), config)
+        table = plan_model(config, settle_dtype(recipe, own))
     except UnknownArchitectureError as error:
         names = source.tensor_names() if source else list(cast(Any, model).state_dict())
         raise undescribed(error, names) from None
     if source is None:
         check_untouched(model)
         _check_structure(model, table)
-    if source is not None:
-        # What no model can be made of should be known before any work.
-        bare = source.skeleton()
-        if not source.is_gguf:
-            read_generation(source.path)
-            source.weights(bare, table)
-    if source is None or not source.is_gguf:
-        return table
+        return replace(table, tied=table.tied and is_tied(model, table))
+    # What no model can be made of should be known before any work.
+    bare = source.skeleton()
+    if not source.is_gguf:
+        read_generation(source.path)
+        shared = source.weights(bare, table).shared
+        return replace(table, tied=table.tied and bool(shared))
     shapes = [m.shape for m in table.matrices]
     count = sum(rows * columns for rows, columns in shapes)
     if table.dimensions.tied:

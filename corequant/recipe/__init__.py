@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from corequant.recipe.model import (
+    DTYPES,
     FACTORS,
     PERMUTATIONS,
     REFERENCES,
@@ -13,6 +14,7 @@ from corequant.recipe.model import (
 from corequant.recipe.settings import FLOAT, LayerSettings
 
 __all__ = [
+    "DTYPES",
     "FACTORS",
     "FLOAT",
     "PERMUTATIONS",

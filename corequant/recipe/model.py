@@ -16,15 +16,18 @@ from corequant.rounding.methods import RoundingOptions, rounding_methods
 from corequant.selection import METHODS
 from corequant.specs import Granularity, QuantSpec
 
-__all__ = ["FACTORS", "PERMUTATIONS", "REFERENCES", "ROTATIONS", "ROUNDINGS", "Recipe"]
+__all__ = ["DTYPES", "FACTORS", "PERMUTATIONS", "REFERENCES", "ROTATIONS", "ROUNDINGS", "Recipe"]
 
 PERMUTATIONS = (*METHODS, "auto")
 """Names that ``Recipe.permutation`` takes."""
 
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+"""Names that ``Recipe.dtype`` takes."""
+
 FACTORS = ("none", "signs", "scales")
 """Names that ``Recipe.factors`` takes."""
 
-ROTATIONS = ("merged", "online", "offline")
+ROTATIONS = ("merged", "online", "offline", "heads")
 """Names that ``Recipe.rotation`` takes."""
 
 REFERENCES = ("block", "model")
@@ -53,11 +56,13 @@ class Recipe:
         full rotation's.
     rotation : str
         Rotations left at run time: only that of ``down_proj`` (``merged``), one for every layer
-        (``online``) or none (``offline``). ``merged`` rotates the residual stream and the value
-        heads once, in the weights around them. ``online`` merges no rotation: the input of every
-        quantized layer is rotated by blocks, and the residual stream is only permuted, once for the
-        whole model. ``offline`` merges what ``merged`` does and leaves the input of ``down_proj``
-        alone, so that every reader of ordinary models can take the result.
+        (``online``) or none (``offline``, ``heads``). ``merged`` rotates the residual stream and
+        the value heads once, in the weights around them. ``online`` merges no rotation: the input
+        of every quantized layer is rotated by blocks, and the residual stream is only permuted,
+        once for the whole model. ``offline`` merges what ``merged`` does and leaves the input of
+        ``down_proj`` alone, so that every reader of ordinary models can take the result. ``heads``
+        merges the rotation of the value heads alone: residual stream and norms stay as they are,
+        and with them a tied head, which a rotation of the stream unties.
     head_block_size : int, optional
         Block length of the merged rotation between value and output projections; whole heads by
         default. Where blocks are smaller than a head, its channels are permuted among themselves.
@@ -75,6 +80,10 @@ class Recipe:
         ``absmax``.
     activations : QuantSpec, optional
         Quantizer of the linear layers' inputs at run time; None leaves them in float.
+    dtype : str
+        Dtype of what isn't quantized, such as norms, biases, embedding and head: one of ``DTYPES``.
+        ``auto`` is the model's own, and bfloat16 for a float32 model or a GGUF file. Transforms are
+        verified in float64 before anything is rounded to it.
     random_signs : bool
         Multiply the residual stream by random signs before it is rotated. Without them the first
         channel of the rotated stream is the sum of all, which has a far larger range.
@@ -141,6 +150,7 @@ class Recipe:
     factors: str = "none"
     weights: QuantSpec = _WEIGHTS
     activations: QuantSpec | None = _ACTIVATIONS
+    dtype: str = "auto"
     random_signs: bool = True
     sign_trials: int = 1
     rounding: str = "nearest"
@@ -169,6 +179,7 @@ class Recipe:
             factors: str = ...,
             weights: QuantSpec | str = ...,
             activations: QuantSpec | str | None = ...,
+            dtype: str = ...,
             random_signs: bool = ...,
             sign_trials: int = ...,
             rounding: str = ...,
@@ -200,6 +211,7 @@ class Recipe:
             raise RecipeError(str(error)) from error
         _check_choice("permutation", self.permutation, PERMUTATIONS)
         _check_choice("factors", self.factors, FACTORS)
+        _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("rotation", self.rotation, ROTATIONS)
         _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_choice("reference", self.reference, REFERENCES)
@@ -248,7 +260,7 @@ class Recipe:
     def _check_online(self) -> None:
         if self.rotation == "merged":
             return
-        if self.rotation == "offline":
+        if self.rotation in ("offline", "heads"):
             self._check_offline()
             return
         if not isinstance(self.block_size, int | None):
@@ -265,8 +277,8 @@ class Recipe:
     def _check_offline(self) -> None:
         if self.block_size is not None or self.factors != "none":
             raise RecipeError(
-                "block_size must be None and factors 'none' with rotation 'offline', which has no "
-                f"rotation of down_proj, got block_size={self.block_size!r} and "
+                f"block_size must be None and factors 'none' with rotation {self.rotation!r}, "
+                f"which has no rotation of down_proj, got block_size={self.block_size!r} and "
                 f"factors={self.factors!r}"
             )
 

@@ -111,6 +111,9 @@ def test_a_dtype_that_was_asked_for_is_kept_elsewhere(tokens, tmp_path):
 def test_transformers_loads_merged_directories(name, tokens, tmp_path):
     weights, activations = OFFLINE[name]
     recipe = {"rotation": "offline", "weights": weights, "activations": activations}
+    if name == "w4a4":
+        # Numbers of bfloat16 lie at ties more often, where readers' last bits choose another code.
+        recipe["dtype"] = "float32"
     own, out = quantized(tmp_path, tokens, **recipe)
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["config_groups"]["group_0"]["format"] == config["format"]

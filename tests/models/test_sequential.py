@@ -66,7 +66,8 @@ def recorded(monkeypatch):
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_moments_are_those_of_the_whole_model(kind, tokens, recorded):
     model = cqhf.tiny_model(kind)
-    result = run(model, tokens, reference="model")
+    # Numbers of bfloat16 lie at ties more often, where a batch's last bits choose another code.
+    result = run(model, tokens, reference="model", dtype="float32")
     assert len(recorded) == 14
     names = [m.name for m in result.plan.quantized]
     truth = inputs(model, names, tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,9 @@ def read_recipe(path: str | Path) -> Recipe:
     """Read the recipe of a directory that ``quantize`` wrote."""
     file = Path(path) / "recipe.toml"
     try:
-        return Recipe.from_toml(read_text(file))
+        recipe = Recipe.from_toml(read_text(file))
+        # From before there was a choice, when everything was float32.
+        return replace(recipe, dtype="float32") if recipe.dtype == "auto" else recipe
     except (OSError, UnicodeDecodeError, RecipeError) as error:
         raise CheckpointError(f"{file} can't be read: {error}") from error
 
@@ -153,7 +156,14 @@ def read_plan(folder: Path) -> tuple[ModelPlan, Any]:
         # Transformers validates configs with errors of several kinds.
         raise CheckpointError(f"{folder / 'float_config.json'}: {error}") from error
     settle_config(config, folder / "float_config.json")
-    return plan_model(config, read_recipe(folder)), config
+    table = plan_model(config, read_recipe(folder))
+    tied = own.get("tie_word_embeddings") is True
+    if tied and not table.tied:
+        raise CheckpointError(
+            f"tie_word_embeddings of {folder / 'config.json'} must be false, got true: the recipe "
+            "gives the head a matrix of its own"
+        )
+    return replace(table, tied=tied), config
 
 
 class Stored:
@@ -221,6 +231,10 @@ class Stored:
                 f"{where} must be F32, got {tensor.dtype} with numbers that F32 doesn't have"
             )
         return RawTensor.of(numbers)
+
+    def dtype(self, name: str) -> str:
+        """Return the dtype that a tensor is stored in, as files name it."""
+        return self._file.read(name).dtype
 
     def copied_files(self) -> list[Path]:
         """Return the tokenizer's and generation's files."""

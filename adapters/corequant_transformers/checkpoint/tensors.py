@@ -9,9 +9,10 @@ import torch
 
 from corequant.errors import CheckpointError, OutputError
 from corequant.storage.arrays import from_arrays, to_arrays
-from corequant_transformers.model.parts import Part, part_of, part_plan
+from corequant_transformers.model.parts import Part, part_of, part_plan, tie
 from corequant_transformers.model.quantized_linear import QuantizedLinear
 from corequant_transformers.planning.model_plan import ModelPlan
+from corequant_transformers.rounding.unquantized import as_stored
 
 __all__ = [
     "FORMAT_VERSION",
@@ -66,8 +67,12 @@ def place_tensors(
         for key in own:
             del tensors[key]
     expected = {k: v for k, v in model.state_dict().items() if not _belongs(k, plan)}
+    if plan.tied:
+        del expected[f"{plan.architecture.head}.weight"]
     _check_same(where, expected, tensors)
     model.load_state_dict(tensors, strict=False, assign=True)
+    if plan.tied:
+        tie(model, plan)
     model.save_pretrained = refuse_to_save
     return model.eval().requires_grad_(False)
 
@@ -98,7 +103,7 @@ def part_tensors(model: Any, plan: ModelPlan, part: Part) -> dict[str, torch.Ten
 
 def model_tensors(model: Any, plan: ModelPlan) -> dict[str, torch.Tensor]:
     """Return what is stored of a quantized model."""
-    tensors = {}
+    tensors, dtype = {}, plan.recipe.dtype
     for matrix in plan.quantized:
         layer = model.get_submodule(matrix.name)
         if not isinstance(layer, QuantizedLinear):
@@ -107,19 +112,21 @@ def model_tensors(model: Any, plan: ModelPlan) -> dict[str, torch.Tensor]:
         for key, array in to_arrays(matrix.name, layer.quantized).items():
             tensors[key] = torch.from_numpy(array)
         if layer.bias is not None:
-            tensors[f"{matrix.name}.bias"] = _stored(f"{matrix.name}.bias", layer.bias)
+            tensors[f"{matrix.name}.bias"] = _stored(f"{matrix.name}.bias", layer.bias, dtype)
     rest = {k: v for k, v in model.state_dict().items() if not _belongs(k, plan)}
-    return {**{k: _stored(k, v) for k, v in rest.items()}, **tensors}
+    if plan.tied:
+        rest.pop(f"{plan.architecture.head}.weight", None)
+    return {**{k: _stored(k, v, dtype) for k, v in rest.items()}, **tensors}
 
 
-def _stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
+def _stored(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     # Parts of a skeleton that are not open have no numbers.
     there = tensor.detach().contiguous()
     if there.is_meta:
         return there
     try:
         # A model may have been cast after it was quantized.
-        return as_float32(there.cpu())
+        return as_stored(as_float32(there.cpu()), dtype)
     except TypeError as error:
         raise OutputError(
             f"{name} {error}; nothing was written. Save the model as quantize returned it"
@@ -147,7 +154,7 @@ def _check_same(
 
 
 def as_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor's numbers in float32, the one dtype of what isn't quantized.
+    """Return a tensor's numbers in float32, in which models compute what isn't quantized.
 
     Raises
     ------

@@ -165,7 +165,7 @@ def _config(name: str, plan: ModelPlan, float_config: str) -> str:
         # Readers that don't know the type print it: it should say what to do.
         model_type=f"corequant_{kind} (load it with corequant_transformers.load)",
         architectures=[f"Corequant{name}"],
-        tie_word_embeddings=False,
+        tie_word_embeddings=plan.tied,
         quantization_config={
             "quant_method": "corequant",
             "format_version": FORMAT_VERSION,

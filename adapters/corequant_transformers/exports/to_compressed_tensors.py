@@ -33,6 +33,7 @@ __all__ = ["check_layers", "write"]
 
 _VERSION = "0.17.0"
 _TORCH = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES = {name: tag for tag, name in _TORCH.items()}
 
 
 def write(
@@ -126,7 +127,7 @@ def _config(stored: Stored, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
     values.update(
         dtype=_TORCH[_dtype(schemes)],
         architectures=[_class_name(stored.config)],
-        tie_word_embeddings=False,
+        tie_word_embeddings=plan.tied,
         quantization_config={
             "quant_method": "compressed-tensors",
             "version": _VERSION,
@@ -187,12 +188,14 @@ def _tensors(stored: Stored, schemes: Mapping[str, Scheme]) -> Iterator[tuple[st
             size = _size(matrix)
             rotation = hadamard_matrix(size).astype(np.float32)
             name = f"{matrix.name}.R{size}_input.weight"
-            yield name, RawTensor.of(rotation, dtype)
+            yield name, RawTensor.of(rotation, _DTYPES[stored.plan.recipe.dtype])
     for name in stored.rest():
+        # Readers cast to the dtype that the config names; float32 has all of their numbers.
+        kept = stored.dtype(name) if dtype == "F32" else dtype
         try:
-            yield name, RawTensor.of(stored.read(name).array(), dtype)
+            yield name, RawTensor.of(stored.read(name).array(), kept)
         except ValueError as error:
-            raise SpecError(f"{name} can't be stored as {dtype}: {error}") from None
+            raise SpecError(f"{name} can't be stored as {kept}: {error}") from None
 
 
 def _write_shards(
@@ -280,6 +283,8 @@ def check_layers(stored: Stored) -> None:
                 "compressed-tensors quantizes only these"
             )
     expected = {k for k, _ in model.named_parameters(remove_duplicate=False)}
+    if stored.plan.tied:
+        expected.discard(f"{stored.plan.architecture.head}.weight")
     quantized = {f"{m.name}.weight" for m in stored.plan.quantized}
     different = (expected - quantized) ^ set(stored.rest())
     if different:

@@ -33,9 +33,11 @@ __all__ = [
     "Weights",
     "build",
     "is_rounded",
+    "is_tied",
     "part_of",
     "part_plan",
     "skeleton",
+    "tie",
     "untie",
 ]
 
@@ -305,10 +307,23 @@ def _move_buffers(model: Any, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
+def is_tied(model: Any, plan: ModelPlan) -> bool:
+    """Return whether embedding and head are one matrix."""
+    a = plan.architecture
+    embedding, head = model.get_submodule(a.embedding), model.get_submodule(a.head)
+    return head.weight is embedding.weight
+
+
 def untie(model: Any, plan: ModelPlan) -> None:
     """Give the head a matrix of its own if it shares the embedding's."""
-    embedding = model.get_submodule(plan.architecture.embedding)
-    head = model.get_submodule(plan.architecture.head)
-    if head.weight is embedding.weight:
-        head.weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    if is_tied(model, plan):
+        head = model.get_submodule(plan.architecture.head)
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     model.config.tie_word_embeddings = False
+
+
+def tie(model: Any, plan: ModelPlan) -> None:
+    """Give the head the embedding's matrix."""
+    embedding = model.get_submodule(plan.architecture.embedding)
+    model.get_submodule(plan.architecture.head).weight = embedding.weight
+    model.config.tie_word_embeddings = True

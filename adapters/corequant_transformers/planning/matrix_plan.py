@@ -255,6 +255,8 @@ def plan_stream(a: Architecture, recipe: Recipe, sizes: Dimensions) -> Stream:
     BlockSizeError, HadamardOrderError
         If a rotation doesn't fit the stream's width.
     """
+    if recipe.rotation == "heads":
+        return Stream(Side(), Side(), Side(), online=False)
     signs = RESIDUAL if recipe.random_signs else None
     if recipe.rotation != "online":
         width = check_rotation("residual rotation", None, "hidden_size", sizes.hidden)

@@ -32,6 +32,7 @@ from corequant_transformers.planning.matrix_plan import (
     regions_of,
 )
 from corequant_transformers.planning.rows import plan_matrices
+from corequant_transformers.planning.unquantized import folds_gains, settle_dtype, tie
 
 __all__ = ["VERIFIED_TOKENS", "ModelPlan", "plan_model"]
 
@@ -64,6 +65,8 @@ class ModelPlan:
         and LayerNorms become RMSNorms; otherwise they are permuted with the residual stream.
     notes : tuple of str
         What the model's structure prevents, why, and what is done instead.
+    tied : bool
+        Whether embedding and head are one matrix, before and after their transforms.
     whole_bytes : int
         Bytes of the float32 model, where its file can't be read a part at a time.
     """
@@ -74,6 +77,7 @@ class ModelPlan:
     matrices: tuple[MatrixPlan, ...]
     norms: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    tied: bool = False
     whole_bytes: int = 0
 
     def draw_signs(self, draw: int = 0) -> dict[str, npt.NDArray[np.float64]]:
@@ -156,7 +160,7 @@ class ModelPlan:
     @property
     def folds(self) -> bool:
         """Whether the norms' gains are folded into the weights."""
-        return self.recipe.rotation != "online" and not self.architecture.post_norms
+        return folds_gains(self.architecture, self.recipe)
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -215,13 +219,14 @@ def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}")
     architecture = architecture_of(config)
-    sizes = dimensions_of(config)
+    sizes, recipe = dimensions_of(config), settle_dtype(recipe, config)
     matrices, notes = plan_matrices(architecture, config, sizes, recipe)
+    tied, untied = tie(architecture, sizes, recipe, matrices)
     paths = (architecture.block.format(i) for i in range(sizes.blocks))
     inner = [f"{path}.{norm}" for path in paths for norm in architecture.norms]
     norms = (architecture.final_norm, *inner)
     _check_groups(matrices)
-    return ModelPlan(architecture, sizes, recipe, matrices, norms, notes)
+    return ModelPlan(architecture, sizes, recipe, matrices, norms, (*notes, *untied), tied)
 
 
 def _additions_per_channel(block_size: int) -> int:

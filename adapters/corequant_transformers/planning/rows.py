@@ -194,7 +194,7 @@ def _mlp(
     name = f"{path}.{down}"
     settings = recipe.settings_of(name)
     kept = settings.weights is None
-    online = recipe.rotation != "offline" and not kept
+    online = recipe.rotation in ("merged", "online") and not kept
     # A single block leaves nothing to permute.
     permuted = settings.permutation != "identity" and block_size < width
     region = name if permuted and online else None
@@ -240,7 +240,7 @@ def _check_factors(a: Architecture, recipe: Recipe, sparse: list[bool]) -> None:
 def _block_sizes(recipe: Recipe, widths: list[int]) -> list[int]:
     """Return each layer's block size; an automatic one counts as the full vector until chosen."""
     given = recipe.block_size
-    if recipe.rotation == "offline":
+    if recipe.rotation in ("offline", "heads"):
         return widths
     wanted: tuple[int | None, ...]
     if isinstance(given, tuple):

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from corequant.errors import ArchitectureError
+from corequant.recipe import Recipe
 from corequant_torch.cpu.onednn import QuickForward
 from corequant_transformers.calibration.choices import Calibration, choose, choose_block_size
 from corequant_transformers.calibration.collector import Collector, collect_block
@@ -37,8 +38,10 @@ from corequant_transformers.planning.matrix_plan import Region
 from corequant_transformers.planning.model_plan import VERIFIED_TOKENS, ModelPlan, plan_model
 from corequant_transformers.rounding.block import groups_of, round_block
 from corequant_transformers.rounding.layers import round_nearest
+from corequant_transformers.rounding.unquantized import check_tied, round_unquantized
 from corequant_transformers.run.ledger import Ledger
 from corequant_transformers.run.sign_trials import SignTrials
+from corequant_transformers.run.steps import quantizes, steps_of
 from corequant_transformers.transforms.embeddings import transform_entry, transform_exit
 from corequant_transformers.transforms.matrices import Choices
 from corequant_transformers.transforms.verification import (
@@ -53,21 +56,9 @@ from corequant_transformers.transforms.verification import (
     transform_checked,
 )
 
-__all__ = ["Job", "steps_of"]
+__all__ = ["Job"]
 
 Tokens = npt.NDArray[np.int64]
-
-
-def steps_of(plan: ModelPlan) -> list[str]:
-    """Return the names of the steps that quantizing a model takes, in their order."""
-    blocks = range(plan.dimensions.blocks)
-    return [
-        *(f"calibrate-{i:05d}" for i in blocks),
-        "choose",
-        ENTRY,
-        *(f"block-{i:05d}" for i in blocks),
-        EXIT,
-    ]
 
 
 class Job:
@@ -197,7 +188,7 @@ class Job:
         if step == "choose":
             if self._sizes:
                 recipe = replace(self.plan.recipe, block_size=tuple(self._sizes))
-                self.plan = plan_model(self.parts.model.config, recipe)
+                self.plan = self._replanned(recipe)
             signs = self.plan.draw_signs(report["signs"]["draw"])
             unmoved = frozenset(name for name, p in self._permutations.items() if is_identity(p))
             self.choices = Choices(self._permutations, {**signs, **self._factors}, unmoved)
@@ -275,7 +266,11 @@ class Job:
     def _plan_with(self, index: int, size: int) -> ModelPlan:
         sizes = [size if i == index else _width(self.plan, i) for i in self.parts.blocks]
         recipe = replace(self.plan.recipe, block_size=tuple(sizes))
-        return plan_model(self.parts.model.config, recipe)
+        return self._replanned(recipe)
+
+    def _replanned(self, recipe: Recipe) -> ModelPlan:
+        # The skeleton's matrices are not tied any more.
+        return replace(plan_model(self.parts.model.config, recipe), tied=self.plan.tied)
 
     def _weight(self, name: str) -> npt.NDArray[Any]:
         return to_host(self.parts.model.get_submodule(name).weight)
@@ -314,6 +309,7 @@ class Job:
                 self.parts, self.plan, self.choices, self._verified
             )
             state["reference"][0], state["transformed"][0] = before, after
+            round_unquantized(model, self.plan, ENTRY)
             if self.plan.needs_moments:
                 names = ["quantized"]
                 if self.plan.needs_float and self.plan.recipe.reference == "model":
@@ -347,6 +343,7 @@ class Job:
             error = stream_error(before, after, self.plan, self.choices)
             check_block_error(index, error)
             following["reference"][0], following["transformed"][0] = before, after
+            round_unquantized(model, self.plan, index)
             hidden = self._read_quantized(state, following)
             rows = self._round(index, hidden)
             model.float()
@@ -396,6 +393,8 @@ class Job:
             states = (state["reference"][0:1], state["transformed"][0:1])
             error, changed = transform_exit(self.parts, self.plan, self.choices, states, ids)
             check_logits_error(error)
+            round_unquantized(model, self.plan, EXIT)
+            check_tied(model, self.plan, self.ledger.tensors(ENTRY))
             rows = round_nearest(model, part_plan(self.plan, EXIT), self.executor)
             tensors = part_tensors(model, self.plan, EXIT)
         changes = [self.ledger.report(s)["changed"] for s in self.quantizing_steps[:-1]]
@@ -412,7 +411,7 @@ class Job:
     @property
     def quantizing_steps(self) -> list[str]:
         """The steps whose tensors make up the quantized model."""
-        return [step for step in self.steps if _quantizes(step)]
+        return [step for step in self.steps if quantizes(step)]
 
     def report(self) -> dict[str, Any]:
         """Return the report's rows: signs, regions, verification and matrices."""
@@ -444,7 +443,3 @@ def _block_of(region: Region, plan: ModelPlan) -> int | None:
 def _width(plan: ModelPlan, block: int) -> int:
     """Return the width of what a block's MLP rotates at run time."""
     return next(m.shape[1] for m in plan.mlp_outputs if m.block == block)
-
-
-def _quantizes(step: str) -> bool:
-    return step.startswith("block") or step in (ENTRY, EXIT)

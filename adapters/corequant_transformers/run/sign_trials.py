@@ -24,6 +24,7 @@ from corequant_transformers.model.forward import Windows, block_arguments, enter
 from corequant_transformers.model.parts import ENTRY, EXIT, Part, Parts, part_plan
 from corequant_transformers.planning.model_plan import ModelPlan, plan_model
 from corequant_transformers.rounding.layers import round_nearest
+from corequant_transformers.rounding.unquantized import round_unquantized
 from corequant_transformers.transforms.matrices import Choices, transform_model
 
 __all__ = ["SignTrials"]
@@ -100,6 +101,7 @@ class SignTrials:
             transform_model(
                 model, part_plan(self.plan, part), Choices({}, self.plan.draw_signs(draw))
             )
+            round_unquantized(model, self.plan, part)
             yield
         finally:
             for path, module in originals.items():
