@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from corequant_cli.commands.arguments import Device, Json, Length, Verify, load_adapter, print_json
 from corequant_cli.commands.options import read_option
-from corequant_cli.tables import console, models
+from corequant_cli.tables import console, evaluations
 
 __all__ = ["evaluate"]
 
 
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Quantized or float model.")],
-    text: Annotated[Path, typer.Option(help="Text file (UTF-8).")],
+    text: Annotated[Path | None, typer.Option(help="Text file (UTF-8).")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Float model to compare with: a directory or GGUF file.")
+    ] = None,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="<path>",
+            help="JSON lines of zero-shot questions, multiple choice or minimal pairs; may be "
+            "given several times.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Questions of each task, the first ones; all by default.", min=1),
+    ] = None,
     windows: Annotated[
         int | None, typer.Option(help="Number of windows to evaluate; all by default.", min=1)
     ] = None,
@@ -25,24 +40,60 @@ def evaluate(
     verify: Verify = True,
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity over consecutive windows of a text."""
-    words = read_option("text", text)
+    """Measure perplexity on a text, distance to the float model, and zero-shot accuracy.
+
+    Perplexity is that of consecutive windows. --against adds the Kullback-Leibler divergence from
+    the float model, in nats per token, and how often both predict the same. What --tasks names may
+    have the fields of HellaSwag or BLiMP, or query, choices and gold.
+    """
+    if text is None and not tasks:
+        raise typer.BadParameter("--text or --tasks must be given")
+    words = None if text is None else read_option("text", text)
     import corequant_transformers as cqhf
 
+    questions = [cqhf.read_task(path, limit) for path in tasks or ()]
     load_adapter()
-    from corequant_transformers.checkpoint.reader import is_quantized
     from corequant_transformers.model.surroundings import check_device
 
     where = check_device(device)
-    source = None if is_quantized(model) else cqhf.Source(model, verify=verify)
-    tokenizer = source.tokenizer() if source else cqhf.load_tokenizer(model, verify=verify)
-    tokens = cqhf.token_windows(words, tokenizer, sequence_length, windows)
-    loaded = (source.load() if source else cqhf.load(model, verify=verify)).to(where)
+    tokenizer, load = _opened(model, verify)
+    tokens = (
+        None if words is None else cqhf.token_windows(words, tokenizer, sequence_length, windows)
+    )
+    other = None if against is None else _opened(against, verify)[1]
+    loaded = load().to(where)
+    reference = None if other is None else other().to(where)
+    found: dict[str, Any] = {"model": str(model)}
+    if against is not None:
+        found["against"] = str(against)
+    measured, results = None, []
     with console.progress() as progress:
-        result = cqhf.evaluate(
-            loaded, tokens, progress=lambda done, total: progress("evaluate", done, total)
-        )
-    if as_json:
-        print_json({"model": str(model), **result.to_dict()})
-    else:
-        models.evaluation(model, result)
+        if tokens is not None:
+            measured = cqhf.evaluate(
+                loaded,
+                tokens,
+                against=reference,
+                progress=lambda done, total: progress("evaluate", done, total),
+            )
+        if questions:
+            results = cqhf.evaluate_tasks(
+                loaded, questions, tokenizer, against=reference, progress=progress
+            )
+    if not as_json:
+        evaluations.evaluation(model, against, measured, results)
+        return
+    found |= {} if measured is None else measured.to_dict()
+    if questions:
+        found["tasks"] = [result.to_dict() for result in results]
+    print_json(found)
+
+
+def _opened(path: Path, verify: bool) -> tuple[Any, Any]:
+    """Return the tokenizer of a model, and what loads the model."""
+    import corequant_transformers as cqhf
+    from corequant_transformers.checkpoint.reader import is_quantized
+
+    if is_quantized(path):
+        return cqhf.load_tokenizer(path, verify=verify), lambda: cqhf.load(path, verify=verify)
+    source = cqhf.Source(path, verify=verify)
+    return source.tokenizer(), source.load

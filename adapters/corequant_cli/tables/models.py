@@ -1,4 +1,4 @@
-"""What was done to a model, and how good it is."""
+"""What was done to a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from corequant_cli.tables.console import column, console, marked, table
 
-__all__ = ["demo", "evaluation", "inspection", "outliers", "quantized"]
+__all__ = ["demo", "inspection", "outliers", "quantized"]
 
 
 def quantized(result: Any, output: Path) -> None:
@@ -56,14 +56,6 @@ def _roundings(rows: list[dict[str, Any]]) -> None:
             str(row["peak_rss_mib"]),
         )
     console().print(grid)
-
-
-def evaluation(model: Path, result: Any) -> None:
-    """Print a perplexity."""
-    console().print(
-        f"perplexity [bold]{result.perplexity:.3f}[/bold] over {result.predicted} positions "
-        f"({result.windows} windows of {result.sequence_length}): {marked(model)}"
-    )
 
 
 def inspection(

@@ -1,0 +1,97 @@
+"""How good a model is: on a text, beside the float model, and on tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from corequant_cli.tables.console import column, console, marked, table
+
+__all__ = ["evaluation"]
+
+
+def evaluation(model: Path, against: Path | None, measured: Any, tasks: list[Any]) -> None:
+    """Print what was measured, each figure with its standard error."""
+    if measured is not None and measured.divergence is None:
+        value = _with_error(measured.perplexity, measured.perplexity_se, 3)
+        console().print(
+            f"perplexity [bold]{value}[/bold] over {measured.predicted} positions "
+            f"({measured.windows} windows of {measured.sequence_length}): {marked(model)}"
+        )
+    else:
+        beside = "" if against is None else f" against {marked(against)}"
+        console().print(f"[bold]{marked(model)}[/bold]{beside}")
+    if measured is not None and measured.divergence is not None:
+        _divergence(measured)
+    if tasks:
+        _tasks(tasks)
+
+
+def _divergence(measured: Any) -> None:
+    found = measured.divergence
+    grid = _table("", "value", "±")
+    for name, value, error, digits in (
+        ("perplexity", measured.perplexity, measured.perplexity_se, 3),
+        ("  of the float model", found.reference_perplexity, found.reference_perplexity_se, 3),
+        ("  excess loss, nats per token", found.excess, found.excess_se, 4),
+        ("KL divergence, nats per token", found.kl, found.kl_se, 4),
+        ("  median", found.kl_median, found.kl_median_se, 4),
+        ("  99.9 % of tokens below", found.kl_p999, found.kl_p999_se, 3),
+        ("same most probable token, %", *_percent(found.top1, found.top1_se), 2),
+        ("same five most probable, %", *_percent(found.top5, found.top5_se), 2),
+    ):
+        grid.add_row(name, f"{value:.{digits}f}", _error(error, digits))
+    console().print(grid)
+    console().print(
+        f"{measured.windows} windows of {measured.sequence_length} tokens; ± is a standard error, "
+        "over windows",
+        highlight=False,
+    )
+
+
+def _tasks(tasks: list[Any]) -> None:
+    paired = any(task.acc.comparison is not None for task in tasks)
+    heads = ("model %", "float %", "difference", "p") if paired else ("model %", "±")
+    for task in tasks:
+        console().print(f"{marked(task.name)}: {task.count} questions, {task.kind}")
+        grid = _table("", *heads)
+        for name, accuracy in (("acc", task.acc), ("acc_norm", task.acc_norm)):
+            if accuracy is not None:
+                grid.add_row(f"  {name}", *_accuracy(accuracy))
+        console().print(grid)
+    console().print(
+        "± is a standard error over questions"
+        + ("; p: McNemar's exact test on the same questions" if paired else ""),
+        highlight=False,
+    )
+
+
+def _accuracy(accuracy: Any) -> list[str]:
+    value, error = _percent(accuracy.value, accuracy.se)
+    found = accuracy.comparison
+    if found is None:
+        return [f"{value:.2f}", _error(error, 2)]
+    difference, spread = _percent(found.difference, found.difference_se)
+    return [
+        _with_error(value, error, 2),
+        f"{100 * accuracy.reference:.2f}",
+        f"{difference:+.2f}" + ("" if spread is None else f" ±{spread:.2f}"),
+        f"{found.p:.2g}",
+    ]
+
+
+def _table(first: str, *others: str) -> Any:
+    numbers = [column(name, justify="right", no_wrap=True) for name in others]
+    return table(first, *numbers, box=None, pad_edge=False)
+
+
+def _percent(value: float, error: float | None) -> tuple[float, float | None]:
+    return 100 * value, None if error is None else 100 * error
+
+
+def _error(error: float | None, digits: int) -> str:
+    return "" if error is None else f"{error:.{digits}f}"
+
+
+def _with_error(value: float, error: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" + ("" if error is None else f" ±{error:.{digits}f}")
