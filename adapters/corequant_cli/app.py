@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -18,16 +19,35 @@ from corequant.errors import CorequantError
 from corequant_cli.commands.demo import demo
 from corequant_cli.commands.evaluate import evaluate
 from corequant_cli.commands.export import export
+from corequant_cli.commands.formats import formats
 from corequant_cli.commands.inspect import inspect
+from corequant_cli.commands.panels import PanelCommand, PanelGroup
 from corequant_cli.commands.plan import plan
+from corequant_cli.commands.presets import presets
 from corequant_cli.commands.quantize import quantize
 from corequant_cli.commands.system import backends, cache
 from corequant_cli.tables.console import plain
 
 __all__ = ["app", "run"]
 
-# Tables of help would cut long names short at 80 columns.
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+_EXAMPLES = """
+Examples:
+  corequant quantize MODEL -o OUT --preset w4a16
+  corequant quantize MODEL -o OUT.gguf --for llama.cpp
+  corequant evaluate OUT --text test.txt
+
+MODEL is a Transformers directory or a GGUF file.
+"""
+
+# Rich's tables of help would cut long names short at 80 columns.
+app = typer.Typer(
+    cls=PanelGroup,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"max_content_width": 120},
+    epilog=_EXAMPLES,
+)
 
 _INTERRUPTED = 130
 
@@ -45,8 +65,38 @@ def top(
         print(context.get_help())
 
 
-for command in (plan, quantize, evaluate, export, inspect, demo, backends, cache):
-    app.command()(command)
+_PANELS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Make a model": (quantize, plan, presets, formats),
+    "Judge it": (evaluate, inspect),
+    "Use it elsewhere": (export,),
+    "See it work": (demo,),
+    "This installation": (backends, cache),
+}
+
+_EPILOGS: dict[Callable[..., None], str] = {
+    quantize: """
+Examples:
+  corequant quantize MODEL -o OUT
+  corequant quantize MODEL -o OUT --preset w4a8 --for vllm
+  corequant quantize MODEL -o OUT.gguf --for llama.cpp
+  corequant quantize MODEL -o OUT --weights int3:group64
+""",
+    plan: """
+Examples:
+  corequant plan MODEL --preset w4a4
+  corequant plan MODEL --for llama.cpp
+""",
+    presets: """
+Examples:
+  corequant presets
+  corequant presets w4a4
+""",
+}
+
+for panel, commands in _PANELS.items():
+    for command in commands:
+        epilog = _EPILOGS.get(command)
+        app.command(cls=PanelCommand, rich_help_panel=panel, epilog=epilog)(command)
 
 
 def run() -> int:

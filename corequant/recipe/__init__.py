@@ -11,16 +11,30 @@ from corequant.recipe.model import (
     ROUNDINGS,
     Recipe,
 )
+from corequant.recipe.preset import (
+    DEFAULT_PRESET,
+    PRESETS,
+    READERS,
+    Preset,
+    check_reader,
+    find_preset,
+)
 from corequant.recipe.settings import FLOAT, LayerSettings
 
 __all__ = [
+    "DEFAULT_PRESET",
     "DTYPES",
     "FACTORS",
     "FLOAT",
     "PERMUTATIONS",
+    "PRESETS",
+    "READERS",
     "REFERENCES",
     "ROTATIONS",
     "ROUNDINGS",
     "LayerSettings",
+    "Preset",
     "Recipe",
+    "check_reader",
+    "find_preset",
 ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from corequant._validation import check_index, need_packages
 from corequant.errors import AccumulatorError, RecipeError, SpecError
+from corequant.recipe.preset import DEFAULT_PRESET, PRESETS, Preset, find_preset
 from corequant.recipe.settings import LayerSettings
 from corequant.rounding.accumulators import AccumulatorSpec, check_tile
 from corequant.rounding.methods import RoundingOptions, rounding_methods
@@ -340,6 +341,51 @@ class Recipe:
         spec = AccumulatorSpec(int(found[2]), tile, self.activations.format)
         check_tile(spec, tile or 1, self.weights)
         return spec
+
+    @classmethod
+    def preset(
+        cls, name: str = DEFAULT_PRESET, *, reader: str | None = None, **changes: Any
+    ) -> Recipe:
+        """Return a preset's recipe, the same as ``corequant quantize --preset NAME`` takes.
+
+        ``Recipe()`` is no preset but the defaults of the fields: INT4 weights and activations,
+        rounded to nearest, to compare with.
+
+        Parameters
+        ----------
+        name : str
+            A key of ``presets()``; w4a16 by default.
+        reader : str, optional
+            Program that the result is for, as in ``--for``; the preset's own by default.
+        **changes
+            Fields that differ. ``block_size`` or ``factors`` alone make an ``offline`` rotation
+            ``merged``, and ``rotation="offline"`` alone removes both.
+
+        Raises
+        ------
+        RecipeError
+            If there is no such preset, it isn't for that reader, or a field is unknown or invalid.
+
+        Examples
+        --------
+        >>> from corequant.recipe import Recipe
+        >>> recipe = Recipe.preset("w4a16", seed=1)
+        >>> recipe.rounding, recipe.activations, recipe.seed
+        ('qronos', None, 1)
+        """
+        return cls.from_dict(find_preset(name).fields(reader, **changes))
+
+    @classmethod
+    def presets(cls) -> dict[str, Preset]:
+        """Return all presets by name: description, readers, and what was measured.
+
+        Examples
+        --------
+        >>> from corequant.recipe import Recipe
+        >>> sorted(Recipe.presets())[:4]
+        ['gguf-mxfp4', 'gguf-q4_0', 'gguf-q4_1', 'gguf-q8_0']
+        """
+        return {name: find_preset(name) for name in PRESETS}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values: specs in string form, absent ones left out."""

@@ -39,7 +39,7 @@ def run(*arguments, cwd=None, check=True):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("cli")
-    cqhf.tiny_model("llama").save_pretrained(path / "model")
+    cqhf.tiny_model("llama", hidden_size=64).save_pretrained(path / "model")
     word_level(path / "model")
     (path / "text.txt").write_text(TEXT)
     return path
@@ -79,6 +79,7 @@ def test_quantize_with_rounding_options(folder, tmp_path):
     out = tmp_path / "out"
     options = ("--rounding", "gptq", "--damping", "0.05", "--no-act-order", "--correction", "0.25")
     more = ("--reference", "model", "--magr", "0.001", "--accumulator", "16x16")
+    more += ("--weights", "int4:channel", "--activations", "int4:token:asymmetric")
     arguments = ("quantize", "model", "-o", out, "--calibration", "text.txt", *SMALL)
     done = run(*arguments, *options, *more, "--json", cwd=folder)
     report = json.loads(done.stdout)
@@ -99,7 +100,8 @@ def test_quantize_evaluate_inspect(folder, tmp_path):
     )
     report = json.loads(done.stdout)
     assert report["verification"]["logits_error"] < 1e-9
-    assert report["recipe"]["weights"] == "int4:channel:symmetric:mse"
+    expected = Recipe.preset("w4a16", block_size=16, samples=2, sequence_length=64)
+    assert Recipe.from_dict(report["recipe"]) == expected
     evaluation = json.loads(
         run(
             "evaluate", out, "--text", "text.txt", "--sequence-length", "64", "--windows", "3",
@@ -132,19 +134,20 @@ def test_a_recipe_file(folder, tmp_path):
     assert Recipe.from_dict(json.loads(done.stdout)["recipe"]) == recipe
 
 
+@pytest.mark.parametrize("columns", [60, 80, 120])
 @pytest.mark.parametrize("command", ["plan", "quantize"])
-def test_every_field_of_a_recipe_is_an_option_with_a_help_text(command):
-    environment = {**os.environ, "COLUMNS": "80"}
+def test_every_field_of_a_recipe_is_an_option_with_a_help_text(command, columns):
+    environment = {**os.environ, "COLUMNS": str(columns)}
     done = subprocess.run(
         [COMMAND, command, "--help"], env=environment, capture_output=True, text=True, check=True
     )
-    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert max(map(len, done.stdout.splitlines())) <= columns
     words = " ".join(done.stdout.split())
     for field in fields(Recipe):
         name = re.escape(field.name.replace("_", "-"))
         assert re.search(rf" --{name} (/ --no-{name}|[<\[]\S+) [A-Z][a-z]+ ", words), name
     assert "``" not in words
-    assert "online) or none (offline). [default: merged]" in words
+    assert "online) or none (offline)." in words
 
 
 def test_without_a_command_the_help_is_shown():

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from corequant.recipe import PRESETS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -37,7 +39,8 @@ def test_contents(wheel):
     }
     others = {n for n in names if ".dist-info" not in n and not n.endswith((".py", "/py.typed"))}
     # The conformance suite's golden vectors: arrays without pickles, and their checksums.
-    assert others == {"corequant/golden/manifest.json", "corequant/golden/vectors.npz"}
+    golden = {"corequant/golden/manifest.json", "corequant/golden/vectors.npz"}
+    assert others == golden | {f"corequant/recipe/presets/{name}.toml" for name in PRESETS}
     for package in tops:
         assert f"{package}/py.typed" in names
     shipped = {n for n in names if n.endswith(".py")}

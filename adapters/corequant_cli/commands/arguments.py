@@ -10,6 +10,7 @@ import typer
 
 from corequant.errors import OutputError
 from corequant.storage.files import json_text
+from corequant_cli.commands.panels import WHERE
 
 __all__ = [
     "Device",
@@ -25,7 +26,10 @@ __all__ = [
 Model = Annotated[Path, typer.Argument(help="Transformers directory or GGUF file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Length = Annotated[int, typer.Option(help="Tokens per window.", min=2)]
-Device = Annotated[str, typer.Option(help="Device to run the model on, such as cpu or cuda.")]
+Device = Annotated[
+    str,
+    typer.Option(help="Device to run the model on, such as cpu or cuda.", rich_help_panel=WHERE),
+]
 Verify = Annotated[bool, typer.Option(help="Check a quantized directory's files by their digests.")]
 
 

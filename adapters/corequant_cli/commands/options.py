@@ -1,7 +1,11 @@
-"""The options of a recipe: one for each field of ``Recipe``, with its default and documentation."""
+"""The options of a recipe: one for each field of ``Recipe``, with its documentation.
+
+None has a default of its own: what isn't given is the preset's.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import re
@@ -15,30 +19,61 @@ import typer
 
 from corequant import recipe as recipes
 from corequant.errors import CalibrationError, RecipeError
-from corequant.recipe import Recipe
+from corequant.recipe import DEFAULT_PRESET, PRESETS, READERS, Recipe, check_reader, find_preset
 from corequant.specs import QuantSpec
 from corequant.storage.files import read_text
+from corequant_cli.commands.panels import EXPERT, QUALITY, WHAT
 
 __all__ = ["read_option", "takes_recipe"]
 
-_FIELDS = {field.name: field.default for field in fields(Recipe)}
+_FIELDS = tuple(field.name for field in fields(Recipe))
 _HINTS = get_type_hints(Recipe)
-_METAVARS = {"block_size": "<int>|auto", "accumulator": "[<int>x]<int>"}
+_METAVARS = {
+    "block_size": "<int>|auto|none",
+    "head_block_size": "<int>|none",
+    "damping": "<float>|none",
+    "accumulator": "[<int>x]<int>|none",
+}
+_NUMBERS: dict[str, type[int] | type[float]] = {
+    "block_size": int,
+    "head_block_size": int,
+    "damping": float,
+}
+"""Fields that take a number, or something else."""
+
+_PANELS = {
+    **dict.fromkeys(("weights", "activations", "embeddings", "head", "layers", "keep"), WHAT),
+    **dict.fromkeys(("dtype", "rotation", "block_size"), WHAT),
+    **dict.fromkeys(("rounding", "permutation", "factors", "samples", "sequence_length"), QUALITY),
+}
+"""Panel of each field's option; those that aren't here are for experts."""
 
 
 def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command ``--recipe`` and every field's option in place of its argument ``recipe``."""
+    """Give a command all options of a recipe in place of its arguments ``recipe`` and ``reader``.
+
+    They are ``--preset``, ``--for``, ``--recipe`` and one for every field of ``Recipe``; ``reader``
+    gets the program that the result is for.
+    """
     signature = inspect.signature(command, eval_str=True)
 
     @functools.wraps(command)
-    def parsed(context: typer.Context, recipe_file: Path | None, **arguments: Any) -> None:
-        values = {name: arguments.pop(name) for name in _FIELDS}
-        command(recipe=_recipe(context, recipe_file, values), **arguments)
+    def parsed(
+        context: typer.Context,
+        preset: str | None,
+        reader: str | None,
+        recipe_file: Path | None,
+        **arguments: Any,
+    ) -> None:
+        given = _given(context, {name: arguments.pop(name) for name in _FIELDS})
+        recipe, reader = _resolve(preset, reader, recipe_file, given)
+        command(recipe=recipe, reader=reader, **arguments)
 
     parameters = []
     for parameter in signature.parameters.values():
         other = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        parameters += _parameters() if parameter.name == "recipe" else [other]
+        if parameter.name != "reader":
+            parameters += _parameters() if parameter.name == "recipe" else [other]
     parameters.append(_parameter("context", inspect.Parameter.empty, typer.Context))
     parsed.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     parsed.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -54,16 +89,39 @@ def read_option(name: str, path: Path) -> str:
 
 
 def _parameters() -> list[inspect.Parameter]:
-    file = typer.Option("--recipe", help="TOML file of a whole recipe, in place of its options.")
-    found = [_parameter("recipe_file", None, Annotated[Path | None, file])]
+    named = typer.Option(
+        help=f"Recipe to begin with ({DEFAULT_PRESET} by default): {', '.join(PRESETS)}. "
+        "Options change it; see 'corequant presets'.",
+        metavar="<name>",
+        rich_help_panel=WHAT,
+    )
+    reader = typer.Option(
+        "--for",
+        help=f"Program that runs the result: {', '.join(READERS)}. The files are those that it "
+        "loads: for llama.cpp the output is a .gguf file. By default corequant, and llama.cpp for "
+        "presets gguf-*.",
+        metavar="<program>",
+        rich_help_panel=WHAT,
+    )
+    file = typer.Option(
+        "--recipe",
+        help="TOML file of a whole recipe, in place of preset and options.",
+        rich_help_panel=WHAT,
+    )
+    found = [
+        _parameter("preset", None, Annotated[str | None, named]),
+        _parameter("reader", None, Annotated[str | None, reader]),
+        _parameter("recipe_file", None, Annotated[Path | None, file]),
+    ]
     texts = _texts()
-    for name, default in _FIELDS.items():
+    for name in _FIELDS:
         kinds = [kind for kind in get_args(_HINTS[name]) or [_HINTS[name]] if kind is not NoneType]
-        kind = kinds[0] if len(kinds) == 1 and kinds[0] in (bool, int, float) else str
+        plain = len(kinds) == 1 and kinds[0] in (bool, int, float) and name not in _NUMBERS
+        kind = kinds[0] if plain else str
         metavar = "<spec>" if QuantSpec in kinds else _METAVARS.get(name)
-        option = typer.Option(help=texts.get(name), metavar=metavar)
-        value = str(default) if isinstance(default, QuantSpec) else default
-        found.append(_parameter(name, value, Annotated[kind | None, option]))
+        panel = _PANELS.get(name, EXPERT)
+        option = typer.Option(help=texts.get(name), metavar=metavar, rich_help_panel=panel)
+        found.append(_parameter(name, None, Annotated[kind | None, option]))
     return found
 
 
@@ -90,15 +148,34 @@ def _plain(quoted: re.Match[str]) -> str:
     return ", ".join(getattr(recipes, word)) if word.isupper() else word
 
 
-def _recipe(context: typer.Context, file: Path | None, values: dict[str, Any]) -> Recipe:
+def _given(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields whose options are on the command line, numbers and ``none`` read."""
     sources = {name: context.get_parameter_source(name) for name in values}
-    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-    if file is not None:
-        if given:
-            listed = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise RecipeError(f"--recipe cannot be combined with {listed}")
-        return Recipe.from_toml(read_option("recipe", file))
-    size = values["block_size"]
-    if size is not None and size.lstrip("-").isdigit():
-        values["block_size"] = int(size)
-    return Recipe(**values)
+    given = {}
+    for name, source in sources.items():
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        value = values[name]
+        if name in _METAVARS and value.strip().lower() == "none":
+            value = None
+        elif name in _NUMBERS:
+            with contextlib.suppress(ValueError):
+                value = _NUMBERS[name](value)
+        given[name] = value
+    return given
+
+
+def _resolve(
+    preset: str | None, reader: str | None, file: Path | None, given: dict[str, Any]
+) -> tuple[Recipe, str]:
+    """Return the recipe and the program that its result is for."""
+    if file is None:
+        found = find_preset(DEFAULT_PRESET if preset is None else preset)
+        reader = found.reader if reader is None else reader
+        return Recipe.preset(found.name, reader=reader, **given), reader
+    if preset is not None or given:
+        names = [*([] if preset is None else ["preset"]), *given]
+        listed = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise RecipeError(f"--recipe cannot be combined with {listed}")
+    reader = "corequant" if reader is None else reader
+    return Recipe.from_toml(read_option("recipe", file)), check_reader(reader)

@@ -11,7 +11,7 @@ __all__ = ["plan"]
 
 
 @takes_recipe
-def plan(model: Model, recipe: Recipe, as_json: Json = False) -> None:
+def plan(model: Model, recipe: Recipe, reader: str, as_json: Json = False) -> None:
     """Print what quantize would do to each matrix, and its cost."""
     import corequant_transformers as cqhf
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from corequant.errors import OutputError
 from corequant.recipe import Recipe
 from corequant_cli.commands.arguments import (
     Device,
@@ -17,6 +18,7 @@ from corequant_cli.commands.arguments import (
     print_json,
 )
 from corequant_cli.commands.options import read_option, takes_recipe
+from corequant_cli.commands.panels import QUALITY, WHERE
 from corequant_cli.tables import console, models, plans
 
 __all__ = ["quantize"]
@@ -28,17 +30,34 @@ def quantize(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", help="New or empty directory.", parser=output_path, metavar="<path>"
+            "--output",
+            "-o",
+            help="New or empty directory; for llama.cpp a new .gguf file.",
+            parser=output_path,
+            metavar="<path>",
+            rich_help_panel=WHERE,
         ),
     ],
-    calibration: Annotated[Path, typer.Option(help="Text file (UTF-8) to calibrate on.")],
+    calibration: Annotated[
+        Path, typer.Option(help="Text file (UTF-8) to calibrate on.", rich_help_panel=QUALITY)
+    ],
     recipe: Recipe,
+    reader: str,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted run to the same output.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue an interrupted run to the same output.",
+            rich_help_panel=WHERE,
+        ),
     ] = False,
     memory: Annotated[
         str | None,
-        typer.Option(help="Memory limit, which Linux enforces.", metavar="<size>[MiB|GiB]"),
+        typer.Option(
+            help="Memory limit, which Linux enforces.",
+            metavar="<size>[MiB|GiB]",
+            rich_help_panel=WHERE,
+        ),
     ] = None,
     device: Device = "cpu",
     dry_run: Annotated[
@@ -46,7 +65,9 @@ def quantize(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Calibrate, permute, rotate, verify, quantize and save a model."""
+    """Quantize a model: calibrate, rotate, verify, round, and save it for a program to load."""
+    if reader != "corequant" and not dry_run:
+        raise OutputError(f"use --for corequant, then 'corequant export', for {reader}")
     text = "" if dry_run else read_option("calibration", calibration)
     import corequant_transformers as cqhf
 

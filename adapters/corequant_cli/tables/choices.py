@@ -1,0 +1,93 @@
+"""What can be chosen: presets, number formats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from corequant.recipe import DEFAULT_PRESET, READERS, Preset
+from corequant_cli.tables.console import column, console, marked, table
+
+__all__ = ["formats", "preset", "presets"]
+
+_FIGURES = (
+    ("perplexity", "ppl", "{:.2f}"),
+    ("kl", "KL", "{:.3f}"),
+    ("bits_per_weight", "bits", "{:.2f}"),
+    ("size_mb", "MB", "{:.0f}"),
+    ("minutes", "min", "{:.1f}"),
+    ("memory_mib", "MiB", "{:.0f}"),
+)
+"""Keys of a preset's ``measured``, their columns, and how they are written."""
+
+
+def presets(rows: Mapping[str, Preset]) -> None:
+    """Print what each preset is for, and what was measured."""
+    for name, found in rows.items():
+        default = " (the default)" if name == DEFAULT_PRESET else ""
+        console().print(f"[bold]{name}[/bold]{default}: {found.description}; for {_readers(found)}")
+    heads = [column(title, justify="right") for _, title, _ in _FIGURES]
+    grid = table(column("preset", no_wrap=True), *heads, box=None, padding=(0, 2, 0, 0))
+    measured = {name: found.measured for name, found in rows.items() if found.measured}
+    for name, figures in measured.items():
+        grid.add_row(name, *(_figure(figures.get(key), form) for key, _, form in _FIGURES))
+    if measured:
+        console().print()
+        console().print(grid)
+        console().print(
+            "\nSmolLM2-135M-Instruct on WikiText-2: ppl = perplexity; KL = mean Kullback-Leibler "
+            "divergence from the float model, in nats; bits = bits per quantized weight with its "
+            "scales; MB on disk; minutes and MiB of memory to quantize."
+        )
+
+
+def preset(found: Preset, recipe: str) -> None:
+    """Print a preset's recipe."""
+    console().print(f"[bold]{found.name}[/bold]: {found.description}")
+    console().print(f"for {_readers(found)}\n")
+    console().print(recipe.rstrip(), highlight=False, markup=False)
+    for reader, fields in found.readers.items():
+        if fields:
+            changed = ", ".join(f"{key} {value}" for key, value in fields.items())
+            console().print(f"\nwith --for {reader}: {marked(changed)}", highlight=False)
+    figures = [
+        f"{key.replace('_', ' ')} {form.format(found.measured[key])}"
+        for key, _, form in _FIGURES
+        if key in found.measured
+    ]
+    if figures:
+        console().print(f"\nmeasured: {', '.join(figures)}")
+        console().print(f"by: {marked(found.measured['command'])}", highlight=False)
+
+
+def formats(values: Mapping[str, Any]) -> None:
+    """Print number formats, the parts of a quantizer, and who takes which weights."""
+    kinds: dict[str, list[str]] = {}
+    for name, form in values["formats"].items():
+        kinds.setdefault(form["kind"], []).append(name)
+    console().print("[bold]Number formats[/bold]")
+    for kind, names in kinds.items():
+        console().print(f"  {kind}: {', '.join(names)}", highlight=False)
+    console().print("\n[bold]A quantizer[/bold] is a format and parts, as in int4:group32:mse")
+    for what, words in values["parts"].items():
+        console().print(f"  {what}: {', '.join(words)}", highlight=False)
+    console().print()
+    others = [reader for reader in READERS if reader != "corequant"]
+    heads = [column(reader, justify="center") for reader in others]
+    grid = table(column("weights", no_wrap=True), *heads, box=None, padding=(0, 1, 0, 0))
+    for text, readers in values["weights"].items():
+        grid.add_row(marked(text), *("yes" if reader in readers else "-" for reader in others))
+    console().print(grid)
+    console().print(
+        "\ncorequant takes all of them. Activations: none, or int2 to int8 by token, in files for "
+        "transformers and vllm; always 8 bits in groups of 32 in llama.cpp. 'corequant presets' "
+        "lists whole recipes."
+    )
+
+
+def _readers(found: Preset) -> str:
+    return ", ".join(["corequant", *found.readers])
+
+
+def _figure(value: Any, form: str) -> str:
+    return "" if value is None else form.format(value)
