@@ -358,8 +358,7 @@ class Recipe:
         reader : str, optional
             Program that the result is for, as in ``--for``; the preset's own by default.
         **changes
-            Fields that differ. ``block_size`` or ``factors`` alone make an ``offline`` rotation
-            ``merged``, and ``rotation="offline"`` alone removes both.
+            Fields that differ; those that need another rotation bring it, see ``Preset.fields``.
 
         Raises
         ------
@@ -377,14 +376,7 @@ class Recipe:
 
     @classmethod
     def presets(cls) -> dict[str, Preset]:
-        """Return all presets by name: description, readers, and what was measured.
-
-        Examples
-        --------
-        >>> from corequant.recipe import Recipe
-        >>> sorted(Recipe.presets())[:4]
-        ['gguf-mxfp4', 'gguf-q4_0', 'gguf-q4_1', 'gguf-q8_0']
-        """
+        """Return all presets by name: descriptions, readers, and what was measured."""
         return {name: find_preset(name) for name in PRESETS}
 
     def to_dict(self) -> dict[str, Any]:

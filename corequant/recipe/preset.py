@@ -39,6 +39,9 @@ READERS = MappingProxyType(
 )
 """Programs that a result can be written for, and the layout of files of each (read-only)."""
 
+_WITHOUT = ("heads", "offline")
+"""Rotations that leave none for run time."""
+
 _OF_METHODS = {"damping", "correction", "refit", "reference", "steps"}
 """Fields that not every method of rounding takes."""
 
@@ -71,8 +74,8 @@ class Preset:
     def fields(self, reader: str | None = None, **changes: Any) -> dict[str, Any]:
         """Return the recipe's fields for a reader, with some changed.
 
-        A change that goes with another rotation brings it: ``block_size`` and ``factors`` make an
-        ``offline`` rotation ``merged``, and ``rotation="offline"`` removes both. Another
+        A change that goes with another rotation brings it: ``block_size`` and ``factors`` make a
+        rotation without any at run time ``merged``, and such a rotation removes both. Another
         ``rounding`` leaves out what only the preset's method takes.
 
         Raises
@@ -83,9 +86,9 @@ class Preset:
         values = {**self.recipe, **self._differences(reader)}
         online = {"block_size": None, "factors": "none"}
         asked = any(changes.get(name, without) != without for name, without in online.items())
-        if values.get("rotation") == "offline" and asked:
+        if values.get("rotation") in _WITHOUT and asked:
             values["rotation"] = "merged"
-        left = set(online) if changes.get("rotation") == "offline" else set()
+        left = set(online) if changes.get("rotation") in _WITHOUT else set()
         if changes.get("rounding", values.get("rounding")) != values.get("rounding"):
             left |= _OF_METHODS
         return {**{k: v for k, v in values.items() if k not in left}, **changes}

@@ -67,8 +67,9 @@ def test_a_change_brings_the_rotation_that_it_needs():
     assert Recipe.preset("w4a16", block_size=32).rotation == "merged"
     assert Recipe.preset("w4a16", factors="signs").rotation == "merged"
     assert Recipe.preset("w4a16", block_size=None).rotation == Recipe.preset("w4a16").rotation
-    plain = Recipe.preset("w4a4", rotation="offline")
-    assert (plain.block_size, plain.factors) == (None, "none")
+    for rotation in ("heads", "offline"):
+        plain = Recipe.preset("w4a4", rotation=rotation)
+        assert (plain.block_size, plain.factors) == (None, "none")
     with pytest.raises(cq.RecipeError, match="block_size must be None"):
         Recipe.preset("w4a4", rotation="offline", block_size=32)
 

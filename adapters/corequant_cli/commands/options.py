@@ -44,7 +44,8 @@ _NUMBERS: dict[str, type[int] | type[float]] = {
 _PANELS = {
     **dict.fromkeys(("weights", "activations", "embeddings", "head", "layers", "keep"), WHAT),
     **dict.fromkeys(("dtype", "rotation", "block_size"), WHAT),
-    **dict.fromkeys(("rounding", "permutation", "factors", "samples", "sequence_length"), QUALITY),
+    **dict.fromkeys(("rounding", "permutation", "factors"), QUALITY),
+    **dict.fromkeys(("samples", "sequence_length", "sampling"), QUALITY),
 }
 """Panel of each field's option; those that aren't here are for experts."""
 
