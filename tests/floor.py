@@ -12,7 +12,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-EXTRAS = ("torch", "transformers", "plot")
+EXTRAS = ("torch", "transformers", "plot", "data")
 
 
 def floors(project: dict, instead: list[str]) -> dict[str, str]:

@@ -15,6 +15,8 @@ from corequant_transformers.exports.arrival import install_when_imported
 if TYPE_CHECKING:
     from corequant_transformers.architectures.known import Architecture, Experts, register
     from corequant_transformers.calibration.choices import Calibration
+    from corequant_transformers.calibration.data.documents import Documents, read_documents
+    from corequant_transformers.calibration.data.windows import Sample, sample_windows
     from corequant_transformers.checkpoint.reader import load, load_tokenizer
     from corequant_transformers.evaluation.divergence import Divergence
     from corequant_transformers.evaluation.measurement import Evaluation, evaluate
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 _PARTS = {
     "architectures.known": "Architecture Experts register",
     "calibration.choices": "Calibration",
+    "calibration.data.documents": "Documents read_documents",
+    "calibration.data.windows": "Sample sample_windows",
     "checkpoint.reader": "load load_tokenizer",
     "evaluation.divergence": "Divergence",
     "evaluation.measurement": "Evaluation evaluate",
@@ -64,10 +68,12 @@ __all__ = [
     "Calibration",
     "Choices",
     "Divergence",
+    "Documents",
     "Evaluation",
     "Experts",
     "Inspection",
     "Quantized",
+    "Sample",
     "Source",
     "Task",
     "TaskResult",
@@ -86,8 +92,10 @@ __all__ = [
     "load_tokenizer",
     "plan",
     "quantize",
+    "read_documents",
     "read_task",
     "register",
+    "sample_windows",
     "tiny_model",
     "token_windows",
     "trace",

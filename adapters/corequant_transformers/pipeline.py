@@ -20,10 +20,16 @@ from corequant.storage.files import read_text
 from corequant_transformers.architectures.known import UnknownArchitectureError
 from corequant_transformers.architectures.unknown import undescribed
 from corequant_transformers.calibration.choices import Calibration, check_calibration
+from corequant_transformers.calibration.data.given import (
+    CalibrationData,
+    Taken,
+    needs_tokenizer,
+    take_windows,
+)
 from corequant_transformers.checkpoint.quantized import Quantized
 from corequant_transformers.checkpoint.tensors import place_tensors
 from corequant_transformers.files.outputs import check_output
-from corequant_transformers.model.forward import check_ids, check_positions, check_tokens
+from corequant_transformers.model.forward import check_ids, check_positions
 from corequant_transformers.model.layouts import (
     check_blocks,
     check_places,
@@ -35,7 +41,6 @@ from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
 from corequant_transformers.model.replicas import check_given, check_plain, unwrap
 from corequant_transformers.model.sources import Source, read_generation
 from corequant_transformers.model.surroundings import check_device, device_of, undisturbed
-from corequant_transformers.model.text import token_windows
 from corequant_transformers.planning.memory import peak_rss_mib
 from corequant_transformers.planning.model_plan import ModelPlan, plan_model
 from corequant_transformers.planning.unquantized import settle_dtype
@@ -115,7 +120,7 @@ def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
 def calibrate(
     model: Any,
     recipe: Recipe,
-    calibration: str | npt.NDArray[Any],
+    calibration: CalibrationData = None,
     tokenizer: Any = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> Calibration:
@@ -128,8 +133,8 @@ def calibrate(
         it may run elsewhere meanwhile; its hooks run, in evaluation mode.
     recipe : Recipe
         Gives the number and length of the windows that are taken from a text.
-    calibration : str or numpy.ndarray (windows, length)
-        Text, or token windows.
+    calibration : str, Path, sequence of Path, Documents, Sample or numpy.ndarray, optional
+        As for ``quantize``.
     tokenizer : transformers tokenizer, optional
         Needed for text.
     progress : callable
@@ -151,22 +156,20 @@ def calibrate(
         If an activation holds NaN or infinity.
     """
     model = check_given(model)
-    if isinstance(calibration, str):
-        tokens = _windows(calibration, tokenizer, recipe)
-    else:
-        tokens = check_tokens(calibration)
+    taken = take_windows(calibration, recipe, tokenizer)
     table = plan_model(model.config, recipe)
     _check_structure(model, table)
-    _check_windows(table, tokens)
+    _check_windows(table, taken.tokens)
     parts = Parts(skeleton(model), table, ModelWeights(model), device_of(model))
-    return Job(parts, table, tokens, MemoryLedger(), progress=progress).calibrate()
+    found = Job(parts, table, taken.tokens, MemoryLedger(), progress=progress).calibrate()
+    return replace(found, data=taken.data)
 
 
 @undisturbed()
 def quantize(
     model: str | Path | Any,
     recipe: Recipe,
-    calibration: str | npt.NDArray[Any] | Calibration,
+    calibration: CalibrationData = None,
     output: str | Path | None = None,
     *,
     tokenizer: Any = None,
@@ -186,8 +189,10 @@ def quantize(
         elsewhere meanwhile.
     recipe : Recipe
         Recipe of transforms, formats and rounding.
-    calibration : str, numpy.ndarray (windows, length) or Calibration
-        Text, token windows, or what ``calibrate`` returned for this very model.
+    calibration : str, Path, sequence of Path, Documents, numpy.ndarray or Calibration, optional
+        A text; files and folders, as for ``read_documents``, or what it returned; token windows
+        (windows, length), or a ``Sample`` of them; or what ``calibrate`` returned for this very
+        model. By default a public-domain text that the package carries.
     output : str or Path, optional
         A new or empty directory. Nothing is left there if anything fails. What a model on disk
         needs on the way is kept next to it, in a directory named ``output`` with ``.run`` at its
@@ -271,21 +276,18 @@ def quantize(
         if output is not None:
             check_rebuilt(model, rebuild(_config_text(model)))
     if source is not None:
-        tokenizer = _tokenizer(source, needed=isinstance(calibration, str))
-    if isinstance(calibration, str):
-        # Too little text should be known before the model is read.
-        calibration = _windows(calibration, tokenizer, recipe)
-    found = calibration if isinstance(calibration, Calibration) else None
-    tokens = check_tokens(calibration if found is None else found.tokens)
-    _check_windows(table, tokens)
-    if found is not None:
-        check_calibration(table, found)
+        tokenizer = _tokenizer(source, needed=needs_tokenizer(calibration))
+    # Too little text should be known before the model is read.
+    taken = take_windows(calibration, recipe, tokenizer)
+    _check_windows(table, taken.tokens)
+    if taken.calibration is not None:
+        check_calibration(table, taken.calibration)
     # What the plan foresees may be kept; a limit counts what was freed, too.
     spare = table.peak_bytes() if memory is None else 0
     task = _Task(
-        source or model, table, tokens, found, tokenizer, where, executor, spare, progress, started
+        source or model, table, taken, tokenizer, where, executor, spare, progress, started
     )
-    if output is None or source is None or found is not None:
+    if output is None or source is None or taken.calibration is not None:
         job, float_config = task.run(MemoryLedger())
         result = task.result(job, float_config, _assemble(job, source or model))
         if output is not None:
@@ -293,7 +295,7 @@ def quantize(
             result.save(output)
             progress("save", 1, 1)
         return result
-    manifest = describe_run(source, recipe, tokens, where)
+    manifest = describe_run(source, recipe, taken.tokens, where)
     with begin_run(output, manifest, resume=resume) as run:
         job, float_config = task.run(run, Pace(steps_of(table), run.log, events).step)
         result = task.result(job, float_config, path=Path(output).absolute())
@@ -309,8 +311,7 @@ class _Task:
 
     given: Source | Any
     plan: ModelPlan
-    tokens: npt.NDArray[np.int64]
-    calibration: Calibration | None
+    taken: Taken
     tokenizer: Any
     device: torch.device
     executor: Executor | None
@@ -326,9 +327,9 @@ class _Task:
         job = Job(
             parts,
             self.plan,
-            self.tokens,
+            self.taken.tokens,
             ledger,
-            calibration=self.calibration,
+            calibration=self.taken.calibration,
             executor=self.executor,
             progress=self.progress,
             after=after,
@@ -361,6 +362,7 @@ class _Task:
             "verification": found["verification"].to_dict(),
             "notes": list(job.plan.notes),
             "calibration_tokens": int(job.tokens.size),
+            "calibration": dict(self.taken.data),
             "signs": found["signs"],
             "regions": found["regions"],
             "matrices": found["matrices"],
@@ -384,12 +386,6 @@ class _Task:
 def _config_text(model: Any) -> str:
     text: str = model.config.to_json_string(use_diff=False)
     return text
-
-
-def _windows(text: str, tokenizer: Any, recipe: Recipe) -> npt.NDArray[np.int64]:
-    if tokenizer is None:
-        raise TypeError("tokenizer must be given with text, got None")
-    return token_windows(text, tokenizer, recipe.sequence_length, recipe.samples)
 
 
 def _tokenizer(source: Source, *, needed: bool) -> Any:

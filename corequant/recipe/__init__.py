@@ -9,6 +9,7 @@ from corequant.recipe.model import (
     REFERENCES,
     ROTATIONS,
     ROUNDINGS,
+    SAMPLINGS,
     Recipe,
 )
 from corequant.recipe.preset import (
@@ -32,6 +33,7 @@ __all__ = [
     "REFERENCES",
     "ROTATIONS",
     "ROUNDINGS",
+    "SAMPLINGS",
     "LayerSettings",
     "Preset",
     "Recipe",

@@ -17,7 +17,16 @@ from corequant.rounding.methods import RoundingOptions, rounding_methods
 from corequant.selection import METHODS
 from corequant.specs import Granularity, QuantSpec
 
-__all__ = ["DTYPES", "FACTORS", "PERMUTATIONS", "REFERENCES", "ROTATIONS", "ROUNDINGS", "Recipe"]
+__all__ = [
+    "DTYPES",
+    "FACTORS",
+    "PERMUTATIONS",
+    "REFERENCES",
+    "ROTATIONS",
+    "ROUNDINGS",
+    "SAMPLINGS",
+    "Recipe",
+]
 
 PERMUTATIONS = (*METHODS, "auto")
 """Names that ``Recipe.permutation`` takes."""
@@ -33,6 +42,9 @@ ROTATIONS = ("merged", "online", "offline", "heads")
 
 REFERENCES = ("block", "model")
 """Names that ``Recipe.reference`` takes."""
+
+SAMPLINGS = ("consecutive", "random")
+"""Names that ``Recipe.sampling`` takes."""
 
 ROUNDINGS = tuple(rounding_methods())
 """Names that ``Recipe.rounding`` takes."""
@@ -123,6 +135,10 @@ class Recipe:
         Number of calibration windows.
     sequence_length : int
         Tokens per calibration window.
+    sampling : str
+        How calibration windows are taken from the documents: one of ``SAMPLINGS``. ``consecutive``
+        cuts the documents, joined in their order, from the beginning; ``random`` draws documents,
+        and places in them, by ``seed``.
     seed : int
         Random seed.
 
@@ -166,6 +182,7 @@ class Recipe:
     steps: int = 400
     samples: int = 8
     sequence_length: int = 2048
+    sampling: str = "consecutive"
     seed: int = 0
 
     if TYPE_CHECKING:
@@ -195,6 +212,7 @@ class Recipe:
             steps: int = ...,
             samples: int = ...,
             sequence_length: int = ...,
+            sampling: str = ...,
             seed: int = ...,
         ) -> None: ...
 
@@ -216,6 +234,7 @@ class Recipe:
         _check_choice("rotation", self.rotation, ROTATIONS)
         _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_choice("reference", self.reference, REFERENCES)
+        _check_choice("sampling", self.sampling, SAMPLINGS)
         if isinstance(self.block_size, str) and self.block_size != "auto":
             raise RecipeError(
                 f"block_size must be an integer, several, 'auto' or None, got {self.block_size!r}"

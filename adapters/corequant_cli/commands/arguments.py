@@ -10,20 +10,42 @@ import typer
 
 from corequant.errors import OutputError
 from corequant.storage.files import json_text
-from corequant_cli.commands.panels import WHERE
+from corequant_cli.commands.panels import QUALITY, WHERE
 
 __all__ = [
+    "AnyModel",
+    "CalibrationFiles",
     "Device",
     "Json",
     "Length",
     "Model",
+    "TextFiles",
     "Verify",
     "load_adapter",
     "output_path",
     "print_json",
+    "read_data",
 ]
 
-Model = Annotated[Path, typer.Argument(help="Transformers directory or GGUF file.")]
+_CACHED = "or the id of a model in the local Hugging Face cache"
+_DATA = (
+    "Text, JSON lines or Parquet to {}, a folder of these, or the id of a data set in the local "
+    "Hugging Face cache; may be repeated."
+)
+
+Model = Annotated[Path, typer.Argument(help=f"Transformers directory, GGUF file, {_CACHED}.")]
+AnyModel = Annotated[Path, typer.Argument(help=f"Quantized or float model, {_CACHED}.")]
+CalibrationFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help=f"{_DATA.format('calibrate on')} By default a public-domain text of the package.",
+        metavar="<path>",
+        rich_help_panel=QUALITY,
+    ),
+]
+TextFiles = Annotated[
+    list[Path] | None, typer.Option(help=_DATA.format("measure on"), metavar="<path>")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Length = Annotated[int, typer.Option(help="Tokens per window.", min=2)]
 Device = Annotated[
@@ -39,6 +61,13 @@ def output_path(text: str) -> Path:
     if not text:
         raise OutputError("--output must be a path, got ''; use '.' for the working directory")
     return Path(text)
+
+
+def read_data(paths: list[Path] | None) -> Any:
+    """Return the documents in files, or those that the package carries if none are named."""
+    from corequant_transformers.calibration.data.documents import carried_documents, read_documents
+
+    return read_documents(paths) if paths else carried_documents()
 
 
 def load_adapter() -> None:

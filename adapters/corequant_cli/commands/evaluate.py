@@ -7,16 +7,25 @@ from typing import Annotated, Any
 
 import typer
 
-from corequant_cli.commands.arguments import Device, Json, Length, Verify, load_adapter, print_json
-from corequant_cli.commands.options import read_option
-from corequant_cli.tables import console, evaluations
+from corequant_cli.commands.arguments import (
+    AnyModel,
+    Device,
+    Json,
+    Length,
+    TextFiles,
+    Verify,
+    load_adapter,
+    print_json,
+    read_data,
+)
+from corequant_cli.tables import console, data, evaluations
 
 __all__ = ["evaluate"]
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="Quantized or float model.")],
-    text: Annotated[Path | None, typer.Option(help="Text file (UTF-8).")] = None,
+    model: AnyModel,
+    text: TextFiles = None,
     against: Annotated[
         Path | None, typer.Option(help="Float model to compare with: a directory or GGUF file.")
     ] = None,
@@ -46,9 +55,9 @@ def evaluate(
     the float model, in nats per token, and how often both predict the same. What --tasks names may
     have the fields of HellaSwag or BLiMP, or query, choices and gold.
     """
-    if text is None and not tasks:
+    if not text and not tasks:
         raise typer.BadParameter("--text or --tasks must be given")
-    words = None if text is None else read_option("text", text)
+    documents = read_data(text) if text else None
     import corequant_transformers as cqhf
 
     questions = [cqhf.read_task(path, limit) for path in tasks or ()]
@@ -57,9 +66,9 @@ def evaluate(
 
     where = check_device(device)
     tokenizer, load = _opened(model, verify)
-    tokens = (
-        None if words is None else cqhf.token_windows(words, tokenizer, sequence_length, windows)
-    )
+    sample = None
+    if documents is not None:
+        sample = cqhf.sample_windows(documents, tokenizer, sequence_length, windows)
     other = None if against is None else _opened(against, verify)[1]
     loaded = load().to(where)
     reference = None if other is None else other().to(where)
@@ -68,10 +77,10 @@ def evaluate(
         found["against"] = str(against)
     measured, results = None, []
     with console.progress() as progress:
-        if tokens is not None:
+        if sample is not None:
             measured = cqhf.evaluate(
                 loaded,
-                tokens,
+                sample.tokens,
                 against=reference,
                 progress=lambda done, total: progress("evaluate", done, total),
             )
@@ -80,9 +89,12 @@ def evaluate(
                 loaded, questions, tokenizer, against=reference, progress=progress
             )
     if not as_json:
+        if sample is not None:
+            data.taken("evaluated on", sample.to_dict())
         evaluations.evaluation(model, against, measured, results)
         return
     found |= {} if measured is None else measured.to_dict()
+    found |= {} if sample is None else {"data": sample.to_dict()}
     if questions:
         found["tasks"] = [result.to_dict() for result in results]
     print_json(found)

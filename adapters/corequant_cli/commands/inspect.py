@@ -7,18 +7,28 @@ from typing import Annotated
 
 import typer
 
-from corequant_cli.commands.arguments import Json, Length, Verify, load_adapter, print_json
-from corequant_cli.commands.options import read_option
-from corequant_cli.tables import console, models
+from corequant_cli.commands.arguments import (
+    AnyModel,
+    Json,
+    Length,
+    Verify,
+    load_adapter,
+    print_json,
+    read_data,
+)
+from corequant_cli.tables import console, data, models
 
 __all__ = ["inspect"]
 
 
 def inspect(
-    model: Annotated[Path, typer.Argument(help="Quantized or float model.")],
+    model: AnyModel,
     text: Annotated[
-        Path | None,
-        typer.Option(help="Text file to run a float model on; Python's help topics by default."),
+        list[Path] | None,
+        typer.Option(
+            help="Text to run a float model on, as for quantize --calibration; by default the text "
+            "that the package carries."
+        ),
     ] = None,
     block_size: Annotated[int, typer.Option(help="Block length to analyze.")] = 16,
     windows: Annotated[
@@ -32,26 +42,28 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show how a directory was quantized, or a float model's outliers."""
-    given = None if text is None else read_option("text", text)
+    documents = read_data(text)
     import corequant_transformers as cqhf
 
     load_adapter()
-    from corequant_cli.commands.demonstration import help_topics
     from corequant_transformers.checkpoint.reader import is_quantized
+    from corequant_transformers.files.hub import locate
     from corequant_transformers.inspection.html import check_report_output
 
+    model = locate(model)
     if is_quantized(model):
         _inspect_quantized(model, verify, as_json)
         return
     source, page = cqhf.Source(model, verify=verify), check_report_output(report)
-    words = help_topics() if given is None else given
-    tokens = cqhf.token_windows(words, source.tokenizer(), sequence_length, windows)
+    sample = cqhf.sample_windows(documents, source.tokenizer(), sequence_length, windows)
     with console.progress() as progress:
-        found = cqhf.inspect(source.load(), tokens, block_size, progress=progress)
+        found = cqhf.inspect(source.load(), sample.tokens, block_size, progress=progress)
     page = cqhf.write_report(found, page)
     if as_json:
-        print_json({"model": str(model), "report": str(page), **found.to_dict()})
+        shown = {"model": str(model), "report": str(page), **found.to_dict()}
+        print_json({**shown, "data": sample.to_dict()})
     else:
+        data.taken("inspected on", sample.to_dict())
         models.outliers(found, page)
 
 

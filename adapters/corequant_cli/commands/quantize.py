@@ -10,16 +10,18 @@ import typer
 from corequant.errors import OutputError
 from corequant.recipe import Recipe
 from corequant_cli.commands.arguments import (
+    CalibrationFiles,
     Device,
     Json,
     Model,
     load_adapter,
     output_path,
     print_json,
+    read_data,
 )
-from corequant_cli.commands.options import read_option, takes_recipe
-from corequant_cli.commands.panels import QUALITY, WHERE
-from corequant_cli.tables import console, models, plans
+from corequant_cli.commands.options import takes_recipe
+from corequant_cli.commands.panels import WHERE
+from corequant_cli.tables import console, data, models, plans
 
 __all__ = ["quantize"]
 
@@ -38,9 +40,8 @@ def quantize(
             rich_help_panel=WHERE,
         ),
     ],
-    calibration: Annotated[
-        Path, typer.Option(help="Text file (UTF-8) to calibrate on.", rich_help_panel=QUALITY)
-    ],
+    *,
+    calibration: CalibrationFiles = None,
     recipe: Recipe,
     reader: str,
     resume: Annotated[
@@ -68,7 +69,7 @@ def quantize(
     """Quantize a model: calibrate, rotate, verify, round, and save it for a program to load."""
     if reader != "corequant" and not dry_run:
         raise OutputError(f"use --for corequant, then 'corequant export', for {reader}")
-    text = "" if dry_run else read_option("calibration", calibration)
+    documents = None if dry_run else read_data(calibration)
     import corequant_transformers as cqhf
 
     load_adapter()
@@ -79,12 +80,14 @@ def quantize(
         else:
             plans.fates(fates)
         return
+    if not calibration and not as_json:
+        data.carried()
     limit = None if memory is None else cqhf.limit_memory(memory, cqhf.plan(model, recipe))
     with console.progress() as progress:
         result = cqhf.quantize(
             model,
             recipe,
-            text,
+            documents,
             output,
             resume=resume,
             memory=limit,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from corequant_cli.tables.console import column, console, marked, table
+from corequant_cli.tables.data import taken
 
 __all__ = ["demo", "inspection", "outliers", "quantized"]
 
@@ -14,6 +15,7 @@ __all__ = ["demo", "inspection", "outliers", "quantized"]
 def quantized(result: Any, output: Path) -> None:
     """Print what ``quantize`` did."""
     found = result.verification
+    taken("calibrated on", result.report["calibration"])
     console().print(
         f"verified before quantizing: logits agree with the float model to "
         f"{found.logits_error:.1e} (float64), {found.matrices_changed} matrices changed, "

@@ -57,6 +57,8 @@ class Calibration:
         Index of the draw of the residual stream's signs that is taken.
     draw_losses : tuple of float
         Losses of all draws that were tried.
+    data : mapping of str to values, optional
+        What the windows were taken from, for the report.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -64,6 +66,7 @@ class Calibration:
     held_out: Mapping[str, ActivationStats]
     draw: int = 0
     draw_losses: tuple[float, ...] = ()
+    data: Mapping[str, Any] | None = None
 
 
 def needs_second_order(region: Region) -> bool:

@@ -20,6 +20,7 @@ from corequant.storage.tensor_file import RawTensor, TensorFile
 from corequant_transformers.checkpoint.tensors import FORMAT_VERSION, WEIGHTS, place_tensors
 from corequant_transformers.files.atomic import read_json, read_tensors
 from corequant_transformers.files.digests import check_digests, checking, warn_of_none
+from corequant_transformers.files.hub import locate
 from corequant_transformers.model.configs import as_config_errors, check_config, settle_config
 from corequant_transformers.model.layouts import standardize
 from corequant_transformers.model.parts import skeleton
@@ -39,7 +40,7 @@ def load(path: str | Path, *, verify: bool = True) -> Any:
     Parameters
     ----------
     path : str or Path
-        A directory that ``quantize`` wrote.
+        A directory that ``quantize`` wrote, or the id of one in the local Hugging Face cache.
     verify : bool
         Compare all files with the digests that were written with them, which notices damage of any
         kind, but not a change on purpose by someone who changes the digests as well.
@@ -61,7 +62,7 @@ def load(path: str | Path, *, verify: bool = True) -> Any:
     UserWarning
         If the directory is from before there were digests.
     """
-    folder = Path(path)
+    folder = locate(path)
     with checking(folder, verify=verify):
         return _load(folder)
 
@@ -104,7 +105,7 @@ def load_tokenizer(path: str | Path, *, verify: bool = True) -> Any:
     CheckpointError
         If no tokenizer loads, or a file is not as it was written.
     """
-    folder = Path(path)
+    folder = locate(path)
     _, config = read_plan(folder)
     if verify:
         check_digests(folder, lambda name: not name.endswith(".safetensors"))
@@ -120,7 +121,7 @@ def load_tokenizer(path: str | Path, *, verify: bool = True) -> Any:
 
 def is_quantized(path: str | Path) -> bool:
     """Return whether a path is a directory that ``quantize`` wrote."""
-    return (Path(path) / WEIGHTS).is_file()
+    return (locate(path) / WEIGHTS).is_file()
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -192,7 +193,7 @@ class Stored:
     """
 
     def __init__(self, path: str | Path, *, verify: bool = True) -> None:
-        self.folder, self._verify = Path(path), verify
+        self.folder, self._verify = locate(path), verify
         self.plan, self.config = read_plan(self.folder)
         self.float_config = read_json(self.folder / "float_config.json")
         name = read_json(self.folder / "report.json").get("source")

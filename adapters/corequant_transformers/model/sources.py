@@ -20,6 +20,7 @@ from corequant.storage.shard_index import check_homes, is_plain, read_index
 from corequant.storage.tensor_file import TensorFile
 from corequant_transformers.files.atomic import read_json
 from corequant_transformers.files.digests import TEMPLATES, check_digests, comparing
+from corequant_transformers.files.hub import download_command, locate
 from corequant_transformers.model.configs import (
     as_config_errors,
     check_config,
@@ -69,7 +70,8 @@ class Source:
     Parameters
     ----------
     path : str or Path
-        A directory with ``config.json`` and safetensors files, or a ``.gguf`` file.
+        A directory with ``config.json`` and safetensors files, a ``.gguf`` file, or the id of a
+        model in the local Hugging Face cache.
     verify : bool
         Compare files that have digests, which are exports of ours, with these.
 
@@ -81,7 +83,9 @@ class Source:
     """
 
     def __init__(self, path: str | Path, *, verify: bool = True) -> None:
-        self.path = Path(path)
+        self.path = locate(path)
+        # The name of a snapshot is a commit's.
+        self._id = None if self.path == Path(path) else Path(path)
         self.is_gguf = self.path.suffix == ".gguf" and self.path.is_file()
         self.is_compressed = False
         self._compared = not verify
@@ -92,13 +96,18 @@ class Source:
 
     @property
     def name(self) -> str:
-        """The file's or folder's own name, however the path to it is written."""
+        """The file's or folder's own name, however the path to it is written, or a model's id."""
+        if self._id is not None:
+            return self._id.as_posix()
         return self.path.resolve().name
 
     def _check_directory(self) -> None:
         if not self.path.is_dir():
+            command = download_command(self.path)
+            hint = f"; if it is the id of a model, get it with: {command}" if command else ""
             raise CheckpointError(
-                f"MODEL must be a directory with config.json or a .gguf file, got {self.path}"
+                "MODEL must be a directory with config.json or a .gguf file, or the id of a model "
+                f"in the local Hugging Face cache, got {self.path}{hint}"
             )
         file = self.path / "config.json"
         if os.path.lexists(file):
