@@ -221,6 +221,7 @@ def test_a_byte_order_mark_changes_nothing(command, tmp_path):
                            "--json")[1])
         for name in ("plain", "marked")
     ]  # fmt: skip
+    assert [f.pop("data")["files"][0]["name"] for f in found] == ["plain", "marked"]
     assert found[0] == found[1]
     plan = json.loads(command("plan", folder, "--recipe", tmp_path / "recipe", "--json")[1])
     assert plan["recipe"]["block_size"] == 32

@@ -40,7 +40,11 @@ def test_contents(wheel):
     others = {n for n in names if ".dist-info" not in n and not n.endswith((".py", "/py.typed"))}
     # The conformance suite's golden vectors: arrays without pickles, and their checksums.
     golden = {"corequant/golden/manifest.json", "corequant/golden/vectors.npz"}
-    assert others == golden | {f"corequant/recipe/presets/{name}.toml" for name in PRESETS}
+    presets = {f"corequant/recipe/presets/{name}.toml" for name in PRESETS}
+    # What is calibrated on where no data is given.
+    assert others == golden | presets | {
+        "corequant_transformers/calibration/data/carried.jsonl"
+    }
     for package in tops:
         assert f"{package}/py.typed" in names
     shipped = {n for n in names if n.endswith(".py")}

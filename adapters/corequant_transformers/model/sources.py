@@ -92,7 +92,14 @@ class Source:
         self._index: Path | None = None
         self._shards: list[Path] = []
         if not self.is_gguf:
-            self._check_directory()
+            try:
+                self._check_directory()
+            except CheckpointError as error:
+                command = None if self._id is None else download_command(self._id)
+                if command is None:
+                    raise
+                # What Transformers itself looks at is often all of a model that is in the cache.
+                raise CheckpointError(f"{error}; get all of it with: {command}") from error
 
     @property
     def name(self) -> str:

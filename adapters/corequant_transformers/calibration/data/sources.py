@@ -59,12 +59,11 @@ def find_files(paths: Sequence[str | Path]) -> tuple[list[tuple[str, Path]], lis
     skipped: list[str] = []
     for path in paths:
         found = locate(path, "dataset")
-        if found.is_dir():
+        if _is_folder(Path(path), found):
             inside, others = _inside(Path(path), found)
             files += inside
             skipped += others
         else:
-            _check_there(Path(path), found)
             files.append((found.name, found))
     seen: dict[Path, str] = {}
     for name, file in files:
@@ -77,13 +76,14 @@ def find_files(paths: Sequence[str | Path]) -> tuple[list[tuple[str, Path]], lis
     return files, skipped
 
 
-def _check_there(given: Path, found: Path) -> None:
+def _is_folder(given: Path, found: Path) -> bool:
+    """Return whether a folder is there, not a file; nothing at all is an error."""
     try:
         if found.exists():
-            return
+            return found.is_dir()
     except (OSError, ValueError) as error:
         raise CalibrationError(
-            f"{given!s} must be a readable UTF-8 file or a folder: {error}"
+            f"{given} must be a readable UTF-8 file or a folder: {error}"
         ) from None
     command = None if given.suffix in _SUFFIXES else download_command(given, "dataset")
     hint = f"; if it is the id of a data set, get it with: {command}" if command else ""
