@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from corequant.recipe.model import (
+from corequant.recipe.choices import (
     DTYPES,
     FACTORS,
     PERMUTATIONS,
@@ -10,8 +10,8 @@ from corequant.recipe.model import (
     ROTATIONS,
     ROUNDINGS,
     SAMPLINGS,
-    Recipe,
 )
+from corequant.recipe.model import Recipe
 from corequant.recipe.preset import (
     DEFAULT_PRESET,
     PRESETS,

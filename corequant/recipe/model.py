@@ -10,44 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from corequant._validation import check_index, need_packages
 from corequant.errors import AccumulatorError, RecipeError, SpecError
+from corequant.recipe.choices import CHOICES
 from corequant.recipe.preset import DEFAULT_PRESET, PRESETS, Preset, find_preset
 from corequant.recipe.settings import LayerSettings
 from corequant.rounding.accumulators import AccumulatorSpec, check_tile
 from corequant.rounding.methods import RoundingOptions, rounding_methods
-from corequant.selection import METHODS
 from corequant.specs import Granularity, QuantSpec
 
-__all__ = [
-    "DTYPES",
-    "FACTORS",
-    "PERMUTATIONS",
-    "REFERENCES",
-    "ROTATIONS",
-    "ROUNDINGS",
-    "SAMPLINGS",
-    "Recipe",
-]
-
-PERMUTATIONS = (*METHODS, "auto")
-"""Names that ``Recipe.permutation`` takes."""
-
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-"""Names that ``Recipe.dtype`` takes."""
-
-FACTORS = ("none", "signs", "scales")
-"""Names that ``Recipe.factors`` takes."""
-
-ROTATIONS = ("merged", "online", "offline", "heads")
-"""Names that ``Recipe.rotation`` takes."""
-
-REFERENCES = ("block", "model")
-"""Names that ``Recipe.reference`` takes."""
-
-SAMPLINGS = ("consecutive", "random")
-"""Names that ``Recipe.sampling`` takes."""
-
-ROUNDINGS = tuple(rounding_methods())
-"""Names that ``Recipe.rounding`` takes."""
+__all__ = ["Recipe"]
 
 _LEAST = {"samples": 1, "sequence_length": 2, "seed": 0, "steps": 0, "sign_trials": 1}
 _WEIGHTS = QuantSpec.parse("int4:channel:symmetric:mse")
@@ -228,13 +198,11 @@ class Recipe:
                 object.__setattr__(self, "activations", spec)
         except SpecError as error:
             raise RecipeError(str(error)) from error
-        _check_choice("permutation", self.permutation, PERMUTATIONS)
-        _check_choice("factors", self.factors, FACTORS)
-        _check_choice("dtype", self.dtype, DTYPES)
-        _check_choice("rotation", self.rotation, ROTATIONS)
-        _check_choice("rounding", self.rounding, ROUNDINGS)
-        _check_choice("reference", self.reference, REFERENCES)
-        _check_choice("sampling", self.sampling, SAMPLINGS)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise RecipeError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
         if isinstance(self.block_size, str) and self.block_size != "auto":
             raise RecipeError(
                 f"block_size must be an integer, several, 'auto' or None, got {self.block_size!r}"
@@ -446,8 +414,3 @@ def _explicit(spec: QuantSpec) -> str:
     search = spec.scale_search.value
     given = any(part.startswith(search) for part in text.split(":"))
     return text if given else f"{text}:{search}"
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise RecipeError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -42,9 +42,7 @@ def test_contents(wheel):
     golden = {"corequant/golden/manifest.json", "corequant/golden/vectors.npz"}
     presets = {f"corequant/recipe/presets/{name}.toml" for name in PRESETS}
     # What is calibrated on where no data is given.
-    assert others == golden | presets | {
-        "corequant_transformers/calibration/data/carried.jsonl"
-    }
+    assert others == golden | presets | {"corequant_transformers/calibration/data/carried.jsonl"}
     for package in tops:
         assert f"{package}/py.typed" in names
     shipped = {n for n in names if n.endswith(".py")}

@@ -1,0 +1,49 @@
+"""Names that fields of a recipe take."""
+
+from __future__ import annotations
+
+from corequant.rounding.methods import rounding_methods
+from corequant.selection import METHODS
+
+__all__ = [
+    "CHOICES",
+    "DTYPES",
+    "FACTORS",
+    "PERMUTATIONS",
+    "REFERENCES",
+    "ROTATIONS",
+    "ROUNDINGS",
+    "SAMPLINGS",
+]
+
+PERMUTATIONS = (*METHODS, "auto")
+"""Names that ``Recipe.permutation`` takes."""
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+"""Names that ``Recipe.dtype`` takes."""
+
+FACTORS = ("none", "signs", "scales")
+"""Names that ``Recipe.factors`` takes."""
+
+ROTATIONS = ("merged", "online", "offline", "heads")
+"""Names that ``Recipe.rotation`` takes."""
+
+REFERENCES = ("block", "model")
+"""Names that ``Recipe.reference`` takes."""
+
+SAMPLINGS = ("consecutive", "random")
+"""Names that ``Recipe.sampling`` takes."""
+
+ROUNDINGS = tuple(rounding_methods())
+"""Names that ``Recipe.rounding`` takes."""
+
+CHOICES = {
+    "permutation": PERMUTATIONS,
+    "factors": FACTORS,
+    "dtype": DTYPES,
+    "rotation": ROTATIONS,
+    "rounding": ROUNDINGS,
+    "reference": REFERENCES,
+    "sampling": SAMPLINGS,
+}
+"""Names that each field takes, in the order in which they are checked."""
