@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
+from corequant_transformers.files.digests import write_digests
 from corequant_transformers.planning.memory import peak_rss_mib
 from tests import capabilities
 from tests.models.conftest import ARCHITECTURES
@@ -124,10 +125,8 @@ def test_plain_transformers_refuses_the_directory(saved, reader):
         """
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    if reader.startswith("Auto"):
-        assert "load it with corequant_transformers.load" in done.stdout
-    else:
-        assert "no file named model.safetensors" in done.stdout
+    assert done.stdout.startswith("ValueError The transformers file in the config")
+    assert done.stdout.endswith(": import corequant_transformers first\n")
 
 
 def test_the_report_and_recipe_are_there(saved):
@@ -488,10 +487,23 @@ def test_what_is_said_about_generation_is_kept(tokens, tmp_path):
 
 
 def test_save_pretrained_does_not_lose_layers(saved, tmp_path):
-    for model in (saved[0].model, cqhf.load(saved[1])):
-        with pytest.raises(cq.OutputError, match="would lose the quantized layers"):
-            model.save_pretrained(tmp_path / "lost")
+    """Of a model that was loaded it writes all; see ``test_loading``."""
+    with pytest.raises(cq.OutputError, match="would lose the quantized layers"):
+        saved[0].model.save_pretrained(tmp_path / "lost")
     assert not (tmp_path / "lost").exists()
+
+
+def test_directories_of_earlier_versions_still_load(saved, copy_of):
+    """Their model type was one that Transformers doesn't know."""
+    told = "corequant_qwen2 (load it with corequant_transformers.load)"
+    edit_json(copy_of / "config.json", model_type=told, transformers_weights=None)
+    write_digests(copy_of)
+    ids = np.arange(12)[None]
+    assert torch.equal(logits(cqhf.load(copy_of), ids), logits(cqhf.load(saved[1]), ids))
+    with pytest.raises(ValueError, match="load it with corequant_transformers.load"):
+        transformers.AutoModelForCausalLM.from_pretrained(copy_of)
+    with pytest.raises(cq.CheckpointError, match="already quantized"):
+        cqhf.Source(copy_of)
 
 
 def test_windows_longer_than_learned_positions_are_refused():

@@ -17,10 +17,12 @@ from corequant.recipe import Recipe
 from corequant.storage.arrays import from_arrays
 from corequant.storage.files import open_regular, read_text
 from corequant.storage.tensor_file import RawTensor, TensorFile
-from corequant_transformers.checkpoint.tensors import FORMAT_VERSION, WEIGHTS, place_tensors
+from corequant_transformers.checkpoint.saving import Saving
+from corequant_transformers.checkpoint.tensors import place_tensors
 from corequant_transformers.files.atomic import read_json, read_tensors
 from corequant_transformers.files.digests import check_digests, checking, warn_of_none
 from corequant_transformers.files.hub import locate
+from corequant_transformers.files.marks import WEIGHTS, check_settings
 from corequant_transformers.model.configs import as_config_errors, check_config, settle_config
 from corequant_transformers.model.layouts import standardize
 from corequant_transformers.model.parts import skeleton
@@ -77,7 +79,9 @@ def _load(folder: Path) -> Any:
     restructure(model, plan)
     tensors = _read_tensors(folder / WEIGHTS)
     model.generation_config = read_generation(folder) or model.generation_config
-    return place_tensors(model, plan, tensors, folder / WEIGHTS)
+    place_tensors(model, plan, tensors, folder / WEIGHTS)
+    model.save_pretrained = Saving.of(model, plan, folder)
+    return model
 
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -141,14 +145,7 @@ def read_plan(folder: Path) -> tuple[ModelPlan, Any]:
         raise CheckpointError(f"MODEL must be a directory that corequant wrote, got {folder}")
     own = read_json(folder / "config.json")
     check_config(own, folder / "config.json")
-    settings = own.get("quantization_config")
-    if not isinstance(settings, dict) or settings.get("quant_method") != "corequant":
-        raise CheckpointError(f"quant_method of {folder / 'config.json'} must be 'corequant'")
-    version = settings.get("format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"format_version of {folder} must be {FORMAT_VERSION} for this corequant, got {version}"
-        )
+    check_settings(own.get("quantization_config"), str(folder / "config.json"))
     values = read_json(folder / "float_config.json")
     check_config(values, folder / "float_config.json")
     try:

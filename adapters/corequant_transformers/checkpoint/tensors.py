@@ -8,23 +8,18 @@ from typing import Any
 import torch
 
 from corequant.errors import CheckpointError, OutputError
-from corequant.storage.arrays import from_arrays, to_arrays
+from corequant.storage.arrays import from_arrays
 from corequant_transformers.model.parts import Part, part_of, part_plan, tie
 from corequant_transformers.model.quantized_linear import QuantizedLinear
 from corequant_transformers.planning.model_plan import ModelPlan
 from corequant_transformers.rounding.unquantized import as_stored
 
 __all__ = [
-    "FORMAT_VERSION",
-    "WEIGHTS",
     "check_writable",
     "model_tensors",
     "part_tensors",
     "place_tensors",
 ]
-
-WEIGHTS = "corequant.safetensors"
-FORMAT_VERSION = 1
 
 
 def place_tensors(
@@ -47,6 +42,9 @@ def place_tensors(
     CheckpointError
         If they are not what the plan leads to expect.
     """
+    expected = {k: v for k, v in model.state_dict().items() if not _belongs(k, plan)}
+    if plan.tied:
+        del expected[f"{plan.architecture.head}.weight"]
     for matrix in plan.quantized:
         prefix = f"{matrix.name}.weight_"
         own = {k: array_of(k, t, where) for k, t in tensors.items() if k.startswith(prefix)}
@@ -60,15 +58,12 @@ def place_tensors(
                 f"{where} {rule} {matrix.name}.bias as its config says, got {got}"
             )
         if bias is not None:
-            expected, found = {"bias": layer.weight[:, 0]}, {"bias": bias}
-            _check_same(f"{matrix.name} in {where}", expected, found)
+            found = {"bias": bias}
+            _check_same(f"{matrix.name} in {where}", {"bias": layer.weight[:, 0]}, found)
             layer.bias = found["bias"]
         model.set_submodule(matrix.name, layer)
         for key in own:
             del tensors[key]
-    expected = {k: v for k, v in model.state_dict().items() if not _belongs(k, plan)}
-    if plan.tied:
-        del expected[f"{plan.architecture.head}.weight"]
     _check_same(where, expected, tensors)
     model.load_state_dict(tensors, strict=False, assign=True)
     if plan.tied:
@@ -103,20 +98,17 @@ def part_tensors(model: Any, plan: ModelPlan, part: Part) -> dict[str, torch.Ten
 
 def model_tensors(model: Any, plan: ModelPlan) -> dict[str, torch.Tensor]:
     """Return what is stored of a quantized model."""
-    tensors, dtype = {}, plan.recipe.dtype
     for matrix in plan.quantized:
         layer = model.get_submodule(matrix.name)
         if not isinstance(layer, QuantizedLinear):
             got = type(layer).__name__
             raise OutputError(f"{matrix.name} must be the QuantizedLinear that it was, got {got}")
-        for key, array in to_arrays(matrix.name, layer.quantized).items():
-            tensors[key] = torch.from_numpy(array)
-        if layer.bias is not None:
-            tensors[f"{matrix.name}.bias"] = _stored(f"{matrix.name}.bias", layer.bias, dtype)
-    rest = {k: v for k, v in model.state_dict().items() if not _belongs(k, plan)}
+    codes = tuple(f"{m.name}.weight_" for m in plan.quantized)
+    state = model.state_dict()
     if plan.tied:
-        rest.pop(f"{plan.architecture.head}.weight", None)
-    return {**{k: _stored(k, v, dtype) for k, v in rest.items()}, **tensors}
+        state.pop(f"{plan.architecture.head}.weight", None)
+    dtype = plan.recipe.dtype
+    return {k: v if k.startswith(codes) else _stored(k, v, dtype) for k, v in state.items()}
 
 
 def _stored(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -2,9 +2,9 @@
 
 A directory holds ``corequant.safetensors`` (codes, scales and the float matrices), ``config.json``,
 ``float_config.json`` (the float model's config), ``recipe.toml``, ``report.json`` and the
-tokenizer's files. Its model type is one that only this package knows and its weights have a name of
-their own: a reader that would ignore the run-time rotation finds neither a model class nor weights
-and stops, where it would otherwise compute nonsense.
+tokenizer's files. Its weights have a name of their own, and ``config.json`` has ``GUARD`` for it: a
+reader that would ignore the run-time rotation finds no weights and stops, where it would otherwise
+compute nonsense. With this package Transformers finds them, see ``quantizer``.
 """
 
 from __future__ import annotations
@@ -19,18 +19,14 @@ import safetensors
 import safetensors.torch
 
 from corequant.storage.files import json_text, version_of
-from corequant_transformers.checkpoint.tensors import (
-    FORMAT_VERSION,
-    WEIGHTS,
-    check_writable,
-    model_tensors,
-)
+from corequant_transformers.checkpoint.tensors import check_writable, model_tensors
 from corequant_transformers.files.atomic import compare
 from corequant_transformers.files.digests import (
     DIGESTS,
     sealed_report,
     write_digests,
 )
+from corequant_transformers.files.marks import FORMAT_VERSION, GUARD, METHOD, WEIGHTS
 from corequant_transformers.files.outputs import check_output, new_directory
 from corequant_transformers.model.layouts import standardize
 from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
@@ -51,6 +47,7 @@ def save(
     float_config: str,
     tokenizer: Any = None,
     copied_files: list[Path] | None = None,
+    dtype: str = "float32",
 ) -> Path:
     """Write a quantized model to a new directory, read it back and compare, then give it its name.
 
@@ -69,6 +66,8 @@ def save(
         Saved by its own ``save_pretrained`` if there are no files to copy.
     copied_files : list of Path, optional
         Copied byte for byte.
+    dtype : str
+        Dtype that Transformers computes in unless it is told another.
 
     Returns
     -------
@@ -98,6 +97,7 @@ def save(
         float_config=float_config,
         tokenizer=tokenizer,
         copied_files=copied_files,
+        dtype=dtype,
     ) as folder:
         generation = getattr(model, "generation_config", None)
         file = folder / "generation_config.json"
@@ -119,6 +119,7 @@ def writing(
     float_config: str,
     tokenizer: Any = None,
     copied_files: list[Path] | None = None,
+    dtype: str = "float32",
     within: Path | None = None,
     complete: Callable[[Path], object] = lambda folder: None,
 ) -> Iterator[Path]:
@@ -129,7 +130,7 @@ def writing(
     output : str or Path
     name : str
         Name of the model's class.
-    plan, report, float_config, tokenizer, copied_files
+    plan, report, float_config, tokenizer, copied_files, dtype
         As for ``save``.
     within : Path, optional
         Folder of the directory until it gets its name; that of ``output`` by default.
@@ -148,7 +149,7 @@ def writing(
             with quiet_transformers():
                 tokenizer.save_pretrained(folder)
         (folder / "float_config.json").write_bytes(float_config.encode())
-        (folder / "config.json").write_bytes(_config(name, plan, float_config).encode())
+        (folder / "config.json").write_bytes(_config(name, plan, float_config, dtype).encode())
         (folder / "recipe.toml").write_bytes(plan.recipe.to_toml().encode())
         yield folder
         (folder / "report.json").write_bytes(sealed_report(report, folder).encode())
@@ -158,16 +159,16 @@ def writing(
         complete(folder)
 
 
-def _config(name: str, plan: ModelPlan, float_config: str) -> str:
-    kind = plan.architecture.model_type
-    values = json.loads(float_config)
+def _config(name: str, plan: ModelPlan, float_config: str, dtype: str) -> str:
+    own = ("torch_dtype", "quantization_config")
+    values = {k: v for k, v in json.loads(float_config).items() if k not in own}
     values.update(
-        # Readers that don't know the type print it: it should say what to do.
-        model_type=f"corequant_{kind} (load it with corequant_transformers.load)",
-        architectures=[f"Corequant{name}"],
+        architectures=[name],
+        dtype=dtype,
         tie_word_embeddings=plan.tied,
+        transformers_weights=GUARD,
         quantization_config={
-            "quant_method": "corequant",
+            "quant_method": METHOD,
             "format_version": FORMAT_VERSION,
             "corequant_version": version_of("corequant"),
             "load_with": "corequant_transformers.load",

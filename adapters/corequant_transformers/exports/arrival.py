@@ -34,13 +34,15 @@ class _Finder:
 
 
 def _install() -> None:
+    from corequant_transformers.checkpoint.quantizer import register_method
     from corequant_transformers.exports.transformers_hook import install
 
+    register_method()
     install()
 
 
 def install_when_imported() -> None:
-    """Install the hook of ``transformers_hook`` now, or when Transformers loads its quantizers."""
+    """Register ``quantizer`` and ``transformers_hook`` now, or when Transformers has registries."""
     if _QUANTIZERS in sys.modules:
         _install()
     else:

@@ -20,8 +20,8 @@ from corequant.storage.files import json_text
 from corequant.storage.shard_index import read_index
 from corequant.storage.tensor_file import RawTensor, TensorFile, write_tensors
 from corequant_transformers.checkpoint.reader import Stored
-from corequant_transformers.exports.transformers_hook import GUARD
 from corequant_transformers.files.digests import write_digests
+from corequant_transformers.files.marks import GUARD
 from corequant_transformers.files.outputs import check_output, new_directory
 from corequant_transformers.model.configs import as_config_errors
 from corequant_transformers.model.parts import build

@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import re
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,15 +25,10 @@ from transformers.utils import quantization_config as configs
 from corequant.errors import CheckpointError, HadamardOrderError, OutputError
 from corequant.hadamard import hadamard_matrix
 from corequant.rotation import block_hadamard
-from corequant_transformers.files.digests import DIGESTS, are_compared, check_digests
+from corequant_transformers.files.comparison import Comparison
+from corequant_transformers.files.marks import GUARD
 
-__all__ = ["GUARD", "BlockTransform", "install"]
-
-GUARD = "import corequant_transformers first"
-"""The ``quantization_status`` of directories that need run-time rotations.
-
-Their weights are compressed, unless their real status follows in brackets.
-"""
+__all__ = ["BlockTransform", "install"]
 
 _METHOD = "compressed-tensors"
 _TYPES = ("hadamard", "random-hadamard")
@@ -157,7 +149,7 @@ class _Quantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc, unused-ign
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         before: Any = super()._process_model_before_weight_loading
         before(model, **kwargs)
-        self._digests = _Digests(kwargs.get("checkpoint_files"))
+        self._digests = Comparison(kwargs.get("checkpoint_files"))
         for online in getattr(self.quantization_config, "online", ()):
             _attach(model, online)
 
@@ -187,33 +179,6 @@ def _runs_in_bfloat16(config: Any) -> bool:
     formats = [getattr(part, "format", None) for part in (given, *groups.values())]
     # Some versions have an enumeration there.
     return any(getattr(f, "value", f) in _IN_BFLOAT16 for f in formats)
-
-
-class _Digests:
-    """The comparison of an export of ours with its digests, while Transformers reads it.
-
-    Parameters
-    ----------
-    files : list of str, optional
-        Files of weights.
-    """
-
-    def __init__(self, files: list[str] | None) -> None:
-        self._found: Future[Any] | None = None
-        folder = Path(files[0]).parent if files else None
-        if folder is not None and are_compared() and os.path.lexists(folder / DIGESTS):
-            pool = ThreadPoolExecutor(1)
-            self._found = pool.submit(check_digests, folder)
-            pool.shutdown(wait=False)
-
-    def __deepcopy__(self, memo: Any) -> _Digests:
-        # Transformers copies its quantizer while it loads; there is one comparison for all.
-        return self
-
-    def finish(self) -> None:
-        """Raise CheckpointError if a file isn't as it was written."""
-        if self._found is not None:
-            self._found.result()
 
 
 def _refuse_to_save(*given: Any, **options: Any) -> None:

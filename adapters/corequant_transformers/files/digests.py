@@ -16,7 +16,6 @@ import hashlib
 import os
 import re
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,16 +27,14 @@ from corequant._cpu.processors import processor_count
 from corequant.errors import CheckpointError
 from corequant.storage.files import json_text, open_regular, read_text
 from corequant_transformers.files.atomic import read_json
+from corequant_transformers.files.companions import TEMPLATES, is_tokenizers
 
 __all__ = [
     "DIGESTS",
     "GGUF_DIGEST",
     "GGUF_VERSION",
-    "TEMPLATES",
-    "are_compared",
     "check_digests",
     "checking",
-    "comparing",
     "pieces",
     "seal_gguf",
     "sealed_report",
@@ -47,9 +44,6 @@ __all__ = [
 DIGESTS = "corequant.sha256"
 REPORT, LOG = "report.json", "log.jsonl"
 GGUF_DIGEST, GGUF_VERSION = "corequant.sha256", "corequant.version"
-
-TEMPLATES = "additional_chat_templates"
-"""The one folder next to a tokenizer's files that is read: its files that end in ``.jinja``."""
 
 _UNREAD = (".md", ".html", ".gguf")
 """Suffixes of files that may lie next to a model: its documentation and exports."""
@@ -181,28 +175,6 @@ def checking(path: Path, *, verify: bool = True) -> Iterator[None]:
         warn_of_none(path)
 
 
-class _Comparing(threading.local):
-    wanted = True
-
-
-_comparing = _Comparing()
-
-
-@contextmanager
-def comparing(wanted: bool) -> Iterator[None]:
-    """Have exports that this thread reads by way of Transformers compared, or not."""
-    before, _comparing.wanted = _comparing.wanted, wanted
-    try:
-        yield
-    finally:
-        _comparing.wanted = before
-
-
-def are_compared() -> bool:
-    """Return whether this thread wants exports compared with their digests."""
-    return _comparing.wanted
-
-
 def warn_of_none(folder: Path) -> None:
     """Warn that a directory that ``quantize`` wrote has no digests."""
     # At the line that called us, however many of our functions are in between.
@@ -276,9 +248,13 @@ def _report_digests(folder: Path) -> dict[str, str]:
 
 
 def _check_names(folder: Path, known: set[str]) -> None:
+    # A model without a tokenizer may be given one later.
+    has_tokenizer = any(is_tokenizers(name) for name in known)
     for name in pieces(folder):
         file = folder / name
         if name in known or name == DIGESTS or _is_unread(file):
+            continue
+        if not has_tokenizer and is_tokenizers(name):
             continue
         raise CheckpointError(
             f"{file} is not among the files that {DIGESTS} lists, and may change what the others "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import re
 import shutil
@@ -19,7 +18,9 @@ from corequant.errors import CheckpointError, CorequantError
 from corequant.storage.shard_index import check_homes, is_plain, read_index
 from corequant.storage.tensor_file import TensorFile
 from corequant_transformers.files.atomic import read_json
-from corequant_transformers.files.digests import TEMPLATES, check_digests, comparing
+from corequant_transformers.files.companions import TEMPLATES, is_copied
+from corequant_transformers.files.comparison import comparing
+from corequant_transformers.files.digests import check_digests
 from corequant_transformers.files.hub import download_command, locate
 from corequant_transformers.model.configs import (
     as_config_errors,
@@ -37,25 +38,14 @@ __all__ = [
     "check_inside",
     "copy_files",
     "files_to_copy",
-    "is_copied",
     "place_of",
     "read_generation",
 ]
 
-_OWN_TYPE = "corequant_"
-_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
-_TOKENIZER_PATTERNS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-    "*.tiktoken",
-    "LICENSE*",
-)
+_OWN_METHOD, _OWN_TYPE = "corequant", "corequant_"
+"""``quant_method`` of directories that ``quantize`` writes, and how their model types began."""
 
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 _LOADING = threading.Lock()
 """Transformers exchanges the dtype by default and functions of torch while it loads."""
 
@@ -122,8 +112,9 @@ class Source:
         config = read_json(file)
         check_unmarked(file)
         check_config(config, file)
-        kind = config.get("model_type")
-        if isinstance(kind, str) and kind.startswith(_OWN_TYPE):
+        kind, settings = config.get("model_type"), config.get("quantization_config")
+        own = isinstance(settings, dict) and settings.get("quant_method") == _OWN_METHOD
+        if own or (isinstance(kind, str) and kind.startswith(_OWN_TYPE)):
             raise CheckpointError(
                 f"{self.path} is already quantized by corequant; quantize the float model, or load "
                 "this one with corequant_transformers.load"
@@ -407,11 +398,6 @@ def check_inside(folder: Path, file: Path) -> None:
     blobs = inside.parent.parent / "blobs"
     if real.parent != own and not (inside.parent.name == "snapshots" and real.parent == blobs):
         raise CheckpointError(f"{file} must be a file of its own folder, it leads to {real}")
-
-
-def is_copied(name: str) -> bool:
-    """Return whether a file belongs to the tokenizer or to generation, and is copied as it is."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _TOKENIZER_PATTERNS)
 
 
 @contextmanager

@@ -17,10 +17,11 @@ from corequant.errors import OutputError
 from corequant.recipe import Recipe
 from corequant.storage.files import version_of
 from corequant_transformers.checkpoint.quantized import Quantized
-from corequant_transformers.checkpoint.tensors import WEIGHTS
 from corequant_transformers.checkpoint.writer import writing
 from corequant_transformers.files.atomic import concatenate, file_sha256
-from corequant_transformers.files.digests import TEMPLATES, pieces
+from corequant_transformers.files.companions import TEMPLATES
+from corequant_transformers.files.digests import pieces
+from corequant_transformers.files.marks import WEIGHTS
 from corequant_transformers.files.outputs import UNFINISHED, check_output, contents, real_path
 from corequant_transformers.model.sources import Source, place_of
 from corequant_transformers.run.directory import LOG, RunDirectory, ended
