@@ -11,6 +11,7 @@ from corequant.recipe.choices import (
     ROUNDINGS,
     SAMPLINGS,
 )
+from corequant.recipe.layers import LayerRule
 from corequant.recipe.model import Recipe
 from corequant.recipe.preset import (
     DEFAULT_PRESET,
@@ -34,6 +35,7 @@ __all__ = [
     "ROTATIONS",
     "ROUNDINGS",
     "SAMPLINGS",
+    "LayerRule",
     "LayerSettings",
     "Preset",
     "Recipe",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from corequant.errors import RecipeError
 from corequant.rounding.methods import rounding_methods
 from corequant.selection import METHODS
 
@@ -14,6 +17,7 @@ __all__ = [
     "ROTATIONS",
     "ROUNDINGS",
     "SAMPLINGS",
+    "check_choice",
 ]
 
 PERMUTATIONS = (*METHODS, "auto")
@@ -47,3 +51,9 @@ CHOICES = {
     "sampling": SAMPLINGS,
 }
 """Names that each field takes, in the order in which they are checked."""
+
+
+def check_choice(field: str, value: Any) -> None:
+    """Raise RecipeError unless a value is among those of a field."""
+    if value not in CHOICES[field]:
+        raise RecipeError(f"{field} must be one of {', '.join(CHOICES[field])}, got {value!r}")

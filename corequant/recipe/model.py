@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from corequant._validation import check_index, need_packages
-from corequant.errors import AccumulatorError, RecipeError, SpecError
-from corequant.recipe.choices import CHOICES
+from corequant.errors import AccumulatorError, RecipeError
+from corequant.recipe.choices import CHOICES, check_choice
+from corequant.recipe.layers import LayerRule, as_rule, check_pattern, combine, is_match
 from corequant.recipe.preset import DEFAULT_PRESET, PRESETS, Preset, find_preset
-from corequant.recipe.settings import LayerSettings
-from corequant.rounding.accumulators import AccumulatorSpec, check_tile
+from corequant.recipe.quantizers import (
+    activation_spec,
+    check_specs,
+    scales_beside,
+    spec_text,
+    weight_spec,
+)
+from corequant.recipe.settings import FLOAT, LayerSettings, left_out, read_accumulator
 from corequant.rounding.methods import RoundingOptions, rounding_methods
-from corequant.specs import Granularity, QuantSpec
+from corequant.specs import QuantSpec
 
 __all__ = ["Recipe"]
 
@@ -111,6 +118,14 @@ class Recipe:
         and places in them, by ``seed``.
     seed : int
         Random seed.
+    layers : tuple of LayerRule
+        Rules for some layers: a pattern and the quantizers of weights and activations, such as
+        down_proj=int8:channel,int8 or model.layers.0=int8:channel. Several may be given, as strings
+        or mappings, too; all that match a layer apply in their order, and of what they say about
+        the same the last counts.
+    keep : tuple of str
+        Patterns of layers that stay in float, such as down_proj, model.layers.0 or re:.*o_proj.
+        They do so whatever ``layers`` says; see ``LayerRule`` about patterns.
 
     Raises
     ------
@@ -154,6 +169,8 @@ class Recipe:
     sequence_length: int = 2048
     sampling: str = "consecutive"
     seed: int = 0
+    layers: tuple[LayerRule, ...] = ()
+    keep: tuple[str, ...] = ()
 
     if TYPE_CHECKING:
         # Fields have the types that are read; these are those that are accepted.
@@ -184,25 +201,16 @@ class Recipe:
             sequence_length: int = ...,
             sampling: str = ...,
             seed: int = ...,
+            layers: Sequence[LayerRule | str | Mapping[str, Any]] = ...,
+            keep: Sequence[str] = ...,
         ) -> None: ...
 
     def __post_init__(self) -> None:
         """Parse specs that are strings and refuse invalid values."""
-        try:
-            if isinstance(self.weights, str):
-                weights = QuantSpec.parse(self.weights, scale_search="mse")
-                object.__setattr__(self, "weights", weights)
-            if isinstance(self.activations, str):
-                off = self.activations.strip().lower() == "none"
-                spec = None if off else QuantSpec.parse(self.activations, granularity="token")
-                object.__setattr__(self, "activations", spec)
-        except SpecError as error:
-            raise RecipeError(str(error)) from error
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise RecipeError(
-                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
+        object.__setattr__(self, "weights", weight_spec(self.weights))
+        object.__setattr__(self, "activations", activation_spec(self.activations))
+        for name in CHOICES:
+            check_choice(name, getattr(self, name))
         if isinstance(self.block_size, str) and self.block_size != "auto":
             raise RecipeError(
                 f"block_size must be an integer, several, 'auto' or None, got {self.block_size!r}"
@@ -227,16 +235,7 @@ class Recipe:
             raise RecipeError(f"random_signs must be true or false, got {self.random_signs!r}")
         if not isinstance(self.weights, QuantSpec):
             raise RecipeError(f"weights must be a QuantSpec, got {type(self.weights).__name__}")
-        if self.weights.granularity is Granularity.TOKEN:
-            raise RecipeError(f"weights can't be scaled by token, got {self.weights}")
-        if self.activations is not None and not isinstance(self.activations, QuantSpec):
-            got = type(self.activations).__name__
-            raise RecipeError(f"activations must be a QuantSpec or None, got {got}")
-        if self.activations is not None and self.activations.granularity is Granularity.CHANNEL:
-            raise RecipeError(
-                f"activations can't be scaled by channel at run time, got {self.activations}; "
-                "use token, group or tensor"
-            )
+        check_specs(self.weights, self.activations)
         if isinstance(self.accumulator, int) and not isinstance(self.accumulator, bool):
             object.__setattr__(self, "accumulator", str(self.accumulator))
         if self.reference != "block" and not rounding_methods()[self.rounding].needs_moments:
@@ -244,6 +243,19 @@ class Recipe:
                 f"reference must be 'block' with rounding {self.rounding!r}, got {self.reference!r}"
             )
         self.rounding_options()
+        self._settle_layers()
+
+    def _settle_layers(self) -> None:
+        given = {"layers": self.layers, "keep": self.keep}
+        for name, values in given.items():
+            if isinstance(values, str) or not isinstance(values, Sequence):
+                raise RecipeError(f"{name} must be a list, got {values!r}")
+        scales = scales_beside(self.weights)
+        rules = tuple(as_rule(value, scales) for value in self.layers)
+        object.__setattr__(self, "layers", rules)
+        object.__setattr__(self, "keep", tuple(self.keep))
+        for pattern in self.keep:
+            check_pattern("a pattern of keep", pattern)
 
     def _check_online(self) -> None:
         if self.rotation == "merged":
@@ -276,10 +288,20 @@ class Recipe:
         return self.block_size if isinstance(self.block_size, tuple) else (self.block_size,)
 
     def settings_of(self, layer: str) -> LayerSettings:
-        """Return how a linear layer is quantized, by the path of its module."""
-        return LayerSettings(
-            self.weights, self.activations, self.rounding_options(), self.permutation
-        )
+        """Return how a linear layer is quantized, by the path of its module.
+
+        Raises
+        ------
+        AccumulatorError, RecipeError
+            If what the rules come to for it contradicts itself; names the layer.
+        """
+        if any(is_match(pattern, layer) for pattern in self.keep):
+            return FLOAT
+        rules = tuple(rule for rule in self.layers if is_match(rule.pattern, layer))
+        try:
+            return _settle(self, rules)
+        except (AccumulatorError, RecipeError) as error:
+            raise type(error)(f"layers, for {layer}: {error}") from None
 
     def rounding_options(self) -> RoundingOptions:
         """Return how weights are rounded, for ``round_together``."""
@@ -295,7 +317,7 @@ class Recipe:
                 self.refit,
                 self.fit_scales,
                 self.magr,
-                self._accumulator(),
+                read_accumulator(self.accumulator, self.weights, self.activations),
                 self.steps,
             )
             options.check_spec(self.weights)
@@ -304,30 +326,6 @@ class Recipe:
         except (TypeError, ValueError) as error:
             raise RecipeError(str(error)) from error
         return options
-
-    def _accumulator(self) -> AccumulatorSpec | None:
-        if self.accumulator is None:
-            return None
-        found = re.fullmatch(r"(?:([1-9]\d*)[x×])?([1-9]\d*)", str(self.accumulator).strip())
-        if found is None:
-            raise RecipeError(
-                "accumulator must be a width in bits, or tile and width such as 128x16, got "
-                f"{self.accumulator!r}"
-            )
-        if self.activations is None:
-            raise RecipeError(
-                f"accumulator must be None without quantized activations, got {self.accumulator!r}"
-            )
-        tile = None if found[1] is None else int(found[1])
-        if tile is None and self.weights.group_size is not None:
-            raise RecipeError(
-                "accumulator must name a tile that divides the weights' group size "
-                f"{self.weights.group_size}, such as {self.weights.group_size}x{found[2]}, "
-                f"got {self.accumulator}"
-            )
-        spec = AccumulatorSpec(int(found[2]), tile, self.activations.format)
-        check_tile(spec, tile or 1, self.weights)
-        return spec
 
     @classmethod
     def preset(
@@ -371,9 +369,11 @@ class Recipe:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         # An absent block size is the default, absent activations are not.
         values["activations"] = "none" if self.activations is None else str(self.activations)
-        values["weights"] = _explicit(self.weights)
+        values["weights"] = spec_text(self.weights)
         if isinstance(self.block_size, tuple):
             values["block_size"] = list(self.block_size)
+        values["layers"] = [rule.to_dict() for rule in self.layers] or None
+        values["keep"] = list(self.keep) or None
         return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
@@ -408,9 +408,18 @@ class Recipe:
         return cls.from_dict(values)
 
 
-def _explicit(spec: QuantSpec) -> str:
-    # The default search of weights here is not QuantSpec's.
-    text = str(spec)
-    search = spec.scale_search.value
-    given = any(part.startswith(search) for part in text.split(":"))
-    return text if given else f"{text}:{search}"
+@lru_cache(256)
+def _settle(recipe: Recipe, rules: tuple[LayerRule, ...]) -> LayerSettings:
+    """Return what a recipe comes to for a layer that some of its rules are for."""
+    changes = combine(rules)
+    if changes is None:
+        return FLOAT
+    own = recipe
+    if changes:
+        changes |= left_out(
+            changes.get("rounding", recipe.rounding),
+            changes.get("weights", recipe.weights),
+            other="rounding" in changes and changes["rounding"] != recipe.rounding,
+        )
+        own = replace(recipe, layers=(), keep=(), **changes)
+    return LayerSettings(own.weights, own.activations, own.rounding_options(), own.permutation)

@@ -46,6 +46,10 @@ _OF_METHODS = {"damping", "correction", "refit", "reference", "steps"}
 """Fields that not every method of rounding takes."""
 
 
+_ADDED = {"layers", "keep"}
+"""Fields of which more are added to the preset's."""
+
+
 @dataclass(frozen=True)
 class Preset:
     """A recipe under a name.
@@ -76,7 +80,8 @@ class Preset:
 
         A change that goes with another rotation brings it: ``block_size`` and ``factors`` make a
         rotation without any at run time ``merged``, and such a rotation removes both. Another
-        ``rounding`` leaves out what only the preset's method takes.
+        ``rounding`` leaves out what only the preset's method takes. Rules of ``layers`` and
+        patterns of ``keep`` are added to the preset's.
 
         Raises
         ------
@@ -91,6 +96,8 @@ class Preset:
         left = set(online) if changes.get("rotation") in _WITHOUT else set()
         if changes.get("rounding", values.get("rounding")) != values.get("rounding"):
             left |= _OF_METHODS
+        for name in _ADDED & set(changes):
+            changes[name] = [*values.get(name, ()), *changes[name]]
         return {**{k: v for k, v in values.items() if k not in left}, **changes}
 
     def _differences(self, reader: str | None) -> Mapping[str, Any]:

@@ -58,6 +58,33 @@ def test_plan_json(folder):
     assert "valid block sizes for" in table
 
 
+def test_plan_of_layers_that_differ(folder):
+    rules = ("--layer", "re:.*down_proj=int8:channel,rounding=gptq", "--layer", "layers.1=keep")
+    given = (*rules, "--keep", "lm_head", "--keep", "layers.0.self_attn", *SMALL)
+    plan = json.loads(run("plan", "model", *given, "--json", cwd=folder).stdout)
+    found = {m["name"]: (m["weights"], m["rounding"]) for m in plan["matrices"] if m["quantized"]}
+    default = Recipe.from_dict({**plan["recipe"], "layers": [], "keep": []})
+    other = (str(default.weights), default.rounding)
+    assert found == {
+        "model.layers.0.mlp.gate_proj": other,
+        "model.layers.0.mlp.up_proj": other,
+        "model.layers.0.mlp.down_proj": ("int8:channel:symmetric:mse:bfloat16", "gptq"),
+    }
+    recipe = Recipe.from_dict(plan["recipe"])
+    assert [str(rule) for rule in recipe.layers] == [
+        "re:.*down_proj=int8:channel:symmetric:mse:bfloat16,rounding=gptq",
+        "layers.1=keep",
+    ]
+    assert recipe.keep == ("lm_head", "layers.0.self_attn")
+    table = run("plan", "model", *given, cwd=folder).stdout
+    assert re.search(r"block 0 .*down_proj .* int8 .*block 1 .*after the blocks", table, re.S)
+    assert "2 × weights int4" in table
+    assert "1 × weights int8:channel:symmetric:mse" in table
+    wrong = run("plan", "model", "--keep", "head", cwd=folder, check=False)
+    assert wrong.returncode == 1
+    assert "keep must name layers, got 'head'" in wrong.stderr
+
+
 def test_plan_of_an_online_model(folder):
     online = ("--rotation", "online", "--block-size", "16")
     plan = json.loads(run("plan", "model", *online, "--json", cwd=folder).stdout)
@@ -144,10 +171,10 @@ def test_every_field_of_a_recipe_is_an_option_with_a_help_text(command, columns)
     assert max(map(len, done.stdout.splitlines())) <= columns
     words = " ".join(done.stdout.split())
     for field in fields(Recipe):
-        name = re.escape(field.name.replace("_", "-"))
+        name = {"layers": "layer"}.get(field.name, field.name.replace("_", "-"))
         assert re.search(rf" --{name} (/ --no-{name}|[<\[]\S+) [A-Z][a-z]+ ", words), name
     assert "``" not in words
-    assert "online) or none (offline)." in words
+    assert "online) or none (offline, heads)." in words
 
 
 def test_without_a_command_the_help_is_shown():

@@ -34,6 +34,11 @@ _METAVARS = {
     "damping": "<float>|none",
     "accumulator": "[<int>x]<int>|none",
 }
+_REPEATED = {
+    "layers": ("--layer", "<pattern>=<spec>[,...]"),
+    "keep": ("--keep", "<pattern>"),
+}
+"""Option that may be given several times, and its value, by field."""
 _NUMBERS: dict[str, type[int] | type[float]] = {
     "block_size": int,
     "head_block_size": int,
@@ -120,8 +125,15 @@ def _parameters() -> list[inspect.Parameter]:
         plain = len(kinds) == 1 and kinds[0] in (bool, int, float) and name not in _NUMBERS
         kind = kinds[0] if plain else str
         metavar = "<spec>" if QuantSpec in kinds else _METAVARS.get(name)
-        panel = _PANELS.get(name, EXPERT)
-        option = typer.Option(help=texts.get(name), metavar=metavar, rich_help_panel=panel)
+        style: dict[str, Any] = {
+            "help": texts.get(name),
+            "rich_help_panel": _PANELS.get(name, EXPERT),
+        }
+        if name in _REPEATED:
+            several = typer.Option(_flag(name), metavar=_REPEATED[name][1], **style)
+            found.append(_parameter(name, None, Annotated[list[str] | None, several]))
+            continue
+        option = typer.Option(metavar=metavar, **style)
         found.append(_parameter(name, None, Annotated[kind | None, option]))
     return found
 
@@ -141,11 +153,15 @@ def _first(text: str) -> str:
     return re.split(r"(?<=\.)\s", " ".join(text.split()))[0]
 
 
+def _flag(field: str) -> str:
+    return _REPEATED[field][0] if field in _REPEATED else f"--{field.replace('_', '-')}"
+
+
 def _plain(quoted: re.Match[str]) -> str:
     """Name a field as its option, and spell out a constant of choices."""
     word = quoted[1]
     if word in _FIELDS:
-        return f"--{word.replace('_', '-')}"
+        return _flag(word)
     return ", ".join(getattr(recipes, word)) if word.isupper() else word
 
 
@@ -176,7 +192,7 @@ def _resolve(
         return Recipe.preset(found.name, reader=reader, **given), reader
     if preset is not None or given:
         names = [*([] if preset is None else ["preset"]), *given]
-        listed = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        listed = ", ".join(map(_flag, names))
         raise RecipeError(f"--recipe cannot be combined with {listed}")
     reader = "corequant" if reader is None else reader
     return Recipe.from_toml(read_option("recipe", file)), check_reader(reader)

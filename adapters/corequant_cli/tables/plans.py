@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from corequant_cli.tables.console import column, console, marked, table
@@ -42,6 +44,9 @@ def plan_dict(plan: Any) -> dict[str, Any]:
                     for part in m.slices
                 ],
                 "quantized": m.quantized,
+                "weights": str(m.weights) if m.quantized else None,
+                "activations": None if m.activations is None else str(m.activations),
+                "rounding": m.options.method if m.quantized else None,
             }
             for m in plan.matrices
         ],
@@ -57,28 +62,30 @@ def plan_table(plan: Any) -> None:
         title=f"{kind}: {sizes.blocks} blocks, hidden {sizes.hidden}, "
         f"intermediate {sizes.intermediate}, head {sizes.head_dim}",
     )  # fmt: skip
-    kinds: dict[tuple[tuple[str, int, int], ...], int] = {}
-    for i in range(sizes.blocks):
-        kinds.setdefault(tuple((m.role, *m.shape) for m in plan.matrices if m.block == i), i)
-    for m in plan.matrices:
-        # One block of each kind stands for all, and so does one expert.
-        if m.expert or (m.block is not None and m.block not in kinds.values()):
-            continue
+    schemes = Counter((m.weights, m.activations) for m in plan.quantized)
+    names = _names_of({weights for weights, _ in schemes})
+    blocks = _kinds_of_blocks(plan)
+    for m, title in _examples(plan, blocks):
+        if title and len(blocks) > 1:
+            grid.add_section()
+            grid.add_row(title)
         path = "" if m.block is None else plan.architecture.block.format(m.block) + "."
+        rounded = names[m.weights] if m.quantized and len(schemes) > 1 else "yes"
         grid.add_row(
             marked(m.name.removeprefix(path)),
             "×".join(map(str, m.shape)),
             "norm" if plan.folds and m.norm is not None else "",
             _side(m.input, "online " if m.online else ""),
             ", ".join(filter(None, dict.fromkeys(_side(p.output, "") for p in m.row_slices))),
-            "yes" if m.quantized else "",
+            rounded if m.quantized else "",
         )
     console().print(grid)
     for note in plan.notes:
         console().print(f"note: {marked(note)}")
     cost = plan.cost()
-    recipe = plan.recipe
-    console().print(f"weights {recipe.weights}, activations {recipe.activations or 'float'}")
+    for (weights, activations), count in schemes.items():
+        layers = f"{count} × " if len(schemes) > 1 else ""
+        console().print(f"{layers}weights {weights}, activations {activations or 'float'}")
     console().print(
         f"online rotations: {cost['online_rotations']}, "
         f"{cost['online_additions_per_token']:,} additions per token "
@@ -90,6 +97,53 @@ def plan_table(plan: Any) -> None:
     console().print(
         f"valid block sizes for {_widths(plan)}: " + ", ".join(map(str, cost["block_sizes"]))
     )
+
+
+def _names_of(specs: set[Any]) -> dict[Any, str]:
+    """Return quantizers' formats, where these tell them apart, otherwise all of their texts."""
+    formats = {spec: spec.format.name for spec in specs}
+    apart = len(set(formats.values())) == len(specs)
+    return formats if apart else {spec: str(spec) for spec in specs}
+
+
+def _kinds_of_blocks(plan: Any) -> list[list[int]]:
+    """Return the indices of the blocks of each kind."""
+    kinds: dict[tuple[Any, ...], list[int]] = {}
+    for i in range(plan.dimensions.blocks):
+        rows = (m for m in plan.matrices if m.block == i)
+        kinds.setdefault(tuple((m.role, m.shape, m.settings) for m in rows), []).append(i)
+    return list(kinds.values())
+
+
+def _examples(plan: Any, blocks: list[list[int]]) -> Iterator[tuple[Any, str]]:
+    """Yield rows that stand for others, the first of each block with the block's name.
+
+    One block of each kind stands for all, and so does one expert.
+    """
+    titles = {alike[0]: _range(alike) for alike in blocks}
+    last, seen = None, set()
+    for m in plan.matrices:
+        if m.block is not None and m.block not in titles:
+            continue
+        if m.expert is not None:
+            if (m.block, m.name.rpartition(".")[2], m.settings) in seen:
+                continue
+            seen.add((m.block, m.name.rpartition(".")[2], m.settings))
+        title = titles.get(m.block, "after the blocks") if m.block != last else ""
+        yield m, title
+        last = m.block
+
+
+def _range(numbers: list[int]) -> str:
+    """Return ascending numbers as text, such as ``blocks 0, 2 to 4``."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and runs[-1][-1] == n - 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    texts = [str(r[0]) if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in runs]
+    return ("blocks " if len(numbers) > 1 else "block ") + ", ".join(texts)
 
 
 def _widths(plan: Any) -> str:

@@ -32,6 +32,7 @@ from corequant_transformers.planning.matrix_plan import (
     regions_of,
 )
 from corequant_transformers.planning.rows import plan_matrices
+from corequant_transformers.planning.rules import check_rules, fusion_note
 from corequant_transformers.planning.unquantized import folds_gains, settle_dtype, tie
 
 __all__ = ["VERIFIED_TOKENS", "ModelPlan", "plan_model"]
@@ -212,7 +213,8 @@ def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
     BlockSizeError, HadamardOrderError
         If a rotation or a group doesn't fit a width; the message names the width.
     RecipeError
-        If signs or scales are asked for where the path isn't linear.
+        If signs or scales are asked for where the path isn't linear, or a rule for layers names
+        none or can't be carried out.
     TypeError
         If ``recipe`` is no Recipe.
     """
@@ -225,8 +227,11 @@ def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
     paths = (architecture.block.format(i) for i in range(sizes.blocks))
     inner = [f"{path}.{norm}" for path in paths for norm in architecture.norms]
     norms = (architecture.final_norm, *inner)
+    check_rules(recipe, matrices)
     _check_groups(matrices)
-    return ModelPlan(architecture, sizes, recipe, matrices, norms, (*notes, *untied), tied)
+    note = fusion_note(matrices)
+    notes = (*notes, *untied, *([] if note is None else [note]))
+    return ModelPlan(architecture, sizes, recipe, matrices, norms, notes, tied)
 
 
 def _additions_per_channel(block_size: int) -> int:

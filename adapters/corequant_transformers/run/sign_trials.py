@@ -49,6 +49,11 @@ class SignTrials:
     def __init__(self, parts: Parts, plan: ModelPlan, tokens: npt.NDArray[np.int64]) -> None:
         # What is chosen later, block by block, has no part in this choice.
         recipe = replace(plan.recipe, block_size=None, permutation="identity", factors="none")
+        rules = tuple(
+            rule if rule.permutation is None else replace(rule, permutation="identity")
+            for rule in plan.recipe.layers
+        )
+        recipe = replace(recipe, layers=rules)
         self.parts = parts
         self.plan = plan_model(parts.model.config, recipe)
         self.window = tokens[-1, :_JUDGED_TOKENS]
