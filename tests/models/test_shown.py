@@ -63,6 +63,16 @@ def is_printable(text):
     return all(line.isprintable() for line in text.split("\n"))
 
 
+_SAMPLED = {
+    "files": [{"name": "a.txt", "format": "text"}],
+    "documents": 2,
+    "documents_used": 2,
+    "empty": 1,
+    "separators": 1,
+    "separator": "</s>",
+    "sampling": "random",
+    "seed": 0,
+}
 NASTY = "[/x] [bold] \x1b[31m \x07 \u202e"
 
 
@@ -78,6 +88,9 @@ NASTY = "[/x] [bold] \x1b[31m \x07 \u202e"
         lambda r: r["regions"][0].update(mean_block_mass=0),
         lambda r: r["regions"][0].update(unrouted=True, mean_block_mass=None),
         lambda r: r.update(extra=NASTY, notes=[NASTY]),
+        lambda r: r["calibration"].update(_SAMPLED, separator=NASTY, sampling=NASTY),
+        lambda r: r["calibration"].update(_SAMPLED, files=[{"name": NASTY, "format": NASTY}] * 9),
+        lambda r: r.pop("calibration"),
     ],
 )
 def test_words_of_a_report_are_words(change, copy_of, command):
@@ -107,6 +120,13 @@ def test_words_of_a_report_are_words(change, copy_of, command):
         (lambda r: r.update(regions=[1]), r"regions\[0\] of .* must be an object"),
         (lambda r: r.update(verification=[]), "verification of .* must be an object"),
         (lambda r: r.update(verification={}), "logits_error"),
+        (lambda r: r.update(calibration=None), "calibration of .* must be an object, got 'None'"),
+        (lambda r: r["calibration"].update(windows="9"), "calibration.windows of"),
+        (lambda r: r["calibration"].update(files=3), "calibration.files of .* must be a list"),
+        (lambda r: r["calibration"].update(files=[3]), "calibration.documents of"),
+        (lambda r: r["calibration"].update(_SAMPLED, skipped=1), "calibration.skipped of"),
+        (lambda r: r["calibration"].update(_SAMPLED, files=[3]), r"calibration.files\[0\] of"),
+        (lambda r: r["calibration"].update(_SAMPLED, seed=None), "calibration.seed of"),
     ],
 )
 def test_reports_of_other_values_are_refused(change, words, copy_of, command):

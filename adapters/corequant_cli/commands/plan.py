@@ -3,21 +3,44 @@
 from __future__ import annotations
 
 from corequant.recipe import Recipe
-from corequant_cli.commands.arguments import Json, Model, load_adapter, print_json
+from corequant_cli.commands.arguments import (
+    CalibrationFiles,
+    Json,
+    Model,
+    load_adapter,
+    print_json,
+    read_data,
+)
 from corequant_cli.commands.options import takes_recipe
-from corequant_cli.tables import plans
+from corequant_cli.tables import data, plans
 
 __all__ = ["plan"]
 
 
 @takes_recipe
-def plan(model: Model, recipe: Recipe, reader: str, as_json: Json = False) -> None:
-    """Print what quantize would do to each matrix, and its cost."""
+def plan(
+    model: Model,
+    *,
+    calibration: CalibrationFiles = None,
+    recipe: Recipe,
+    reader: str,
+    as_json: Json = False,
+) -> None:
+    """Print what quantize would do to each matrix, its cost, and what it would calibrate on."""
+    documents = read_data(calibration) if calibration else None
     import corequant_transformers as cqhf
 
     load_adapter()
+    from corequant_transformers.calibration.data.given import take_windows
+
     table = cqhf.plan(model, recipe)
+    taken = None
+    if documents is not None:
+        taken = take_windows(documents, recipe, cqhf.Source(model).tokenizer()).data
     if as_json:
-        print_json(plans.plan_dict(table))
-    else:
-        plans.plan_table(table)
+        shown = plans.plan_dict(table)
+        print_json(shown if taken is None else {**shown, "calibration": taken})
+        return
+    plans.plan_table(table)
+    if taken is not None:
+        data.taken("to be calibrated on", taken)

@@ -70,6 +70,8 @@ def inspection(
     """Print recipe, verification, regions and files of a quantized directory."""
     console().print(f"[bold]{marked(model)}[/bold]")
     console().print(recipe.to_toml().rstrip(), highlight=False, markup=False)
+    if "calibration" in report:
+        taken("calibrated on", report["calibration"])
     found = report.get("verification", {})
     console().print(
         f"verified: logits to {found['logits_error']:.1e}, "

@@ -12,6 +12,16 @@ from corequant_transformers.files.atomic import read_json
 __all__ = ["read_report"]
 
 _NUMBER, _MAYBE, _WORDS = "a number", "a number or null", "a string"
+_TAKEN = {"windows": _NUMBER, "sequence_length": _NUMBER}
+_READ = {
+    "documents": _NUMBER,
+    "documents_used": _NUMBER,
+    "empty": _NUMBER,
+    "separators": _NUMBER,
+    "separator": _WORDS,
+    "sampling": _WORDS,
+    "seed": _NUMBER,
+}
 _REGION = {
     "mean_block_mass": _NUMBER,
     "largest_block_mass": _NUMBER,
@@ -49,6 +59,8 @@ def read_report(folder: Path) -> dict[str, Any]:
     report = read_json(file)
     found = report.get("verification", {})
     _check_fields(file, "verification", found, {"logits_error": _NUMBER})
+    if "calibration" in report:
+        _check_data(file, report["calibration"])
     for kind, fields, alone in (
         ("regions", _REGION, _is_idle),
         ("matrices", _ROUNDED, _is_plain),
@@ -62,6 +74,21 @@ def read_report(folder: Path) -> dict[str, Any]:
             if not alone(row):
                 _check_fields(file, where, row, fields)
     return report
+
+
+def _check_data(file: Path, data: Any) -> None:
+    _check_fields(file, "calibration", data, _TAKEN)
+    for name in ("files", "skipped"):
+        if not isinstance(data.get(name, []), list):
+            raise CheckpointError(
+                f"calibration.{name} of {file} must be a list, got {str(data[name])[:40]!r}"
+            )
+    files = data.get("files", [])
+    if files:
+        _check_fields(file, "calibration", data, _READ)
+    for index, row in enumerate(files):
+        where = f"calibration.files[{index}]"
+        _check_fields(file, where, row, {"name": _WORDS, "format": _WORDS})
 
 
 def _is_idle(row: dict[str, Any]) -> bool:
