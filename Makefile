@@ -23,7 +23,7 @@ NEWEST ?=
 # A newer Python for the core alone.
 NEWEST_PYTHON ?= python3.13
 
-.PHONY: demo test test-arm test-floor test-newest test-newest-core lint bench clean
+.PHONY: demo test test-arm test-floor test-harness test-newest test-newest-core lint bench clean
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -73,6 +73,13 @@ test-newest:
 		-e ".[transformers,dev,peers]" $(NEWEST)
 	.venv-newest/bin/python -m pytest -n $(WORKERS) --dist worksteal $(SUITES)
 
+# lm-evaluation-harness beside our own evaluation, in an environment of its own: minutes.
+test-harness:
+	test -x .venv-harness/bin/python || $(PYTHON) -m venv .venv-harness
+	.venv-harness/bin/python -m pip install --quiet --upgrade pip
+	.venv-harness/bin/python -m pip install --quiet -c constraints.txt -e ".[lm-eval]"
+	.venv-harness/bin/python tests/harness.py
+
 test-newest-core:
 	test -x .venv-newest-core/bin/python || $(NEWEST_PYTHON) -m venv .venv-newest-core
 	.venv-newest-core/bin/python -m pip install --quiet --upgrade pip
@@ -87,4 +94,4 @@ bench: $(VENV)/.dev
 	$(BIN)/python -W ignore bench/bench_torch.py --write
 
 clean:
-	rm -rf $(VENV) .venv-floor .venv-newest .venv-newest-core build dist demo-output
+	rm -rf $(VENV) .venv-floor .venv-harness .venv-newest .venv-newest-core build dist demo-output

@@ -109,6 +109,7 @@ def test_the_command_says_what_it_needs(missing, expected):
         ("import corequant_transformers", "transformers", "transformers"),
         ("import corequant_transformers", "safetensors", "transformers"),
         ("from corequant_transformers import load", "ml_dtypes", "transformers"),
+        ("from corequant_transformers.lm_eval import CorequantLM", "lm_eval", "lm-eval"),
         ("import corequant_torch", "torch", "torch"),
         ("import corequant_torch", "ml_dtypes", "torch"),
         ("import corequant.recipe as r; r.Recipe().to_toml()", "tomli_w", "transformers"),

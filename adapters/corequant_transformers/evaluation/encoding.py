@@ -8,7 +8,7 @@ from corequant.errors import TaskError
 from corequant_transformers.evaluation.continuations import Pair
 from corequant_transformers.evaluation.task_files import Item
 
-__all__ = ["encode", "encode_item", "longest_input", "prefix_token"]
+__all__ = ["encode", "encode_item", "longest_input", "prefix_token", "tokens_of"]
 
 _LONGEST = 2048
 """Tokens that a model is taken to be able to read whose config doesn't say."""
@@ -33,19 +33,33 @@ def encode(tokenizer: Any, context: str, continuation: str) -> Pair:
         Where it is empty, ``prefix_token`` stands for it.
     continuation : str
     """
-    prefix = prefix_token(tokenizer)
     if not context:
-        ids = _tokens(tokenizer, continuation, add_special_tokens=False)
+        prefix = prefix_token(tokenizer)
+        ids = tokens_of(tokenizer, continuation, special=False)
         # A text that begins with it already has its context.
         return Pair(ids[:1], ids[1:]) if ids[:1] == (prefix,) else Pair((prefix,), ids)
     stem = context.rstrip()
-    whole = stem + context[len(stem) :] + continuation
-    mark = tokenizer.decode(prefix)
-    before, both = (
-        _tokens(tokenizer, text, **({"add_special_tokens": False} if text.startswith(mark) else {}))
-        for text in (stem, whole)
-    )
+    before = tokens_of(tokenizer, stem)
+    both = tokens_of(tokenizer, context + continuation)
     return Pair(before, both[len(before) :])
+
+
+def tokens_of(tokenizer: Any, text: str, *, special: bool | None = None) -> tuple[int, ...]:
+    """Return a text's tokens.
+
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+    text : str
+    special : bool, optional
+        Whether special tokens are added; by default as the tokenizer does by itself, unless the
+        text begins with what stands for an empty context.
+    """
+    if special is None:
+        found = _prefix(tokenizer)
+        special = False if found is not None and text.startswith(tokenizer.decode(found)) else None
+    options = {} if special is None else {"add_special_tokens": special}
+    return tuple(tokenizer(text, verbose=False, **options)["input_ids"])
 
 
 def prefix_token(tokenizer: Any) -> int:
@@ -56,21 +70,21 @@ def prefix_token(tokenizer: Any) -> int:
     TaskError
         If the tokenizer has neither.
     """
-    for name in ("bos_token_id", "eos_token_id"):
-        found = getattr(tokenizer, name, None)
-        if found is not None:
-            return int(found)
-    raise TaskError(
-        "the tokenizer must have a token for the beginning or the end of a text (bos_token, "
-        "eos_token), which stands for an empty context; it has neither"
-    )
+    found = _prefix(tokenizer)
+    if found is None:
+        raise TaskError(
+            "the tokenizer must have a token for the beginning or the end of a text (bos_token, "
+            "eos_token), which stands for an empty context; it has neither"
+        )
+    return found
+
+
+def _prefix(tokenizer: Any) -> int | None:
+    begin, end = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos"))
+    return end if begin is None else begin
 
 
 def longest_input(config: Any) -> int:
     """Return how many tokens a model reads at most, by its config."""
     found = getattr(config, "max_position_embeddings", None)
     return int(found) if found else _LONGEST
-
-
-def _tokens(tokenizer: Any, text: str, **options: Any) -> tuple[int, ...]:
-    return tuple(tokenizer(text, verbose=False, **options)["input_ids"])
