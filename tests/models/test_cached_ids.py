@@ -15,6 +15,7 @@ from corequant.recipe import Recipe
 from corequant_transformers.files.hub import locate
 from tests.models.test_checkpoint import word_level
 from tests.models.test_cli import run
+from tests.models.test_shown import command  # noqa: F401
 
 TEXT = "a b c d e f g h i j k l m n o p " * 40
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -133,16 +134,19 @@ def test_part_of_a_model_says_how_to_get_the_rest(cache, home, tmp_path):
         cqhf.Source("maker/part")
 
 
-def test_commands(home, tmp_path, monkeypatch):
+def test_the_cache_of_the_environment(home, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(home))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    assert json.loads(run("plan", "maker/tiny", "--json", cwd=tmp_path).stdout)["matrices"]
-    evaluated = run(
-        "evaluate", "maker/tiny-int4", "--text", "maker/words/data/train-0.jsonl",
-        "--sequence-length", 64, "--json", cwd=tmp_path,
-    )  # fmt: skip
-    assert json.loads(evaluated.stdout)["data"]["files"][0]["format"] == "JSON lines"
-    assert "recipe" in json.loads(run("inspect", "maker/tiny-int4", "--json", cwd=tmp_path).stdout)
-    failed = run("plan", "maker/none", cwd=tmp_path, check=False)
-    assert failed.returncode == 1
-    assert failed.stderr.endswith("get it with: hf download maker/none\n")
+    options = ("--weights", "int4:channel", "--json")
+    assert json.loads(run("plan", "maker/tiny", *options, cwd=tmp_path).stdout)["matrices"]
+
+
+def test_commands(cache, command):  # noqa: F811
+    data = ("--text", "maker/words/data/train-0.jsonl", "--sequence-length", 64)
+    status, printed, _ = command("evaluate", "maker/tiny-int4", *data, "--json")
+    assert status == 0
+    assert json.loads(printed)["data"]["files"][0]["format"] == "JSON lines"
+    assert "recipe" in json.loads(command("inspect", "maker/tiny-int4", "--json")[1])
+    status, printed, errors = command("plan", "maker/none")
+    assert (status, printed) == (1, "")
+    assert errors.endswith("get it with: hf download maker/none\n")

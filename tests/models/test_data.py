@@ -577,7 +577,7 @@ def test_whatever_quantize_takes_comes_to_the_same(tokenizer, tmp_path):
         (["a", "b"], TypeError, "got a list with the str 'a'"),
         ([Path("a.txt"), "b"], TypeError, "got a list with the str 'b'"),
         ([Path("a.txt"), 3], TypeError, "got a list with the int '3'"),
-        ("a.txt", cq.CalibrationError, r"names a file: give Path\('a.txt'\)"),
+        ("a.txt", cq.CalibrationError, r"which names a file: give Path\('a.txt'\)"),
         (Path("none.txt"), cq.CalibrationError, "none.txt must be a readable"),
         ([], cq.CalibrationError, "token windows must be"),
         ({"text": "x"}, cq.CalibrationError, "token windows must be"),
@@ -589,6 +589,22 @@ def test_what_quantize_refuses(calibration, error, words, tokenizer, tmp_path, m
     model = cqhf.tiny_model("llama", vocab_size=len(tokenizer))
     with pytest.raises(error, match=words):
         cqhf.quantize(model, Recipe(**SMALL), calibration, tokenizer=tokenizer)
+    with pytest.raises(error, match=words):
+        cqhf.evaluate(model, calibration, tokenizer)
+
+
+def test_evaluate_takes_the_same(tokenizer, tmp_path):
+    model = cqhf.tiny_model("llama", vocab_size=len(tokenizer))
+    for name, text in zip("abc", TEXTS, strict=True):
+        (tmp_path / f"{name}.txt").write_text(text, "utf-8")
+    documents = cqhf.read_documents(tmp_path)
+    sample = cqhf.sample_windows(documents, tokenizer, 16, 3)
+    found = {
+        cqhf.evaluate(model, text, tokenizer, windows=3, sequence_length=16)
+        for text in (tmp_path, sorted(tmp_path.iterdir()), documents, sample, sample.tokens)
+    }
+    assert len(found) == 1
+    assert found.pop().windows == 3
 
 
 def test_without_calibration_the_carried_text_is_taken(tokenizer):

@@ -11,19 +11,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from corequant._validation import check_index
 from corequant_torch.cpu.onednn import QuickForward
 from corequant_transformers.architectures.known import architecture_of, dimensions_of
+from corequant_transformers.calibration.data.given import TextData, text_windows
 from corequant_transformers.checkpoint.reader import is_quantized, load
 from corequant_transformers.evaluation.divergence import Divergence, compare_positions, summarize
 from corequant_transformers.evaluation.perplexity import perplexity_with_error, window_losses
-from corequant_transformers.model.forward import check_ids, check_positions, check_tokens
+from corequant_transformers.model.forward import check_ids, check_positions
 from corequant_transformers.model.layouts import check_places
 from corequant_transformers.model.logits import window_logits
 from corequant_transformers.model.replicas import check_given, replicate
 from corequant_transformers.model.sources import Source
 from corequant_transformers.model.surroundings import device_of, undisturbed
-from corequant_transformers.model.text import token_windows
 
 __all__ = ["Evaluation", "check_vocabulary", "evaluate", "reference_model", "replica_of"]
 
@@ -71,7 +70,7 @@ class Evaluation:
 @undisturbed()
 def evaluate(
     model: Any,
-    text: str | Tokens,
+    text: TextData,
     tokenizer: Any = None,
     *,
     against: Any = None,
@@ -86,8 +85,9 @@ def evaluate(
     model : transformers.PreTrainedModel
         Float or loaded by ``corequant_transformers.load``. It is only read, so that it may run
         elsewhere meanwhile, and is measured in evaluation mode, whatever its own; its hooks run.
-    text : str or numpy.ndarray (windows, length)
-        Text, tokenised as a whole without special tokens, or token windows.
+    text : str, Path, sequence of Path, Documents, Sample or numpy.ndarray (windows, length)
+        Text, tokenised as a whole without special tokens; files and folders as for
+        ``read_documents``, or what it returned; or token windows.
     tokenizer : transformers tokenizer, optional
         Needed for text.
     against : transformers.PreTrainedModel or str or Path, optional
@@ -139,13 +139,7 @@ def evaluate(
     True
     """
     model = check_given(model, floating=False)
-    if isinstance(text, str):
-        if tokenizer is None:
-            raise TypeError("tokenizer must be given with text, got None")
-        tokens = token_windows(text, tokenizer, sequence_length, windows)
-    else:
-        tokens = check_tokens(text)
-        tokens = tokens if windows is None else tokens[: check_index("windows", windows)]
+    tokens = text_windows(text, tokenizer, sequence_length, windows)
     own, reference = _prepared(model, tokens), None
     if against is not None:
         reference = _prepared(reference_model(against, device_of(own)), tokens)

@@ -1,4 +1,4 @@
-"""What ``quantize`` and ``calibrate`` take as calibration, as token windows."""
+"""What ``quantize``, ``calibrate`` and ``evaluate`` take as text, as token windows."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
+from corequant._validation import check_index
 from corequant.errors import CalibrationError
 from corequant.recipe import Recipe
 from corequant_transformers.calibration.choices import Calibration
@@ -22,11 +24,18 @@ from corequant_transformers.calibration.data.formats import Document
 from corequant_transformers.calibration.data.windows import Sample, sample_windows
 from corequant_transformers.model.forward import check_tokens
 
-__all__ = ["CalibrationData", "Taken", "needs_tokenizer", "take_windows"]
+__all__ = [
+    "CalibrationData",
+    "Taken",
+    "TextData",
+    "needs_tokenizer",
+    "take_windows",
+    "text_windows",
+]
 
-CalibrationData = (
-    str | Path | Sequence[Path] | Documents | Sample | npt.NDArray[Any] | Calibration | None
-)
+Tokens = npt.NDArray[np.int64]
+TextData = str | Path | Sequence[Path] | Documents | Sample | npt.NDArray[Any]
+CalibrationData = TextData | Calibration | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +51,7 @@ class Taken:
         What was given, if it holds statistics already.
     """
 
-    tokens: npt.NDArray[Any]
+    tokens: Tokens
     data: Mapping[str, Any]
     calibration: Calibration | None = None
 
@@ -79,17 +88,44 @@ def take_windows(calibration: CalibrationData, recipe: Recipe, tokenizer: Any = 
     if not needs_tokenizer(calibration):
         tokens = check_tokens(calibration)
         return Taken(tokens, _shape(tokens))
+    how = {"sampling": recipe.sampling, "seed": recipe.seed}
+    sample = _sample(calibration, tokenizer, recipe.sequence_length, recipe.samples, **how)
+    return Taken(sample.tokens, sample.to_dict())
+
+
+def text_windows(
+    text: TextData, tokenizer: Any, sequence_length: int, windows: int | None = None
+) -> Tokens:
+    """Return consecutive token windows of what was given: all, or the first.
+
+    Parameters
+    ----------
+    text : str, Path, sequence of Path, Documents, Sample or numpy.ndarray (windows, length)
+    tokenizer : transformers tokenizer or None
+        Needed for everything that is text.
+    sequence_length : int
+        Tokens per window, where they are yet to be made.
+    windows : int, optional
+
+    Returns
+    -------
+    numpy.ndarray (windows, length), int64
+
+    Raises
+    ------
+    CalibrationError
+        If files can't be read, or there is too little text, or token windows have a wrong shape.
+    """
+    if needs_tokenizer(text):
+        return _sample(text, tokenizer, sequence_length, windows).tokens
+    tokens = check_tokens(text.tokens if isinstance(text, Sample) else text)
+    return tokens if windows is None else tokens[: check_index("windows", windows)]
+
+
+def _sample(text: Any, tokenizer: Any, length: int, windows: int | None, **how: Any) -> Sample:
     if tokenizer is None:
         raise TypeError("tokenizer must be given with text, got None")
-    sample = sample_windows(
-        _read(calibration),
-        tokenizer,
-        recipe.sequence_length,
-        recipe.samples,
-        sampling=recipe.sampling,
-        seed=recipe.seed,
-    )
-    return Taken(sample.tokens, sample.to_dict())
+    return sample_windows(_read(text), tokenizer, length, windows, **how)
 
 
 def _documents(calibration: Any) -> bool:
@@ -103,7 +139,7 @@ def _documents(calibration: Any) -> bool:
             if not isinstance(entry, Path):
                 kind = type(entry).__name__
                 raise TypeError(
-                    "calibration must be a text, or a Path or several of files and folders, got a "
+                    "what is read must be a text, or a Path or several of files and folders, got a "
                     f"{type(calibration).__name__} with the {kind} {str(entry)[:40]!r}"
                 )
         return True
@@ -121,7 +157,7 @@ def _read(calibration: Any) -> Documents:
         raise CalibrationError("the text must not be empty, got only white space")
     if _names_file(calibration):
         raise CalibrationError(
-            f"calibration must be a text, or a Path of files, got the string {calibration!r}, "
+            f"a text must not be the name of a file, got {calibration!r}, "
             f"which names a file: give Path({calibration!r})"
         )
     whole = Document(calibration, place="the text")
@@ -135,6 +171,6 @@ def _names_file(text: str) -> bool:
         return False
 
 
-def _shape(tokens: npt.NDArray[Any]) -> dict[str, Any]:
+def _shape(tokens: Tokens) -> dict[str, Any]:
     windows, length = tokens.shape
     return {"files": [], "windows": windows, "sequence_length": length}
