@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,10 @@ from corequant.storage.gguf import decode_blocks
 from corequant_transformers.checkpoint.reader import Stored
 from corequant_transformers.model.quantized_linear import QuantizedLinear
 from tests import capabilities
+from tests.models.llamacpp import serving
 from tests.models.test_export import check_equal, load, logits
+from tests.models.test_gguf_files import VOCABULARY, log_probabilities, spoken, write_model
+from tests.models.test_gguf_files import quantized as gguf_quantized
 from tests.models.test_streaming import digest, write
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
@@ -98,6 +102,7 @@ def test_a_run_in_memory_gives_the_same_bytes(whole, source, tokens, tmp_path):
 
 KILLED = """
 import os, sys
+import gguf
 import numpy as np
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
@@ -191,26 +196,27 @@ def test_scales_of_several_dtypes_are_refused(source, tokens, tmp_path):
         cqhf.export(tmp_path / "own", tmp_path / "out")
 
 
-def test_gguf_has_a_type_for_each_tensor(source, tokens, tmp_path):
-    recipe = {**OFFLINE, "rounding": "nearest", "weights": "int4:group32:float16"}
-    recipe["layers"] = ("down_proj=int8:group32:float16",)
-    cqhf.quantize(source, Recipe(**recipe), tokens, tmp_path / "own")
-    file = tmp_path / "model.gguf"
-    with pytest.raises(cq.CheckpointError, match="tokenizer"):
-        # The tiny model's tokenizer is no byte-level BPE: what is tested are the tensors.
-        cqhf.export(tmp_path / "own", file, "gguf")
-    from corequant_transformers.exports import to_gguf
-
-    stored = Stored(tmp_path / "own")
-    kinds = {m.name: to_gguf._block_type(m) for m in stored.plan.quantized}
-    assert set(kinds.values()) == {"Q4_0", "Q8_0"}
-    assert to_gguf._prevailing(stored.plan, kinds) == "Q4_0"
-    tensors = {t.name: t for t in to_gguf._tensors(stored, kinds, "llama")}
-    assert tensors["blk.2.ffn_down.weight"].kind == "F16"
-    for block in (0, 1):
-        down = tensors[f"blk.{block}.ffn_down.weight"]
-        quantized = stored.quantized(down.matrix)
-        np.testing.assert_array_equal(decode_blocks(down.make(), "Q8_0"), cq.dequantize(quantized))
+def test_gguf_has_a_type_for_each_tensor(tmp_path):
+    rules = {"weights": "int4:group32:float16", "layers": ["down_proj=int8:group32"]}
+    source = write_model(tmp_path / "source")
+    own = gguf_quantized(tmp_path / "own", source, **rules, keep=["model.layers.1"])
+    file = cqhf.export(own, tmp_path / "model.gguf", "gguf")
+    stored, reader = Stored(own), gguf.GGUFReader(file)
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_0
+    found = {t.name: t for t in reader.tensors}
+    kinds = {name: t.tensor_type.name for name, t in found.items() if len(t.shape) == 2}
+    assert {k for n, k in kinds.items() if n.startswith("blk.0.")} == {"Q4_0", "Q8_0"}
+    assert kinds["blk.0.ffn_down.weight"] == "Q8_0"
+    assert {k for n, k in kinds.items() if n.startswith("blk.1.")} == {kinds["output.weight"]}
+    for name, kind in (("down", "Q8_0"), ("up", "Q4_0")):
+        row = next(m for m in stored.plan.quantized if m.name.endswith(f"{name}_proj"))
+        blocks = found[f"blk.0.ffn_{name}.weight"].data
+        meant = cq.dequantize(stored.quantized(row))
+        np.testing.assert_array_equal(decode_blocks(blocks, kind), meant)
+    model = cqhf.load(own)
+    _, ids = spoken(model, cqhf.load_tokenizer(own))
+    with serving(file, VOCABULARY) as next_token:
+        assert np.abs(next_token(ids) - log_probabilities(model, ids)).mean() <= 0.05
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "mixtral", "opt"])
