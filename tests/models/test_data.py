@@ -176,6 +176,7 @@ def test_the_real_chat_template(smollm2_path, tmp_path):
         ("a.txt", b'prose\n\n{"text": "x"}\n', "line 3 is a record, and line 1 is no JSON object"),
         ("a.txt", b'{"text": "x"}\n{"text": "y\n', "line 2 is no JSON object: .*Unterminated"),
         ("a.txt", b'{"text": "x', "by its beginning it is JSON, but line 1"),
+        ("a.txt", b"{'text': 'x'}", "by its beginning it is JSON"),
         ("a.txt", b'{"text": "x"} {"text": "y"}', "by its beginning it is JSON.*Extra data"),
         ("a.txt", b'[{"text": "x"},', "by its beginning it is JSON"),
         ("a.txt", b'{"a": 1}\n{"b": 2}', "a.txt:1 must have either 'text' or 'messages', got a"),
@@ -614,7 +615,7 @@ def test_without_calibration_the_carried_text_is_taken(tokenizer):
     assert data["files"][0]["name"] == "the public-domain text that corequant carries"
     wanted = cqhf.sample_windows(carried_documents(), tokenizer, 16, 2)
     assert data == wanted.to_dict()
-    with pytest.raises(TypeError, match="tokenizer must be given with text"):
+    with pytest.raises(TypeError, match="tokenizer must be given to calibrate on the text of"):
         cqhf.quantize(model, Recipe(**SMALL))
 
 

@@ -36,7 +36,7 @@ _FOREIGN = {
     b"\xfe\xff": "is UTF-16; convert it to UTF-8",
 }
 _COLUMNS = ("text", "messages")
-_BEGINS_LIKE_JSON = re.compile(r'(\[\s*)?\{\s*"|\[\s*\]\s*\Z')
+_BEGINS_LIKE_JSON = re.compile(r"(\[\s*)?\{\s*[\"']|\[\s*\]\s*\Z")
 
 
 @dataclass(frozen=True)

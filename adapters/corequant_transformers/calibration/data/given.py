@@ -124,7 +124,8 @@ def text_windows(
 
 def _sample(text: Any, tokenizer: Any, length: int, windows: int | None, **how: Any) -> Sample:
     if tokenizer is None:
-        raise TypeError("tokenizer must be given with text, got None")
+        why = "with text" if text is not None else "to calibrate on the text of the package"
+        raise TypeError(f"tokenizer must be given {why}, got None")
     return sample_windows(_read(text), tokenizer, length, windows, **how)
 
 
