@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -14,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from corequant.errors import BackendError, CheckpointError
+from corequant.errors import BackendError, CheckpointError, OutputError
 from corequant.recipe import Recipe
 from corequant.storage.files import read_text
 from corequant_transformers.architectures.known import UnknownArchitectureError
@@ -27,14 +26,12 @@ from corequant_transformers.calibration.data.given import (
     take_windows,
 )
 from corequant_transformers.checkpoint.quantized import Quantized
-from corequant_transformers.checkpoint.tensors import place_tensors
-from corequant_transformers.files.outputs import check_output
+from corequant_transformers.exports.destination import Destination
 from corequant_transformers.model.forward import check_ids, check_positions
 from corequant_transformers.model.layouts import (
     check_blocks,
     check_places,
     check_untouched,
-    standardize,
 )
 from corequant_transformers.model.parts import ModelWeights, Parts, is_tied, skeleton
 from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
@@ -44,12 +41,12 @@ from corequant_transformers.model.surroundings import check_device, device_of, u
 from corequant_transformers.planning.memory import peak_rss_mib
 from corequant_transformers.planning.model_plan import ModelPlan, plan_model
 from corequant_transformers.planning.unquantized import settle_dtype
+from corequant_transformers.run.assembly import assemble
 from corequant_transformers.run.job import Job
 from corequant_transformers.run.ledger import Ledger, MemoryLedger
 from corequant_transformers.run.output import begin_run, describe_run, has_run, save_run
 from corequant_transformers.run.pace import Pace
 from corequant_transformers.run.steps import steps_of
-from corequant_transformers.transforms.matrices import restructure
 
 __all__ = ["Calibration", "Quantized", "calibrate", "plan", "quantize"]
 
@@ -173,6 +170,7 @@ def quantize(
     output: str | Path | None = None,
     *,
     tokenizer: Any = None,
+    reader: str = "corequant",
     executor: Executor | None = None,
     resume: bool = False,
     memory: int | None = None,
@@ -199,6 +197,9 @@ def quantize(
         end, so that a stopped run can be resumed; a run that ends removes it.
     tokenizer : transformers tokenizer, optional
         Tokenizer of a model in memory; one on disk brings its own.
+    reader : str
+        Program that the output is written for, one of ``corequant.recipe.READERS``, as ``export``
+        would; for llama.cpp the output is a new file that ends in ``.gguf``.
     executor : concurrent.futures.Executor, optional
         Rounds layers that read the same input at the same time, in threads, processes or on other
         machines. The result has the same bytes as without one.
@@ -265,16 +266,21 @@ def quantize(
     2
     """
     started = time.monotonic()
-    if output is not None:
-        check_output(output, allow_full=resume and has_run(output))
+    goal = None if output is None else Destination(output, reader)
+    if goal is None and reader != "corequant":
+        raise OutputError(f"output must be given to be written for {reader}")
+    if goal is not None:
+        goal.check(begun=resume and has_run(goal.output))
     source = Source(model) if isinstance(model, str | Path) else None
     model = model if source else check_given(model)
     where = _device(device, None if source else model, executor)
     table = plan(model, recipe)
     if source is None:
         check_plain(model, [m.name for m in table.quantized])
-        if output is not None:
+        if goal is not None:
             check_rebuilt(model, rebuild(_config_text(model)))
+    if goal is not None:
+        goal.check_plan(table, source.config() if source else cast(Any, model).config, source)
     if source is not None:
         tokenizer = _tokenizer(source, needed=needs_tokenizer(calibration))
     # Too little text should be known before the model is read.
@@ -287,20 +293,20 @@ def quantize(
     task = _Task(
         source or model, table, taken, tokenizer, where, executor, spare, progress, started
     )
-    if output is None or source is None or taken.calibration is not None:
+    if goal is None or source is None or taken.calibration is not None:
         job, float_config = task.run(MemoryLedger())
-        result = task.result(job, float_config, _assemble(job, source or model))
-        if output is not None:
+        result = task.result(job, float_config, assemble(job, source or model))
+        if goal is not None:
             progress("save", 0, 1)
-            result.save(output)
+            goal.save(result, source)
             progress("save", 1, 1)
         return result
     manifest = describe_run(source, recipe, taken.tokens, where)
-    with begin_run(output, manifest, resume=resume) as run:
+    with begin_run(goal.output, manifest, resume=resume, check=goal.check) as run:
         job, float_config = task.run(run, Pace(steps_of(table), run.log, events).step)
-        result = task.result(job, float_config, path=Path(output).absolute())
+        result = task.result(job, float_config, path=Path(goal.output).absolute())
         progress("save", 0, 1)
-        save_run(run, job, result, output)
+        save_run(run, job, result, goal.output, goal.conversion(source))
         progress("save", 1, 1)
     return result
 
@@ -421,23 +427,3 @@ def _device(
 def _check_structure(model: Any, table: ModelPlan) -> None:
     check_places(model, table.architecture)
     check_blocks(model, table.architecture, table.dimensions.blocks)
-
-
-def _assemble(job: Job, origin: Any) -> Any:
-    """Return the quantized model of a job that kept everything in memory."""
-    model = job.parts.model
-    standardize(model, job.plan)
-    restructure(model, job.plan)
-    tensors = {
-        name: tensor
-        for step in job.quantizing_steps
-        for name, tensor in job.ledger.tensors(step).items()
-    }
-    model = place_tensors(model, job.plan, tensors, "the result").to(job.parts.device)
-    # What the float model says about generating text.
-    if isinstance(origin, Source):
-        if not origin.is_gguf:
-            model.generation_config = read_generation(origin.path) or model.generation_config
-    elif getattr(origin, "generation_config", None) is not None:
-        model.generation_config = copy.deepcopy(origin.generation_config)
-    return model

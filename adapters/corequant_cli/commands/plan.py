@@ -32,11 +32,13 @@ def plan(
 
     load_adapter()
     from corequant_transformers.calibration.data.given import take_windows
+    from corequant_transformers.exports.destination import Destination
 
-    table = cqhf.plan(model, recipe)
+    table, source = cqhf.plan(model, recipe), cqhf.Source(model)
+    Destination("", reader).check_plan(table, source.config(), source)
     taken = None
     if documents is not None:
-        taken = take_windows(documents, recipe, cqhf.Source(model).tokenizer()).data
+        taken = take_windows(documents, recipe, source.tokenizer()).data
     if as_json:
         shown = plans.plan_dict(table)
         print_json(shown if taken is None else {**shown, "calibration": taken})

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from corequant.errors import OutputError
 from corequant.recipe import Recipe
 from corequant_cli.commands.arguments import (
     CalibrationFiles,
@@ -67,8 +66,6 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize a model: calibrate, rotate, verify, round, and save it for a program to load."""
-    if reader != "corequant" and not dry_run:
-        raise OutputError(f"use --for corequant, then 'corequant export', for {reader}")
     documents = None if dry_run else read_data(calibration)
     import corequant_transformers as cqhf
 
@@ -89,6 +86,7 @@ def quantize(
             recipe,
             documents,
             output,
+            reader=reader,
             resume=resume,
             memory=limit,
             device=device,
@@ -96,6 +94,6 @@ def quantize(
             progress=progress,
         )
     if as_json:
-        print_json({"output": str(output), **result.report})
+        print_json({"output": str(output), "for": reader, **result.report})
     else:
         models.quantized(result, output)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corequant_transformers.checkpoint.reader import load
+from corequant.errors import CheckpointError
+from corequant_transformers.checkpoint.reader import is_quantized, load
 from corequant_transformers.checkpoint.writer import save
 from corequant_transformers.model.surroundings import undisturbed
 from corequant_transformers.planning.model_plan import ModelPlan
@@ -55,7 +56,17 @@ class Quantized:
         """The model, with a ``QuantizedLinear`` for every quantized matrix.
 
         One that was written part by part is loaded when it is first asked for.
+
+        Raises
+        ------
+        CheckpointError
+            If it was written for another program.
         """
+        if self.made is None and self.path is not None and not is_quantized(self.path):
+            raise CheckpointError(
+                f"{self.path} must be a directory of corequant's own to be loaded here; it was "
+                "written for another program"
+            )
         return load(self.path) if self.made is None and self.path is not None else self.made
 
     @undisturbed()

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant.errors import ArchitectureError, CheckpointError
-from corequant_transformers.checkpoint.reader import Stored, load_tokenizer
+from corequant_transformers.checkpoint.reader import load_tokenizer
+from corequant_transformers.exports.prospect import Candidate
 from corequant_transformers.files.atomic import read_json
 from corequant_transformers.files.digests import check_digests
 from corequant_transformers.model.sources import Source
@@ -145,7 +146,7 @@ def _rope(config: Any) -> dict[str, Any]:
     return rope
 
 
-def vocabulary(stored: Stored, source: Source | None) -> list[KeyValue]:
+def vocabulary(stored: Candidate, source: Source | None) -> list[KeyValue]:
     """Return the tokenizer and what else is known about the model.
 
     Raises

@@ -1,22 +1,28 @@
 """From a directory that ``quantize`` wrote to one that other programs read.
 
 Each module of this folder whose name begins with ``to_`` is a target, with a function ``write``
-that takes a ``Stored``, the output, ``source`` and ``shard_bytes``, and returns the output's path.
+that takes a ``Stored``, the output, ``source``, ``shard_bytes``, ``within`` and ``complete`` and
+returns the output's path, and a function ``check`` that takes what can be known beforehand.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from corequant.errors import OutputError
 from corequant_transformers.checkpoint.reader import Stored
+from corequant_transformers.exports.prospect import Candidate
 from corequant_transformers.model.surroundings import undisturbed
 
-__all__ = ["export", "targets"]
+__all__ = ["check_target", "export", "targets", "write_layout"]
 
 _PREFIX = "to_"
+SHARD_BYTES = 5 * 10**9
+"""Largest size of a file of weights by default."""
 
 
 def targets() -> list[str]:
@@ -39,7 +45,7 @@ def export(
     to: str = "compressed-tensors",
     *,
     source: str | Path | None = None,
-    shard_bytes: int = 5 * 10**9,
+    shard_bytes: int = SHARD_BYTES,
     verify: bool = True,
 ) -> Path:
     """Write a quantized model in a layout that other programs read.
@@ -87,10 +93,49 @@ def export(
     ...     sorted(f.name for f in cqhf.export(f"{folder}/own", f"{folder}/other").iterdir())
     ['config.json', 'corequant.sha256', 'model.safetensors']
     """
-    if to not in targets():
-        raise OutputError(f"to must be one of {', '.join(targets())}, got {to!r}")
-    found = importlib.import_module(f"{__package__}.{_PREFIX}{to.replace('-', '_')}")
-    written: Path = found.write(
-        Stored(path, verify=verify), output, source=source, shard_bytes=shard_bytes
+    return write_layout(path, output, to, source=source, shard_bytes=shard_bytes, verify=verify)
+
+
+def write_layout(
+    path: str | Path,
+    output: str | Path,
+    to: str,
+    *,
+    source: str | Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    verify: bool = True,
+    within: Path | None = None,
+    complete: Callable[[Path], object] = lambda made: None,
+) -> Path:
+    """Do what ``export`` does, for a run that may be killed and resumed.
+
+    Parameters
+    ----------
+    path, output, to, source, shard_bytes, verify
+        As for ``export``.
+    within : Path, optional
+        Folder of what isn't whole yet, on the output's disk, whose owner removes what a process
+        that was killed has left there.
+    complete : callable
+        Called with what was written when it is whole, before it gets its name.
+    """
+    written: Path = _target(to).write(
+        Stored(path, verify=verify),
+        output,
+        source=source,
+        shard_bytes=shard_bytes,
+        within=within,
+        complete=complete,
     )
     return written
+
+
+def check_target(to: str, candidate: Candidate, source: str | Path | None = None) -> None:
+    """Raise the error that ``export`` would, as far as it is known before a model is quantized."""
+    _target(to).check(candidate, source)
+
+
+def _target(to: str) -> Any:
+    if to not in targets():
+        raise OutputError(f"to must be one of {', '.join(targets())}, got {to!r}")
+    return importlib.import_module(f"{__package__}.{_PREFIX}{to.replace('-', '_')}")

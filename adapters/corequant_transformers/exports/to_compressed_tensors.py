@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from corequant.storage.files import json_text
 from corequant.storage.shard_index import read_index
 from corequant.storage.tensor_file import RawTensor, TensorFile, write_tensors
 from corequant_transformers.checkpoint.reader import Stored
+from corequant_transformers.exports.prospect import Candidate
 from corequant_transformers.files.digests import write_digests
 from corequant_transformers.files.marks import GUARD
 from corequant_transformers.files.outputs import check_output, new_directory
@@ -29,15 +30,28 @@ from corequant_transformers.model.sources import copy_files
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
 
-__all__ = ["check_layers", "write"]
+__all__ = ["check", "check_layers", "write"]
 
 _VERSION = "0.17.0"
 _TORCH = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _DTYPES = {name: tag for tag, name in _TORCH.items()}
 
 
+def check(candidate: Candidate, source: str | Path | None = None) -> None:
+    """Raise the error that ``write`` would, as far as it is known before a model is quantized."""
+    _schemes(candidate.plan)
+    check_layers(candidate)
+    _check_activations(candidate.plan)
+
+
 def write(
-    stored: Stored, output: str | Path, *, source: str | Path | None, shard_bytes: int
+    stored: Stored,
+    output: str | Path,
+    *,
+    source: str | Path | None,
+    shard_bytes: int,
+    within: Path | None = None,
+    complete: Callable[[Path], object] = lambda made: None,
 ) -> Path:
     """Write a new directory, read it back and compare, then give it its name.
 
@@ -50,6 +64,10 @@ def write(
         Must be left out.
     shard_bytes : int
         Largest size of a file of weights.
+    within : Path, optional
+        Folder of what isn't whole yet; that of ``output`` by default.
+    complete : callable
+        Called with the directory when all files are in it, before it gets its name.
 
     Returns
     -------
@@ -65,13 +83,11 @@ def write(
     if source is not None:
         raise OutputError(f"source must be left out for compressed-tensors, got {str(source)!r}")
     target = check_output(output)
-    plan = stored.plan
-    schemes = _schemes(plan)
-    check_layers(stored)
-    _check_activations(stored)
+    check(stored)
+    schemes = _schemes(stored.plan)
     _check_shared_scales(stored)
     stored.check()
-    with new_directory(target) as folder:
+    with new_directory(target, within) as folder:
         copy_files(stored.copied_files(), folder)
         config = json_text(_config(stored, schemes)).encode()
         (folder / "config.json").write_bytes(config)
@@ -79,6 +95,7 @@ def write(
         if (changed := _difference(folder, places, stored, schemes)) is not None:
             raise OutputError(changed)
         write_digests(folder)
+        complete(folder)
     return target
 
 
@@ -257,10 +274,10 @@ def _difference(
     return None
 
 
-def _skeleton(stored: Stored) -> Any:
-    file = stored.folder / "float_config.json"
-    with as_config_errors(file, stored.float_config):
-        return build(stored.config)
+def _skeleton(candidate: Candidate) -> Any:
+    file = candidate.folder / "float_config.json"
+    with as_config_errors(file, candidate.float_config):
+        return build(candidate.config)
 
 
 def _class_name(config: Any) -> str:
@@ -268,11 +285,11 @@ def _class_name(config: Any) -> str:
     return str(mapping[type(config)].__name__)
 
 
-def check_layers(stored: Stored) -> None:
+def check_layers(candidate: Candidate) -> None:
     """Refuse a model whose tensors are not those of Transformers' own class."""
-    model = _skeleton(stored)
-    kind = stored.plan.architecture.model_type
-    for matrix in stored.plan.quantized:
+    model, plan = _skeleton(candidate), candidate.plan
+    kind = plan.architecture.model_type
+    for matrix in plan.quantized:
         try:
             layer = model.get_submodule(matrix.name)
         except AttributeError:
@@ -283,10 +300,10 @@ def check_layers(stored: Stored) -> None:
                 "compressed-tensors quantizes only these"
             )
     expected = {k for k, _ in model.named_parameters(remove_duplicate=False)}
-    if stored.plan.tied:
-        expected.discard(f"{stored.plan.architecture.head}.weight")
-    quantized = {f"{m.name}.weight" for m in stored.plan.quantized}
-    different = (expected - quantized) ^ set(stored.rest())
+    if plan.tied:
+        expected.discard(f"{plan.architecture.head}.weight")
+    quantized = {f"{m.name}.weight" for m in plan.quantized}
+    different = (expected - quantized) ^ set(candidate.rest())
     if different:
         raise ArchitectureError(
             f"merging changed which tensors {kind!r} has, so that Transformers' own class can't "
@@ -294,8 +311,8 @@ def check_layers(stored: Stored) -> None:
         )
 
 
-def _check_activations(stored: Stored) -> None:
-    for matrix in stored.plan.quantized:
+def _check_activations(plan: ModelPlan) -> None:
+    for matrix in plan.quantized:
         spec = matrix.activations
         if spec is not None and spec.granularity is Granularity.TENSOR_GROUP:
             raise SpecError(

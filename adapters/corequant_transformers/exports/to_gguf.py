@@ -28,11 +28,13 @@ from corequant.storage.tensor_file import RawTensor
 from corequant_transformers.checkpoint.reader import Stored
 from corequant_transformers.exports.gguf_metadata import (
     PERMUTED,
+    KeyValue,
     architecture_name,
     hyperparameters,
     rope_factors,
     vocabulary,
 )
+from corequant_transformers.exports.prospect import Candidate
 from corequant_transformers.exports.to_compressed_tensors import check_layers
 from corequant_transformers.files.atomic import replacing
 from corequant_transformers.files.digests import GGUF_DIGEST, GGUF_VERSION, seal_gguf
@@ -41,7 +43,7 @@ from corequant_transformers.model.sources import Source
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
 
-__all__ = ["write"]
+__all__ = ["check", "write"]
 
 Array = npt.NDArray[Any]
 
@@ -65,8 +67,24 @@ class _Tensor:
         return np.dtype({"F32": "<f4", "F16": "<f2"}.get(self.kind, "u1"))
 
 
+def check(candidate: Candidate, source: str | Path | None = None) -> None:
+    """Raise the error that ``write`` would, as far as it is known before a model is quantized."""
+    for matrix in candidate.plan.quantized:
+        _block_type(matrix)
+    _check_recipe(candidate.plan)
+    architecture_name(candidate.config)
+    check_layers(candidate)
+    _values(candidate, source)
+
+
 def write(
-    stored: Stored, output: str | Path, *, source: str | Path | None, shard_bytes: int
+    stored: Stored,
+    output: str | Path,
+    *,
+    source: str | Path | None,
+    shard_bytes: int,
+    within: Path | None = None,
+    complete: Callable[[Path], object] = lambda made: None,
 ) -> Path:
     """Write a new file, read it back and compare, then give it its name.
 
@@ -80,6 +98,10 @@ def write(
         are, a directory's tokenizer is translated. By default the tokenizer of ``stored`` is.
     shard_bytes : int
         Ignored: a GGUF file holds everything.
+    within : Path, optional
+        Folder of the file while it isn't whole; that of ``output`` by default.
+    complete : callable
+        Called with the file when it is whole, before it gets its name.
 
     Returns
     -------
@@ -104,11 +126,10 @@ def write(
     _check_recipe(plan)
     arch = architecture_name(stored.config)
     check_layers(stored)
-    given = None if source is None else Source(source)
-    values = [*hyperparameters(stored.config, plan), *vocabulary(stored, given)]
+    values = _values(stored, source)
     tensors = list(_tensors(stored, kinds, arch))
     stored.check()
-    with replacing(target) as part:
+    with replacing(target, within) as part:
         writer = gguf.GGUFWriter(part, arch)
         try:
             # First, where its reader looks for them.
@@ -132,7 +153,13 @@ def write(
         seal_gguf(part)
         if (changed := _difference(part, tensors, stored)) is not None:
             raise OutputError(changed)
+        complete(part)
     return target
+
+
+def _values(candidate: Candidate, source: str | Path | None) -> list[KeyValue]:
+    given = None if source is None else Source(source)
+    return [*hyperparameters(candidate.config, candidate.plan), *vocabulary(candidate, given)]
 
 
 def _check_recipe(plan: ModelPlan) -> None:

@@ -96,8 +96,15 @@ def file_sha256(path: Path) -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield the name of a temporary sibling; it gets its real name once it is on the disk.
+def replacing(path: Path, within: Path | None = None) -> Iterator[Path]:
+    """Yield the name of a temporary file; it gets its real name once it is on the disk.
+
+    Parameters
+    ----------
+    path : Path
+    within : Path, optional
+        Folder of the temporary file, on the same disk, whose owner removes what a process that was
+        killed has left there; by default that of ``path``.
 
     Raises
     ------
@@ -105,7 +112,8 @@ def replacing(path: Path) -> Iterator[Path]:
         If it can't be written. What had the name before is as it was then.
     """
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        folder = within or path.parent
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=folder)
         os.close(handle)
     except OSError as error:
         raise OutputError(f"{path} could not be written: {error}") from error

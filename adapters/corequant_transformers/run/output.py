@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ __all__ = ["begin_run", "describe_run", "has_run", "run_directory", "save_run"]
 
 _VERSIONS = ("corequant", "numpy", "numba", "torch", "transformers", "safetensors")
 _SAVED = "saved.json"
+_OWN = "own"
 
 
 def run_directory(output: str | Path) -> Path:
@@ -78,11 +79,23 @@ def _name_of(device: torch.device) -> str:
 
 @contextmanager
 def begin_run(
-    output: str | Path, manifest: dict[str, Any], *, resume: bool
+    output: str | Path,
+    manifest: dict[str, Any],
+    *,
+    resume: bool,
+    check: Callable[[], object] | None = None,
 ) -> Iterator[RunDirectory]:
     """Yield a run's directory, which is removed at the end, or kept if the run is stopped.
 
     A run that is stopped before its first step is done leaves nothing.
+
+    Parameters
+    ----------
+    output : str or Path
+    manifest : dict
+    resume : bool
+    check : callable, optional
+        Refuses an output that can't be written; ``check_output`` by default.
 
     Raises
     ------
@@ -93,9 +106,9 @@ def begin_run(
     try:
         saved = run.mark(_SAVED)
         target = Path(output)
-        if saved is None or not _holds(target / WEIGHTS, saved.get("sha256")):
+        if saved is None or not _is_whole(target, saved):
             _clear(target, saved or {})
-            check_output(output)
+            check_output(output) if check is None else check()
         yield run
     except BaseException as error:
         if run.begun:
@@ -111,9 +124,24 @@ def begin_run(
     run.remove()
 
 
-def _found(folder: Path) -> dict[str, Any]:
-    files = {name: file_sha256(folder / name) for name in pieces(folder)}
-    return {"sha256": files[WEIGHTS], "files": files}
+def _found(made: Path) -> dict[str, Any]:
+    """Return the digests of a result: of a file, or of all files in a directory."""
+    if made.is_file():
+        return {"sha256": file_sha256(made)}
+    return {"files": {name: file_sha256(made / name) for name in pieces(made)}}
+
+
+def _is_whole(target: Path, saved: dict[str, Any]) -> bool:
+    """Return whether a result is there as it was saved."""
+    if target.is_file():
+        return _holds(target, saved.get("sha256"))
+    files = saved.get("files")
+    if not isinstance(files, dict) or not files:
+        return False
+    if WEIGHTS in files:
+        # It gets its place last.
+        return _holds(target / WEIGHTS, files[WEIGHTS])
+    return all(_holds(target / name, digest) for name, digest in files.items())
 
 
 def _holds(file: Path, digest: Any) -> bool:
@@ -141,8 +169,9 @@ def save_run(
     job: Job,
     result: Quantized,
     output: str | Path,
+    convert: Callable[[Path, Path, Callable[[Path], object]], None] | None = None,
 ) -> Path:
-    """Write the directory that a run ends in, a piece at a time, unless it is there already.
+    """Write what a run ends in, a piece at a time, unless it is there already.
 
     Parameters
     ----------
@@ -152,6 +181,10 @@ def save_run(
     result : Quantized
         Source of the report, the config and the tokenizer.
     output : str or Path
+    convert : callable, optional
+        Makes the output of the directory, which then lies in the run's own; called with that
+        directory, the folder for what isn't whole yet, and what to call before the output gets
+        its name.
 
     Raises
     ------
@@ -159,9 +192,31 @@ def save_run(
         If it can't be written or doesn't read back equal; nothing is left there then.
     """
     target = Path(output).absolute()
-    if run.mark(_SAVED) is not None and (target / WEIGHTS).exists():
-        # begin_run found it whole: the run was stopped while it cleared up.
+    saved = run.mark(_SAVED)
+    if saved is not None and _is_whole(target, saved):
+        # The run was stopped while it cleared up.
         return target
+
+    def record(made: Path) -> None:
+        run.mark(_SAVED, _found(made))
+
+    if convert is None:
+        _write_directory(run, job, result, target, record)
+        return target
+    own = run.path / _OWN
+    if not own.is_dir():
+        _write_directory(run, job, result, own)
+    convert(own, run.path, record)
+    return target
+
+
+def _write_directory(
+    run: RunDirectory,
+    job: Job,
+    result: Quantized,
+    target: Path,
+    complete: Callable[[Path], object] = lambda made: None,
+) -> None:
     with writing(
         target,
         type(job.parts.model).__name__,
@@ -171,9 +226,8 @@ def save_run(
         tokenizer=result.tokenizer,
         copied_files=result.copied_files,
         within=run.path,
-        complete=lambda folder: run.mark(_SAVED, _found(folder)),
+        complete=complete,
     ) as folder:
         concatenate(folder / WEIGHTS, run.tensor_files(job.quantizing_steps))
         log = (run.path / LOG).read_bytes() if (run.path / LOG).exists() else b""
         (folder / LOG).write_bytes(log)
-    return target
