@@ -13,10 +13,12 @@ import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from corequant_transformers.files.hub import locate
+from tests import capabilities
 from tests.models.test_checkpoint import word_level
 from tests.models.test_cli import run
 from tests.models.test_shown import command  # noqa: F401
 
+pytestmark = capabilities.links
 TEXT = "a b c d e f g h i j k l m n o p " * 40
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

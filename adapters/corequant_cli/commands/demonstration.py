@@ -18,12 +18,13 @@ import torch
 
 from corequant.errors import CheckpointError
 from corequant.recipe import Recipe
+from corequant_transformers.calibration.data.documents import Documents
+from corequant_transformers.calibration.data.given import text_windows
 from corequant_transformers.checkpoint.reader import load
 from corequant_transformers.evaluation.measurement import evaluate
 from corequant_transformers.files.outputs import check_output
 from corequant_transformers.model.sources import Source
 from corequant_transformers.model.surroundings import quiet_transformers, undisturbed
-from corequant_transformers.model.text import token_windows
 from corequant_transformers.pipeline import Progress, calibrate, quantize
 
 __all__ = ["Demo", "Row", "fetch_model", "help_topics", "run"]
@@ -113,7 +114,7 @@ def fetch_model(cache: Path | None = None) -> Path:
 @undisturbed()
 def run(
     output: Path,
-    text: str | None = None,
+    documents: Documents | None = None,
     *,
     windows: int = 4,
     progress: Progress = lambda phase, done, total: None,
@@ -124,9 +125,9 @@ def run(
     ----------
     output : Path
         A new or empty directory for the best model.
-    text : str, optional
-        To calibrate on (its beginning) and evaluate on (what follows); Python's own help topics by
-        default.
+    documents : Documents, optional
+        To calibrate on (their beginning) and evaluate on (what follows); Python's own help topics
+        by default.
     windows : int
         Windows of 2048 tokens to evaluate.
     progress : callable
@@ -140,7 +141,7 @@ def run(
     source = Source(fetch_model())
     progress("fetch SmolLM2", 1, 1)
     tokenizer = source.tokenizer()
-    tokens = token_windows(text or help_topics(), tokenizer, LENGTH, SAMPLES + windows)
+    tokens = text_windows(documents or help_topics(), tokenizer, LENGTH, SAMPLES + windows)
     model = source.load()
     data = calibrate(model, Recipe(), tokens[:SAMPLES], progress=progress)
     total = len(VARIANTS) + 1
