@@ -172,6 +172,21 @@ def _killed_half_way(write):
         ),
         ("vllm", "out", {"weights": "int4:group32:asymmetric"}, cq.SpecError, "must be symmetric"),
         ("transformers", "out", {"weights": "mxfp6_e2m3"}, cq.SpecError, "transformers can't run"),
+        ("vllm", "out", {"keep": ["v_proj"]}, cq.RecipeError, "v_proj as by one matrix.*one rule"),
+        (
+            "transformers",
+            "out",
+            {"layers": ["down_proj=int8:float32"]},
+            cq.SpecError,
+            "scales of all layers must be of one format",
+        ),
+        (
+            "llama.cpp",
+            "out.gguf",
+            {"layers": ["down_proj=int8:channel"]},
+            cq.SpecError,
+            r"down_proj: GGUF has no block type",
+        ),
     ],
 )
 def test_refused_before_any_work(reader, name, fields, error, words, source, tokens, tmp_path):

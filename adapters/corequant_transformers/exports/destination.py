@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from corequant.errors import CorequantError, OutputError
+from corequant.errors import CorequantError, OutputError, RecipeError
 from corequant.recipe import READERS, check_reader
 from corequant_transformers.checkpoint.quantized import Quantized
 from corequant_transformers.exports.prospect import Prospect
@@ -16,6 +16,7 @@ from corequant_transformers.exports.targets import check_target, write_layout
 from corequant_transformers.files.outputs import check_file_output, check_output, real_path
 from corequant_transformers.model.sources import Source
 from corequant_transformers.planning.model_plan import ModelPlan
+from corequant_transformers.planning.rules import fusion_conflict
 
 __all__ = ["Destination"]
 
@@ -60,6 +61,9 @@ class Destination:
         """Refuse a plan whose result the reader can't run, before any work is done."""
         if self.layout == "corequant":
             return
+        conflict = fusion_conflict(plan.matrices)
+        if self.reader == "vllm" and conflict is not None:
+            raise RecipeError(f"vllm can't run the result: {conflict}; give one rule for both")
         where = (Path(), "") if source is None else (source.path, source.name)
         try:
             prospect = Prospect(plan, config, *where)

@@ -32,7 +32,7 @@ from corequant_transformers.planning.matrix_plan import (
     regions_of,
 )
 from corequant_transformers.planning.rows import plan_matrices
-from corequant_transformers.planning.rules import check_rules, fusion_note
+from corequant_transformers.planning.rules import check_rules, fusion_conflict
 from corequant_transformers.planning.unquantized import folds_gains, settle_dtype, tie
 
 __all__ = ["VERIFIED_TOKENS", "ModelPlan", "plan_model"]
@@ -229,8 +229,9 @@ def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
     norms = (architecture.final_norm, *inner)
     check_rules(recipe, matrices)
     _check_groups(matrices)
-    note = fusion_note(matrices)
-    notes = (*notes, *untied, *([] if note is None else [note]))
+    conflict = fusion_conflict(matrices)
+    fused = () if conflict is None else (f"{conflict}: it can't load an export of this",)
+    notes = (*notes, *untied, *fused)
     return ModelPlan(architecture, sizes, recipe, matrices, norms, notes, tied)
 
 

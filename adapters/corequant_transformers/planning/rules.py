@@ -10,7 +10,7 @@ from corequant.recipe import Recipe
 from corequant.recipe.layers import is_match
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 
-__all__ = ["check_rules", "fusion_note"]
+__all__ = ["check_rules", "fusion_conflict"]
 
 _OUTPUTS = ("attention_output", "mlp_output")
 """Roles of matrices whose input's channels are permuted by themselves."""
@@ -99,8 +99,8 @@ def _check_inputs(matrices: Iterable[MatrixPlan]) -> None:
             )
 
 
-def fusion_note(matrices: Iterable[MatrixPlan]) -> str | None:
-    """Return what vLLM can't load of a plan, if anything.
+def fusion_conflict(matrices: Iterable[MatrixPlan]) -> str | None:
+    """Return what keeps vLLM from loading the export of a plan, if anything.
 
     It multiplies by query, key and value, or by gate and up, as by one matrix, which has one
     quantizer, or none.
@@ -112,9 +112,8 @@ def fusion_note(matrices: Iterable[MatrixPlan]) -> str | None:
         other = first.setdefault(matrix.reads, matrix)
         if _scheme(other) != _scheme(matrix):
             return (
-                f"vLLM can't load this: it multiplies by {other.name} and {matrix.name} as by one "
-                f"matrix, and they are {_words(other)} and {_words(matrix)}; other readers take "
-                "each by itself"
+                f"vLLM multiplies by {other.name} and {matrix.name} as by one matrix, and they are "
+                f"{_words(other)} and {_words(matrix)}"
             )
     return None
 
