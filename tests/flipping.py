@@ -15,6 +15,8 @@ import numpy as np
 import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
+from corequant_transformers.files.digests import DIGESTS
+from corequant_transformers.files.marks import CARD
 
 __all__ = ["Flips", "flip", "outputs"]
 
@@ -25,7 +27,7 @@ class Flips:
 
     noticed: int = 0
     harmless: int = 0
-    """Of JSON that says the same, such as another white space."""
+    """Of JSON that says the same, such as another white space, or of the model card's digest."""
     files: dict[str, int] = field(default_factory=dict)
 
 
@@ -39,7 +41,8 @@ def flip(path: Path, read: Callable[[], Any], count: int, seed: int) -> Flips:
         is raised.
     """
     generator = random.Random(f"{path.name} {seed}")
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    # No reader opens a model card.
+    files = sorted(f for f in path.iterdir() if f.name != CARD) if path.is_dir() else [path]
     found = Flips(files={file.name: 0 for file in files})
     for _ in range(count):
         file = generator.choice(files)
@@ -60,24 +63,33 @@ def flip(path: Path, read: Callable[[], Any], count: int, seed: int) -> Flips:
 
 @contextmanager
 def _flipped(file: Path, at: int, bit: int) -> Iterator[bool]:
-    """Flip a bit for a while, and tell whether the file is JSON that says the same."""
+    """Flip a bit for a while, and tell whether the file still says the same to who loads it."""
     with file.open("r+b") as opened:
         opened.seek(at)
         byte = opened.read(1)[0]
         opened.seek(at)
         opened.write(bytes([byte ^ (1 << bit)]))
     try:
-        changed = file.read_bytes() if file.suffix == ".json" else b""
+        data = file.read_bytes()
+        changed = data if file.suffix == ".json" else b""
         good = changed[:at] + bytes([byte]) + changed[at + 1 :]
         try:
             same = bool(changed) and json.loads(changed) == json.loads(good)
         except ValueError:
             same = False
-        yield same
+        yield same or (file.name == DIGESTS and _is_of_card(data, at, byte))
     finally:
         with file.open("r+b") as opened:
             opened.seek(at)
             opened.write(bytes([byte]))
+
+
+def _is_of_card(data: bytes, at: int, byte: int) -> bool:
+    """Return whether a byte, which had another value, is in the line of the model card."""
+    good = data[:at] + bytes([byte]) + data[at + 1 :]
+    start = good.rfind(b"\n", 0, at) + 1
+    line = good[start : good.find(b"\n", at)]
+    return at < start + len(line) and line.endswith(f"  {CARD}".encode())
 
 
 def outputs(folder: Path) -> list[tuple[str, Path, Callable[[], Any]]]:

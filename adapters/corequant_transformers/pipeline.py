@@ -33,6 +33,7 @@ from corequant_transformers.model.layouts import (
     check_places,
     check_untouched,
 )
+from corequant_transformers.model.origins import origin_of
 from corequant_transformers.model.parts import ModelWeights, Parts, is_tied, skeleton
 from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
 from corequant_transformers.model.replicas import check_given, check_plain, unwrap
@@ -364,6 +365,7 @@ class _Task:
         found = job.report()
         report = {
             "source": None if source is None else source.name,
+            "origin": {} if source is None else origin_of(source),
             "recipe": job.plan.recipe.to_dict(),
             "verification": found["verification"].to_dict(),
             "notes": list(job.plan.notes),

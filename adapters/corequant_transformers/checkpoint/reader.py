@@ -20,7 +20,7 @@ from corequant.storage.tensor_file import RawTensor, TensorFile
 from corequant_transformers.checkpoint.saving import Saving
 from corequant_transformers.checkpoint.tensors import place_tensors
 from corequant_transformers.files.atomic import read_json, read_tensors
-from corequant_transformers.files.digests import check_digests, checking, warn_of_none
+from corequant_transformers.files.digests import check_digests, checking, is_read, warn_of_none
 from corequant_transformers.files.hub import locate
 from corequant_transformers.files.marks import WEIGHTS, check_settings
 from corequant_transformers.model.configs import as_config_errors, check_config, settle_config
@@ -112,7 +112,7 @@ def load_tokenizer(path: str | Path, *, verify: bool = True) -> Any:
     folder = locate(path)
     _, config = read_plan(folder)
     if verify:
-        check_digests(folder, lambda name: not name.endswith(".safetensors"))
+        check_digests(folder, lambda name: is_read(name) and not name.endswith(".safetensors"))
     try:
         with quiet_transformers():
             return transformers.AutoTokenizer.from_pretrained(
@@ -180,6 +180,7 @@ class Stored:
         The float model's.
     float_config : dict
         The float model's ``config.json``.
+    report : dict
     source_name : str
         Name of the file or directory that was quantized; empty for a model in memory.
 
@@ -193,13 +194,14 @@ class Stored:
         self.folder, self._verify = locate(path), verify
         self.plan, self.config = read_plan(self.folder)
         self.float_config = read_json(self.folder / "float_config.json")
-        name = read_json(self.folder / "report.json").get("source")
+        self.report = read_json(self.folder / "report.json")
+        name = self.report.get("source")
         self.source_name = name if isinstance(name, str) else ""
         self._file = TensorFile(self.folder / WEIGHTS)
 
     def check(self) -> None:
         """Raise CheckpointError if a file isn't as it was written."""
-        if self._verify and check_digests(self.folder) is None:
+        if self._verify and check_digests(self.folder, is_read) is None:
             warn_of_none(self.folder)
 
     def quantized(self, matrix: MatrixPlan) -> QuantizedTensor:

@@ -1,10 +1,10 @@
 """Directories that hold a quantized model, written whole or not at all.
 
 A directory holds ``corequant.safetensors`` (codes, scales and the float matrices), ``config.json``,
-``float_config.json`` (the float model's config), ``recipe.toml``, ``report.json`` and the
-tokenizer's files. Its weights have a name of their own, and ``config.json`` has ``GUARD`` for it: a
-reader that would ignore the run-time rotation finds no weights and stops, where it would otherwise
-compute nonsense. With this package Transformers finds them, see ``quantizer``.
+``float_config.json`` (the float model's config), ``recipe.toml``, ``report.json``, the tokenizer's
+files and a model card. Its weights have a name of their own, and ``config.json`` has ``GUARD`` for
+it: a reader that would ignore the run-time rotation finds no weights and stops, where it would
+otherwise compute nonsense. With this package Transformers finds them, see ``quantizer``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import safetensors
 import safetensors.torch
 
 from corequant.storage.files import json_text, version_of
+from corequant_transformers.checkpoint.card import own_card
 from corequant_transformers.checkpoint.tensors import check_writable, model_tensors
 from corequant_transformers.files.atomic import compare
 from corequant_transformers.files.digests import (
@@ -26,7 +27,7 @@ from corequant_transformers.files.digests import (
     sealed_report,
     write_digests,
 )
-from corequant_transformers.files.marks import FORMAT_VERSION, GUARD, METHOD, WEIGHTS
+from corequant_transformers.files.marks import CARD, FORMAT_VERSION, GUARD, METHOD, WEIGHTS
 from corequant_transformers.files.outputs import check_output, new_directory
 from corequant_transformers.model.layouts import standardize
 from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
@@ -152,6 +153,7 @@ def writing(
         (folder / "config.json").write_bytes(_config(name, plan, float_config, dtype).encode())
         (folder / "recipe.toml").write_bytes(plan.recipe.to_toml().encode())
         yield folder
+        (folder / CARD).write_bytes(own_card(plan, report, folder / WEIGHTS).encode())
         (folder / "report.json").write_bytes(sealed_report(report, folder).encode())
         # The writer makes files that only their owner can read.
         (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)

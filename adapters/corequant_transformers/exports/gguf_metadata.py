@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant.errors import ArchitectureError, CheckpointError
-from corequant_transformers.checkpoint.reader import load_tokenizer
+from corequant_transformers.checkpoint.reader import Stored, load_tokenizer
 from corequant_transformers.exports.prospect import Candidate
 from corequant_transformers.files.atomic import read_json
 from corequant_transformers.files.digests import check_digests
@@ -30,6 +30,7 @@ from corequant_transformers.planning.model_plan import ModelPlan
 __all__ = [
     "PERMUTED",
     "KeyValue",
+    "about",
     "architecture_name",
     "hyperparameters",
     "rope_factors",
@@ -58,7 +59,10 @@ _SPLITS = {
 }
 """llama.cpp's names for the steps of ``pre_tokenizer``."""
 
-_NOT_CARRIED = ("general.architecture", "general.file_type", "general.quantization_version")
+_NOT_CARRIED = (
+    *("general.architecture", "general.file_type", "general.quantization_version"),
+    "general.quantized_by",
+)
 
 
 def architecture_name(config: Any) -> str:
@@ -179,6 +183,39 @@ def vocabulary(stored: Candidate, source: Source | None) -> list[KeyValue]:
         ("general.name", name, _T.STRING, None),
         *_translated(folder, tokenizer, stored.plan.dimensions.vocabulary),
     ]
+
+
+def about(stored: Stored, known: Iterable[KeyValue]) -> Iterator[KeyValue]:
+    """Yield what a model card says, as far as a file has fields for it.
+
+    Parameters
+    ----------
+    stored : Stored
+    known : iterable of KeyValue
+        Fields that the file has already; they stay as they are.
+    """
+    taken = {key for key, *_ in known}
+    formats = sorted({m.weights.format.name for m in stored.plan.quantized})
+    origin = stored.report.get("origin")
+    origin = origin if isinstance(origin, dict) else {}
+    values: list[KeyValue] = [
+        ("general.quantized_by", "corequant", _T.STRING, None),
+        ("general.tags", ["corequant", *formats], _T.ARRAY, _T.STRING),
+    ]
+    if "license" in origin:
+        values.append(("general.license", str(origin["license"]), _T.STRING, None))
+    if "base_model" in origin and "general.base_model.count" not in taken:
+        name = str(origin["base_model"])
+        organization, _, model = name.partition("/")
+        prefix = "general.base_model"
+        values += [
+            (f"{prefix}.count", 1, _T.UINT32, None),
+            (f"{prefix}.0.name", model, _T.STRING, None),
+            (f"{prefix}.0.organization", organization, _T.STRING, None),
+            (f"{prefix}.0.repo_url", f"https://huggingface.co/{name}", _T.STRING, None),
+        ]
+    values.append(("corequant.recipe", stored.plan.recipe.to_toml(), _T.STRING, None))
+    yield from (value for value in values if value[0] not in taken)
 
 
 def _carried(path: Path) -> Iterator[KeyValue]:

@@ -91,7 +91,7 @@ def export(
     ...     tokens = np.arange(64).reshape(2, 32)
     ...     _ = cqhf.quantize(cqhf.tiny_model("llama"), recipe, tokens, f"{folder}/own")
     ...     sorted(f.name for f in cqhf.export(f"{folder}/own", f"{folder}/other").iterdir())
-    ['config.json', 'corequant.sha256', 'model.safetensors']
+    ['README.md', 'config.json', 'corequant.sha256', 'model.safetensors']
     """
     return write_layout(path, output, to, source=source, shard_bytes=shard_bytes, verify=verify)
 

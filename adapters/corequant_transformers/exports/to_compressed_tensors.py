@@ -19,10 +19,11 @@ from corequant.storage.compressed_tensors import Scheme
 from corequant.storage.files import json_text
 from corequant.storage.shard_index import read_index
 from corequant.storage.tensor_file import RawTensor, TensorFile, write_tensors
+from corequant_transformers.checkpoint.card import exported_card
 from corequant_transformers.checkpoint.reader import Stored
 from corequant_transformers.exports.prospect import Candidate
 from corequant_transformers.files.digests import write_digests
-from corequant_transformers.files.marks import GUARD
+from corequant_transformers.files.marks import CARD, GUARD
 from corequant_transformers.files.outputs import check_output, new_directory
 from corequant_transformers.model.configs import as_config_errors
 from corequant_transformers.model.parts import build
@@ -94,6 +95,10 @@ def write(
         places = _write_shards(folder, _tensors(stored, schemes), shard_bytes)
         if (changed := _difference(folder, places, stored, schemes)) is not None:
             raise OutputError(changed)
+        files = [folder / place for place in sorted(set(places.values()))]
+        formats = {scheme.format for scheme in schemes.values()}
+        card = exported_card(stored.plan, stored.report, files, formats)
+        (folder / CARD).write_bytes(card.encode())
         write_digests(folder)
         complete(folder)
     return target

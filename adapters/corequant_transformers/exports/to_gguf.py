@@ -29,6 +29,7 @@ from corequant_transformers.checkpoint.reader import Stored
 from corequant_transformers.exports.gguf_metadata import (
     PERMUTED,
     KeyValue,
+    about,
     architecture_name,
     hyperparameters,
     rope_factors,
@@ -127,6 +128,7 @@ def write(
     arch = architecture_name(stored.config)
     check_layers(stored)
     values = _values(stored, source)
+    values += about(stored, values)
     tensors = list(_tensors(stored, kinds, arch))
     stored.check()
     with replacing(target, within) as part:

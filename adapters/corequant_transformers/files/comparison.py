@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from corequant_transformers.files.digests import DIGESTS, check_digests
+from corequant_transformers.files.digests import DIGESTS, check_digests, is_read
 
 __all__ = ["Comparison", "comparing"]
 
@@ -52,7 +52,7 @@ class Comparison:
             return
         if os.path.lexists(folder / DIGESTS) or (required and folder.parent.name != "snapshots"):
             pool = ThreadPoolExecutor(1)
-            self._found = pool.submit(check_digests, folder)
+            self._found = pool.submit(check_digests, folder, is_read)
             pool.shutdown(wait=False)
 
     def __deepcopy__(self, memo: Any) -> Comparison:

@@ -2,8 +2,9 @@
 
 ``corequant.sha256`` lists the files of a directory as ``sha256sum`` does, and ``sha256sum -c``
 checks it. Two directories of one model, made in another run, have the same list: what is about the
-run itself, ``report.json`` and ``log.jsonl``, isn't in it. The report carries the log's digest and
-its own, for which zeros stand while it is computed. A GGUF file carries its own in the same way.
+run itself, ``report.json``, ``log.jsonl`` and the model card, isn't in it. The report carries the
+digests of these and its own, for which zeros stand while it is computed. A GGUF file carries its
+own in the same way.
 
 This is about accidents: a disk or a transfer that lost bits, a file that was edited, exchanged,
 removed or added. Whoever can change files on purpose can change the list as well, unless it is kept
@@ -28,6 +29,7 @@ from corequant.errors import CheckpointError
 from corequant.storage.files import json_text, open_regular, read_text
 from corequant_transformers.files.atomic import read_json
 from corequant_transformers.files.companions import TEMPLATES, is_tokenizers
+from corequant_transformers.files.marks import CARD
 
 __all__ = [
     "DIGESTS",
@@ -35,6 +37,7 @@ __all__ = [
     "GGUF_VERSION",
     "check_digests",
     "checking",
+    "is_read",
     "pieces",
     "seal_gguf",
     "sealed_report",
@@ -74,23 +77,24 @@ def pieces(folder: Path) -> list[str]:
 
 def write_digests(folder: Path) -> None:
     """Write the list for all files in a directory but those about the run."""
-    names = [name for name in pieces(folder) if name not in (DIGESTS, REPORT, LOG)]
+    # An export has no report.
+    apart = {DIGESTS, *((REPORT, LOG, CARD) if (folder / REPORT).exists() else ())}
+    names = [name for name in pieces(folder) if name not in apart]
     text = "".join(f"{_sha256(folder / name)}  {name}\n" for name in names)
     (folder / DIGESTS).write_bytes(text.encode())
 
 
 def sealed_report(report: Mapping[str, Any], folder: Path) -> str:
-    """Return the text of a directory's report, with the log's digest and its own.
+    """Return the text of a directory's report, with the digests of log and card and its own.
 
     Parameters
     ----------
     report : mapping
         Plain values.
     folder : Path
-        Directory of the log, if there is one.
+        Directory of log and card, if there are any.
     """
-    log = folder / LOG
-    digests = {LOG: _sha256(log)} if log.exists() else {}
+    digests = {name: _sha256(folder / name) for name in (LOG, CARD) if (folder / name).exists()}
     text = json_text({**report, _FIELD: {**digests, REPORT: _BLANK}})
     own = hashlib.sha256(text.encode()).hexdigest()
     before, _, after = text.rpartition(_BLANK)
@@ -127,7 +131,7 @@ def check_digests(path: str | Path, wanted: Callable[[str], bool] | None = None)
     ...     model, recipe = cqhf.tiny_model("llama"), Recipe(block_size=16)
     ...     _ = cqhf.quantize(model, recipe, tokens, f"{folder}/out")
     ...     cqhf.check_digests(f"{folder}/out")
-    5
+    6
     """
     path = Path(path)
     if not path.is_dir():
@@ -168,7 +172,7 @@ def checking(path: Path, *, verify: bool = True) -> Iterator[None]:
         yield
         return
     with ThreadPoolExecutor(1) as pool:
-        found = pool.submit(check_digests, path)
+        found = pool.submit(check_digests, path, is_read)
         yield
         count = found.result()
     if count is None and path.is_dir():
@@ -231,10 +235,10 @@ def _read_list(folder: Path) -> dict[str, str] | None:
 
 
 def _report_digests(folder: Path) -> dict[str, str]:
-    """Return the digests that the report has, which are its own and the log's."""
+    """Return the digests that the report has: its own, the log's and the card's."""
     file = folder / REPORT
     digests = read_json(file).get(_FIELD)
-    if not isinstance(digests, dict) or not {REPORT} <= set(digests) <= {REPORT, LOG}:
+    if not isinstance(digests, dict) or not {REPORT} <= set(digests) <= {REPORT, LOG, CARD}:
         raise _changed(file)
     own = digests[REPORT]
     with open_regular(file) as opened:
@@ -260,6 +264,11 @@ def _check_names(folder: Path, known: set[str]) -> None:
             f"{file} is not among the files that {DIGESTS} lists, and may change what the others "
             "say; remove it, or read the directory with verify=False (--no-verify)"
         )
+
+
+def is_read(name: str) -> bool:
+    """Return whether a file that is listed has a part in what is loaded; a model card has none."""
+    return not name.endswith(_UNREAD)
 
 
 def _is_unread(file: Path) -> bool:

@@ -7,13 +7,16 @@ from typing import Any
 from corequant.errors import CheckpointError
 from corequant.storage.files import version_of
 
-__all__ = ["FORMAT_VERSION", "GUARD", "METHOD", "WEIGHTS", "check_settings"]
+__all__ = ["CARD", "FORMAT_VERSION", "GUARD", "METHOD", "WEIGHTS", "check_settings"]
 
 METHOD = "corequant"
 """The ``quant_method`` of directories that ``quantize`` writes."""
 
 WEIGHTS = "corequant.safetensors"
 """Their weights, under a name that no other program looks for."""
+
+CARD = "README.md"
+"""The model card of directories and exports."""
 
 FORMAT_VERSION = 1
 

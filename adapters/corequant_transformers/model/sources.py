@@ -20,7 +20,7 @@ from corequant.storage.tensor_file import TensorFile
 from corequant_transformers.files.atomic import read_json
 from corequant_transformers.files.companions import TEMPLATES, is_copied
 from corequant_transformers.files.comparison import comparing
-from corequant_transformers.files.digests import check_digests
+from corequant_transformers.files.digests import check_digests, is_read
 from corequant_transformers.files.hub import download_command, locate
 from corequant_transformers.model.configs import (
     as_config_errors,
@@ -210,7 +210,9 @@ class Source:
         """Return the tokenizer."""
         where, options = self._location()
         if self.is_compressed and not self._compared:
-            check_digests(self.path, lambda name: not name.endswith(".safetensors"))
+            check_digests(
+                self.path, lambda name: is_read(name) and not name.endswith(".safetensors")
+            )
         with _as_checkpoint_error(self.path):
             return transformers.AutoTokenizer.from_pretrained(
                 where, local_files_only=True, trust_remote_code=False, **options

@@ -1,0 +1,311 @@
+"""The model card of what is written: ``README.md``, as the Hugging Face Hub and people read it.
+
+It says what the model is, how it is loaded, what is stored, how it was made and what was measured.
+It names no place on the machine that wrote it, and two runs that make the same model make the same
+card.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from corequant.storage.files import version_of
+from corequant.storage.tensor_file import TensorFile
+from corequant_transformers.planning.matrix_plan import MatrixPlan
+from corequant_transformers.planning.model_plan import ModelPlan
+
+__all__ = ["exported_card", "own_card"]
+
+_VERSIONS = {"corequant": "corequant", "torch": "torch", "transformers": "Transformers"}
+_VERSIONS["numpy"] = "NumPy"
+_HUB = "https://huggingface.co/"
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+_USE_OWN = """\
+```bash
+pip install "corequant[transformers]"
+```
+
+```python
+import corequant_transformers  # lets Transformers read this format
+from transformers import pipeline
+
+# This directory, or its id on the Hub.
+generate = pipeline("text-generation", ".")
+print(generate("The capital of France is", max_new_tokens=20)[0]["generated_text"])
+```
+
+`AutoModelForCausalLM.from_pretrained(".")` and `corequant_transformers.load(".")` load the same
+model; `corequant export . -o OUT` writes it for other programs.
+"""
+
+_USE_EXPORTED = """\
+```bash
+pip install {packages}
+```
+
+```python
+{first}from transformers import pipeline
+
+# This directory, or its id on the Hub.
+generate = pipeline("text-generation", ".")
+print(generate("The capital of France is", max_new_tokens=20)[0]["generated_text"])
+```
+"""
+
+_ROTATING = "import corequant_transformers  # lets Transformers rotate at run time\n"
+_SERVED = "\nvLLM reads it, too: `vllm serve .`\n"
+_SERVABLE = {"pack-quantized", "int-quantized"}
+
+
+@dataclass(frozen=True)
+class _Card:
+    """A model card.
+
+    Attributes
+    ----------
+    plan : ModelPlan
+    report : mapping
+        Of the run that made the model; may be empty.
+    use : str
+        How the model is loaded, in Markdown.
+    kind : str
+        What kind of directory it is, a noun phrase.
+    """
+
+    plan: ModelPlan
+    report: Mapping[str, Any]
+    use: str
+    kind: str
+
+    def text(self, files: Iterable[Path]) -> str:
+        """Return the card.
+
+        Parameters
+        ----------
+        files : iterable of Path
+            Files of weights.
+        """
+        sizes, dtypes = _stored(files)
+        parts = [
+            self._front(),
+            f"# {self._name}, quantized\n",
+            self._summary(sizes),
+            f"## Use\n\n{self.use}",
+            f"## Contents\n\n{self._contents(sizes, dtypes)}",
+            f"## Recipe\n\n{self._recipe()}",
+            f"## Measured\n\n{self._measured()}",
+        ]
+        return "\n".join(parts)
+
+    @property
+    def _name(self) -> str:
+        name = self.report.get("source")
+        if not isinstance(name, str) or not name:
+            return f"A {_plain(self.plan.architecture.model_type)} model"
+        return _plain(name.removesuffix(".gguf"))
+
+    @property
+    def _origin(self) -> Mapping[str, str]:
+        found = self.report.get("origin")
+        return found if isinstance(found, dict) else {}
+
+    def _front(self) -> str:
+        base, licence = self._origin.get("base_model"), self._origin.get("license")
+        formats = {str(m.weights.format.name) for m in self.plan.quantized}
+        values: dict[str, Any] = {}
+        if base:
+            values |= {"base_model": base, "base_model_relation": "quantized"}
+        values["library_name"] = "transformers"
+        if licence:
+            values["license"] = licence
+        values["pipeline_tag"] = "text-generation"
+        values["tags"] = ["corequant", *sorted(formats)]
+        # JSON's texts and lists are YAML's, too.
+        lines = [f"{key}: {json.dumps(value)}" for key, value in values.items()]
+        return "\n".join(["---", *lines, "---", ""])
+
+    def _summary(self, sizes: Mapping[str, int]) -> str:
+        plan, base = self.plan, self._origin.get("base_model")
+        made_of = f"[{base}]({_HUB}{base})" if base else f"`{self._name}`"
+        if self._name.startswith("A "):
+            made_of = f"a model of the type `{_plain(plan.architecture.model_type)}`"
+        bits = 8 * _bytes(sizes, plan.quantized) / _parameters(plan.quantized)
+        online = len(plan.online)
+        rotated = (
+            f" The inputs of {online} layers are rotated by blocks at run time." if online else ""
+        )
+        return (
+            f"This is {made_of} with the weights of {len(plan.quantized)} linear layers in "
+            f"{bits:.3g} bits each, scales included, written by [corequant]"
+            f"(https://pypi.org/project/corequant/) as {self.kind}. Its weights take "
+            f"{_megabytes(sum(sizes.values()))}.{rotated}\n"
+        )
+
+    def _contents(self, sizes: Mapping[str, int], dtypes: Mapping[str, str]) -> str:
+        lines = ["| what | format | inputs | parameters | bits each | size |"]
+        lines.append("|---|---|---|--:|--:|--:|")
+        for (what, form, inputs), rows in _grouped(self.plan, dtypes).items():
+            lines.append(_line(what, form, inputs, _parameters(rows), _bytes(sizes, rows)))
+        known = [f"{m.name}." for m in self.plan.matrices]
+        rest = {n: s for n, s in sizes.items() if not n.startswith(tuple(known))}
+        if rest:
+            size = sum(rest.values())
+            kinds = ", ".join(f"`{kind}`" for kind in sorted({dtypes[name] for name in rest}))
+            lines.append(f"| norms and the rest | {kinds} | | | | {_megabytes(size)} |")
+        return "\n".join(lines) + "\n"
+
+    def _recipe(self) -> str:
+        versions = ", ".join(f"{name} {version_of(p)}" for p, name in _VERSIONS.items())
+        tokens = self.report.get("calibration_tokens")
+        read = f" with {tokens:,} tokens of text" if isinstance(tokens, int) and tokens else ""
+        return (
+            f"`corequant quantize MODEL --recipe recipe.toml -o OUT`{read}, {versions}, and this as"
+            f" `recipe.toml`:\n\n```toml\n{self.plan.recipe.to_toml().strip()}\n```\n"
+        )
+
+    def _measured(self) -> str:
+        lines = [*self._verified(), *self._rounded(), *self._evaluated()]
+        return "\n".join(f"- {line}" for line in lines) + "\n"
+
+    def _verified(self) -> Iterator[str]:
+        found = self.report.get("verification")
+        error = found.get("logits_error") if isinstance(found, dict) else None
+        if isinstance(error, float):
+            yield (
+                "Before rounding, the transformed model's logits differed from the float model's "
+                f"by {error:.1e} of the largest."
+            )
+
+    def _rounded(self) -> Iterator[str]:
+        rows = self.report.get("matrices")
+        ratios: dict[str, list[float]] = {}
+        for row in rows if isinstance(rows, list) else []:
+            loss, nearest = row.get("loss"), row.get("loss_nearest")
+            if loss is not None and nearest:
+                ratios.setdefault(str(row.get("method")), []).append(loss / nearest)
+        for method, values in sorted(ratios.items()):
+            yield (
+                f"Rounding by `{method}` left {statistics.median(values):.2g} of the squared error "
+                f"of rounding to nearest, measured on the outputs that each of {len(values)} "
+                "layers has in calibration (median)."
+            )
+
+    def _evaluated(self) -> Iterator[str]:
+        found = self.report.get("evaluation")
+        if isinstance(found, dict) and found:
+            for name, value in found.items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    yield f"`{_plain(name)}`: {value:.6g}"
+            return
+        yield (
+            "Perplexity and distance from the float model were not measured when this was written; "
+            "`corequant evaluate . --against MODEL --text FILE` measures them."
+        )
+
+
+def own_card(plan: ModelPlan, report: Mapping[str, Any], weights: Path) -> str:
+    """Return the card of a directory that ``quantize`` writes.
+
+    Parameters
+    ----------
+    plan : ModelPlan
+    report : mapping
+    weights : Path
+        The file of weights.
+    """
+    return _Card(plan, report, _USE_OWN, "a directory of its own format").text([weights])
+
+
+def exported_card(
+    plan: ModelPlan, report: Mapping[str, Any], files: Iterable[Path], formats: set[str]
+) -> str:
+    """Return the card of a directory that is written in the layout of compressed-tensors.
+
+    Parameters
+    ----------
+    plan : ModelPlan
+    report : mapping
+        Of the run that made the model.
+    files : iterable of Path
+        Files of weights.
+    formats : set of str
+        compressed-tensors' names of the layers' formats.
+    """
+    rotates = bool(plan.online)
+    packages = '"corequant[transformers]"' if rotates else "transformers accelerate"
+    use = _USE_EXPORTED.format(
+        packages=f"{packages} compressed-tensors", first=_ROTATING if rotates else ""
+    )
+    if not rotates and formats <= _SERVABLE:
+        use += _SERVED
+    kind = f"a directory of compressed-tensors ({', '.join(sorted(formats))})"
+    return _Card(plan, report, use, kind).text(files)
+
+
+def _stored(files: Iterable[Path]) -> tuple[dict[str, int], dict[str, str]]:
+    """Return the bytes and the dtype of each tensor."""
+    sizes, dtypes = {}, {}
+    for path in files:
+        file = TensorFile(path)
+        for name in file.names:
+            tensor = file.read(name)
+            sizes[name] = tensor.data.nbytes
+            dtypes[name] = _DTYPES.get(tensor.dtype, tensor.dtype)
+    return sizes, dtypes
+
+
+def _grouped(
+    plan: ModelPlan, dtypes: Mapping[str, str]
+) -> dict[tuple[str, str, str], list[MatrixPlan]]:
+    """Return the matrices by what they are, their format and that of their inputs."""
+    groups: dict[tuple[str, str, str], list[MatrixPlan]] = {}
+    for matrix in plan.matrices:
+        if matrix.role in ("embedding", "head"):
+            if plan.tied and matrix.role == "head":
+                continue
+            what = "embedding and head" if plan.tied else matrix.role
+        else:
+            what = "linear layers"
+        inputs = "float"
+        form = dtypes.get(f"{matrix.name}.weight", plan.recipe.dtype)
+        if matrix.quantized:
+            form = str(matrix.weights)
+            inputs = "float" if matrix.activations is None else f"`{matrix.activations}`"
+        groups.setdefault((what, f"`{form}`", inputs), []).append(matrix)
+    counts = Counter(what for what, *_ in groups)
+    named = {}
+    for (what, form, inputs), rows in groups.items():
+        several = what == "linear layers" or counts[what] > 1
+        named[f"{len(rows)} {what}" if several else what, form, inputs] = rows
+    return named
+
+
+def _bytes(sizes: Mapping[str, int], rows: Iterable[MatrixPlan]) -> int:
+    starts = tuple(f"{m.name}.weight" for m in rows)
+    return sum(size for name, size in sizes.items() if name.startswith(starts))
+
+
+def _parameters(rows: Iterable[MatrixPlan]) -> int:
+    return sum(m.shape[0] * m.shape[1] for m in rows)
+
+
+def _line(what: str, form: str, inputs: str, count: int, size: int) -> str:
+    bits = 8 * size / count
+    return f"| {what} | {form} | {inputs} | {count:,} | {bits:.3g} | {_megabytes(size)} |"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.3g} MB" if size >= 1e3 else f"{size} bytes"
+
+
+def _plain(text: str) -> str:
+    """Return a name without what Markdown, HTML or a terminal would act on."""
+    kept = "".join(c if c.isprintable() and c not in "`<>|[]*#\\" else "_" for c in text)
+    return kept.encode("utf-8", "replace").decode()[:80]
