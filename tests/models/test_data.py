@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import sys
@@ -216,6 +217,7 @@ def test_the_real_chat_template(smollm2_path, tmp_path):
         ("a.csv", b"text\nx\n", "is a table by its name"),
         ("a.txt.gz", gzip.compress(b"a" * 999)[:20], "must be whole gzip data"),
         ("a.txt", b"PK\x03\x04...", "is a ZIP archive"),
+        ("a.txt.bz2", bz2.compress(b"a" * 999), "a.txt.bz2 must be readable UTF-8"),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd...", "is compressed with zstd"),
         ("a.txt", b'{"text": ' + b"[" * 100_000, "by its beginning it is JSON"),
     ],
@@ -233,6 +235,7 @@ def test_what_is_refused(name, data, words, tmp_path):
         "[1] A note.\n[2] Another.",
         'A dictionary:\n{}\n{"a": 1}\nand so on',
         "{ braces }",
+        "BZh",
         "{% raw %}",
         '\n  "quoted", she said',
         "def f():\n    return {'text': 1}\n",

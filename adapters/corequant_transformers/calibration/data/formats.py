@@ -28,7 +28,6 @@ _TABLES = (".csv", ".tsv")
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
 _FOREIGN = {
     b"\x28\xb5\x2f\xfd": "is compressed with zstd; decompress it, or compress it with gzip",
-    b"BZh": "is compressed with bzip2; decompress it, or compress it with gzip",
     b"\xfd7zXZ\x00": "is compressed with xz; decompress it, or compress it with gzip",
     b"PK\x03\x04": "is a ZIP archive; unpack it and name the files in it",
     b"ARROW1\x00\x00": "is an Arrow file; write it as Parquet",
