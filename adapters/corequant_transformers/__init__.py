@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from corequant_transformers.exports.transformers_hook import install
     from corequant_transformers.files.digests import check_digests
     from corequant_transformers.inspection.html import write_report
+    from corequant_transformers.inspection.layers import LayerError, LayerErrors, layer_errors
     from corequant_transformers.inspection.outliers import Inspection, inspect
     from corequant_transformers.model.sources import Source
     from corequant_transformers.model.text import token_windows
@@ -51,6 +52,7 @@ _PARTS = {
     "exports.transformers_hook": "install",
     "files.digests": "check_digests",
     "inspection.html": "write_report",
+    "inspection.layers": "LayerError LayerErrors layer_errors",
     "inspection.outliers": "Inspection inspect",
     "model.sources": "Source",
     "model.text": "token_windows",
@@ -72,6 +74,8 @@ __all__ = [
     "Evaluation",
     "Experts",
     "Inspection",
+    "LayerError",
+    "LayerErrors",
     "Quantized",
     "Sample",
     "Source",
@@ -87,6 +91,7 @@ __all__ = [
     "fates",
     "inspect",
     "install",
+    "layer_errors",
     "limit_memory",
     "load",
     "load_tokenizer",
