@@ -21,6 +21,7 @@ from corequant.recipe.quantizers import (
     weight_spec,
 )
 from corequant.recipe.settings import FLOAT, LayerSettings, left_out, read_accumulator
+from corequant.recipe.vocabulary import vocabulary_spec, vocabulary_text
 from corequant.rounding.methods import RoundingOptions, rounding_methods
 from corequant.specs import QuantSpec
 
@@ -70,6 +71,12 @@ class Recipe:
         ``absmax``.
     activations : QuantSpec, optional
         Quantizer of the linear layers' inputs at run time; None leaves them in float.
+    embeddings : QuantSpec, optional
+        Quantizer of the embedding, one row a token, rounded to nearest; None keeps ``dtype``. Read
+        from a string, it searches its scales, and stores them as those of ``weights`` are, unless
+        the string says otherwise.
+    head : QuantSpec, optional
+        Quantizer of the head, like ``embeddings``; a head that is tied stays so if both are equal.
     dtype : str
         Dtype of what isn't quantized, such as norms, biases, embedding and head: one of ``DTYPES``.
         ``auto`` is the model's own, and bfloat16 for a float32 model or a GGUF file. Transforms are
@@ -152,6 +159,8 @@ class Recipe:
     factors: str = "none"
     weights: QuantSpec = _WEIGHTS
     activations: QuantSpec | None = _ACTIVATIONS
+    embeddings: QuantSpec | None = None
+    head: QuantSpec | None = None
     dtype: str = "auto"
     random_signs: bool = True
     sign_trials: int = 1
@@ -184,6 +193,8 @@ class Recipe:
             factors: str = ...,
             weights: QuantSpec | str = ...,
             activations: QuantSpec | str | None = ...,
+            embeddings: QuantSpec | str | None = ...,
+            head: QuantSpec | str | None = ...,
             dtype: str = ...,
             random_signs: bool = ...,
             sign_trials: int = ...,
@@ -242,6 +253,8 @@ class Recipe:
             raise RecipeError(
                 f"reference must be 'block' with rounding {self.rounding!r}, got {self.reference!r}"
             )
+        for name in ("embeddings", "head"):
+            object.__setattr__(self, name, vocabulary_spec(self, name))
         self.rounding_options()
         self._settle_layers()
 
@@ -370,6 +383,7 @@ class Recipe:
         # An absent block size is the default, absent activations are not.
         values["activations"] = "none" if self.activations is None else str(self.activations)
         values["weights"] = spec_text(self.weights)
+        values |= {name: vocabulary_text(self, name) for name in ("embeddings", "head")}
         if isinstance(self.block_size, tuple):
             values["block_size"] = list(self.block_size)
         values["layers"] = [rule.to_dict() for rule in self.layers] or None

@@ -2,9 +2,9 @@
 
 Which format a pair of quantizers becomes:
 
-- integers: ``int-quantized`` (codes as they are) for 8 bits with 8-bit activations, otherwise
-  ``pack-quantized``, also for int4 weights with int4 or int8 activations, since that is what
-  vLLM reads;
+- integers: ``int-quantized`` (codes as they are) for 8 bits with 8-bit activations, or where they
+  are to be ``whole`` bytes, otherwise ``pack-quantized``, also for int4 weights with int4 or int8
+  activations, since that is what vLLM reads;
 - ``mxfp4``: ``mxfp4-pack-quantized``; ``nvfp4``: ``nvfp4-pack-quantized``.
 
 Only fields that compressed-tensors 0.17 to 0.20 know are written.
@@ -60,6 +60,9 @@ class Scheme:
     weights : QuantSpec
     activations : QuantSpec, optional
         Chosen at run time; None leaves them in float.
+    whole : bool
+        Store codes of integers as int8 under the name ``weight``, whatever their bits and the
+        activations are: Transformers ties two matrices by that name, and needs it in embeddings.
 
     Raises
     ------
@@ -76,6 +79,7 @@ class Scheme:
 
     weights: QuantSpec
     activations: QuantSpec | None = None
+    whole: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no format holds."""
@@ -87,7 +91,8 @@ class Scheme:
         if _fp4(self.weights) is not None:
             return f"{_FP4[_key(self.weights)][0]}-pack-quantized"
         eight = self.activations is not None and self.activations.format.bits == 8
-        return "int-quantized" if self.weights.format.bits == 8 and eight else "pack-quantized"
+        eight = eight and self.weights.format.bits == 8
+        return "int-quantized" if eight or self.whole else "pack-quantized"
 
     @property
     def dtype(self) -> str:

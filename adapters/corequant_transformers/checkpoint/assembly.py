@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from corequant.errors import CheckpointError, RecipeError
+from corequant.quantization import QuantizedTensor
 from corequant.recipe import Recipe
 from corequant.storage.arrays import from_arrays
 from corequant.storage.tensor_file import RawTensor, TensorFile
@@ -21,6 +22,8 @@ from corequant_transformers.checkpoint.saving import Saving
 from corequant_transformers.files.comparison import Comparison
 from corequant_transformers.files.marks import WEIGHTS
 from corequant_transformers.model.layouts import check_blocks, check_places, standardize
+from corequant_transformers.model.parts import codes_of_embedding, tie
+from corequant_transformers.model.quantized_embedding import QuantizedEmbedding, without_rows
 from corequant_transformers.model.quantized_linear import QuantizedLinear
 from corequant_transformers.model.surroundings import check_finite
 from corequant_transformers.planning.matrix_plan import MatrixPlan
@@ -33,32 +36,26 @@ _DTYPES = {"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "I64": torch
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-class _AwaitedLinear(torch.nn.Module):
-    """A quantized layer before its codes are there: what is stored are its buffers."""
+class _Awaited(torch.nn.Module):
+    """A module with a quantized weight before its codes are there: what is stored are buffers."""
 
-    # What places a layer on its device wraps this before the codes are there.
-    forward = QuantizedLinear.forward
     weight: torch.Tensor
 
-    def __init__(
-        self, matrix: MatrixPlan, stored: Mapping[str, RawTensor], bias: torch.Tensor | None
-    ) -> None:
+    def __init__(self, matrix: MatrixPlan, stored: Mapping[str, RawTensor]) -> None:
         super().__init__()
         self._matrix, self._stored = matrix, tuple(stored)
         for name, tensor in stored.items():
             dtype = _DTYPES.get(tensor.dtype, torch.float32)
             self.register_buffer(name, torch.empty(tensor.shape, dtype=dtype, device="meta"))
-        self.register_buffer("bias", bias)
-        # In the dtype that Transformers was asked for, which is torch's own by default meanwhile.
-        self.register_buffer("weight", torch.empty(matrix.shape, device="meta"), persistent=False)
 
-    def settle(self) -> None:
-        """Become the layer that the stored arrays make."""
+    def settle(self, quantized: QuantizedTensor | None = None) -> None:
+        """Become what the stored arrays make, or those of another module that it is tied to."""
         layer: Any = self
         matrix, weight = self._matrix, self.weight
-        arrays = {f"{matrix.name}.{n}": getattr(self, n).cpu().numpy() for n in self._stored}
-        quantized = from_arrays(matrix.name, arrays, matrix.weights, matrix.shape)
-        made = QuantizedLinear.of(matrix, quantized, self._buffers["bias"])
+        if quantized is None:
+            arrays = {f"{matrix.name}.{n}": getattr(self, n).cpu().numpy() for n in self._stored}
+            quantized = from_arrays(matrix.name, arrays, matrix.weights, matrix.shape)
+        made = self._made(matrix, quantized)
         for name in (*self._stored, "_matrix", "_stored"):
             delattr(self, name)
         # Still the same object, so that what was hooked onto it stays.
@@ -66,9 +63,43 @@ class _AwaitedLinear(torch.nn.Module):
         layer.__dict__.update({k: v for k, v in vars(made).items() if not k.startswith("_")})
         layer.decode(weight.device, weight.dtype)
 
+    def _made(self, matrix: MatrixPlan, quantized: QuantizedTensor) -> Any:
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
-        """Describe the layer in one line."""
+        """Describe the module in one line."""
         return "not loaded yet"
+
+
+class _AwaitedLinear(_Awaited):
+    # What places a layer on its device wraps this before the codes are there.
+    forward = QuantizedLinear.forward
+
+    def __init__(self, matrix: MatrixPlan, stored: Mapping[str, RawTensor], module: Any) -> None:
+        super().__init__(matrix, stored)
+        self.register_buffer("bias", None if module.bias is None else module.bias.detach())
+        # In the dtype that Transformers was asked for, which is torch's own by default meanwhile.
+        self.register_buffer("weight", torch.empty(matrix.shape, device="meta"), persistent=False)
+
+    def _made(self, matrix: MatrixPlan, quantized: QuantizedTensor) -> Any:
+        return QuantizedLinear.of(matrix, quantized, self._buffers["bias"])
+
+
+class _AwaitedEmbedding(_Awaited):
+    forward = QuantizedEmbedding.forward
+
+    def __init__(self, matrix: MatrixPlan, stored: Mapping[str, RawTensor], module: Any) -> None:
+        super().__init__(matrix, stored)
+        self.table = without_rows(module)
+        self.table.weight = torch.empty(matrix.shape, device="meta")
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        rows: torch.Tensor = self.table.weight
+        return rows
+
+    def _made(self, matrix: MatrixPlan, quantized: QuantizedTensor) -> Any:
+        return QuantizedEmbedding(quantized, self.table, matrix.name)
 
 
 class Assembly:
@@ -128,10 +159,17 @@ class Assembly:
                 for name, tensor in stored.items()
                 if name.startswith(f"{prefix}weight_")
             }
-            bias = model.get_submodule(matrix.name).bias
-            bias = None if bias is None else bias.detach()
-            model.set_submodule(matrix.name, _AwaitedLinear(matrix, own, bias))
+            awaited = _AwaitedEmbedding if matrix.role == "embedding" else _AwaitedLinear
+            module = model.get_submodule(matrix.name)
+            model.set_submodule(matrix.name, awaited(matrix, own, module))
+        if self._shares_codes:
+            # Not Transformers' affair: there is no parameter to be tied.
+            model.all_tied_weights_keys = {}
         self._check_names(model, stored)
+
+    @property
+    def _shares_codes(self) -> bool:
+        return self._plan.tied and self._plan.matrices[-1].quantized
 
     def _check_names(self, model: Any, stored: Mapping[str, RawTensor]) -> None:
         state = model.state_dict()
@@ -162,9 +200,13 @@ class Assembly:
         NonFiniteError
             If a parameter holds NaN or infinity, such as after a cast to float16.
         """
-        for matrix in self._plan.quantized:
+        for matrix in self._plan.kept:
             layer: Any = model.get_submodule(matrix.name)
             layer.settle()
+        if self._shares_codes:
+            head: Any = model.get_submodule(self._plan.architecture.head)
+            head.settle(codes_of_embedding(model, self._plan))
+            tie(model, self._plan)
         self._comparison.finish()
         for name, tensor in model.named_parameters():
             check_finite(name, tensor)

@@ -206,9 +206,11 @@ class Stored:
 
     def quantized(self, matrix: MatrixPlan) -> QuantizedTensor:
         """Return the codes and scales of a quantized matrix."""
-        prefix = f"{matrix.name}.weight_"
+        tied = self.plan.tied and matrix.role == "head"
+        stored = self.plan.architecture.embedding if tied else matrix.name
+        prefix = f"{stored}.weight_"
         own = {n: self._file.read(n).array() for n in self._file.names if n.startswith(prefix)}
-        return from_arrays(matrix.name, own, matrix.weights, matrix.shape)
+        return from_arrays(stored, own, matrix.weights, matrix.shape)
 
     def rest(self) -> list[str]:
         """Return the names of what isn't quantized: embeddings, norms, biases, the head."""

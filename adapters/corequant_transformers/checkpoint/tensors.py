@@ -8,9 +8,18 @@ from typing import Any
 import torch
 
 from corequant.errors import CheckpointError, OutputError
+from corequant.quantization import QuantizedTensor
 from corequant.storage.arrays import from_arrays
-from corequant_transformers.model.parts import Part, part_of, part_plan, tie
+from corequant_transformers.model.parts import (
+    Part,
+    codes_of_embedding,
+    part_of,
+    part_plan,
+    tie,
+)
+from corequant_transformers.model.quantized_embedding import QuantizedEmbedding
 from corequant_transformers.model.quantized_linear import QuantizedLinear
+from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
 from corequant_transformers.rounding.unquantized import as_stored
 
@@ -44,32 +53,48 @@ def place_tensors(
     """
     expected = {k: v for k, v in model.state_dict().items() if not _belongs(k, plan)}
     if plan.tied:
-        del expected[f"{plan.architecture.head}.weight"]
-    for matrix in plan.quantized:
+        expected.pop(f"{plan.architecture.head}.weight", None)
+    for matrix in plan.kept:
         prefix = f"{matrix.name}.weight_"
         own = {k: array_of(k, t, where) for k, t in tensors.items() if k.startswith(prefix)}
         quantized = from_arrays(matrix.name, own, matrix.weights, matrix.shape)
-        bias = tensors.pop(f"{matrix.name}.bias", None)
-        layer = QuantizedLinear.of(matrix, quantized, bias)
-        had_bias = model.get_submodule(matrix.name).bias is not None
-        if had_bias != (bias is not None):
-            rule, got = ("must hold", "without it") if had_bias else ("must not hold", "with it")
-            raise CheckpointError(
-                f"{where} {rule} {matrix.name}.bias as its config says, got {got}"
-            )
-        if bias is not None:
-            found = {"bias": bias}
-            _check_same(f"{matrix.name} in {where}", {"bias": layer.weight[:, 0]}, found)
-            layer.bias = found["bias"]
-        model.set_submodule(matrix.name, layer)
+        _place(model, matrix, quantized, tensors, where)
         for key in own:
             del tensors[key]
+    head = plan.matrices[-1]
+    if plan.tied and head.quantized:
+        _place(model, head, codes_of_embedding(model, plan), tensors, where)
     _check_same(where, expected, tensors)
     model.load_state_dict(tensors, strict=False, assign=True)
     if plan.tied:
         tie(model, plan)
     model.save_pretrained = refuse_to_save
     return model.eval().requires_grad_(False)
+
+
+def _place(
+    model: Any,
+    matrix: MatrixPlan,
+    quantized: QuantizedTensor,
+    tensors: dict[str, torch.Tensor],
+    where: Path | str,
+) -> None:
+    """Put a quantized layer or embedding in its place, with its bias, which is taken out."""
+    module = model.get_submodule(matrix.name)
+    if matrix.role == "embedding":
+        model.set_submodule(matrix.name, QuantizedEmbedding(quantized, module, matrix.name))
+        return
+    bias = tensors.pop(f"{matrix.name}.bias", None)
+    layer = QuantizedLinear.of(matrix, quantized, bias)
+    had_bias = module.bias is not None
+    if had_bias != (bias is not None):
+        rule, got = ("must hold", "without it") if had_bias else ("must not hold", "with it")
+        raise CheckpointError(f"{where} {rule} {matrix.name}.bias as its config says, got {got}")
+    if bias is not None:
+        found = {"bias": bias}
+        _check_same(f"{matrix.name} in {where}", {"bias": layer.weight[:, 0]}, found)
+        layer.bias = found["bias"]
+    model.set_submodule(matrix.name, layer)
 
 
 def refuse_to_save(*given: Any, **options: Any) -> None:
@@ -100,13 +125,15 @@ def model_tensors(model: Any, plan: ModelPlan) -> dict[str, torch.Tensor]:
     """Return what is stored of a quantized model."""
     for matrix in plan.quantized:
         layer = model.get_submodule(matrix.name)
-        if not isinstance(layer, QuantizedLinear):
-            got = type(layer).__name__
-            raise OutputError(f"{matrix.name} must be the QuantizedLinear that it was, got {got}")
+        wanted = QuantizedEmbedding if matrix.role == "embedding" else QuantizedLinear
+        if not isinstance(layer, wanted):
+            got, kind = type(layer).__name__, wanted.__name__
+            raise OutputError(f"{matrix.name} must be the {kind} that it was, got {got}")
     codes = tuple(f"{m.name}.weight_" for m in plan.quantized)
     state = model.state_dict()
     if plan.tied:
-        state.pop(f"{plan.architecture.head}.weight", None)
+        shared = f"{plan.architecture.head}.weight"
+        state = {k: v for k, v in state.items() if not k.startswith(shared)}
     dtype = plan.recipe.dtype
     return {k: v if k.startswith(codes) else _stored(k, v, dtype) for k, v in state.items()}
 

@@ -64,6 +64,8 @@ class Destination:
         conflict = fusion_conflict(plan.matrices)
         if self.reader == "vllm" and conflict is not None:
             raise RecipeError(f"vllm can't run the result: {conflict}; give one rule for both")
+        if self.reader == "vllm":
+            _check_vocabulary(plan)
         where = (Path(), "") if source is None else (source.path, source.name)
         try:
             prospect = Prospect(plan, config, *where)
@@ -101,3 +103,14 @@ class Destination:
     def _origin(self, source: Source | None) -> Path | None:
         """Return where a GGUF file's metadata and tokenizer come from."""
         return source.path if source is not None and self.layout == "gguf" else None
+
+
+def _check_vocabulary(plan: ModelPlan) -> None:
+    for matrix in plan.quantized:
+        option = {"embedding": "embeddings", "head": "head"}.get(matrix.role)
+        if option is not None:
+            raise RecipeError(
+                f"vllm can't run the result: {option} must be none, since vLLM reads codes of "
+                f"linear layers in decoder blocks only, got {matrix.weights}; transformers and "
+                "llama.cpp read them"
+            )

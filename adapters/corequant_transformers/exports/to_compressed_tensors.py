@@ -35,6 +35,9 @@ __all__ = ["check", "check_layers", "write"]
 
 _VERSION = "0.17.0"
 _TORCH = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_OPTIONS = {"embedding": "embeddings", "head": "head"}
+"""Fields of a recipe that quantize matrices with a row for each token."""
+
 _DTYPES = {name: tag for tag, name in _TORCH.items()}
 
 
@@ -115,9 +118,11 @@ def _schemes(plan: ModelPlan) -> dict[str, Scheme]:
     found: dict[str, Scheme] = {}
     for matrix in plan.quantized:
         try:
-            scheme = found[matrix.name] = Scheme(matrix.weights, matrix.activations)
+            scheme = found[matrix.name] = _scheme(matrix, plan)
         except SpecError as error:
-            raise SpecError(f"{matrix.name}: {error}") from None
+            option = _OPTIONS.get(matrix.role)
+            where = f"{option} of Transformers' compressed-tensors" if option else matrix.name
+            raise SpecError(f"{where}: {error}") from None
         first = plan.quantized[0]
         if scheme.dtype != found[first.name].dtype:
             raise SpecError(
@@ -126,6 +131,28 @@ def _schemes(plan: ModelPlan) -> dict[str, Scheme]:
                 f"{matrix.name}; end both in :float32, :float16 or :bfloat16"
             )
     return found
+
+
+def _scheme(matrix: MatrixPlan, plan: ModelPlan) -> Scheme:
+    bits = matrix.weights.format.bits
+    table = matrix.role == "embedding"
+    whole = table or (matrix.role == "head" and (plan.tied or bits == 8))
+    scheme = Scheme(matrix.weights, matrix.activations, whole)
+    if table and scheme.format != "int-quantized":
+        raise SpecError(
+            f"embeddings must be int2 to int8, got {matrix.weights}: Transformers 5.24 can't load "
+            "an embedding that is packed"
+        )
+    return scheme
+
+
+def _is_tied(plan: ModelPlan, schemes: Mapping[str, Scheme]) -> bool:
+    """Return whether one matrix in the files is both embedding and head.
+
+    Transformers ties ``weight``, which holds int8 codes, too, and nothing that is packed.
+    """
+    scheme = schemes.get(plan.architecture.head)
+    return plan.tied and (scheme is None or scheme.format == "int-quantized")
 
 
 def _dtype(schemes: Mapping[str, Scheme]) -> str:
@@ -149,7 +176,7 @@ def _config(stored: Stored, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
     values.update(
         dtype=_TORCH[_dtype(schemes)],
         architectures=[_class_name(stored.config)],
-        tie_word_embeddings=plan.tied,
+        tie_word_embeddings=_is_tied(plan, schemes),
         quantization_config={
             "quant_method": "compressed-tensors",
             "version": _VERSION,
@@ -205,7 +232,10 @@ def _size(matrix: MatrixPlan) -> int:
 def _tensors(stored: Stored, schemes: Mapping[str, Scheme]) -> Iterator[tuple[str, RawTensor]]:
     dtype = _dtype(schemes)
     for matrix in stored.plan.quantized:
-        yield from schemes[matrix.name].tensors(matrix.name, stored.quantized(matrix)).items()
+        tensors = schemes[matrix.name].tensors(matrix.name, stored.quantized(matrix))
+        if matrix.role == "head" and _is_tied(stored.plan, schemes):
+            del tensors[f"{matrix.name}.weight"]
+        yield from tensors.items()
         if matrix.online:
             size = _size(matrix)
             rotation = hadamard_matrix(size).astype(np.float32)
@@ -272,6 +302,9 @@ def _difference(
             return f"{name} did not read back as it was written"
     for matrix in stored.plan.quantized:
         own = {k: t for k, t in written.items() if k.startswith(f"{matrix.name}.weight")}
+        if matrix.role == "head" and _is_tied(stored.plan, schemes):
+            shared = written[f"{stored.plan.architecture.embedding}.weight"]
+            own[f"{matrix.name}.weight"] = shared
         back = dequantize(schemes[matrix.name].read(matrix.name, own, matrix.shape))
         meant = dequantize(stored.quantized(matrix))
         if not np.array_equal(back.view(np.uint32), meant.view(np.uint32)):
@@ -299,7 +332,8 @@ def check_layers(candidate: Candidate) -> None:
             layer = model.get_submodule(matrix.name)
         except AttributeError:
             layer = None
-        if not isinstance(layer, torch.nn.Linear):
+        wanted = torch.nn.Embedding if matrix.role == "embedding" else torch.nn.Linear
+        if not isinstance(layer, wanted):
             raise ArchitectureError(
                 f"{matrix.name} of {kind!r} is not a linear layer of its own in Transformers, and "
                 "compressed-tensors quantizes only these"

@@ -190,7 +190,8 @@ def _block_type(matrix: MatrixPlan) -> str:
     try:
         return block_type_of(matrix.weights)
     except SpecError as error:
-        raise SpecError(f"{matrix.name}: {error}") from None
+        option = {"embedding": "embeddings of llama.cpp", "head": "head of llama.cpp"}
+        raise SpecError(f"{option.get(matrix.role, matrix.name)}: {error}") from None
 
 
 def _prevailing(plan: ModelPlan, kinds: Mapping[str, str]) -> str:
@@ -213,7 +214,7 @@ def _tensors(stored: Stored, kinds: Mapping[str, str], arch: str) -> Iterator[_T
     factors = rope_factors(stored.config)
     if factors is not None:
         yield _Tensor("rope_freqs.weight", "F32", factors.shape, lambda: factors)
-    for matrix in stored.plan.quantized:
+    for matrix in stored.plan.kept:
         kind = kinds[matrix.name]
         width = BLOCK_BYTES[kind] * matrix.shape[1] // 32
         yield _Tensor(

@@ -18,7 +18,9 @@ from typing import Any, Literal, Protocol
 import torch
 import transformers
 
+from corequant.quantization import QuantizedTensor
 from corequant_transformers.model.layouts import check_modules, standardize, standardized
+from corequant_transformers.model.quantized_weight import QuantizedWeight
 from corequant_transformers.model.replicas import replicate
 from corequant_transformers.model.surroundings import check_finite, quiet_transformers
 from corequant_transformers.planning.memory import trim_memory
@@ -32,6 +34,7 @@ __all__ = [
     "Parts",
     "Weights",
     "build",
+    "codes_of_embedding",
     "is_rounded",
     "is_tied",
     "part_of",
@@ -311,7 +314,15 @@ def is_tied(model: Any, plan: ModelPlan) -> bool:
     """Return whether embedding and head are one matrix."""
     a = plan.architecture
     embedding, head = model.get_submodule(a.embedding), model.get_submodule(a.head)
+    if isinstance(head, QuantizedWeight) and isinstance(embedding, QuantizedWeight):
+        return head.quantized is embedding.quantized
     return head.weight is embedding.weight
+
+
+def codes_of_embedding(model: Any, plan: ModelPlan) -> QuantizedTensor:
+    """Return what a quantized embedding holds, which a tied head holds as well."""
+    found: QuantizedTensor = model.get_submodule(plan.architecture.embedding).quantized
+    return found
 
 
 def untie(model: Any, plan: ModelPlan) -> None:

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from corequant.errors import CheckpointError, NonFiniteError, SpecError
-from corequant.quantization import QuantizedTensor, dequantize, fake_quantize
+from corequant.errors import NonFiniteError
+from corequant.quantization import QuantizedTensor, fake_quantize
 from corequant.rotation import block_hadamard
 from corequant.specs import QuantSpec
-from corequant.storage.arrays import from_arrays, to_arrays
 from corequant_torch.cpu.onednn import linear
+from corequant_transformers.model.quantized_weight import QuantizedWeight
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 
 __all__ = ["QuantizedLinear"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-
-class QuantizedLinear(torch.nn.Module):
+class QuantizedLinear(QuantizedWeight):
     """A linear layer on codes: rotate the input, round it, multiply by the decoded weight.
 
-    Arithmetic is simulated: codes are decoded once and multiplied in float. Codes and scales are
-    arrays that no cast changes: a layer that was cast and is cast back decodes them again. A state
-    dict holds what is stored of them, under the names that files have.
+    Arithmetic is simulated: codes are decoded once and multiplied in float.
 
     Parameters
     ----------
@@ -40,7 +35,6 @@ class QuantizedLinear(torch.nn.Module):
         Path of the module, for error messages.
     """
 
-    weight: torch.Tensor
     bias: torch.Tensor | None
 
     def __init__(
@@ -51,11 +45,9 @@ class QuantizedLinear(torch.nn.Module):
         activations: QuantSpec | None,
         name: str,
     ) -> None:
-        super().__init__()
-        self.quantized = quantized
+        super().__init__(quantized, name)
         self.rotation = rotation
         self.activations = activations
-        self.name = name
         self.register_buffer("weight", None, persistent=False)
         self.register_buffer("bias", bias)
         self.decode()
@@ -67,10 +59,6 @@ class QuantizedLinear(torch.nn.Module):
         """Return the layer for a matrix of a plan."""
         rotation = matrix.input.rotation if matrix.online else None
         return cls(quantized, bias, rotation, matrix.activations, matrix.name)
-
-    def decode(self, device: Any = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        """Make the weight that is multiplied from codes and scales."""
-        self.weight = torch.from_numpy(dequantize(self.quantized)).to(device, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the layer's output (..., out_features) for ``x`` (..., in_features)."""
@@ -90,46 +78,3 @@ class QuantizedLinear(torch.nn.Module):
         if self.rotation is not None:
             parts.append(f"rotation={self.rotation}")
         return ", ".join(map(str, parts))
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        before = self.weight.dtype
-        # Of a tensor without elements, so that a refusal comes before any change.
-        after = fn(self.weight.new_empty(0)).dtype
-        if after not in _DTYPES:
-            names = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
-            raise SpecError(f"{self.name} must compute in one of {names}, got {after}")
-        result: Any = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if after != before != torch.float32 and not self.weight.is_meta:
-            self.decode(self.weight.device, after)
-        return result
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, array in self._stored().items():
-            destination[prefix + name] = torch.tensor(array)
-
-    def _stored(self) -> dict[str, Any]:
-        arrays = to_arrays(self.name, self.quantized)
-        return {key.removeprefix(f"{self.name}."): array for key, array in arrays.items()}
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: Any
-    ) -> None:
-        names = list(self._stored())
-        found = {n: state_dict.pop(prefix + n) for n in names if prefix + n in state_dict}
-        if found:
-            arrays = {f"{self.name}.{n}": _array(f"{prefix}{n}", t) for n, t in found.items()}
-            rows, columns = self.quantized.shape
-            self.quantized = from_arrays(self.name, arrays, self.quantized.spec, (rows, columns))
-            self.decode(self.weight.device, self.weight.dtype)
-        elif strict:
-            lists[0].extend(prefix + name for name in names)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
-
-
-def _array(name: str, tensor: torch.Tensor) -> Any:
-    try:
-        return tensor.detach().cpu().numpy().copy()
-    except TypeError:
-        kind = str(tensor.dtype).removeprefix("torch.")
-        raise CheckpointError(f"the tensor {name} must hold codes or scales, got {kind}") from None

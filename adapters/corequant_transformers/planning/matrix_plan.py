@@ -150,7 +150,7 @@ class MatrixPlan:
     @property
     def region(self) -> str | None:
         """Name of the region that the input belongs to; None where it is not worth measuring."""
-        if not self.quantized:
+        if not self.quantized or self.role in ("embedding", "head"):
             return None
         own = self.role == "mlp_output" or self.input.factors == self.name
         return self.input.permutation or (self.name if own else None)

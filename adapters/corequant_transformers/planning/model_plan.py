@@ -105,9 +105,10 @@ class ModelPlan:
         )
         # Each rotated channel is read and written once, in float16 as models run.
         traffic = sum(share * 2 * 2 * m.shape[1] for share, m in rotations)
-        products = sum(m.shape[0] * m.shape[1] for m in self.quantized)
-        used = sum(self.share(m) * m.shape[0] * m.shape[1] for m in self.quantized)
-        stored = sum(_stored_bytes(m) for m in self.quantized)
+        layers = [m for m in self.quantized if m.role != "embedding"]
+        products = sum(m.shape[0] * m.shape[1] for m in layers)
+        used = sum(self.share(m) * m.shape[0] * m.shape[1] for m in layers)
+        stored = sum(_stored_bytes(m) for m in layers)
         return {
             "online_rotations": len(rotations),
             "online_additions_per_token": round(additions),
@@ -179,6 +180,11 @@ class ModelPlan:
         return tuple(m for m in self.matrices if m.quantized)
 
     @property
+    def kept(self) -> tuple[MatrixPlan, ...]:
+        """The quantized matrices that are stored: a tied head has the embedding's codes."""
+        return tuple(m for m in self.quantized if not (self.tied and m.role == "head"))
+
+    @property
     def needs_moments(self) -> bool:
         """Whether a matrix is rounded for what it reads."""
         return any(m.options.needs_moments for m in self.quantized)
@@ -218,10 +224,8 @@ def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
     TypeError
         If ``recipe`` is no Recipe.
     """
-    if not isinstance(recipe, Recipe):
-        raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}")
-    architecture = architecture_of(config)
-    sizes, recipe = dimensions_of(config), settle_dtype(recipe, config)
+    recipe = settle_dtype(recipe, config)
+    architecture, sizes = architecture_of(config), dimensions_of(config)
     matrices, notes = plan_matrices(architecture, config, sizes, recipe)
     tied, untied = tie(architecture, sizes, recipe, matrices)
     paths = (architecture.block.format(i) for i in range(sizes.blocks))

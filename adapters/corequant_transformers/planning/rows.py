@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from corequant.errors import RecipeError
-from corequant.recipe import Recipe
+from corequant.recipe import FLOAT, LayerSettings, Recipe
+from corequant.specs import QuantSpec
 from corequant_transformers.architectures.known import Architecture, Dimensions
 from corequant_transformers.planning.matrix_plan import (
     MatrixPlan,
@@ -45,7 +46,7 @@ def plan_matrices(
     widths = [sizes.expert_intermediate if s else sizes.intermediate for s in sparse]
     blocks = _block_sizes(recipe, widths)
     stream = plan_stream(a, recipe, sizes)
-    matrices = list(_embeddings(a, sizes, stream))
+    matrices = list(_embeddings(a, sizes, stream, recipe))
     for i in range(sizes.blocks):
         matrices += _attention(a, sizes, i, stream, recipe)
         matrices += _mlps(a, sizes, i, stream, sparse[i], blocks[i], recipe)
@@ -54,17 +55,35 @@ def plan_matrices(
         (sizes.vocabulary, sizes.hidden),
         norm=a.final_norm,
         input=stream.final,
+        settings=_vocabulary_settings(recipe, a.head, recipe.head),
         reads="final",
         role="head",
     )
     return (*matrices, head), stream.notes
 
 
-def _embeddings(a: Architecture, sizes: Dimensions, stream: Stream) -> Iterator[MatrixPlan]:
-    for name, rows in ((a.embedding, sizes.vocabulary), (a.positions, sizes.positions)):
+def _vocabulary_settings(recipe: Recipe, path: str, spec: QuantSpec | None) -> LayerSettings:
+    """Return how embedding or head is quantized, which rules for layers may keep in float."""
+    kept = recipe.settings_of(path).weights is None
+    return FLOAT if kept else LayerSettings(spec)
+
+
+def _embeddings(
+    a: Architecture, sizes: Dimensions, stream: Stream, recipe: Recipe
+) -> Iterator[MatrixPlan]:
+    tables = (
+        (
+            a.embedding,
+            sizes.vocabulary,
+            _vocabulary_settings(recipe, a.embedding, recipe.embeddings),
+        ),
+        (a.positions, sizes.positions, FLOAT),
+    )
+    for name, rows, settings in tables:
         if name is not None:
             shape = (rows, sizes.hidden)
-            yield MatrixPlan(name, shape, input=stream.written, role="embedding")
+            written = stream.written
+            yield MatrixPlan(name, shape, input=written, settings=settings, role="embedding")
 
 
 def _attention(

@@ -30,6 +30,8 @@ def settle_dtype(recipe: Recipe, model: Any) -> Recipe:
     >>> settle_dtype(Recipe(), SimpleNamespace(dtype="float32")).dtype
     'bfloat16'
     """
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}")
     if recipe.dtype != "auto":
         return recipe
     own = str(getattr(model, "dtype", None)).removeprefix("torch.")
@@ -67,8 +69,16 @@ def tie(
         return False, ()
     embedding = next(m for m in matrices if m.name == a.embedding)
     head = next(m for m in matrices if m.name == a.head)
-    if not folds_gains(a, recipe) and embedding.input == head.input:
+    same = embedding.settings.weights == head.settings.weights
+    if not folds_gains(a, recipe) and embedding.input == head.input and same:
         return True, ()
+    if not same:
+        here, there = (m.settings.weights or recipe.dtype for m in (embedding, head))
+        note = (
+            f"{a.embedding} and {a.head} don't stay tied: the one is to be {here}, "
+            f"the other {there}"
+        )
+        return False, (note,)
     note = (
         f"{a.embedding} and {a.head} don't stay tied: the gain of {a.final_norm} goes into one of "
         "them alone, since it doesn't commute with the rotation of the residual stream; rotation "

@@ -20,6 +20,7 @@ from corequant.rounding import (
     round_together,
 )
 from corequant.specs import Granularity, QuantSpec, ScaleSearch
+from corequant_transformers.model.quantized_embedding import QuantizedEmbedding
 from corequant_transformers.model.quantized_linear import QuantizedLinear
 from corequant_transformers.model.surroundings import to_host
 from corequant_transformers.planning.matrix_plan import MatrixPlan
@@ -118,8 +119,11 @@ def _relative_squared_error(W: Any, rounded: Any) -> float:
     return error / max(total, 1e-30)
 
 
-def quantized_layer(module: Any, matrix: MatrixPlan, rounded: RoundedTensor) -> QuantizedLinear:
-    """Return the layer that takes a linear layer's place, with its bias and on its device."""
+def quantized_layer(module: Any, matrix: MatrixPlan, rounded: RoundedTensor) -> Any:
+    """Return what takes a layer's or an embedding's place, with its bias and on its device."""
+    if matrix.role == "embedding":
+        table: Any = QuantizedEmbedding(rounded, module, matrix.name)
+        return table.to(module.weight.device)
     bias = getattr(module, "bias", None)
     bias = None if bias is None else bias.detach().float()
     layer = QuantizedLinear.of(matrix, rounded, bias)

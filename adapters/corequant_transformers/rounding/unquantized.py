@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from corequant.errors import RecipeError, VerificationError
+from corequant.storage.arrays import to_arrays
 from corequant_transformers.model.parts import Part, part_of
+from corequant_transformers.model.quantized_linear import QuantizedLinear
 from corequant_transformers.planning.model_plan import ModelPlan
 
 __all__ = ["as_stored", "check_tied", "round_unquantized"]
@@ -67,8 +69,12 @@ def check_tied(model: Any, plan: ModelPlan, entry: Mapping[str, torch.Tensor]) -
     if not plan.tied:
         return
     a = plan.architecture
-    head, kept = model.get_submodule(a.head).weight, entry[f"{a.embedding}.weight"]
-    if not torch.equal(kept.to(head.device, head.dtype), head):
+    head = model.get_submodule(a.head)
+    found = {f"{a.embedding}.weight": head.weight}
+    if isinstance(head, QuantizedLinear):
+        arrays = to_arrays(a.embedding, head.quantized)
+        found = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    if not all(torch.equal(entry[name].to(t.device, t.dtype), t) for name, t in found.items()):
         raise VerificationError(
             f"the transformed {a.head} must be {a.embedding} to stay tied, got another matrix; "
             "nothing was written. Please report it with the model's config and the recipe"

@@ -310,6 +310,7 @@ class Job:
             )
             state["reference"][0], state["transformed"][0] = before, after
             round_unquantized(model, self.plan, ENTRY)
+            rows = round_nearest(model, part_plan(self.plan, ENTRY), self.executor)
             if self.plan.needs_moments:
                 names = ["quantized"]
                 if self.plan.needs_float and self.plan.recipe.reference == "model":
@@ -322,7 +323,8 @@ class Job:
                         state[name][k] = first
             tensors = part_tensors(model, self.plan, ENTRY)
         self._report_progress(1)
-        self.ledger.commit(step, {"changed": changed, "moving": moving}, tensors, state)
+        report = {"changed": changed, "moving": moving, "matrices": rows}
+        self.ledger.commit(step, report, tensors, state)
 
     @torch.no_grad()
     def _do_block(self, step: str, index: int) -> None:
@@ -394,8 +396,8 @@ class Job:
             error, changed = transform_exit(self.parts, self.plan, self.choices, states, ids)
             check_logits_error(error)
             round_unquantized(model, self.plan, EXIT)
-            check_tied(model, self.plan, self.ledger.tensors(ENTRY))
             rows = round_nearest(model, part_plan(self.plan, EXIT), self.executor)
+            check_tied(model, self.plan, self.ledger.tensors(ENTRY))
             tensors = part_tensors(model, self.plan, EXIT)
         changes = [self.ledger.report(s)["changed"] for s in self.quantizing_steps[:-1]]
         check_any_changed(changed + sum(changes))

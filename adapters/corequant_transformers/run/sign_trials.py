@@ -74,7 +74,6 @@ class SignTrials:
         """Replace what a block reads by what it gives; the block must be open."""
         for draw in range(len(states)):
             with self._transformed(index, draw):
-                round_nearest(self.parts.model, part_plan(self.plan, index))
                 block = self.parts.block(index)
                 states[draw] = run_block(block, states[draw : draw + 1], self.arguments[index])
 
@@ -107,6 +106,7 @@ class SignTrials:
                 model, part_plan(self.plan, part), Choices({}, self.plan.draw_signs(draw))
             )
             round_unquantized(model, self.plan, part)
+            round_nearest(model, part_plan(self.plan, part))
             yield
         finally:
             for path, module in originals.items():
