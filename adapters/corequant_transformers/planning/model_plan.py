@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from corequant._validation import divisors, join_some
 from corequant.errors import BlockSizeError
 from corequant.hadamard import hadamard_factors, valid_block_sizes
 from corequant.recipe import Recipe
 from corequant.rotation import random_signs
-from corequant.specs import QuantSpec
 from corequant_transformers.architectures.known import (
     Architecture,
     Dimensions,
@@ -254,11 +254,14 @@ def _stored_bytes(matrix: MatrixPlan) -> float:
 
 def _check_groups(matrices: Iterable[MatrixPlan]) -> None:
     for field in ("weights", "activations"):
-        for matrix in matrices:
-            spec: QuantSpec | None = getattr(matrix.settings, field)
-            group = None if spec is None else spec.group_size
-            if group is not None and matrix.shape[1] % group:
+        specs = [(m, getattr(m.settings, field)) for m in matrices]
+        grouped = [(m, spec.group_size) for m, spec in specs if spec and spec.group_size]
+        for matrix, group in grouped:
+            if matrix.shape[1] % group:
+                widths = sorted({m.shape[1] for m, _ in grouped})
+                works = [n for n in divisors(math.gcd(*widths)) if n > 1]
                 raise BlockSizeError(
                     f"the group size of {field} must divide the inputs of every layer, got "
-                    f"{group} for {matrix.name} with {matrix.shape[1]} inputs"
+                    f"{group} for {matrix.name} with {matrix.shape[1]} inputs; these divide all of "
+                    f"{join_some(widths)}: {join_some(works)}"
                 )

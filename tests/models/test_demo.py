@@ -1,0 +1,86 @@
+"""The demo on a tiny model, and what is printed of it and of presets on a narrow terminal."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import corequant_transformers as cqhf
+from corequant.recipe import PRESETS, Recipe
+from corequant_cli.app import app
+from corequant_cli.commands import demonstration
+from corequant_cli.tables import console
+from tests.models.test_gguf_files import tokenizer_of, write_model
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    console.console.cache_clear()
+    yield
+    console.console.cache_clear()
+
+
+def run(*arguments):
+    done = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert done.exit_code == 0, done.output
+    assert max(map(len, done.stdout.splitlines())) <= 60 or "--json" in arguments
+    return done.stdout
+
+
+def test_the_demo(narrow, tmp_path, monkeypatch):
+    write_model(tmp_path / "model")
+    tokenizer_of("gpt-2").save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(demonstration, "fetch_model", lambda: tmp_path / "model")
+    monkeypatch.setattr(demonstration, "LENGTH", 32)
+    monkeypatch.setattr(demonstration, "SAMPLES", 2)
+    monkeypatch.chdir(tmp_path)
+    shown = run("demo", "--windows", 2, "-o", "out")
+    names = ["float", *(v.name for v in demonstration.variants())]
+    places = [shown.index(name) for name in names]
+    assert places == sorted(places)
+    words = " ".join(shown.split())
+    for text in ("for small files", "for speed", "out/w4a16, saved", "out/w4a4, saved", "KL"):
+        assert text in words
+    for name, recipe in (("w4a16", "w4a16"), ("w4a4", "w4a4")):
+        model = cqhf.load(tmp_path / "out" / name)
+        layer = model.model.layers[0].mlp.down_proj
+        assert layer.quantized.spec == Recipe.preset(recipe).weights
+
+
+def test_the_demos_best_is_the_last_and_needs_all_that_is_calibrated():
+    made = demonstration.variants()
+    assert made[-1].recipe == Recipe.preset("w4a4")
+    assert [v.folder for v in made if v.folder] == ["w4a16", "w4a4"]
+
+
+def test_presets_are_listed(narrow):
+    shown = run("presets")
+    for name in PRESETS:
+        assert f"{name}" in shown
+    listed = json.loads(run("presets", "--json"))
+    assert list(listed) == list(PRESETS)
+    assert Recipe.from_dict(listed["w4a16"]["recipe"]) == Recipe.preset("w4a16")
+
+
+def test_a_presets_recipe_is_shown_as_toml(narrow):
+    shown = run("presets", "w4a4")
+    lines = [line for line in shown.splitlines() if " = " in line]
+    assert Recipe.from_toml("\n".join(lines)) == Recipe.preset("w4a4")
+
+
+def test_formats_are_listed_with_who_takes_them(narrow):
+    shown = run("formats")
+    for word in ("e4m3", "group<n>", "four_over_six", "llama.cpp"):
+        assert word in shown
+    found = json.loads(run("formats", "--json"))["weights"]
+    assert found["int4:group32:float16"] == ["corequant", "transformers", "vllm", "llama.cpp"]
+    assert found["int4:group32:asymmetric:float16"] == ["corequant", "llama.cpp"]
+    assert found["int3:group32"] == ["corequant", "transformers"]
+
+
+def test_an_unknown_preset_is_an_error():
+    done = CliRunner().invoke(app, ["presets", "w4"])
+    assert "preset must be one of" in str(done.exception)
