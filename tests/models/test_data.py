@@ -620,6 +620,8 @@ def test_without_calibration_the_carried_text_is_taken(tokenizer):
     assert data["files"][0]["name"] == "the public-domain text that corequant carries"
     wanted = cqhf.sample_windows(carried_documents(), tokenizer, 16, 2)
     assert data == wanted.to_dict()
+    with pytest.raises(cq.CalibrationError, match="fills .*; give more text, or take fewer or sho"):
+        cqhf.quantize(model, Recipe(**{**SMALL, "samples": 99_999}), tokenizer=tokenizer)
     with pytest.raises(TypeError, match="tokenizer must be given to calibrate on the text of"):
         cqhf.quantize(model, Recipe(**SMALL))
 

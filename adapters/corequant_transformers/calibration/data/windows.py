@@ -150,7 +150,7 @@ def sample_windows(
     if wanted is not None and len(found) < wanted:
         raise CalibrationError(
             f"the text must fill {wanted} windows of {length} tokens, it has {stream.all} tokens "
-            f"and fills {len(found)}"
+            f"and fills {len(found)}; give more text, or take fewer or shorter windows"
         )
     taken = np.stack(found[:wanted])
     between = stream.separators.between(Document(), []) if len(documents) > 1 else []
