@@ -34,7 +34,7 @@ _EXAMPLES = """
 Examples:
   corequant quantize MODEL -o OUT --preset w4a16
   corequant quantize MODEL -o OUT.gguf --for llama.cpp
-  corequant evaluate OUT --text test.txt
+  corequant evaluate OUT --text test.txt --against MODEL
 
 MODEL is a Transformers directory or a GGUF file.
 """
@@ -85,6 +85,12 @@ Examples:
 Examples:
   corequant plan MODEL --preset w4a4
   corequant plan MODEL --for llama.cpp
+""",
+    evaluate: """
+Examples:
+  corequant evaluate OUT --text test.txt
+  corequant evaluate OUT --text test.txt --against MODEL
+  corequant evaluate OUT --against MODEL --tasks hellaswag.jsonl --limit 500
 """,
     presets: """
 Examples:

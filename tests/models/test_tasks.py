@@ -101,6 +101,19 @@ def test_rows_that_share_a_scale_are_read_alone(activations, tokens):
         assert score.total == pytest.approx(plainly(model, pair)[0], rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_rows_are_read_alone_by_torchs_own_layers():
+    model = cqhf.tiny_model("llama")
+    # All but the head, which would see less of a row here than in a plain pass.
+    layers = {torch.nn.Linear}
+    model.model = torch.ao.quantization.quantize_dynamic(model.model, layers, torch.qint8)
+    pairs = random_pairs()
+    found = score_pairs(replica_of(model), pairs, 256)
+    for score, pair in zip(found, pairs, strict=True):
+        assert score.total == pytest.approx(plainly(model, pair)[0], rel=1e-5)
+
+
 def test_long_contexts_lose_their_beginning():
     model = cqhf.tiny_model("gpt2", max_position_embeddings=16).double()
     context, continuation = tuple(range(20)), (5, 6, 7)

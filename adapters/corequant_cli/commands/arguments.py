@@ -10,7 +10,7 @@ import typer
 
 from corequant.errors import OutputError
 from corequant.storage.files import json_text
-from corequant_cli.commands.panels import QUALITY, WHERE
+from corequant_cli.commands.panels import QUALITY, WHAT, WHERE
 
 __all__ = [
     "AnyModel",
@@ -44,7 +44,8 @@ CalibrationFiles = Annotated[
     ),
 ]
 TextFiles = Annotated[
-    list[Path] | None, typer.Option(help=_DATA.format("measure on"), metavar="<path>")
+    list[Path] | None,
+    typer.Option(help=_DATA.format("measure on"), metavar="<path>", rich_help_panel=WHAT),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Length = Annotated[int, typer.Option(help="Tokens per window.", min=2)]

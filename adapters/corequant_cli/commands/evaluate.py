@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from corequant_cli.commands.arguments import (
     print_json,
     read_data,
 )
+from corequant_cli.commands.panels import WHAT
 from corequant_cli.tables import console, data, evaluations
 
 __all__ = ["evaluate"]
@@ -27,14 +29,20 @@ def evaluate(
     model: AnyModel,
     text: TextFiles = None,
     against: Annotated[
-        Path | None, typer.Option(help="Float model to compare with: a directory or GGUF file.")
+        Path | None,
+        typer.Option(
+            help="Float model to compare with: as MODEL, usually what it was made from.",
+            metavar="<path>",
+            rich_help_panel=WHAT,
+        ),
     ] = None,
     tasks: Annotated[
         list[Path] | None,
         typer.Option(
             metavar="<path>",
+            rich_help_panel=WHAT,
             help="JSON lines of zero-shot questions, multiple choice or minimal pairs; may be "
-            "given several times.",
+            "repeated.",
         ),
     ] = None,
     limit: Annotated[
@@ -65,7 +73,8 @@ def evaluate(
     from corequant_transformers.model.surroundings import check_device
 
     where = check_device(device)
-    tokenizer, load = _opened(model, verify)
+    read_tokenizer, load = _opened(model, verify)
+    tokenizer = read_tokenizer()
     sample = None
     if documents is not None:
         sample = cqhf.sample_windows(documents, tokenizer, sequence_length, windows)
@@ -100,12 +109,12 @@ def evaluate(
     print_json(found)
 
 
-def _opened(path: Path, verify: bool) -> tuple[Any, Any]:
-    """Return the tokenizer of a model, and what loads the model."""
+def _opened(path: Path, verify: bool) -> tuple[Any, ...]:
+    """Return what loads a model's tokenizer, and what loads the model."""
     import corequant_transformers as cqhf
     from corequant_transformers.checkpoint.reader import is_quantized
 
     if is_quantized(path):
-        return cqhf.load_tokenizer(path, verify=verify), lambda: cqhf.load(path, verify=verify)
+        return tuple(partial(f, path, verify=verify) for f in (cqhf.load_tokenizer, cqhf.load))
     source = cqhf.Source(path, verify=verify)
-    return source.tokenizer(), source.load
+    return source.tokenizer, source.load

@@ -128,9 +128,21 @@ def _cut(pair: Pair, longest: int) -> Pair:
 
 def _couples_rows(model: Any) -> bool:
     """Return whether the values of one row have influence on how another is rounded."""
+    return any(map(_has_one_scale, model.modules()))
+
+
+def _has_one_scale(module: Any) -> bool:
+    """Return whether a layer rounds its whole input with a scale that depends on all of it."""
     coupled = (Granularity.TENSOR, Granularity.TENSOR_GROUP)
-    specs = (m.activations for m in model.modules() if isinstance(m, QuantizedLinear))
-    return any(spec is not None and spec.granularity in coupled for spec in specs)
+    if isinstance(module, QuantizedLinear):
+        return module.activations is not None and module.activations.granularity in coupled
+    # Layers of torch's own dynamic quantization, and those of compressed-tensors.
+    if type(module).__module__.startswith("torch.ao.nn.quantized.dynamic"):
+        return True
+    scheme = getattr(module, "quantization_scheme", None)
+    given = getattr(scheme, "input_activations", None)
+    names = [granularity.value for granularity in coupled]
+    return given is not None and bool(given.dynamic) and given.strategy in names
 
 
 def _jobs(pairs: list[Pair], budget: int) -> Iterator[_Job]:
