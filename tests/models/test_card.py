@@ -149,7 +149,7 @@ def test_a_model_without_a_name_or_a_licence(tokens, tmp_path):
     text = card_of(tmp_path / "out")
     assert "license" not in front(text)
     assert "base_model" not in front(text)
-    assert "# A llama model, quantized\n" in text
+    assert "# A llama model, quantized to int4\n" in text
     assert "This is a model of the type `llama` with" in text
     assert "The inputs of 2 layers are rotated by blocks at run time." in text
 

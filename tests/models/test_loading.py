@@ -66,6 +66,15 @@ def logits(model, given=ids):
     return model(given).logits
 
 
+def cast(model, *dtypes):
+    """Cast a model, but for the rotary frequencies, which Transformers loads in float32."""
+    kept = model.model.rotary_emb.inv_freq
+    for dtype in dtypes:
+        model.to(dtype)
+    model.model.rotary_emb.inv_freq = kept
+    return model
+
+
 def layers(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
 
@@ -191,6 +200,62 @@ def test_sequences_padded_on_the_left_are_continued_as_alone(folder):
     assert torch.equal(found[0, 20:], alone[0, 11:])
 
 
+@pytest.mark.parametrize("name", Recipe.presets())
+def test_every_preset_loads_and_generates(name, tokens, tmp_path):
+    """Three blocks; token by token what the model of ``load`` finds likeliest without a cache."""
+    model = cqhf.tiny_model("llama", hidden_size=64, num_hidden_layers=3)
+    cqhf.quantize(model, Recipe.preset(name), tokens, tmp_path / "out")
+    model, own, expected = load(tmp_path / "out"), cqhf.load(tmp_path / "out"), ids
+    assert_same(model, own)
+    for _ in range(5):
+        following = logits(own, expected)[:, -1].argmax(-1, keepdim=True)
+        expected = torch.cat([expected, following], -1)
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_quantized_embeddings_and_heads_load_cast_copy_and_are_saved(tied, tokens, tmp_path):
+    model = cqhf.tiny_model("llama", tie_word_embeddings=tied)
+    recipe = Recipe(
+        rotation="heads" if tied else "offline",
+        weights="int4:group16",
+        activations="none",
+        embeddings="int8:channel",
+        head="int8:channel",
+    )
+    cqhf.quantize(model, recipe, tokens, tmp_path / "out")
+    model, own = load(tmp_path / "out"), cqhf.load(tmp_path / "out")
+    assert model.config.tie_word_embeddings == tied
+    assert_same(model, own)
+    other = copy.deepcopy(model)
+    assert_same(cast(other, torch.bfloat16, torch.float32), own)
+    assert not any(other.load_state_dict(model.state_dict()))
+    assert_same(other, own)
+    assert_same(load(tmp_path / "out", dtype="bfloat16"), cast(own, torch.bfloat16))
+    model.save_pretrained(tmp_path / "new")
+    name = "corequant.safetensors"
+    assert (tmp_path / "new" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    assert_same(load(tmp_path / "new"), model)
+
+
+def test_layers_that_differ_load(tokens, tmp_path):
+    recipe = Recipe(
+        rotation="offline",
+        weights="int4:group16",
+        activations="none",
+        layers=("re:.*down_proj=int8:channel",),
+        keep=("re:.*o_proj",),
+    )
+    cqhf.quantize(cqhf.tiny_model("llama"), recipe, tokens, tmp_path / "out")
+    model = load(tmp_path / "out")
+    assert {str(m.quantized.spec.format.name) for m in layers(model).values()} == {"int4", "int8"}
+    assert isinstance(model.model.layers[0].self_attn.o_proj, torch.nn.Linear)
+    assert_same(model, cqhf.load(tmp_path / "out"))
+    model.save_pretrained(tmp_path / "new")
+    assert_same(model, load(tmp_path / "new"))
+
+
 def test_a_static_cache_and_beams(folder):
     model = load(folder)
     options = {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
@@ -228,10 +293,7 @@ def test_another_dtype_changes_no_codes(dtype, folder):
         assert np.array_equal(layer.quantized.codes, exact.quantized.codes)
         assert layer.quantized.scales.dtype == np.float32
         assert np.array_equal(layer.quantized.scales, exact.quantized.scales)
-    cast = cqhf.load(folder).to(kind)
-    # Transformers computes these in float32 whatever it is asked for.
-    cast.model.rotary_emb.inv_freq = wide.model.rotary_emb.inv_freq
-    assert torch.equal(logits(model), logits(cast))
+    assert torch.equal(logits(model), logits(cast(wide, kind)))
 
 
 def test_a_dtype_without_arithmetic_is_refused(folder):

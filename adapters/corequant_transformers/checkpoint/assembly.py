@@ -19,6 +19,7 @@ from corequant.recipe import Recipe
 from corequant.storage.arrays import from_arrays
 from corequant.storage.tensor_file import RawTensor, TensorFile
 from corequant_transformers.checkpoint.saving import Saving
+from corequant_transformers.checkpoint.tensors import array_of
 from corequant_transformers.files.comparison import Comparison
 from corequant_transformers.files.marks import WEIGHTS
 from corequant_transformers.model.layouts import check_blocks, check_places, standardize
@@ -32,8 +33,16 @@ from corequant_transformers.transforms.matrices import restructure
 
 __all__ = ["Assembly"]
 
-_DTYPES = {"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64}
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_DTYPES = {
+    **{"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64},
+    **_FLOATS,
+}
 
 
 class _Awaited(torch.nn.Module):
@@ -45,7 +54,9 @@ class _Awaited(torch.nn.Module):
         super().__init__()
         self._matrix, self._stored = matrix, tuple(stored)
         for name, tensor in stored.items():
-            dtype = _DTYPES.get(tensor.dtype, torch.float32)
+            dtype = _DTYPES.get(tensor.dtype)
+            if dtype is None:
+                raise CheckpointError(f"{matrix.name}.{name} has the dtype {tensor.dtype}")
             self.register_buffer(name, torch.empty(tensor.shape, dtype=dtype, device="meta"))
 
     def settle(self, quantized: QuantizedTensor | None = None) -> None:
@@ -53,7 +64,8 @@ class _Awaited(torch.nn.Module):
         layer: Any = self
         matrix, weight = self._matrix, self.weight
         if quantized is None:
-            arrays = {f"{matrix.name}.{n}": getattr(self, n).cpu().numpy() for n in self._stored}
+            own = {f"{matrix.name}.{name}": getattr(self, name) for name in self._stored}
+            arrays = {name: array_of(name, tensor.cpu(), WEIGHTS) for name, tensor in own.items()}
             quantized = from_arrays(matrix.name, arrays, matrix.weights, matrix.shape)
         made = self._made(matrix, quantized)
         for name in (*self._stored, "_matrix", "_stored"):

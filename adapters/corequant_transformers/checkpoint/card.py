@@ -95,7 +95,7 @@ class _Card:
         sizes, dtypes = _stored(files)
         parts = [
             self._front(),
-            f"# {self._name}, quantized\n",
+            f"# {self._name}, quantized to {' and '.join(self._formats)}\n",
             self._summary(sizes),
             f"## Use\n\n{self.use}",
             f"## Contents\n\n{self._contents(sizes, dtypes)}",
@@ -112,13 +112,16 @@ class _Card:
         return _plain(name.removesuffix(".gguf"))
 
     @property
+    def _formats(self) -> list[str]:
+        return sorted({m.weights.format.name for m in self.plan.quantized})
+
+    @property
     def _origin(self) -> Mapping[str, str]:
         found = self.report.get("origin")
         return found if isinstance(found, dict) else {}
 
     def _front(self) -> str:
         base, licence = self._origin.get("base_model"), self._origin.get("license")
-        formats = {str(m.weights.format.name) for m in self.plan.quantized}
         values: dict[str, Any] = {}
         if base:
             values |= {"base_model": base, "base_model_relation": "quantized"}
@@ -126,7 +129,7 @@ class _Card:
         if licence:
             values["license"] = licence
         values["pipeline_tag"] = "text-generation"
-        values["tags"] = ["corequant", *sorted(formats)]
+        values["tags"] = ["corequant", *self._formats]
         # JSON's texts and lists are YAML's, too.
         lines = [f"{key}: {json.dumps(value)}" for key, value in values.items()]
         return "\n".join(["---", *lines, "---", ""])
@@ -143,9 +146,8 @@ class _Card:
         )
         return (
             f"This is {made_of} with the weights of {len(plan.quantized)} linear layers in "
-            f"{bits:.3g} bits each, scales included, written by [corequant]"
-            f"(https://pypi.org/project/corequant/) as {self.kind}. Its weights take "
-            f"{_megabytes(sum(sizes.values()))}.{rotated}\n"
+            f"{bits:.3g} bits each, scales included, written by corequant as {self.kind}. Its "
+            f"weights take {_megabytes(sum(sizes.values()))}.{rotated}\n"
         )
 
     def _contents(self, sizes: Mapping[str, int], dtypes: Mapping[str, str]) -> str:
@@ -166,8 +168,8 @@ class _Card:
         tokens = self.report.get("calibration_tokens")
         read = f" with {tokens:,} tokens of text" if isinstance(tokens, int) and tokens else ""
         return (
-            f"`corequant quantize MODEL --recipe recipe.toml -o OUT`{read}, {versions}, and this as"
-            f" `recipe.toml`:\n\n```toml\n{self.plan.recipe.to_toml().strip()}\n```\n"
+            f"Made by `corequant quantize MODEL --recipe recipe.toml -o OUT`{read}, by {versions}. "
+            f"This is `recipe.toml`:\n\n```toml\n{self.plan.recipe.to_toml().strip()}\n```\n"
         )
 
     def _measured(self) -> str:
