@@ -67,20 +67,24 @@ def test_the_front_matter_is_what_the_hub_reads(made, kind):
     }
 
 
-@pytest.mark.parametrize("kind", ["own", "exported"])
-def test_the_python_code_runs_in_the_directory(made, kind):
-    (code,) = blocks(card_of(made / kind), "python")
+def test_the_python_code_runs_in_the_directory(made, monkeypatch, capsys):
+    """That of the own directory in a process that has imported nothing yet."""
+    (code,) = blocks(card_of(made / "own"), "python")
     places = [ROOT, ROOT / "backends", ROOT / "adapters"]
     path = os.pathsep.join([*map(str, places), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=made / kind,
+        cwd=made / "own",
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("The capital of France is")
+    (code,) = blocks(card_of(made / "exported"), "python")
+    monkeypatch.chdir(made / "exported")
+    exec(code, {})
+    assert capsys.readouterr().out.startswith("The capital of France is")
 
 
 @pytest.mark.parametrize("kind", ["own", "exported"])
@@ -162,6 +166,27 @@ def test_names_cannot_change_the_page(made, tokens):
     assert "\x1b" not in text
     assert front(text)["library_name"] == "transformers"
     assert len(next(line for line in text.splitlines() if line.startswith("# "))) < 120
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_quantized_embeddings_are_rows_of_their_own(tied, tokens, tmp_path):
+    recipe = Recipe(
+        rotation="heads",
+        weights="int4:group16",
+        activations="none",
+        embeddings="int8:channel",
+        head="int8:channel",
+    )
+    model = cqhf.tiny_model("llama", tie_word_embeddings=tied)
+    cqhf.quantize(model, recipe, tokens, tmp_path / "out")
+    text = card_of(tmp_path / "out")
+    assert "quantized to int4 and int8" in text
+    assert "the weights of 14 linear layers in 6" in text
+    rows = [line for line in text.splitlines() if "`int8:channel" in line]
+    names = ["embedding and head"] if tied else ["embedding", "head"]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in names]
+    # Eight bits, a scale of 32 for each row of 48, and the shape.
+    assert all(" | 6,144 | 8.69 | " in row for row in rows)
 
 
 def test_the_export_names_what_its_reader_needs(made, tokens, tmp_path):

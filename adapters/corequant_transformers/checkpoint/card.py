@@ -139,13 +139,14 @@ class _Card:
         made_of = f"[{base}]({_HUB}{base})" if base else f"`{self._name}`"
         if self._name.startswith("A "):
             made_of = f"a model of the type `{_plain(plan.architecture.model_type)}`"
-        bits = 8 * _bytes(sizes, plan.quantized) / _parameters(plan.quantized)
+        layers = [m for m in plan.quantized if m.role not in ("embedding", "head")]
+        bits = 8 * _bytes(sizes, layers) / _parameters(layers)
         online = len(plan.online)
         rotated = (
             f" The inputs of {online} layers are rotated by blocks at run time." if online else ""
         )
         return (
-            f"This is {made_of} with the weights of {len(plan.quantized)} linear layers in "
+            f"This is {made_of} with the weights of {len(layers)} linear layers in "
             f"{bits:.3g} bits each, scales included, written by corequant as {self.kind}. Its "
             f"weights take {_megabytes(sum(sizes.values()))}.{rotated}\n"
         )
