@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
+from corequant_transformers.files.marks import CARD
 from corequant_transformers.model.surroundings import quiet_transformers
 from tests import capabilities
 from tests.models.test_checkpoint import word_level
@@ -337,8 +338,12 @@ def test_pipes_in_saved_directories_are_not_waited_for(tokens, tmp_path):
         content = (out / name).read_bytes()
         (out / name).unlink()
         os.mkfifo(out / name)
-        with pytest.raises(cq.CheckpointError):
+        if name == CARD:
+            # No reader opens it.
             cqhf.load(out)
+        else:
+            with pytest.raises(cq.CheckpointError):
+                cqhf.load(out)
         (out / name).unlink()
         (out / name).write_bytes(content)
     cqhf.load(out)

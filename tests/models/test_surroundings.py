@@ -284,7 +284,7 @@ def test_directories_with_other_floats_are_read_as_float32(name, own, tokens, tm
     edit(own, lambda tensors: tensors.update({key: cast(tensors[key])}))
     loaded = cqhf.load(own)
     for other, tensor in loaded.state_dict().items():
-        assert tensor.dtype == torch.float32
+        assert tensor.dtype == torch.float32 or ".weight_" in other
         wanted = cast(expected[other]).float() if other == key else expected[other]
         assert torch.equal(tensor, wanted)
     assert np.isfinite(cqhf.evaluate(loaded, tokens).perplexity)
