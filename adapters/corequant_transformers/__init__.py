@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from corequant_transformers.evaluation.measurement import Evaluation, evaluate
     from corequant_transformers.evaluation.task_files import Task, read_task
     from corequant_transformers.evaluation.tasks import TaskResult, evaluate_tasks
+    from corequant_transformers.exports.sizes import sizes
     from corequant_transformers.exports.targets import export
     from corequant_transformers.exports.transformers_hook import install
     from corequant_transformers.files.digests import check_digests
@@ -48,6 +49,7 @@ _PARTS = {
     "evaluation.measurement": "Evaluation evaluate",
     "evaluation.task_files": "Task read_task",
     "evaluation.tasks": "TaskResult evaluate_tasks",
+    "exports.sizes": "sizes",
     "exports.targets": "export",
     "exports.transformers_hook": "install",
     "files.digests": "check_digests",
@@ -101,6 +103,7 @@ __all__ = [
     "read_task",
     "register",
     "sample_windows",
+    "sizes",
     "tiny_model",
     "token_windows",
     "trace",

@@ -29,9 +29,14 @@ from corequant.quantization import QuantizedTensor
 from corequant.specs import Granularity, QuantSpec, qparams_shape
 from corequant.storage.scales import load_scales, store_scales
 
-__all__ = ["from_arrays", "to_arrays"]
+__all__ = ["Layout", "from_arrays", "layout_of", "to_arrays"]
 
 Arrays = dict[str, npt.NDArray[Any]]
+
+_TAGS = {"float32": "F32", "float16": "F16", "uint8": "U8"}
+
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+"""Tensors' dtypes, as safetensors files name them, and shapes by their names."""
 
 
 def to_arrays(name: str, quantized: QuantizedTensor) -> Arrays:
@@ -71,6 +76,40 @@ def to_arrays(name: str, quantized: QuantizedTensor) -> Arrays:
         # A copy, since layers that share it would share memory, which files can't.
         arrays[f"{name}.weight_global_scale"] = np.array(quantized.global_scale)
     return dict(sorted(arrays.items()))
+
+
+def layout_of(name: str, shape: tuple[int, int], spec: QuantSpec) -> Layout:
+    """Return what ``to_arrays`` would return for a weight, without its numbers.
+
+    Parameters
+    ----------
+    name : str
+        Path of the module that the weight belongs to.
+    shape : tuple of int
+        (out_features, in_features).
+    spec : QuantSpec
+
+    Examples
+    --------
+    >>> from corequant.specs import QuantSpec
+    >>> from corequant.storage.arrays import layout_of
+    >>> layout_of("head", (2, 8), QuantSpec.parse("int4:channel"))["head.weight_packed"]
+    ('I32', (2, 1))
+    """
+    rows, columns = shape
+    parts, bits = qparams_shape(shape, spec), spec.format.bits
+    found: Layout = {f"{name}.weight_scale": (_TAGS[spec.scale_format.dtype], parts)}
+    if spec.format.least_code:
+        found[f"{name}.weight_packed"] = ("I32", (rows, packed_words(columns, bits)))
+        found[f"{name}.weight_shape"] = ("I64", (2,))
+    else:
+        found[f"{name}.weight_packed"] = ("U8", (rows, packed_bytes(columns, bits)))
+    if not spec.symmetric:
+        packed = ("I32", (packed_words(parts[0], bits), parts[1]))
+        found[f"{name}.weight_zero_point"] = packed if spec.format.least_code else ("U8", parts)
+    if spec.granularity is Granularity.TENSOR_GROUP:
+        found[f"{name}.weight_global_scale"] = ("F32", (1,))
+    return dict(sorted(found.items()))
 
 
 def from_arrays(

@@ -32,7 +32,7 @@ from corequant.specs import (
     presets,
     qparams_shape,
 )
-from corequant.storage.arrays import from_arrays, to_arrays
+from corequant.storage.arrays import Layout, from_arrays, layout_of, to_arrays
 from corequant.storage.tensor_file import RawTensor
 
 __all__ = ["Scheme"]
@@ -149,6 +149,15 @@ class Scheme:
         if self.format == "int-quantized":
             arrays = {f"{name}.weight": np.ascontiguousarray(quantized.codes, np.int8)}
         return {key: scales, **{k: RawTensor.of(a) for k, a in sorted(arrays.items())}}
+
+    def layout(self, name: str, shape: tuple[int, int]) -> Layout:
+        """Return dtypes and shapes of what ``tensors`` would return for a weight of a shape."""
+        found = layout_of(name, shape, self.weights)
+        key = f"{name}.weight_scale"
+        found[key] = (str(_SCALES[self.weights.scale_format]), found[key][1])
+        if self.format == "int-quantized":
+            found = {key: found[key], f"{name}.weight": ("I8", shape)}
+        return found
 
     def read(
         self, name: str, tensors: Mapping[str, RawTensor], shape: tuple[int, int]

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from corequant.errors import CheckpointError
 from corequant.storage.files import open_regular
 
-__all__ = ["RawTensor", "TensorFile", "parse_header", "write_tensors"]
+__all__ = ["RawTensor", "TensorFile", "file_bytes", "parse_header", "write_tensors"]
 
 Array = npt.NDArray[Any]
 
@@ -217,6 +217,29 @@ class TensorFile:
 
 
 Entry = tuple[str, tuple[int, ...], int, int]
+
+
+def file_bytes(layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """Return the size of a file of tensors.
+
+    Parameters
+    ----------
+    layout : mapping
+        Dtypes, as files name them, and shapes by the tensors' names.
+
+    Examples
+    --------
+    >>> from corequant.storage.tensor_file import file_bytes
+    >>> file_bytes({"x": ("F32", (2, 3))})
+    120
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        start, end = end, end + math.prod(shape) * _SIZES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"))
+    return 8 + -(-len(text) // _ALIGNMENT) * _ALIGNMENT + end
 
 
 def parse_header(header: bytes, size: int) -> tuple[dict[str, Entry], dict[str, str]]:

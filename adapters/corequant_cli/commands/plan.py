@@ -26,7 +26,7 @@ def plan(
     reader: str,
     as_json: Json = False,
 ) -> None:
-    """Print what quantize would do to each matrix, its cost, and what it would calibrate on."""
+    """Print what quantize would do to each matrix, its cost and size, and its calibration data."""
     documents = read_data(calibration) if calibration else None
     import corequant_transformers as cqhf
 
@@ -36,13 +36,15 @@ def plan(
 
     table, source = cqhf.plan(model, recipe), cqhf.Source(model)
     Destination("", reader).check_plan(table, source.config(), source)
+    sizes = cqhf.sizes(table, model)
     taken = None
     if documents is not None:
         taken = take_windows(documents, recipe, source.tokenizer()).data
     if as_json:
-        shown = plans.plan_dict(table)
+        shown = {**plans.plan_dict(table), "sizes": sizes}
         print_json(shown if taken is None else {**shown, "calibration": taken})
         return
     plans.plan_table(table)
+    plans.sizes(sizes)
     if taken is not None:
         data.taken("to be calibrated on", taken)

@@ -8,7 +8,7 @@ from typing import Any
 
 from corequant_cli.tables.console import column, console, marked, table
 
-__all__ = ["fates", "plan_dict", "plan_table"]
+__all__ = ["fates", "plan_dict", "plan_table", "sizes"]
 
 
 def fates(rows: list[dict[str, Any]]) -> None:
@@ -24,6 +24,7 @@ def plan_dict(plan: Any) -> dict[str, Any]:
     return {
         "model_type": plan.architecture.model_type,
         "recipe": plan.recipe.to_dict(),
+        "tied": plan.tied,
         **plan.cost(),
         "matrices": [
             {
@@ -86,6 +87,7 @@ def plan_table(plan: Any) -> None:
     for (weights, activations), count in schemes.items():
         layers = f"{count} × " if len(schemes) > 1 else ""
         console().print(f"{layers}weights {weights}, activations {activations or 'float'}")
+    console().print(f"everything else {plan.recipe.dtype}, {_vocabulary(plan)}")
     console().print(
         f"online rotations: {cost['online_rotations']}, "
         f"{cost['online_additions_per_token']:,} additions per token "
@@ -97,6 +99,23 @@ def plan_table(plan: Any) -> None:
     console().print(
         f"valid block sizes for {_widths(plan)}: " + ", ".join(map(str, cost["block_sizes"]))
     )
+
+
+def _vocabulary(plan: Any) -> str:
+    """Say whether embedding and head are one matrix, and whether they are quantized."""
+    a = plan.architecture
+    rows = [m for m in plan.matrices if m.name in (a.embedding, a.head)]
+    kinds = [str(m.weights) if m.quantized else plan.recipe.dtype for m in rows]
+    if plan.tied:
+        return f"embedding and head one matrix ({kinds[0]})"
+    return f"embedding ({kinds[0]}) and head ({kinds[1]}) two matrices"
+
+
+def sizes(found: dict[str, int | None]) -> None:
+    """Print how large the result will be in each layout that can hold it."""
+    names = {"corequant": "corequant's directory", "gguf": "GGUF with its tokenizer"}
+    words = [f"{size / 1e6:.1f} MB as {names.get(k, k)}" for k, size in found.items() if size]
+    console().print(f"size of the result: {', '.join(words)}")
 
 
 def _names_of(specs: set[Any]) -> dict[Any, str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ __all__ = [
     "about",
     "architecture_name",
     "hyperparameters",
+    "metadata_bytes",
     "rope_factors",
     "vocabulary",
 ]
@@ -138,6 +139,19 @@ def rope_factors(config: Any) -> npt.NDArray[np.float32] | None:
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     factors: npt.NDArray[np.float32] = (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
     return factors
+
+
+def metadata_bytes(values: Iterable[KeyValue]) -> int:
+    """Return about how many bytes keys and values take in a file."""
+    return sum(len(key) + 16 + _value_bytes(value) for key, value, *_ in values)
+
+
+def _value_bytes(value: Any) -> int:
+    if isinstance(value, str):
+        return 8 + len(value.encode())
+    if isinstance(value, Sequence | np.ndarray):
+        return 12 + sum(map(_value_bytes, value))
+    return 4
 
 
 def _rope(config: Any) -> dict[str, Any]:

@@ -43,13 +43,17 @@ class Prospect:
 
     def rest(self) -> list[str]:
         """Return the names of what won't be quantized."""
+        return list(self.shapes())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of everything that won't be quantized, by its name."""
         model = skeleton(self.config)
         standardize(model, self.plan)
         restructure(model, self.plan)
         left = {f"{m.name}.weight" for m in self.plan.quantized}
         if self.plan.tied:
             left.add(f"{self.plan.architecture.head}.weight")
-        return [name for name in model.state_dict() if name not in left]
+        return {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in left}
 
 
 Candidate = Stored | Prospect

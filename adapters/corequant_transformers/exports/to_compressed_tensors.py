@@ -15,13 +15,14 @@ from corequant.errors import ArchitectureError, OutputError, SpecError
 from corequant.hadamard import hadamard_matrix
 from corequant.quantization import dequantize
 from corequant.specs import Granularity
+from corequant.storage.arrays import Layout
 from corequant.storage.compressed_tensors import Scheme
 from corequant.storage.files import json_text
 from corequant.storage.shard_index import read_index
 from corequant.storage.tensor_file import RawTensor, TensorFile, write_tensors
 from corequant_transformers.checkpoint.card import exported_card
 from corequant_transformers.checkpoint.reader import Stored
-from corequant_transformers.exports.prospect import Candidate
+from corequant_transformers.exports.prospect import Candidate, Prospect
 from corequant_transformers.files.digests import write_digests
 from corequant_transformers.files.marks import CARD, GUARD
 from corequant_transformers.files.outputs import check_output, new_directory
@@ -31,7 +32,7 @@ from corequant_transformers.model.sources import copy_files
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
 
-__all__ = ["check", "check_layers", "write"]
+__all__ = ["check", "check_layers", "expected_layout", "write"]
 
 _VERSION = "0.17.0"
 _TORCH = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -248,6 +249,31 @@ def _tensors(stored: Stored, schemes: Mapping[str, Scheme]) -> Iterator[tuple[st
             yield name, RawTensor.of(stored.read(name).array(), kept)
         except ValueError as error:
             raise SpecError(f"{name} can't be stored as {kept}: {error}") from None
+
+
+def expected_layout(candidate: Prospect) -> Layout:
+    """Return dtypes and shapes of the tensors that ``write`` will write.
+
+    Raises
+    ------
+    ArchitectureError, SpecError
+        If compressed-tensors can't hold the model or its quantizers.
+    """
+    check(candidate)
+    plan = candidate.plan
+    schemes = _schemes(plan)
+    kept = _DTYPES[plan.recipe.dtype]
+    dtype = _dtype(schemes)
+    found: Layout = {}
+    for matrix in plan.quantized:
+        found |= schemes[matrix.name].layout(matrix.name, matrix.shape)
+        if matrix.role == "head" and _is_tied(plan, schemes):
+            del found[f"{matrix.name}.weight"]
+        if matrix.online:
+            size = _size(matrix)
+            found[f"{matrix.name}.R{size}_input.weight"] = (kept, (size, size))
+    rest = kept if dtype == "F32" else dtype
+    return {**found, **{name: (rest, shape) for name, shape in candidate.shapes().items()}}
 
 
 def _write_shards(

@@ -32,10 +32,11 @@ from corequant_transformers.exports.gguf_metadata import (
     about,
     architecture_name,
     hyperparameters,
+    metadata_bytes,
     rope_factors,
     vocabulary,
 )
-from corequant_transformers.exports.prospect import Candidate
+from corequant_transformers.exports.prospect import Candidate, Prospect
 from corequant_transformers.exports.to_compressed_tensors import check_layers
 from corequant_transformers.files.atomic import replacing
 from corequant_transformers.files.digests import GGUF_DIGEST, GGUF_VERSION, seal_gguf
@@ -44,7 +45,7 @@ from corequant_transformers.model.sources import Source
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
 
-__all__ = ["check", "write"]
+__all__ = ["check", "expected_bytes", "write"]
 
 Array = npt.NDArray[Any]
 
@@ -162,6 +163,27 @@ def write(
 def _values(candidate: Candidate, source: str | Path | None) -> list[KeyValue]:
     given = None if source is None else Source(source)
     return [*hyperparameters(candidate.config, candidate.plan), *vocabulary(candidate, given)]
+
+
+def expected_bytes(candidate: Prospect, source: str | Path | None) -> int:
+    """Return the size of the file that ``write`` will write.
+
+    Raises
+    ------
+    ArchitectureError, CheckpointError, RecipeError, SpecError
+        If a GGUF file can't hold the model.
+    """
+    check(candidate, source)
+    plan = candidate.plan
+    found = [m.shape[0] * BLOCK_BYTES[_block_type(m)] * m.shape[1] // 32 for m in plan.kept]
+    shapes = candidate.shapes()
+    if rope_factors(candidate.config) is not None:
+        shapes["rope_freqs"] = (plan.dimensions.head_dim // 2,)
+    found += [math.prod(shape) * (2 if len(shape) == 2 else 4) for shape in shapes.values()]
+    # A tensor's name, axes, type and place take 80 bytes or so, and its data end at a multiple.
+    step = gguf.GGUF_DEFAULT_ALIGNMENT
+    data = sum(80 + -(-size // step) * step for size in found)
+    return metadata_bytes(_values(candidate, source)) + data
 
 
 def _check_recipe(plan: ModelPlan) -> None:

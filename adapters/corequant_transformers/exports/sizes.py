@@ -1,0 +1,81 @@
+"""How large a result will be, in each layout that it can be written in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from corequant.errors import CorequantError
+from corequant.storage.arrays import Layout, layout_of
+from corequant.storage.tensor_file import file_bytes
+from corequant_transformers.exports import to_compressed_tensors, to_gguf
+from corequant_transformers.exports.prospect import Prospect
+from corequant_transformers.model.replicas import unwrap
+from corequant_transformers.model.sources import Source
+from corequant_transformers.model.surroundings import undisturbed
+from corequant_transformers.planning.model_plan import ModelPlan
+
+__all__ = ["sizes"]
+
+_TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@undisturbed()
+def sizes(table: ModelPlan, model: str | Path | Any) -> dict[str, int | None]:
+    """Return the bytes that a result's weights will take, by the layout that they are written in.
+
+    Parameters
+    ----------
+    table : ModelPlan
+        What ``plan`` returned for the model.
+    model : str, Path or transformers.PreTrainedModel
+
+    Returns
+    -------
+    dict of str to int or None
+        ``corequant`` (the directory that ``quantize`` writes), ``compressed-tensors`` and ``gguf``,
+        of which the last includes the tokenizer. None where the layout can't hold the result, or a
+        model in memory has no tokenizer for it.
+
+    Raises
+    ------
+    CheckpointError
+        If the model can't be read.
+
+    Examples
+    --------
+    >>> import corequant_transformers as cqhf
+    >>> from corequant.recipe import Recipe
+    >>> recipe = Recipe(rotation="heads", weights="int4:group16", activations="none")
+    >>> model = cqhf.tiny_model("llama")
+    >>> cqhf.sizes(cqhf.plan(model, recipe), model)["compressed-tensors"]
+    57272
+    """
+    source = Source(model) if isinstance(model, str | Path) else None
+    config = unwrap(model).config if source is None else source.config()
+    place = (Path(), "") if source is None else (source.path, source.name)
+    prospect = Prospect(table, config, *place)
+    layouts: dict[str, Callable[[], int]] = {
+        "corequant": lambda: file_bytes(_own_layout(prospect)),
+        "compressed-tensors": lambda: file_bytes(to_compressed_tensors.expected_layout(prospect)),
+    }
+    if source is not None:
+        layouts["gguf"] = lambda: to_gguf.expected_bytes(prospect, source.path)
+    return {"gguf": None, **{name: _or_none(size) for name, size in layouts.items()}}
+
+
+def _or_none(size: Callable[[], int]) -> int | None:
+    try:
+        return size()
+    except CorequantError:
+        return None
+
+
+def _own_layout(prospect: Prospect) -> Layout:
+    table = prospect.plan
+    tag = _TAGS[table.recipe.dtype]
+    found: Layout = {name: (tag, shape) for name, shape in prospect.shapes().items()}
+    for matrix in table.kept:
+        found |= layout_of(matrix.name, matrix.shape, matrix.weights)
+    return found

@@ -1,0 +1,88 @@
+"""The sizes that are told beforehand are those of the files."""
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import corequant_transformers as cqhf
+from corequant.recipe import Recipe
+from corequant_cli.app import app
+from tests.models.test_gguf_files import VOCABULARY, tokenizer_of
+
+HEADS = {"rotation": "heads", "activations": "none", "weights": "int4:group32:float16"}
+BYTES = {"embeddings": "int8:group32", "head": "int8:group32"}
+FILES = {
+    "corequant": "own/corequant.safetensors",
+    "compressed-tensors": "out/model.safetensors",
+    "gguf": "model.gguf",
+}
+
+
+def within_one_percent(told, tmp_path, names):
+    for name in names:
+        size = (tmp_path / FILES[name]).stat().st_size
+        assert told[name] == pytest.approx(size, rel=0.01), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied", "recipe"),
+    [
+        ("llama", True, HEADS),
+        ("llama", True, {**HEADS, **BYTES}),
+        ("qwen2", False, {**HEADS, **BYTES}),
+        ("qwen3", True, {**HEADS, "rotation": "offline"}),
+        ("llama", False, {**HEADS, "embeddings": "int8:group32", "dtype": "float32"}),
+    ],
+)
+def test_sizes_are_those_of_the_files(kind, tied, recipe, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": VOCABULARY}
+    cqhf.tiny_model(kind, tie_word_embeddings=tied, **sizes).save_pretrained(tmp_path / "float")
+    tokenizer_of("gpt-2").save_pretrained(tmp_path / "float")
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY - 8, (2, 48))
+    told = cqhf.sizes(cqhf.plan(tmp_path / "float", Recipe(**recipe)), tmp_path / "float")
+    cqhf.quantize(tmp_path / "float", Recipe(**recipe), tokens, tmp_path / "own")
+    cqhf.export(tmp_path / "own", tmp_path / "out")
+    cqhf.export(tmp_path / "own", tmp_path / "model.gguf", to="gguf")
+    within_one_percent(told, tmp_path, FILES)
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe", "readers"),
+    [
+        ("llama", {"weights": "int8:channel", "activations": "int8"}, ["compressed-tensors"]),
+        ("llama", {"block_size": 16, "weights": "int4:channel:bfloat16"}, ["compressed-tensors"]),
+        ("llama", {"weights": "nvfp4", "activations": "none"}, ["compressed-tensors"]),
+        ("llama", {"weights": "mxfp4", "head": "int4:channel"}, []),
+        ("llama", {"weights": "int3:group16:asymmetric"}, []),
+        ("llama", {"weights": "float4_e2m1fn:channel", "embeddings": "int8:channel"}, []),
+        ("gpt2", {"block_size": 16}, []),
+        ("mixtral", {"weights": "int4:group16"}, []),
+    ],
+)
+def test_models_in_memory_have_sizes_too(kind, recipe, readers, tokens, tmp_path):
+    model = cqhf.tiny_model(kind, hidden_size=64) if kind == "llama" else cqhf.tiny_model(kind)
+    told = cqhf.sizes(cqhf.plan(model, Recipe(**recipe)), model)
+    assert [name for name, size in told.items() if size] == ["corequant", *readers]
+    cqhf.quantize(model, Recipe(**recipe), tokens, tmp_path / "own")
+    if readers:
+        cqhf.export(tmp_path / "own", tmp_path / "out")
+    within_one_percent(told, tmp_path, ["corequant", *readers])
+
+
+def test_the_command_tells_sizes_and_ties(tmp_path):
+    cqhf.tiny_model("llama", tie_word_embeddings=True, hidden_size=64).save_pretrained(tmp_path)
+    options = ["plan", str(tmp_path), "--weights", "int4:group16", "--rotation"]
+    shown = " ".join(CliRunner().invoke(app, [*options, "heads"]).stdout.split())
+    assert "everything else bfloat16, embedding and head one matrix (bfloat16)" in shown
+    assert "size of the result: 0.1 MB as corequant's directory" in shown
+    shown = " ".join(CliRunner().invoke(app, [*options, "offline"]).stdout.split())
+    assert "embedding (bfloat16) and head (bfloat16) two matrices" in shown
+    assert "note: model.embed_tokens and lm_head don't stay tied" in shown
+    more = ["--embeddings", "int8:channel", "--head", "int8:channel", "--json"]
+    found = json.loads(CliRunner().invoke(app, [*options, "heads", *more]).stdout)
+    assert found["tied"] is True
+    sizes = found["sizes"]
+    assert 60_000 < sizes["corequant"] < sizes["compressed-tensors"] < 62_000
+    assert sizes["gguf"] is None
