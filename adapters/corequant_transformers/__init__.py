@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from corequant_transformers.checkpoint.reader import load, load_tokenizer
     from corequant_transformers.evaluation.divergence import Divergence
     from corequant_transformers.evaluation.measurement import Evaluation, evaluate
+    from corequant_transformers.evaluation.results import TaskResult
     from corequant_transformers.evaluation.task_files import Task, read_task
-    from corequant_transformers.evaluation.tasks import TaskResult, evaluate_tasks
+    from corequant_transformers.evaluation.tasks import evaluate_tasks
     from corequant_transformers.exports.sizes import sizes
     from corequant_transformers.exports.targets import export
     from corequant_transformers.exports.transformers_hook import install
@@ -47,8 +48,9 @@ _PARTS = {
     "checkpoint.reader": "load load_tokenizer",
     "evaluation.divergence": "Divergence",
     "evaluation.measurement": "Evaluation evaluate",
+    "evaluation.results": "TaskResult",
     "evaluation.task_files": "Task read_task",
-    "evaluation.tasks": "TaskResult evaluate_tasks",
+    "evaluation.tasks": "evaluate_tasks",
     "exports.sizes": "sizes",
     "exports.targets": "export",
     "exports.transformers_hook": "install",

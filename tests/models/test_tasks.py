@@ -217,6 +217,18 @@ def test_accuracies_are_those_by_hand(tokens):
     }  # fmt: skip
 
 
+def test_a_result_serves_for_several_comparisons(tokens):
+    model = cqhf.tiny_model("llama")
+    recipe = Recipe(weights="int2:channel", activations=None)
+    other = cqhf.quantize(model, recipe, tokens).model
+    wanted = cqhf.evaluate_tasks(other, questions(), Letters(), against=model, seed=5)
+    ours, theirs = (cqhf.evaluate_tasks(m, questions(), Letters()) for m in (other, model))
+    for own, reference, result in zip(ours, theirs, wanted, strict=True):
+        assert own.beside(reference, 5).to_dict() == result.to_dict()
+    with pytest.raises(cq.TaskError, match="same questions, got 9 of p beside 12 of c"):
+        ours[0].beside(theirs[1])
+
+
 def test_questions_that_a_model_has_no_tokens_for():
     narrow = cqhf.tiny_model("llama", vocab_size=100)
     with pytest.raises(cq.CalibrationError, match=r"token ids must be in 0\.\.99"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from corequant._validation import check_index
 from corequant.errors import TaskError
-from corequant_transformers.evaluation.comparison import Comparison, compare
 from corequant_transformers.evaluation.continuations import BATCH_TOKENS, Pair, score_pairs
 from corequant_transformers.evaluation.encoding import encode_item, longest_input
 from corequant_transformers.evaluation.measurement import (
@@ -21,77 +20,14 @@ from corequant_transformers.evaluation.measurement import (
     reference_model,
     replica_of,
 )
-from corequant_transformers.evaluation.statistics import mean_with_error
-from corequant_transformers.evaluation.task_files import CHOICE, Task, read_task
+from corequant_transformers.evaluation.results import TaskResult, judged
+from corequant_transformers.evaluation.task_files import Task, read_task
 from corequant_transformers.model.replicas import check_given
 from corequant_transformers.model.surroundings import device_of, undisturbed
 
-__all__ = ["Accuracy", "TaskResult", "evaluate_tasks"]
+__all__ = ["evaluate_tasks"]
 
 Values = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Share of questions that a model has right, and beside a reference.
-
-    Attributes
-    ----------
-    value : float
-    se : float or None
-        Standard error of the mean over questions; None for a single one.
-    reference, reference_se : float or None
-        The same of the reference, if there is one.
-    comparison : Comparison or None
-        The two on the same questions.
-    """
-
-    value: float
-    se: float | None
-    reference: float | None = None
-    reference_se: float | None = None
-    comparison: Comparison | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class TaskResult:
-    """What a model has right of a task.
-
-    Attributes
-    ----------
-    name, kind : str
-        The task's.
-    count : int
-        Questions.
-    acc : Accuracy
-        By the greatest sum of log-probabilities of a choice's tokens.
-    acc_norm : Accuracy or None
-        By the greatest sum divided by the choice's length in characters; None for minimal pairs.
-    likelihoods : tuple of numpy.ndarray (choices,), float64
-        Each question's sums of log-probabilities, in nats, of the model.
-    """
-
-    name: str
-    kind: str
-    count: int
-    acc: Accuracy
-    acc_norm: Accuracy | None
-    likelihoods: tuple[Values, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, without the log-likelihoods."""
-        found: dict[str, Any] = {"name": self.name, "kind": self.kind, "count": self.count}
-        for name, accuracy in (("acc", self.acc), ("acc_norm", self.acc_norm)):
-            if accuracy is None:
-                continue
-            found |= {name: accuracy.value, f"{name}_se": accuracy.se}
-            if accuracy.comparison is not None:
-                found |= {
-                    f"{name}_reference": accuracy.reference,
-                    f"{name}_reference_se": accuracy.reference_se,
-                    f"{name}_comparison": accuracy.comparison.to_dict(),
-                }
-        return found
 
 
 @undisturbed()
@@ -135,6 +71,7 @@ def evaluate_tasks(
     Returns
     -------
     list of TaskResult
+        One for each task. ``result.beside(other)`` compares with a result that is there already.
 
     Raises
     ------
@@ -173,12 +110,11 @@ def evaluate_tasks(
     results = []
     for task, items in zip(given, encoded, strict=True):
         total = len(models) * sum(map(len, items))
-        scores: list[list[Values]] = []
+        found: list[TaskResult] = []
         for one in models:
-            before = len(scores) * total // len(models)
-            report = partial(_report, progress, task.name, before, total)
-            scores.append(_scores(one, items, budget, report))
-        results.append(_result(task, scores, seed))
+            report = partial(_report, progress, task.name, len(found) * total // len(models), total)
+            found.append(judged(task, _scores(one, items, budget, report)))
+        results.append(found[0] if against is None else found[0].beside(found[1], seed))
     return results
 
 
@@ -207,30 +143,3 @@ def _scores(
     totals = np.array([score.total for score in found])
     ends = np.cumsum([len(choices) for choices in items])[:-1]
     return [np.array(part) for part in np.split(totals, ends)]
-
-
-def _result(task: Task, scores: list[list[Values]], seed: int) -> TaskResult:
-    """Return the accuracies of the model, and of the reference if there are its scores."""
-    lengths = [np.array([len(c) for c in item.choices], np.float64) for item in task.items]
-    accs: list[Values] = []
-    norms: list[Values] = []
-    for own in scores:
-        accs.append(_right(task, own))
-        norms.append(_right(task, [s / n for s, n in zip(own, lengths, strict=True)]))
-    norm = _accuracy(norms, seed) if task.kind == CHOICE else None
-    acc = _accuracy(accs, seed)
-    return TaskResult(task.name, task.kind, len(task.items), acc, norm, tuple(scores[0]))
-
-
-def _right(task: Task, scores: list[Values]) -> Values:
-    """Return 1 for each question whose right choice has the greatest score, and 0 elsewhere."""
-    # Of equal scores the first counts, as in lm-evaluation-harness.
-    pairs = zip(task.items, scores, strict=True)
-    return np.array([float(int(score.argmax()) == item.gold) for item, score in pairs])
-
-
-def _accuracy(right: list[Values], seed: int) -> Accuracy:
-    (value, se), *others = (mean_with_error(answers[:, None]) for answers in right)
-    if not others:
-        return Accuracy(value, se)
-    return Accuracy(value, se, *others[0], compare(right[0], right[1], seed))
