@@ -61,7 +61,6 @@ def test_ids_outside_the_vocabulary(job, token, model, tokens):
         np.zeros((2, 1), int),
         [[1, 2], [3]],
         [["a", "b"]],
-        None,
         np.full((2, 8), 2**63, np.uint64),
         torch.zeros(2, 8),
         torch.zeros(2, 8, dtype=torch.bfloat16),
@@ -72,6 +71,18 @@ def test_ids_outside_the_vocabulary(job, token, model, tokens):
 def test_what_is_no_array_of_tokens(job, tokens, model):
     with pytest.raises(cq.CalibrationError):
         JOBS[job](model, tokens)
+
+
+@pytest.mark.parametrize("job", ["quantize", "calibrate"])
+def test_the_text_of_the_package_needs_a_tokenizer(job, model):
+    with pytest.raises(TypeError, match="tokenizer must be given to calibrate on the text of"):
+        JOBS[job](model, None)
+
+
+@pytest.mark.parametrize("job", ["evaluate", "inspect", "trace"])
+def test_no_text_is_none(job, model):
+    with pytest.raises(cq.CalibrationError, match="token windows"):
+        JOBS[job](model, None)
 
 
 def test_many_ids_are_named_by_the_first(model):

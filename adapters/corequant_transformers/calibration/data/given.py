@@ -116,6 +116,8 @@ def text_windows(
     CalibrationError
         If files can't be read, or there is too little text, or token windows have a wrong shape.
     """
+    if text is None:
+        raise CalibrationError("text must be text, files or token windows, got None")
     if needs_tokenizer(text):
         return _sample(text, tokenizer, sequence_length, windows).tokens
     tokens = check_tokens(text.tokens if isinstance(text, Sample) else text)
