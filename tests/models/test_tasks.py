@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -71,10 +72,13 @@ def test_scores_are_those_of_plain_passes_whatever_is_in_a_batch(kind, monkeypat
     wanted = [plainly(model, pair) for pair in pairs]
     ahead = []
     read = continuations.read_ahead
-    monkeypatch.setattr(continuations, "read_ahead", lambda m, i: ahead.append(i) or read(m, i))
+    monkeypatch.setattr(
+        continuations, "read_ahead", lambda m, i, n: ahead.append(i) or read(m, i, n)
+    )
     for tokens in (1, 40, 2048):
         ahead.clear()
-        found = score_pairs(replica_of(model), pairs, 256, batch_tokens=tokens)
+        with warnings.catch_warnings(action="error"):
+            found = score_pairs(replica_of(model), pairs, 256, batch_tokens=tokens)
         assert {ids.shape[1] for ids in ahead} == {69, 44}
         for score, (total, greedy) in zip(found, wanted, strict=True):
             assert score.total == pytest.approx(total, rel=exact)

@@ -179,14 +179,11 @@ def _by_length(
 
 
 def _run(model: Any, pairs: list[Pair], shared: int) -> list[Likelihood]:
-    arguments = {}
+    arguments: dict[str, Any] = {}
     if shared:
-        cache = read_ahead(model, placed(model, torch.tensor([pairs[0].context[:shared]])))
-        if cache is None:
-            shared = 0
-        else:
-            cache.batch_repeat_interleave(len(pairs))
-            arguments = {"past_key_values": cache, "use_cache": True}
+        context = placed(model, torch.tensor([pairs[0].context[:shared]]))
+        arguments = read_ahead(model, context, len(pairs))
+        shared = shared if arguments else 0
     rows = [pair.row[shared:] for pair in pairs]
     width = max(map(len, rows))
     # Padding that no model takes for padding, and warns of.

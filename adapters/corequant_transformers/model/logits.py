@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -82,8 +83,8 @@ def chosen_logits(
             yield logits
 
 
-def read_ahead(model: Any, ids: torch.Tensor) -> Any:
-    """Return the cache that a model has after reading a batch of tokens.
+def read_ahead(model: Any, ids: torch.Tensor, times: int = 1) -> dict[str, Any]:
+    """Read a batch of tokens, and return the arguments with which a model goes on from there.
 
     Parameters
     ----------
@@ -91,15 +92,25 @@ def read_ahead(model: Any, ids: torch.Tensor) -> Any:
         As for ``chosen_logits``.
     ids : torch.Tensor (batch, length), int64
         On the model's device.
+    times : int
+        How many rows go on from each one.
 
     Returns
     -------
-    transformers.Cache or None
-        None if the model keeps none.
+    dict
+        For ``chosen_logits``; empty if the model keeps nothing of what it reads.
     """
     trunk = _trunk(model)
     with torch.no_grad(), standing_in(trunk, _watched(trunk.forward, [])):
-        return model(input_ids=ids, use_cache=True).past_key_values
+        output = model(input_ids=ids, use_cache=True)
+    # Its name changed in Transformers 5.24.
+    taken = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in taken else "past_key_values"
+    cache = getattr(output, name, None)
+    if cache is None:
+        return {}
+    cache.batch_repeat_interleave(times)
+    return {name: cache, "use_cache": True}
 
 
 def placed(model: Any, ids: torch.Tensor) -> torch.Tensor:
