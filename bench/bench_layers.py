@@ -1,7 +1,7 @@
 """Whether the layers that ``inspect`` names are those to keep: against layers drawn at random.
 
 Usage: python bench/bench_layers.py --model M --calibration valid.txt --text test.txt
-       [--blocks 6] [--preset w4a16] [--keep 3] [--draws 20] [--seed 0]
+       [--blocks 6] [--preset w4a16] [--rounding qronos] [--keep 3] [--draws 20] [--seed 0]
 
 The first blocks of the model, with its embedding and head, are the float model; 0 takes all. It is
 quantized by the preset, ``layer_errors`` names the layers on windows of the calibration text that
@@ -24,7 +24,7 @@ import numpy as np
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 
-SAMPLES, LENGTH = 4, 512
+SAMPLES, LENGTH = 2, 256
 TESTED = 4
 INSPECTED, SHORT = 2, 256
 
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, type=Path, help="text to measure KL on")
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--preset", default="w4a16")
+    parser.add_argument("--rounding", help="method in place of the preset's")
     parser.add_argument("--keep", type=int, default=3)
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -58,6 +59,8 @@ def main() -> None:
     inspected = cqhf.token_windows(text, tokenizer, SHORT, first + INSPECTED)[first:]
     tested = cqhf.token_windows(options.text.read_text(encoding="utf-8"), tokenizer, LENGTH, TESTED)
     recipe = Recipe.preset(options.preset)
+    if options.rounding:
+        recipe = replace(recipe, rounding=options.rounding)
     started = time.monotonic()
 
     def kept(names: tuple[str, ...]) -> tuple[Any, float]:
@@ -81,6 +84,7 @@ def main() -> None:
         json.dumps(
             {
                 "preset": options.preset,
+                "rounding": recipe.rounding,
                 "blocks": options.blocks,
                 "quantized": whole,
                 "named": list(found.worth_keeping),

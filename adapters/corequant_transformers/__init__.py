@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from corequant_transformers.inspection.html import write_report
     from corequant_transformers.inspection.layers import LayerError, LayerErrors, layer_errors
     from corequant_transformers.inspection.outliers import Inspection, inspect
+    from corequant_transformers.inspection.runs import RunComparison, compare_runs
     from corequant_transformers.model.sources import Source
     from corequant_transformers.model.text import token_windows
     from corequant_transformers.pipeline import Quantized, calibrate, plan, quantize
@@ -58,6 +59,7 @@ _PARTS = {
     "inspection.html": "write_report",
     "inspection.layers": "LayerError LayerErrors layer_errors",
     "inspection.outliers": "Inspection inspect",
+    "inspection.runs": "RunComparison compare_runs",
     "model.sources": "Source",
     "model.text": "token_windows",
     "pipeline": "Quantized calibrate plan quantize",
@@ -81,6 +83,7 @@ __all__ = [
     "LayerError",
     "LayerErrors",
     "Quantized",
+    "RunComparison",
     "Sample",
     "Source",
     "Task",
@@ -89,6 +92,7 @@ __all__ = [
     "Verification",
     "calibrate",
     "check_digests",
+    "compare_runs",
     "evaluate",
     "evaluate_tasks",
     "export",

@@ -179,6 +179,29 @@ def test_rules_are_carried_out(tokens):
         assert {m.name for m in plan.quantized if m.weights.format.bits == 8} == {layer.name}
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_head(tied, tokens):
+    recipe = Recipe(
+        rotation="heads", activations=None, embeddings="int4:channel", head="int4:channel"
+    )
+    model = cqhf.tiny_model("llama", tie_word_embeddings=tied)
+    result = cqhf.quantize(model, recipe, tokens)
+    assert result.plan.tied == tied
+    found = cqhf.layer_errors(result, model, tokens, keep=16)
+    head, embedding = "lm_head", "model.embed_tokens"
+    name = r"re:(model\.embed_tokens|lm_head)$" if tied else embedding
+    assert {layer.name for layer in found.layers} >= {name if tied else head, name}
+    for layer in (found.layer(name), found.layer(name if tied else head)):
+        assert 0.01 < layer.output_error < 0.3
+        assert layer.kl > 1e-4
+        assert layer.kept_bytes == 2 * 128 * 48 - 128 * 48 // 2 - 128 * 4
+        assert layer.wider is None
+    assert found.kl_kept < 1e-4
+    kept = Recipe.from_dict({**recipe.to_dict(), "keep": [name]})
+    assert cqhf.plan(model, kept).tied == tied
+    assert len(cqhf.plan(model, kept).quantized) == 14 + (not tied)
+
+
 def test_another_model_is_refused(tokens):
     model, result = made("llama", RECIPES["merged"], tokens)
     with pytest.raises(cq.CheckpointError, match="against must be the float model .* another matr"):

@@ -41,9 +41,8 @@ class Tally:
         """Compare a layer's weight with the float one."""
         self._weight_power += _power(W)
         self._weight_wrong += _power(layer.weight - W)
-        if isinstance(layer, QuantizedLinear):
-            self._weights += W.numel()
-            self._clipped_weights += W.numel() * clipped_weights(to_host(W), layer.quantized)
+        self._weights += W.numel()
+        self._clipped_weights += W.numel() * clipped_weights(to_host(W), layer.quantized)
 
     def add(self, y: torch.Tensor, given: torch.Tensor) -> None:
         """Take in the outputs of the float layer, and of the quantized one."""

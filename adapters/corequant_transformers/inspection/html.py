@@ -14,6 +14,7 @@ from corequant.errors import BackendError, OutputError
 from corequant_transformers.files.atomic import replacing
 from corequant_transformers.files.outputs import check_file_output
 from corequant_transformers.inspection.outliers import Inspection
+from corequant_transformers.inspection.words import outlier_advice
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +33,9 @@ _COLOURS = {
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+h1, p, li { overflow-wrap: anywhere } code { font-size: .9em }
 img { max-width: 100% } table { border-collapse: collapse; font-size: 14px }
+.wide { overflow-x: auto } td { white-space: nowrap }
 td, th { padding: .15rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
 td:first-child, th:first-child { text-align: left } .worst { background: #fde0dd }
 """
@@ -91,7 +94,7 @@ def _page(found: Inspection) -> str:
     b = found.block_size
     sections = [
         (
-            "Which layers hurt",
+            "Ranges",
             "Mean range of a token before it is rounded, relative to the untouched activation, by "
             f"layer. Lower is better; blocks of {b}.",
             _ranges(found),
@@ -121,10 +124,25 @@ def _page(found: Inspection) -> str:
         f"<h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>{_image(figure)}"
         for title, text, figure in sections
     )
-    title = f"{html.escape(found.model_type)}: inputs of the rotated layers"
+    title = f"{html.escape(found.name)}: what its rotated layers read"
     return (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{title}</title>"
-        f"<style>{_STYLE}</style><h1>{title}</h1>{body}<h2>Table</h2>{_table(found)}</html>"
+        f"<!doctype html><html lang='en'><meta charset='utf-8'>"
+        f"<meta name='viewport' content='width=device-width'><title>{title}</title>"
+        f"<style>{_STYLE}</style><h1>{title}</h1>{_advice(found)}{body}<h2>Table</h2>"
+        f"<div class='wide'>{_table(found)}</div></html>"
+    )
+
+
+def _advice(found: Inspection) -> str:
+    advice = outlier_advice(found)
+    reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in advice.reasons)
+    options = "".join(
+        f"<li><code>{html.escape(option)}</code>: {html.escape(effect)}</li>"
+        for option, effect in advice.options
+    )
+    return (
+        f"<p>{html.escape(advice.summary)}</p><ol>{reasons}</ol>"
+        f"<p>What helps:</p><ul>{options}</ul>"
     )
 
 

@@ -30,7 +30,6 @@ from corequant_transformers.inspection.matching import check_alike, find_choices
 from corequant_transformers.inspection.passes import Passes, exchanged
 from corequant_transformers.model.forward import check_positions, check_tokens
 from corequant_transformers.model.layouts import check_blocks, check_places
-from corequant_transformers.model.quantized_linear import QuantizedLinear
 from corequant_transformers.model.replicas import check_given
 from corequant_transformers.model.surroundings import device_of, undisturbed
 from corequant_transformers.planning.matrix_plan import MatrixPlan
@@ -263,6 +262,12 @@ def _groups(plan: ModelPlan) -> dict[str, list[MatrixPlan]]:
             head, _, tail = name.partition(f".{experts.path}.{matrix.expert}.")
             name = f"re:{re.escape(head)}\\.{re.escape(experts.path)}\\.\\d+\\.{re.escape(tail)}"
         groups.setdefault(name, []).append(matrix)
+    a = plan.architecture
+    if plan.tied and a.embedding in groups and a.head in groups:
+        # One matrix, which is kept or not.
+        both = [*groups.pop(a.embedding), *groups.pop(a.head)]
+        name = f"re:({re.escape(a.embedding)}|{re.escape(a.head)})$"
+        return {name: both, **groups}
     return groups
 
 
@@ -275,11 +280,13 @@ def _measured(
         divergence = passes.divergence(_first_block(rows[0], plan))
     total = Tally.of(tallies.values())
     spec, activations = rows[0].weights, rows[0].activations
-    stored = sum(_stored_bytes(row, own.get_submodule(row.name)) for row in rows)
-    count = sum(row.shape[0] * row.shape[1] for row in rows)
+    there = [row for row in rows if row in plan.kept]
+    stored = sum(_stored_bytes(row, own.get_submodule(row.name)) for row in there)
+    count = sum(row.shape[0] * row.shape[1] for row in there)
     width = 4 if plan.recipe.dtype == "float32" else 2
-    wider, bits = _wider(spec)
-    eight = 0 if wider is None else sum(_wider_bytes(wider, bits, row) for row in rows) - stored
+    # Rules are about layers of blocks.
+    wider, bits = (None, 0) if rows[0].block is None else _wider(spec)
+    eight = 0 if wider is None else sum(_wider_bytes(wider, bits, row) for row in there) - stored
     kl, error = mean_with_error(divergence)
     return LayerError(
         name,
@@ -311,8 +318,6 @@ def _stored_bytes(row: MatrixPlan, layer: Any) -> int:
     """Return the bytes of a layer's codes, scales and zero points, as their formats have them."""
     spec = row.weights
     codes = row.shape[0] * row.shape[1] * spec.format.bits
-    if not isinstance(layer, QuantizedLinear):
-        return codes // 8
     scales = int(layer.quantized.scales.size)
     points = 0 if layer.quantized.zero_points is None else spec.format.bits
     return (codes + scales * (spec.scale_format.bits + points)) // 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 from corequant.calibration import ActivationStats
 from corequant.diagnostics import (
+    block_mass,
     load_balance,
     mass_concentration,
     outlier_bounds,
@@ -18,6 +20,7 @@ from corequant.diagnostics import (
 )
 from corequant.errors import CalibrationError
 from corequant.permutation import energydiff, identity_permutation, massdiff
+from corequant.quantization import fake_quantize
 from corequant.recipe import Recipe
 from corequant.rotation import block_hadamard
 from corequant.selection import rotation_error
@@ -56,6 +59,13 @@ class LayerInspection:
         permutation; above 1 the blocks are better.
     magnitudes : list of float
         Mean |x| of each channel.
+    outlier : float
+        The largest of these over their median.
+    block_mass : dict of str to float
+        Heaviest block's mean |x| over that of all blocks, by permutation.
+    errors : dict of str to float
+        Mean over tokens of ‖Q(z) - z‖² / ‖z‖² of the rounded input: unrotated, rotated by blocks
+        as it is, after each permutation, and rotated in full.
     """
 
     name: str
@@ -66,6 +76,9 @@ class LayerInspection:
     balance: dict[str, float]
     recovery: dict[str, list[float]]
     magnitudes: list[float] = field(repr=False)
+    outlier: float
+    block_mass: dict[str, float]
+    errors: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,8 @@ class Inspection:
     Attributes
     ----------
     model_type : str
+    name : str
+        Name of the model: what its config says that it was loaded from, or its type.
     block_size : int
         Block length of ranges, bounds and balance.
     block_sizes : tuple of int
@@ -86,6 +101,7 @@ class Inspection:
     """
 
     model_type: str
+    name: str
     block_size: int
     block_sizes: tuple[int, ...]
     activations: str
@@ -156,7 +172,8 @@ def inspect(
             layers.append(_layer(matrix.name, statistics, x, block_size, sizes, activations))
         progress("inspect", done + 1, len(plan.mlp_outputs))
     kind = plan.architecture.model_type
-    return Inspection(kind, block_size, sizes, activations, tuple(layers))
+    name = Path(str(getattr(unwrap(model).config, "name_or_path", ""))).name or kind
+    return Inspection(kind, name, block_size, sizes, activations, tuple(layers))
 
 
 def _layer(
@@ -167,7 +184,7 @@ def _layer(
     sizes: tuple[int, ...],
     activations: str,
 ) -> LayerInspection:
-    d = statistics.d
+    d, mean = statistics.d, statistics.mean_abs
     choose: dict[str, Callable[[int], npt.NDArray[np.int64]]] = {
         "identity": lambda b: identity_permutation(d),
         "massdiff": lambda b: massdiff(statistics.mean_abs, b),
@@ -209,5 +226,29 @@ def _layer(
             for method, make in choose.items()
         },
         recovery,
-        statistics.mean_abs.tolist(),
+        mean.tolist(),
+        float(mean.max() / max(float(np.median(mean)), 1e-30)),
+        {method: _heaviest(mean[make(block_size)], block_size) for method, make in choose.items()},
+        {
+            "unrotated": _error(x, activations),
+            "rotated": rotation_error(x, block_size, activations),
+            **{
+                method: rotation_error(x, block_size, activations, permutation=make(block_size))
+                for method, make in choose.items()
+                if method != "identity"
+            },
+            "full rotation": full,
+        },
     )
+
+
+def _heaviest(mass: npt.NDArray[Any], block_size: int) -> float:
+    blocks = block_mass(mass, block_size)
+    return float(blocks.max() / blocks.mean()) if blocks.any() else 1.0
+
+
+def _error(x: npt.NDArray[np.float32], activations: str) -> float:
+    """Return what ``rotation_error`` is of tokens that aren't rotated."""
+    wrong = np.square(fake_quantize(x, activations) - x, dtype=np.float64).sum(1)
+    power = np.square(x, dtype=np.float64).sum(1)
+    return float(np.divide(wrong, power, out=np.zeros_like(power), where=power > 0).mean())
