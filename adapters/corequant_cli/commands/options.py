@@ -10,7 +10,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args, get_type_hints
@@ -111,7 +111,8 @@ def _parameters() -> list[inspect.Parameter]:
     )
     file = typer.Option(
         "--recipe",
-        help="TOML file of a whole recipe, in place of preset and options.",
+        help="TOML file of a whole recipe, in place of preset and options; --layer and --keep add "
+        "to it.",
         rich_help_panel=WHAT,
     )
     found = [
@@ -190,9 +191,12 @@ def _resolve(
         found = find_preset(DEFAULT_PRESET if preset is None else preset)
         reader = found.reader if reader is None else reader
         return Recipe.preset(found.name, reader=reader, **given), reader
+    added = {name: given.pop(name) for name in ("layers", "keep") if name in given}
     if preset is not None or given:
         names = [*([] if preset is None else ["preset"]), *given]
         listed = ", ".join(map(_flag, names))
         raise RecipeError(f"--recipe cannot be combined with {listed}")
     reader = "corequant" if reader is None else reader
-    return Recipe.from_toml(read_option("recipe", file)), check_reader(reader)
+    recipe = Recipe.from_toml(read_option("recipe", file))
+    more: dict[str, Any] = {name: (*getattr(recipe, name), *rules) for name, rules in added.items()}
+    return replace(recipe, **more), check_reader(reader)
