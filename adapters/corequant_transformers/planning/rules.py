@@ -38,9 +38,11 @@ def check_rules(recipe: Recipe, matrices: Sequence[MatrixPlan]) -> None:
     for pattern in recipe.keep:
         _check_matches("keep must name layers", pattern, names)
     for rule in recipe.layers:
-        what = "layers must name linear layers of decoder blocks"
-        if rule.keep:
-            what = "layers must name layers"
+        what = "layers must name layers"
+        if not rule.keep:
+            what = "layers must name linear layers of decoder blocks"
+        if not rule.keep and any(is_match(rule.pattern, name) for name in set(names) - set(layers)):
+            what = f"{what}, for embedding and head there are 'embeddings' and 'head'"
         found = _check_matches(what, rule.pattern, names if rule.keep else layers)
         outputs = {m.name for m in matrices if m.role in _OUTPUTS}
         if rule.permutation is not None and not outputs.intersection(found):
