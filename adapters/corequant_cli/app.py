@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 import typer
 
-from corequant import __version__
 from corequant.errors import CorequantError
 from corequant_cli.commands.demo import demo
 from corequant_cli.commands.evaluate import evaluate
@@ -59,6 +58,8 @@ def top(
 ) -> None:
     """Permute, rotate, quantize: INT4 models with block rotations, on the CPU or a GPU."""
     if version:
+        from corequant import __version__
+
         print(f"corequant {__version__}")
         raise typer.Exit
     if context.invoked_subcommand is None:
@@ -77,7 +78,7 @@ _EPILOGS: dict[Callable[..., None], str] = {
     quantize: """
 Examples:
   corequant quantize MODEL -o OUT
-  corequant quantize MODEL -o OUT --preset w4a8 --for vllm
+  corequant quantize MODEL -o OUT --preset w8a8 --for vllm
   corequant quantize MODEL -o OUT.gguf --for llama.cpp
   corequant quantize MODEL -o OUT --weights int3:group64
 """,

@@ -1,16 +1,23 @@
-"""Which programs read what corequant exports, and what they execute: the rows that tests prove.
+"""Which programs read what each preset makes, and what they execute: the rows that tests prove.
 
-``test_readers`` has a test for each row, and the README's table is made from the rows:
-``python -m tests.models.readers`` writes it.
+``test_readers`` has a test for each row, and the README's tables are made from presets and rows:
+``python -m tests.models.readers`` writes them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from corequant.recipe import READERS, Recipe
+from corequant.specs import QuantSpec, ScaleSearch
+from corequant.storage.compressed_tensors import Scheme
+from corequant.storage.gguf import block_type_of
 
 ROOT = Path(__file__).parents[2]
 START, END = "<!-- what loads where -->", "<!-- end of what loads where -->"
+PRESETS_START, PRESETS_END = "<!-- presets -->", "<!-- end of presets -->"
 
 TRANSFORMERS = "Transformers"
 WITH_IMPORT = "Transformers, after `import corequant_transformers`"
@@ -26,67 +33,76 @@ EIGHT_BITS = "rounds activations to 8 bits in groups of 32"
 
 @dataclass(frozen=True)
 class Reading:
-    """One row: an export, who reads it, and what is executed there."""
+    """One row: a preset, who reads what it makes, and what is executed there."""
 
-    name: str
-    weights: str
-    activations: str
-    format: str
+    preset: str
     reader: str
     executed: str
-    block_size: int | None = None
-    """Of the rotation of ``down_proj``'s input at run time; None where all is merged."""
+    format: str
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """The preset's name."""
+        return self.preset
+
+    @property
+    def weights(self) -> str:
+        """The weights' quantizer, without what says how its scales were found."""
+        return _short(self.recipe.weights)
+
+    @property
+    def activations(self) -> str:
+        """The activations' quantizer."""
+        return _short(self.recipe.activations)
+
+    @property
+    def rotated(self) -> bool:
+        """Whether a rotation is left for run time."""
+        return self.recipe.rotation in ("merged", "online")
 
 
-READINGS = (
-    Reading("W4A16", "int4:group64", "none", "pack-quantized", TRANSFORMERS, DECODES),
-    Reading("W8A8", "int8:channel", "int8:token", "int-quantized", TRANSFORMERS, SIMULATES),
-    Reading("W4A8", "int4:group64", "int8:token", "pack-quantized", TRANSFORMERS, SIMULATES),
-    Reading(
-        "W4A4", "int4:channel", "int4:token:asymmetric", "pack-quantized", TRANSFORMERS, SIMULATES
-    ),
-    Reading("MXFP4", "mxfp4", "mxfp4:even", "mxfp4-pack-quantized", TRANSFORMERS, SIMULATES_FP4),
-    Reading("NVFP4A16", "nvfp4", "none", "nvfp4-pack-quantized", TRANSFORMERS, DECODES_FP4),
-    Reading(
-        "W4A16, rotated at run time",
-        "int4:group64",
-        "none",
-        "pack-quantized",
-        WITH_IMPORT,
-        "rotates by blocks; " + DECODES,
-        64,
-    ),
-    Reading(
-        "W4A4, rotated at run time",
-        "int4:channel",
-        "int4:token:asymmetric",
-        "pack-quantized",
-        WITH_IMPORT,
-        "rotates by blocks; " + SIMULATES,
-        64,
-    ),
-    Reading(
-        "W4A16, rotated at run time",
-        "int4:group64",
-        "none",
-        "pack-quantized",
-        TRANSFORMERS,
-        "refuses to load and says what to import",
-        64,
-    ),
-    *(
-        Reading(name, weights, "int8:group32", f"GGUF {kind}", LLAMA_CPP, EIGHT_BITS)
-        for name, weights, kind in (
-            ("W4A8", "int4:group32:symmetric:float16", "Q4_0"),
-            ("W4A8", "int4:group32:asymmetric:float16", "Q4_1"),
-            ("W8A8", "int8:group32:symmetric:float16", "Q8_0"),
-            ("MXFP4A8", "mxfp4", "MXFP4"),
-        )
-    ),
-    Reading(
-        "W4A16", "int4:group64", "none", "MatMulNBits", ONNXRUNTIME, "a layer; products in float"
-    ),
-)
+def _short(spec: QuantSpec | None) -> str:
+    if spec is None:
+        return "none"
+    left = {search.value for search in ScaleSearch}
+    parts = str(spec).split(":")
+    return ":".join(part for part in parts if part not in left)
+
+
+def _reading(preset: str, reader: str, recipe: Recipe) -> Iterator[Reading]:
+    if READERS[reader] == "gguf":
+        kind = f"GGUF {block_type_of(recipe.weights)}"
+        yield Reading(preset, LLAMA_CPP, EIGHT_BITS, kind, recipe)
+        return
+    scheme = Scheme(recipe.weights, recipe.activations)
+    fp4 = scheme.dtype == "BF16" and "fp4" in scheme.format
+    plain = recipe.activations is None
+    executed = (DECODES_FP4 if plain else SIMULATES_FP4) if fp4 else DECODES if plain else SIMULATES
+    row = Reading(preset, TRANSFORMERS, executed, scheme.format, recipe)
+    if not row.rotated:
+        yield row
+        return
+    yield replace(row, reader=WITH_IMPORT, executed=f"rotates; {executed}")
+    yield replace(row, executed="refuses to load and says what to import")
+
+
+def _readings() -> Iterator[Reading]:
+    """Yield a row for each preset and each program that it says can run it, but vLLM."""
+    for name, preset in Recipe.presets().items():
+        for reader in preset.readers:
+            # It pins other versions of Transformers: bench/vllm_job.py.
+            if reader != "vllm":
+                yield from _reading(name, reader, Recipe.preset(name, reader=reader))
+    weights = {"weights": "int4:group32", "activations": "none"}
+    # What a preset with options becomes.
+    changed = Recipe.preset("w4a16", reader="transformers", block_size=64)
+    yield from _reading("w4a16, `--block-size 64`", "transformers", changed)
+    layer = Recipe.preset("w4a16", **weights)
+    yield Reading("w4a16", ONNXRUNTIME, "a layer; products in float", "MatMulNBits", layer)
+
+
+READINGS = tuple(_readings())
 
 
 def rows(reader: str) -> tuple[Reading, ...]:
@@ -108,7 +124,7 @@ def table() -> str:
         f"{found['compressed-tensors']},",
         f"llama.cpp as of xllamacpp {found['xllamacpp']}, and onnxruntime {found['onnxruntime']}:",
         "",
-        "| scheme | recipe: weights, activations | format | read by | which executes |",
+        "| preset | weights, activations | format | read by | which executes |",
         "|---|---|---|---|---|",
     ]
     for r in READINGS:
@@ -117,11 +133,40 @@ def table() -> str:
     return "\n".join(lines)
 
 
+_FIGURES = (
+    ("perplexity", "perplexity", "{:.2f}"),
+    ("kl", "KL", "{:.3f}"),
+    ("bits_per_weight", "bits", "{:.2f}"),
+    ("size_mb", "MB", "{:.0f}"),
+    ("minutes", "minutes", "{:.1f}"),
+    ("memory_mib", "MiB", "{:.0f}"),
+)
+
+
+def presets_table() -> str:
+    """Return the README's table of presets, with what was measured."""
+    presets = Recipe.presets()
+    shown = _FIGURES if any(preset.measured for preset in presets.values()) else ()
+    heads = ["preset", "what it makes", *(title for _, title, _ in shown), "runs in"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, preset in presets.items():
+        measured = preset.measured
+        figures = [form.format(measured[key]) if measured else "" for key, _, form in shown]
+        cells = [f"`{name}`", preset.description, *figures, ", ".join(preset.readers)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def rendered(text: str) -> str:
-    """Return a text with the table between its marks."""
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}\n\n{table()}\n\n{END}{after}"
+    """Return a text with both tables between their marks."""
+    for start, end, made in (
+        (PRESETS_START, PRESETS_END, presets_table()),
+        (START, END, table()),
+    ):
+        before, _, rest = text.partition(start)
+        _, _, after = rest.partition(end)
+        text = f"{before}{start}\n\n{made}\n\n{end}{after}"
+    return text
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 from typer.testing import CliRunner
 
 import corequant_transformers as cqhf
 from corequant.recipe import PRESETS, Recipe
-from corequant_cli.app import app
+from corequant_cli.app import _EPILOGS, _EXAMPLES, app
 from corequant_cli.commands import demonstration
 from corequant_cli.tables import console
 from tests.models.test_gguf_files import tokenizer_of, write_model
@@ -84,3 +85,16 @@ def test_formats_are_listed_with_who_takes_them(narrow):
 def test_an_unknown_preset_is_an_error():
     done = CliRunner().invoke(app, ["presets", "w4"])
     assert "preset must be one of" in str(done.exception)
+
+
+def test_examples_of_the_help_name_what_there_is():
+    text = "\n".join([_EXAMPLES, *_EPILOGS.values()])
+    lines = [line.split() for line in text.splitlines() if line.startswith("  corequant")]
+    assert len(lines) > 8
+    commands = {command.callback.__name__ for command in app.registered_commands}
+    for words in lines:
+        assert words[1] in commands
+        options = dict(pairwise(words))
+        if words[1] in ("plan", "quantize"):
+            weights = {"weights": options["--weights"]} if "--weights" in options else {}
+            Recipe.preset(options.get("--preset", "w4a16"), reader=options.get("--for"), **weights)

@@ -10,6 +10,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -64,25 +65,35 @@ def beginning(model, blocks, tokens):
     return small.eval().requires_grad_(False).double()
 
 
-def recipe_of(block_size, **quantizers):
-    """Return the recipe of a row: without a permutation it needs no calibration."""
-    rotation = "offline" if block_size is None else "merged"
-    return Recipe(rotation=rotation, block_size=block_size, permutation="identity", **quantizers)
+def unprepared(recipe):
+    """Return a row's recipe without what needs calibration: permutation, factors, rounding."""
+    return replace(
+        recipe,
+        permutation="identity",
+        factors="none",
+        rounding="nearest",
+        reference="block",
+        damping=None,
+        refit=False,
+        fit_scales=False,
+        sign_trials=1,
+        accumulator=None,
+    )
 
 
 @pytest.fixture(scope="session")
 def merged(smollm2, request):
-    """Return a function that gives the model with its rotations merged."""
+    """Return a function that gives the model with a recipe's rotations merged."""
     whole, made = request.config.getoption("--whole-model"), {}
 
-    def get(block_size, every_token=False):
-        key = block_size, every_token
+    def get(recipe, every_token=False):
+        key = recipe.rotation, recipe.block_size, recipe.head_block_size, every_token
         if key not in made:
             config = smollm2[0].config
             blocks = config.num_hidden_layers if whole else 3
             size = config.vocab_size if whole or every_token else TOKENS
             model = beginning(smollm2[0], blocks, size)
-            plan = plan_model(model.config, recipe_of(block_size))
+            plan = plan_model(model.config, recipe)
             untie(model, plan)
             transform_model(model, plan, Choices({}, plan.draw_signs()))
             made.clear()
@@ -97,9 +108,9 @@ def exported(merged, tmp_path):
     """Return a function that rounds, saves and exports the model by a row, and what was saved."""
 
     def make(reading, to="compressed-tensors", **options):
-        source = merged(reading.block_size, every_token=to == "gguf")
-        quantizers = {"weights": reading.weights, "activations": reading.activations}
-        plan = plan_model(source.config, recipe_of(reading.block_size, **quantizers))
+        recipe = unprepared(reading.recipe)
+        source = merged(recipe, every_token=to == "gguf")
+        plan = plan_model(source.config, recipe)
         # Rounding replaces layers; the weights themselves are shared.
         model: Any = copy.deepcopy(source, {id(p): p for p in source.parameters()})
         round_nearest(model, plan)
@@ -151,9 +162,31 @@ def check_transformers(reading, exported, window):
         expected = cqhf.evaluate(ours, window).perplexity
     print(f"{reading.name}: perplexity {measured:.4f} there, {expected:.4f} here")
     apart = check_layers(ours, theirs, own, window)
+    check_generation(ours, theirs, window)
     # One code more or less in 4 bits, and a model that was never trained to have three blocks gives
     # other logits altogether.
     assert measured == pytest.approx(expected, rel=0.2 if apart else 1e-3)
+
+
+@torch.no_grad()
+def check_generation(ours, theirs, window):
+    """With a cache, each generates what its own logits say at every step, and ours as without."""
+    given = {
+        "input_ids": torch.from_numpy(window[:1, :12]),
+        "attention_mask": torch.ones(1, 12, dtype=torch.int64),
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    for model in (ours, theirs):
+        with quiet_transformers():
+            ids = model.generate(**given)
+        assert ids.shape == (1, 16)
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0, 11:].float()
+        chosen = logits.gather(-1, ids[0, 12:, None])[:, 0]
+        # Another order of additions may prefer another among those that are nearly equal.
+        assert (logits.max(-1).values - chosen <= 0.05 * logits.std(-1)).all()
 
 
 @torch.no_grad()
@@ -192,8 +225,11 @@ def weights_of(model, own):
     return [model.get_submodule(m.name).weight for m in Stored(own).plan.quantized]
 
 
-MERGED = [r for r in rows(TRANSFORMERS) if r.block_size is None]
-REFUSED = [r for r in rows(TRANSFORMERS) if r.block_size is not None]
+FILES = list({(r.weights, r.format): r for r in rows(LLAMA_CPP)}.values())
+"""Presets that llama.cpp runs, one for each kind of file: activations are no part of it."""
+
+MERGED = [r for r in rows(TRANSFORMERS) if not r.rotated]
+REFUSED = [r for r in rows(TRANSFORMERS) if r.rotated]
 
 
 @pytest.mark.parametrize("reading", MERGED, ids=lambda r: r.name)
@@ -221,7 +257,7 @@ def test_transformers_alone_refuses(reading, exported):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("reading", rows(LLAMA_CPP), ids=lambda r: r.format)
+@pytest.mark.parametrize("reading", FILES, ids=lambda r: r.format)
 def test_llama_cpp_predicts_the_same(reading, exported, smollm2, smollm2_path):
     """Against the same weights with activations in float, which rounding to 8 bits scatters about.
 
@@ -232,7 +268,7 @@ def test_llama_cpp_predicts_the_same(reading, exported, smollm2, smollm2_path):
     model, ids = cqhf.load(own), smollm2[1](PROMPT).input_ids
     for layer in model.modules():
         if isinstance(layer, QuantizedLinear):
-            assert layer.activations == cq.QuantSpec.parse(reading.activations)
+            assert layer.activations == reading.recipe.activations
             layer.activations = None
     logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
     ours = torch.log_softmax(logits, -1).numpy()
@@ -252,14 +288,14 @@ def test_llama_cpp_predicts_the_same(reading, exported, smollm2, smollm2_path):
 @pytest.mark.parametrize("reading", rows(ONNXRUNTIME), ids=lambda r: r.name)
 def test_onnxruntime_multiplies_by_a_layer(reading, merged, window):
     """The widest layer, on what it really reads."""
-    model, seen = merged(None), []
+    model, seen = merged(unprepared(reading.recipe)), []
     layer = model.model.layers[-1].mlp.down_proj
     handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0][0].numpy()))
     with torch.no_grad():
         model(input_ids=torch.from_numpy(window), use_cache=False)
     handle.remove()
     (x,) = seen
-    quantized = cq.quantize(layer.weight.numpy(), reading.weights)
+    quantized = cq.quantize(layer.weight.numpy(), reading.recipe.weights)
     y = run(x, *matmul_nbits(quantized))
     exact = x.astype(np.float64) @ cq.dequantize(quantized).astype(np.float64).T
     error = np.linalg.norm(y - exact) / np.linalg.norm(exact)
@@ -267,8 +303,11 @@ def test_onnxruntime_multiplies_by_a_layer(reading, merged, window):
 
 
 def test_every_row_has_a_test():
-    proved = [*MERGED, *REFUSED, *rows(WITH_IMPORT), *rows(LLAMA_CPP), *rows(ONNXRUNTIME)]
-    assert sorted(map(repr, proved)) == sorted(map(repr, READINGS))
+    proved = [*MERGED, *REFUSED, *rows(WITH_IMPORT), *FILES, *rows(ONNXRUNTIME)]
+    kinds = {(r.weights, r.format, r.reader, r.rotated) for r in proved}
+    assert kinds == {(r.weights, r.format, r.reader, r.rotated) for r in READINGS}
+    names = {r.preset for r in READINGS}
+    assert names >= {name for name, preset in Recipe.presets().items() if preset.readers}
 
 
 def test_the_readme_has_the_rows_that_are_proved():

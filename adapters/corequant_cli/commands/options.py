@@ -121,7 +121,8 @@ def _parameters() -> list[inspect.Parameter]:
         _parameter("recipe_file", None, Annotated[Path | None, file]),
     ]
     texts = _texts()
-    for name in _FIELDS:
+    shown_first = [name for name in _PANELS if name in _FIELDS]
+    for name in dict.fromkeys([*shown_first, *_FIELDS]):
         kinds = [kind for kind in get_args(_HINTS[name]) or [_HINTS[name]] if kind is not NoneType]
         plain = len(kinds) == 1 and kinds[0] in (bool, int, float) and name not in _NUMBERS
         kind = kinds[0] if plain else str
