@@ -220,6 +220,9 @@ def test_transformers_loads_tied_matrices(scales, tokens, tmp_path):
     recipe = Recipe(rotation="heads", weights=weights, activations="none")
     cqhf.quantize(model, recipe, tokens, tmp_path / "own")
     cqhf.export(tmp_path / "own", tmp_path / "out")
+    stored = load_file(tmp_path / "own" / "corequant.safetensors", backend="pread")
+    scale = "model.layers.0.self_attn.q_proj.weight_scale"
+    assert stored[scale].dtype == getattr(torch, scales)
     written = load_file(tmp_path / "out" / "model.safetensors", backend="pread")
     assert HEAD not in written
     kept = "float16" if scales == "float16" else "bfloat16"

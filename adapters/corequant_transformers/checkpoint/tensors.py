@@ -9,6 +9,7 @@ import torch
 
 from corequant.errors import CheckpointError, OutputError
 from corequant.quantization import QuantizedTensor
+from corequant.specs import ScaleFormat
 from corequant.storage.arrays import from_arrays
 from corequant_transformers.model.parts import (
     Part,
@@ -130,12 +131,26 @@ def model_tensors(model: Any, plan: ModelPlan) -> dict[str, torch.Tensor]:
             got, kind = type(layer).__name__, wanted.__name__
             raise OutputError(f"{matrix.name} must be the {kind} that it was, got {got}")
     codes = tuple(f"{m.name}.weight_" for m in plan.quantized)
+    narrow = {f"{m.name}.weight_scale" for m in plan.quantized if _has_bfloat16_scales(m)}
     state = model.state_dict()
+    state |= {k: _narrowed(k, state[k]) for k in narrow & set(state)}
     if plan.tied:
         shared = f"{plan.architecture.head}.weight"
         state = {k: v for k, v in state.items() if not k.startswith(shared)}
     dtype = plan.recipe.dtype
     return {k: v if k.startswith(codes) else _stored(k, v, dtype) for k, v in state.items()}
+
+
+def _has_bfloat16_scales(matrix: MatrixPlan) -> bool:
+    return matrix.weights.scale_format is ScaleFormat.BFLOAT16
+
+
+def _narrowed(name: str, scales: torch.Tensor) -> torch.Tensor:
+    """Return scales, which NumPy holds in float32, in bfloat16."""
+    stored = scales.to(torch.bfloat16)
+    if not scales.is_meta and not torch.equal(stored.float(), scales.float()):
+        raise OutputError(f"{name} must be numbers of bfloat16; nothing was written")
+    return stored
 
 
 def _stored(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
@@ -225,10 +240,12 @@ def array_of(name: str, tensor: torch.Tensor, where: Path | str) -> Any:
     CheckpointError
         If NumPy has no such dtype; ``where`` says where it is from.
     """
+    if tensor.dtype == torch.bfloat16 and name.endswith(".weight_scale"):
+        return tensor.float().numpy()
     try:
         return tensor.numpy()
     except TypeError:
-        # Such as bfloat16, which neither codes nor scales have.
+        # Such as bfloat16, which codes never have.
         kind = str(tensor.dtype).removeprefix("torch.")
         raise CheckpointError(
             f"{name} of {where} must have a dtype that NumPy has, got {kind}"

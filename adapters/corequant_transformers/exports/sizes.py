@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from corequant.errors import CorequantError
+from corequant.specs import ScaleFormat
 from corequant.storage.arrays import Layout, layout_of
 from corequant.storage.tensor_file import file_bytes
 from corequant_transformers.exports import to_compressed_tensors, to_gguf
@@ -78,4 +79,7 @@ def _own_layout(prospect: Prospect) -> Layout:
     found: Layout = {name: (tag, shape) for name, shape in prospect.shapes().items()}
     for matrix in table.kept:
         found |= layout_of(matrix.name, matrix.shape, matrix.weights)
+        if matrix.weights.scale_format is ScaleFormat.BFLOAT16:
+            name = f"{matrix.name}.weight_scale"
+            found[name] = ("BF16", found[name][1])
     return found
