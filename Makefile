@@ -3,8 +3,8 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# Processes that share the tests out.
-WORKERS ?= 2
+# Processes that share the tests out: one more than two processors, since many tests wait for others.
+WORKERS ?= 3
 
 # What runs a second time as plain Python: kernels whose loops are quick enough that way.
 PLAIN := $(addprefix tests/unit/test_,rotation.py permutation.py second_order.py calibration.py \

@@ -57,7 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
     with contextlib.suppress(ImportError):
         from hypothesis import settings
 
-        settings.register_profile("untimed", deadline=None)
+        examples = 200 if config.getoption("--exhaustive") else 50
+        settings.register_profile("untimed", deadline=None, max_examples=examples)
         settings.load_profile("untimed")
 
 

@@ -56,7 +56,7 @@ def top(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Permute, rotate, quantize: INT4 models with block rotations, on the CPU or a GPU."""
+    """Permute, rotate, quantize: language models in 2 to 8 bits, on the CPU or a GPU."""
     if version:
         from corequant import __version__
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from tests import capabilities
 from tests.models.test_checkpoint import word_level
+from tests.models.test_gguf_files import write_model
 
 ROOT = Path(__file__).parents[2]
 COMMAND = shutil.which("corequant", path=Path(sys.executable).parent)
@@ -127,7 +128,9 @@ def test_quantize_evaluate_inspect(folder, tmp_path):
     )
     report = json.loads(done.stdout)
     assert report["verification"]["logits_error"] < 1e-9
-    expected = Recipe.preset("w4a16", block_size=16, samples=2, sequence_length=64)
+    expected = Recipe.preset(
+        "w4a16", block_size=16, samples=2, sequence_length=64, dtype="bfloat16"
+    )
     assert Recipe.from_dict(report["recipe"]) == expected
     evaluation = json.loads(
         run(
@@ -158,7 +161,7 @@ def test_a_recipe_file(folder, tmp_path):
         "quantize", "model", "-o", tmp_path / "out", "--calibration", "text.txt",
         "--recipe", tmp_path / "r.toml", "--json", cwd=folder,
     )  # fmt: skip
-    assert Recipe.from_dict(json.loads(done.stdout)["recipe"]) == recipe
+    assert Recipe.from_dict(json.loads(done.stdout)["recipe"]) == replace(recipe, dtype="bfloat16")
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])
@@ -293,24 +296,36 @@ def readme_commands():
 QUICK = {
     "quantize": ("--rounding", "nearest", "--samples", "2", "--sequence-length", "256"),
     "evaluate": ("--windows", "2", "--sequence-length", "256"),
+    "inspect": ("--windows", "2", "--sequence-length", "256"),
 }
 """What makes the README's commands quick."""
 
 
+@pytest.fixture
+def gguf_model(request, tmp_path):
+    """A small GGUF file; with ``--whole-model`` that of the README."""
+    if request.config.getoption("--whole-model"):
+        return request.getfixturevalue("smollm2_path")
+    recipe = Recipe.preset("gguf-q8_0", rounding="nearest", samples=1, sequence_length=64)
+    source = write_model(tmp_path / "source", split="smollm")
+    cqhf.quantize(source, recipe, TEXT, tmp_path / "small.gguf", reader="llama.cpp")
+    return tmp_path / "small.gguf"
+
+
 @capabilities.links
-@pytest.mark.real_model
-def test_the_readmes_commands(smollm2_path, tmp_path):
+def test_the_readmes_commands(gguf_model, tmp_path):
     from pydoc_data.topics import topics
 
-    (tmp_path / smollm2_path.name).symlink_to(smollm2_path)
-    (tmp_path / "test.txt").write_text("\n".join(topics[n] for n in sorted(topics)[-20:]))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "SmolLM2-135M-Instruct.Q4_1.gguf").symlink_to(gguf_model)
+    (tmp_path / "there" / "test.txt").write_text("\n".join(topics[n] for n in sorted(topics)[-20:]))
     commands = [shlex.split(line)[1:] for line in readme_commands()]
     assert [c[0] for c in commands] == ["quantize", "quantize", "evaluate", "plan", "inspect"]
     for command in commands:
-        done = run(*command, *QUICK.get(command[0], ()), cwd=tmp_path)
+        done = run(*command, *QUICK.get(command[0], ()), cwd=tmp_path / "there")
         assert done.stdout
-    assert (tmp_path / "smollm2-w4a16" / "corequant.safetensors").is_file()
-    assert (tmp_path / "smollm2.gguf").is_file()
+    assert (tmp_path / "there" / "smollm2-w4a16" / "corequant.safetensors").is_file()
+    assert (tmp_path / "there" / "smollm2.gguf").is_file()
 
 
 def test_a_recipe_file_goes_without_options(folder, tmp_path):

@@ -51,7 +51,7 @@ def sizes(table: ModelPlan, model: str | Path | Any) -> dict[str, int | None]:
     >>> recipe = Recipe(rotation="heads", weights="int4:group16", activations="none")
     >>> model = cqhf.tiny_model("llama")
     >>> cqhf.sizes(cqhf.plan(model, recipe), model)["compressed-tensors"]
-    57272
+    64920
     """
     source = Source(model) if isinstance(model, str | Path) else None
     config = unwrap(model).config if source is None else source.config()
