@@ -42,15 +42,14 @@ demo: $(VENV)/.runtime
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32
+	$(BIN)/mypy & $(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32 && wait $$!
 	$(BIN)/mypy tests/unit/test_typed.py
 	$(BIN)/lint-imports
 	$(BIN)/python tests/structure.py
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
-	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest -q $(PLAIN)
+	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PLAIN)
 
 # Emulated, with an environment of its own in the user's cache folder: hours.
 test-arm: $(VENV)/.dev
