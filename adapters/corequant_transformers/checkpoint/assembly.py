@@ -65,7 +65,7 @@ class _Awaited(torch.nn.Module):
         matrix, weight = self._matrix, self.weight
         if quantized is None:
             own = {f"{matrix.name}.{name}": getattr(self, name) for name in self._stored}
-            arrays = {name: array_of(name, tensor.cpu(), WEIGHTS) for name, tensor in own.items()}
+            arrays = {k: array_of(k, t.cpu(), WEIGHTS, matrix) for k, t in own.items()}
             quantized = from_arrays(matrix.name, arrays, matrix.weights, matrix.shape)
         made = self._made(matrix, quantized)
         for name in (*self._stored, "_matrix", "_stored"):

@@ -57,7 +57,8 @@ def place_tensors(
         expected.pop(f"{plan.architecture.head}.weight", None)
     for matrix in plan.kept:
         prefix = f"{matrix.name}.weight_"
-        own = {k: array_of(k, t, where) for k, t in tensors.items() if k.startswith(prefix)}
+        own = {k: t for k, t in tensors.items() if k.startswith(prefix)}
+        own = {k: array_of(k, t, where, matrix) for k, t in own.items()}
         quantized = from_arrays(matrix.name, own, matrix.weights, matrix.shape)
         _place(model, matrix, quantized, tensors, where)
         for key in own:
@@ -232,15 +233,15 @@ def check_writable(tensors: dict[str, torch.Tensor], plan: ModelPlan) -> None:
             )
 
 
-def array_of(name: str, tensor: torch.Tensor, where: Path | str) -> Any:
-    """Return a tensor of codes or scales as an array.
+def array_of(name: str, tensor: torch.Tensor, where: Path | str, matrix: MatrixPlan) -> Any:
+    """Return a tensor of a matrix's codes or scales as an array, scales in bfloat16 as float32.
 
     Raises
     ------
     CheckpointError
         If NumPy has no such dtype; ``where`` says where it is from.
     """
-    if tensor.dtype == torch.bfloat16 and name.endswith(".weight_scale"):
+    if tensor.dtype == torch.bfloat16 and _has_bfloat16_scales(matrix):
         return tensor.float().numpy()
     try:
         return tensor.numpy()
