@@ -57,8 +57,8 @@ def place_tensors(
         expected.pop(f"{plan.architecture.head}.weight", None)
     for matrix in plan.kept:
         prefix = f"{matrix.name}.weight_"
-        own = {k: t for k, t in tensors.items() if k.startswith(prefix)}
-        own = {k: array_of(k, t, where, matrix) for k, t in own.items()}
+        stored = {k: t for k, t in tensors.items() if k.startswith(prefix)}
+        own = {k: array_of(k, t, where, matrix) for k, t in stored.items()}
         quantized = from_arrays(matrix.name, own, matrix.weights, matrix.shape)
         _place(model, matrix, quantized, tensors, where)
         for key in own:
