@@ -19,7 +19,7 @@ def presets(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the presets with what was measured, or show one's recipe."""
+    """List the presets, or show one's recipe and what was measured with it."""
     if name is not None:
         found = find_preset(name)
         if as_json:
