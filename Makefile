@@ -47,6 +47,10 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/python tests/structure.py
 
+# One thread of torch and of BLAS for each process: more would wait for each other, busily.
+test test-real: export OMP_NUM_THREADS := 1
+test test-real: export OPENBLAS_NUM_THREADS := 1
+
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not real_model"
 	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PLAIN)
