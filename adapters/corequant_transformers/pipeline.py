@@ -42,11 +42,11 @@ from corequant_transformers.model.surroundings import check_device, device_of, u
 from corequant_transformers.planning.memory import peak_rss_mib
 from corequant_transformers.planning.model_plan import ModelPlan, plan_model
 from corequant_transformers.planning.unquantized import settle_dtype
-from corequant_transformers.run.assembly import assemble
 from corequant_transformers.run.job import Job
 from corequant_transformers.run.ledger import Ledger, MemoryLedger
 from corequant_transformers.run.output import begin_run, describe_run, has_run, save_run
 from corequant_transformers.run.pace import Pace
+from corequant_transformers.run.result import assemble
 from corequant_transformers.run.steps import steps_of
 
 __all__ = ["Calibration", "Quantized", "calibrate", "plan", "quantize"]
