@@ -23,7 +23,7 @@ NEWEST ?=
 # A newer Python for the core alone.
 NEWEST_PYTHON ?= python3.13
 
-.PHONY: demo test test-real test-arm test-floor test-harness test-newest test-newest-core lint bench clean
+.PHONY: demo test test-arm test-floor test-harness test-newest test-newest-core lint bench clean
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -48,16 +48,12 @@ lint: $(VENV)/.dev
 	$(BIN)/python tests/structure.py
 
 # One thread of torch and of BLAS for each process: more would wait for each other, busily.
-test test-real: export OMP_NUM_THREADS := 1
-test test-real: export OPENBLAS_NUM_THREADS := 1
+test: export OMP_NUM_THREADS := 1
+test: export OPENBLAS_NUM_THREADS := 1
 
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not real_model"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PLAIN)
-
-# With all of SmolLM2's weights.
-test-real: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m real_model tests
 
 # Emulated, with an environment of its own in the user's cache folder: hours.
 test-arm: $(VENV)/.dev

@@ -57,8 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
     with contextlib.suppress(ImportError):
         from hypothesis import settings
 
-        examples = 200 if config.getoption("--exhaustive") else 50
-        settings.register_profile("untimed", deadline=None, max_examples=examples)
+        settings.register_profile("untimed", deadline=None)
         settings.load_profile("untimed")
 
 

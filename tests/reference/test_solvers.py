@@ -176,15 +176,7 @@ def real_layers(smollm2, help_tokens):
     return layers
 
 
-def pytest_generate_tests(metafunc):
-    """Let some problems stand for all, unless all are asked for: they take minutes."""
-    every = metafunc.config.getoption("--exhaustive")
-    if "index" in metafunc.fixturenames:
-        metafunc.parametrize("index", range(0, 10, 1 if every else 3))
-    if "converging" in metafunc.fixturenames:
-        metafunc.parametrize("converging", range(3) if every else [2])
-
-
+@pytest.mark.parametrize("index", range(10))
 def test_errors_on_real_layers(peers, real_layers, index):
     layer, W, x, q = real_layers[index]
     H, G = moments(x, q)
@@ -233,8 +225,9 @@ def test_magr_with_a_quarter_of_the_products(peers, seed):
     assert objective(found) <= objective(theirs) < objective(W)
 
 
-def test_magr_ends_where_plain_steps_do(peers, converging):
-    W, H, objective = shrinkage_problem(converging)
+@pytest.mark.parametrize("seed", range(3))
+def test_magr_ends_where_plain_steps_do(peers, seed):
+    W, H, objective = shrinkage_problem(seed)
     found, theirs = cq.magr(W, H, alpha=0.01, steps=500), peers["shrink"](W, H, 5000, 0.01)
     np.testing.assert_allclose(objective(found), objective(theirs), rtol=2e-4)
     # Along flat directions plain steps are still on their way.
