@@ -13,7 +13,9 @@ from corequant._validation import need_packages
 from corequant_transformers.exports.arrival import install_when_imported
 
 if TYPE_CHECKING:
-    from corequant_transformers.architectures.known import Architecture, Experts, register
+    from corequant_transformers.architectures.description import Architecture, Experts
+    from corequant_transformers.architectures.known import register
+    from corequant_transformers.architectures.where import Where
     from corequant_transformers.calibration.choices import Calibration
     from corequant_transformers.calibration.data.documents import Documents, read_documents
     from corequant_transformers.calibration.data.windows import Sample, sample_windows
@@ -42,7 +44,9 @@ if TYPE_CHECKING:
 
 # Imported when first asked for: torch and Transformers take seconds.
 _PARTS = {
-    "architectures.known": "Architecture Experts register",
+    "architectures.description": "Architecture Experts",
+    "architectures.known": "register",
+    "architectures.where": "Where",
     "calibration.choices": "Calibration",
     "calibration.data.documents": "Documents read_documents",
     "calibration.data.windows": "Sample sample_windows",
@@ -90,6 +94,7 @@ __all__ = [
     "TaskResult",
     "Trace",
     "Verification",
+    "Where",
     "calibrate",
     "check_digests",
     "compare_runs",

@@ -189,7 +189,7 @@ def test_malformed_configs(field, value, words):
 
     setattr(Config, field, value)
     with pytest.raises(cq.ArchitectureError, match=words):
-        cqhf.architectures.known.dimensions_of(Config)
+        cqhf.architectures.dimensions.dimensions_of(Config)
 
 
 class Letters:

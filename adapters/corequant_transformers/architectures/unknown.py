@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 
 from corequant.errors import ArchitectureError
-from corequant_transformers.architectures.known import Architecture, UnknownArchitectureError
+from corequant_transformers.architectures.description import Architecture
+from corequant_transformers.architectures.known import UnknownArchitectureError
 
 __all__ = ["missing_parts", "undescribed"]
 

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 
 from corequant_torch.cpu.onednn import QuickForward
-from corequant_transformers.architectures.known import architecture_of, dimensions_of
+from corequant_transformers.architectures.dimensions import dimensions_of
+from corequant_transformers.architectures.known import architecture_of
 from corequant_transformers.calibration.data.given import TextData, text_windows
 from corequant_transformers.checkpoint.reader import is_quantized, load
 from corequant_transformers.evaluation.divergence import Divergence, compare_positions, summarize

@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from corequant.errors import CheckpointError, CorequantError
 from corequant.storage.files import open_regular
-from corequant_transformers.architectures.known import MOST_BLOCKS
+from corequant_transformers.architectures.dimensions import MOST_BLOCKS
 
 __all__ = ["as_config_errors", "check_config", "check_unmarked", "settle_config"]
 

@@ -18,7 +18,8 @@ import numpy.typing as npt
 import torch
 
 from corequant.errors import ArchitectureError, CalibrationError
-from corequant_transformers.architectures.known import Architecture, Dimensions
+from corequant_transformers.architectures.description import Architecture
+from corequant_transformers.architectures.dimensions import Dimensions
 from corequant_transformers.model.parts import ENTRY, Parts, part_plan
 from corequant_transformers.model.replicas import standing_in
 from corequant_transformers.model.surroundings import device_of

@@ -19,7 +19,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from corequant.errors import ArchitectureError, CheckpointError
-from corequant_transformers.architectures.known import Architecture, Experts
+from corequant_transformers.architectures.description import Architecture, Experts
 from corequant_transformers.planning.model_plan import ModelPlan
 
 __all__ = [

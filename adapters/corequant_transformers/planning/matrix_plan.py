@@ -14,7 +14,8 @@ from corequant.recipe import FLOAT, LayerSettings, Recipe
 from corequant.rotation import check_block_size
 from corequant.rounding import RoundingOptions
 from corequant.specs import QuantSpec
-from corequant_transformers.architectures.known import Architecture, Dimensions
+from corequant_transformers.architectures.description import Architecture
+from corequant_transformers.architectures.dimensions import Dimensions
 
 __all__ = [
     "RESIDUAL",

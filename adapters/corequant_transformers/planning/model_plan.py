@@ -19,12 +19,9 @@ from corequant.errors import BlockSizeError
 from corequant.hadamard import hadamard_factors, valid_block_sizes
 from corequant.recipe import Recipe
 from corequant.rotation import random_signs
-from corequant_transformers.architectures.known import (
-    Architecture,
-    Dimensions,
-    architecture_of,
-    dimensions_of,
-)
+from corequant_transformers.architectures.description import Architecture
+from corequant_transformers.architectures.dimensions import Dimensions, dimensions_of
+from corequant_transformers.architectures.known import architecture_of
 from corequant_transformers.planning.matrix_plan import (
     RESIDUAL,
     MatrixPlan,

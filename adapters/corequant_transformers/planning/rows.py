@@ -9,7 +9,9 @@ from typing import Any
 from corequant.errors import RecipeError
 from corequant.recipe import FLOAT, LayerSettings, Recipe
 from corequant.specs import QuantSpec
-from corequant_transformers.architectures.known import Architecture, Dimensions
+from corequant_transformers.architectures.description import Architecture
+from corequant_transformers.architectures.dimensions import Dimensions
+from corequant_transformers.architectures.where import holds
 from corequant_transformers.planning.matrix_plan import (
     MatrixPlan,
     RowSlice,
@@ -244,7 +246,7 @@ def _mlp(
 def _is_sparse(a: Architecture, config: Any, block: int) -> bool:
     if a.experts is None:
         return False
-    return a.experts.is_sparse is None or a.experts.is_sparse(config, block)
+    return holds(a.experts.where, config, block)
 
 
 def _check_factors(a: Architecture, recipe: Recipe, sparse: list[bool]) -> None:

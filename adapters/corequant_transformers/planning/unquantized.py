@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from corequant.recipe import Recipe
-from corequant_transformers.architectures.known import Architecture, Dimensions
+from corequant_transformers.architectures.description import Architecture
+from corequant_transformers.architectures.dimensions import Dimensions
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 
 __all__ = ["folds_gains", "settle_dtype", "tie"]

@@ -1,0 +1,25 @@
+"""Phi."""
+
+from __future__ import annotations
+
+from corequant_transformers.architectures.description import Architecture, Experts
+
+__all__ = ["DESCRIPTIONS"]
+
+DESCRIPTIONS = (
+    Architecture(
+        "phi3",
+        query="self_attn.qkv_proj",
+        key="self_attn.qkv_proj",
+        value="self_attn.qkv_proj",
+        gate="mlp.gate_up_proj",
+        up="mlp.gate_up_proj",
+    ),
+    Architecture(
+        "phimoe",
+        norm="layer",
+        experts=Experts(
+            router="mlp.router", count="num_local_experts", intermediate_size="intermediate_size"
+        ),
+    ),
+)

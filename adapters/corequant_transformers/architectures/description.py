@@ -1,0 +1,175 @@
+"""What a description of an architecture says: writers and readers of the residual stream.
+
+A description is all that the rest of the package knows about a model. It says which modules embed
+tokens, which norms stand before which linear layers, and which of these write to the residual
+stream, so that norms can be folded and rotations merged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from corequant.errors import ArchitectureError
+from corequant_transformers.architectures.where import Where
+
+__all__ = ["NORMS", "Architecture", "Experts"]
+
+NORMS = ("rms", "rms_one_plus", "layer")
+"""Kinds of norm: RMSNorm with gain w, RMSNorm with gain 1 + w, LayerNorm with gain and bias."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """An MLP of routed experts, each with a gate.
+
+    Transformers keeps the experts' weights in two parameters with three axes. They are split into
+    a linear layer for each matrix, ``{path}.{expert}.{gate}`` and so on, before anything is done.
+
+    Attributes
+    ----------
+    path, router : str
+        In a decoder block: the experts, and the layer that scores them, which reads the same norm.
+    gate, up, down : str
+        Names that the layers of one expert are given, or have where they are not fused.
+    fused_gate_up, fused_down : str
+        The parameters (experts, 2·intermediate, hidden), gate first, and (experts, hidden,
+        intermediate).
+    count, chosen, intermediate_size : str
+        Fields of the config: experts, experts per token, width of one.
+    where : tuple of Where
+        The blocks that have experts, by fields of the config; the others have the MLP of the
+        architecture. All have if it is empty.
+    """
+
+    path: str = "mlp.experts"
+    router: str = "mlp.gate"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    fused_gate_up: str = "gate_up_proj"
+    fused_down: str = "down_proj"
+    count: str = "num_experts"
+    chosen: str = "num_experts_per_tok"
+    intermediate_size: str = "moe_intermediate_size"
+    where: tuple[Where, ...] = ()
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder whose blocks add attention and an MLP to a residual stream, one after the other.
+
+    Defaults are those of Llama. Projections that are stored as one matrix have the same path; its
+    rows are query, key, value and gate, up in that order.
+
+    Attributes
+    ----------
+    model_type : str
+        Model type in ``config.json``.
+    embedding, final_norm, head : str
+        Module paths; the head reads what the final norm gives.
+    positions : str, optional
+        A second embedding, of learned positions, that is added to the first.
+    extra_positions : int
+        Rows that it has beyond the config's ``max_position_embeddings``.
+    block : str
+        Path of decoder block i, with ``{}`` for i. The paths below start there.
+    norm : str
+        Kind of all norms, one of ``NORMS``.
+    attention_norm : str, optional
+        The norm that query, key and value read; None if they read the stream itself.
+    query, key, value, attention_output : str
+        The output projection writes the residual.
+    attention_post_norm : str, optional
+        An RMSNorm between the output projection and the residual.
+    mlp_norm : str, optional
+        The norm that gate and up, or router and experts, read; None as above.
+    gate : str, optional
+        None for an MLP without a gate, where down reads ``act(up)``.
+    up, down : str
+        With a gate, down reads ``act(gate) * up``; it writes the residual.
+    mlp_post_norm : str, optional
+        An RMSNorm between down and the residual.
+    experts : Experts, optional
+        Description of a model's routed experts.
+    transposed : bool
+        Whether linear layers are stored (in_features, out_features), as GPT-2's ``Conv1D``.
+    inner : tuple of str
+        Modules of a block that no merge touches, such as norms of queries and keys.
+    intermediate_size : str
+        The config's field with the MLP's width.
+    usual_expansion : int, optional
+        Width as a multiple of the hidden size where a config leaves that field open.
+    requires : tuple of (str, value)
+        Fields of the config that must have a value for the description to hold; a string is the
+        name of a field that must be equal.
+
+    Raises
+    ------
+    ArchitectureError
+        If a field contradicts another.
+
+    Examples
+    --------
+    StarCoder2 has LayerNorms and an MLP without a gate, and is like Llama otherwise:
+
+    >>> import corequant_transformers as cqhf
+    >>> starcoder2 = cqhf.Architecture(
+    ...     "starcoder2", norm="layer", gate=None, up="mlp.c_fc", down="mlp.c_proj")
+    >>> starcoder2.query
+    'self_attn.q_proj'
+    """
+
+    model_type: str
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    positions: str | None = None
+    extra_positions: int = 0
+    block: str = "model.layers.{}"
+    norm: str = "rms"
+    attention_norm: str | None = "input_layernorm"
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    attention_output: str = "self_attn.o_proj"
+    attention_post_norm: str | None = None
+    mlp_norm: str | None = "post_attention_layernorm"
+    gate: str | None = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    mlp_post_norm: str | None = None
+    experts: Experts | None = None
+    transposed: bool = False
+    inner: tuple[str, ...] = ("self_attn.q_norm", "self_attn.k_norm")
+    intermediate_size: str = "intermediate_size"
+    usual_expansion: int | None = None
+    requires: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself."""
+        if self.norm not in NORMS:
+            raise ArchitectureError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
+        if "{}" not in self.block:
+            raise ArchitectureError(f"block must hold {{}} for the index, got {self.block!r}")
+        if self.norm == "layer" and (self.attention_post_norm or self.mlp_post_norm):
+            raise ArchitectureError(
+                "a LayerNorm between a writer and the residual can't be centered: "
+                f"attention_post_norm and mlp_post_norm must be RMSNorms, got norm={self.norm!r}"
+            )
+        if self.norm == "layer" and None in (self.attention_norm, self.mlp_norm):
+            raise ArchitectureError(
+                "with norm='layer', the residual is centered, so attention_norm and mlp_norm must "
+                "read it first, got None"
+            )
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The norms of a block whose channels are those of the residual stream."""
+        before = (self.attention_norm, self.mlp_norm)
+        return tuple(n for n in (*before, *self.post_norms) if n is not None)
+
+    @property
+    def post_norms(self) -> tuple[str, ...]:
+        """The norms between writers and residual."""
+        return tuple(n for n in (self.attention_post_norm, self.mlp_post_norm) if n is not None)

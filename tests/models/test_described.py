@@ -1,0 +1,100 @@
+"""Every described architecture: exact in float64, the same after a file and from a file."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import corequant as cq
+import corequant_transformers as cqhf
+from corequant.recipe import Recipe
+from corequant_transformers.architectures.described import described
+
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+VARIANTS = {
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 2.0,
+    },
+    "granitemoe": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 2.0,
+    },
+    "olmoe": {"head_dim": 12},
+    "helium": {"head_dim": 12},
+    "stablelm": {"num_attention_heads": 3, "num_key_value_heads": 1},
+    "phimoe": {"head_dim": 12, "attention_bias": True, "lm_head_bias": True},
+    "mistral": {"sliding_window": 8},
+    "starcoder2": {"sliding_window": 8},
+    "qwen2": {**SLIDING, "use_sliding_window": True},
+    **dict.fromkeys(("ministral", "olmo3", "exaone4", "gemma2", "gemma3_text"), SLIDING),
+}
+"""What tiny models are made with, away from the defaults where these hide something."""
+
+KINDS = [architecture.model_type for architecture in described()]
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(input_ids=torch.from_numpy(tokens), use_cache=False).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_in_float64_and_equal_to_the_bit_from_and_after_a_file(kind, tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 128, (2, 24))
+    model, recipe = cqhf.tiny_model(kind, **VARIANTS.get(kind, {})), Recipe(block_size=16)
+    result = cqhf.quantize(model, recipe, tokens, tmp_path / "out")
+    found = result.verification
+    assert found.logits_error < 1e-10
+    assert max(found.block_errors) < 1e-10
+    own = logits(result.model, tokens)
+    assert 0.01 < float((logits(model, tokens) - own).norm() / own.norm()) < 1
+    loaded = cqhf.load(tmp_path / "out")
+    assert torch.equal(own, logits(loaded, tokens))
+    assert list(loaded.state_dict()) == list(result.model.state_dict())
+    model.save_pretrained(tmp_path / "float")
+    read = cqhf.quantize(str(tmp_path / "float"), recipe, tokens)
+    assert torch.equal(own, logits(read.model, tokens))
+
+
+def test_conditions_on_blocks_and_models():
+    config = SimpleNamespace(
+        types=["conv", "attention", "conv"], sparse=[0, 2], none=None, step=2, first=1, kind="new"
+    )
+    expected = {
+        ("types", "names", ("conv",)): [True, False, True],
+        ("types", "names", ("conv", "attention")): [True] * 3,
+        ("sparse", "lists", ()): [True, False, True],
+        ("sparse", "omits", ()): [False, True, False],
+        ("none", "omits", ()): [True] * 3,
+        ("step", "divides", ()): [False, True, False],
+        ("first", "from", ()): [False, True, True],
+        ("first", "after", ()): [False, False, True],
+        ("first", "before", ()): [True, False, False],
+        ("first", "upto", ()): [True, True, False],
+        ("kind", "equals", ("new",)): [True] * 3,
+        ("absent", "equals", ("new",)): [False] * 3,
+    }
+    for given, found in expected.items():
+        assert [cqhf.Where(*given).holds(config, i) for i in range(3)] == found, given
+    for given, words in (
+        (("types", "names", ("conv",)), "types must have an entry for each decoder block, got"),
+        (("first", "lists"), "first must list indices, got 1"),
+        (("none", "divides"), "none must be a positive integer, got None"),
+        (("kind", "before"), "kind must be a number, got new"),
+    ):
+        with pytest.raises(cq.ArchitectureError, match=words):
+            cqhf.Where(*given).holds(config, 3)
+    with pytest.raises(cq.ArchitectureError, match="relation must be one of equals, names"):
+        cqhf.Where("kind", "is")
+    with pytest.raises(
+        cq.ArchitectureError, match=r"values must be given .*, got \(\) for 'equals'"
+    ):
+        cqhf.Where("kind", "equals")
