@@ -109,12 +109,13 @@ def test_what_was_measured_is_told(made):
     assert f"by {report['verification']['logits_error']:.1e} of the largest" in text
     ratios = [m["loss"] / m["loss_nearest"] for m in report["matrices"] if m.get("loss_nearest")]
     assert f"Rounding by `gptq` left {np.median(ratios):.2g} of the squared error" in text
-    assert "were not measured" in text
+    assert text.rpartition("## Evaluation")[2].startswith("\n\nPerplexity and distance")
     plan = cqhf.plan(cqhf.tiny_model("llama"), RECIPE)
-    measured = {"evaluation": {"perplexity": 18.25, "kl": 0.0412}}
+    measured = {"evaluation": {"perplexity": 18.25, "kl": 0.0412, "kl_se": 0.001}}
     text = own_card(plan, measured, made / "own" / "corequant.safetensors")
-    assert "- `perplexity`: 18.25\n- `kl`: 0.0412\n" in text
+    assert "| perplexity | 18.250 |  |\n| KL divergence, nats per token | 0.0412 | 0.0010 |" in text
     assert "were not measured" not in text
+    assert "Measured on the way" not in text
 
 
 def test_nothing_of_the_machine_is_in_it(made):

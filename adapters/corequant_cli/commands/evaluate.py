@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from corequant.errors import CorequantError
 from corequant_cli.commands.arguments import (
     AnyModel,
     Device,
@@ -19,10 +21,18 @@ from corequant_cli.commands.arguments import (
     print_json,
     read_data,
 )
-from corequant_cli.commands.panels import WHAT
+from corequant_cli.commands.panels import WHAT, WHERE
 from corequant_cli.tables import console, data, evaluations
 
 __all__ = ["evaluate"]
+
+Record = Annotated[
+    bool,
+    typer.Option(
+        help="Write the figures into a quantized directory's report and model card.",
+        rich_help_panel=WHERE,
+    ),
+]
 
 
 def evaluate(
@@ -55,13 +65,15 @@ def evaluate(
     sequence_length: Length = 2048,
     device: Device = "cpu",
     verify: Verify = True,
+    record: Record = True,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity on a text, distance to the float model, and zero-shot accuracy.
 
     Perplexity is that of consecutive windows. --against adds the Kullback-Leibler divergence from
     the float model, in nats per token, and how often both predict the same. What --tasks names may
-    have the fields of HellaSwag or BLiMP, or query, choices and gold.
+    have the fields of HellaSwag or BLiMP, or query, choices and gold. A directory that quantize
+    wrote keeps what was measured last in its report and its model card.
     """
     if not text and not tasks:
         raise typer.BadParameter("--text or --tasks must be given")
@@ -97,16 +109,56 @@ def evaluate(
             results = cqhf.evaluate_tasks(
                 loaded, questions, tokenizer, against=reference, progress=progress
             )
-    if not as_json:
+    if as_json:
+        found |= {} if measured is None else measured.to_dict()
+        found |= {} if sample is None else {"data": sample.to_dict()}
+        if questions:
+            found["tasks"] = [result.to_dict() for result in results]
+        print_json(found)
+    else:
         if sample is not None:
             data.taken("evaluated on", sample.to_dict())
         evaluations.evaluation(model, against, measured, results)
+    if record:
+        _record(model, against, sample, measured, results, quiet=as_json)
+
+
+def _record(
+    model: Path,
+    against: Path | None,
+    sample: Any,
+    measured: Any,
+    results: list[Any],
+    *,
+    quiet: bool,
+) -> None:
+    """Write what was measured where it belongs; what was printed is not lost if that fails."""
+    from corequant_transformers.checkpoint.figures import flat
+    from corequant_transformers.checkpoint.record import record_evaluation, records
+
+    if not records(model):
         return
-    found |= {} if measured is None else measured.to_dict()
-    found |= {} if sample is None else {"data": sample.to_dict()}
-    if questions:
-        found["tasks"] = [result.to_dict() for result in results]
-    print_json(found)
+    files = [] if sample is None else [file.name for file in sample.documents.files]
+    values = flat(
+        None if measured is None else measured.to_dict(),
+        [result.to_dict() for result in results],
+        text=", ".join(files),
+        against=_name(against),
+    )
+    try:
+        card = record_evaluation(model, values)
+    except CorequantError as error:
+        warnings.warn(f"the figures were not recorded (--no-record): {error}", stacklevel=2)
+        return
+    if not quiet:
+        evaluations.recorded(model, card)
+
+
+def _name(path: Path | None) -> str:
+    """Return a model's own name, or its id, without the folders that it is in."""
+    if path is None:
+        return ""
+    return path.resolve().name if path.exists() else path.as_posix()
 
 
 def _opened(path: Path, verify: bool) -> tuple[Any, ...]:

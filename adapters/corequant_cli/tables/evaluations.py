@@ -7,7 +7,7 @@ from typing import Any
 
 from corequant_cli.tables.console import column, console, marked, table
 
-__all__ = ["evaluation"]
+__all__ = ["evaluation", "recorded"]
 
 
 def evaluation(model: Path, against: Path | None, measured: Any, tasks: list[Any]) -> None:
@@ -27,20 +27,21 @@ def evaluation(model: Path, against: Path | None, measured: Any, tasks: list[Any
         _tasks(tasks)
 
 
+def recorded(folder: Path, card: bool) -> None:
+    """Say that figures were written into a directory, and whether its card has them."""
+    if card:
+        told = "written into report.json and the model card, README.md, of"
+    else:
+        told = "written into report.json, not into README.md, which was changed, of"
+    console().print(f"{told} {marked(folder)}", highlight=False)
+
+
 def _divergence(measured: Any) -> None:
-    found = measured.divergence
+    from corequant_transformers.checkpoint.figures import figures
+
     grid = _table("", "value", "±")
-    for name, value, error, digits in (
-        ("perplexity", measured.perplexity, measured.perplexity_se, 3),
-        ("  of the float model", found.reference_perplexity, found.reference_perplexity_se, 3),
-        ("  excess loss, nats per token", found.excess, found.excess_se, 4),
-        ("KL divergence, nats per token", found.kl, found.kl_se, 4),
-        ("  median", found.kl_median, found.kl_median_se, 4),
-        ("  99.9 % of tokens below", found.kl_p999, found.kl_p999_se, 3),
-        ("same most probable token, %", *_percent(found.top1, found.top1_se), 2),
-        ("same five most probable, %", *_percent(found.top5, found.top5_se), 2),
-    ):
-        grid.add_row(name, f"{value:.{digits}f}", _error(error, digits))
+    for row in figures(measured.to_dict()):
+        grid.add_row(row.name, row.value, row.error)
     console().print(grid)
     console().print(
         f"{measured.windows} windows of {measured.sequence_length} tokens; ± is a standard error, "

@@ -17,6 +17,7 @@ from typing import Any
 
 from corequant.storage.files import version_of
 from corequant.storage.tensor_file import TensorFile
+from corequant_transformers.checkpoint.figures import evaluation_section, plain_name
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
 
@@ -100,7 +101,7 @@ class _Card:
             f"## Use\n\n{self.use}",
             f"## Contents\n\n{self._contents(sizes, dtypes)}",
             f"## Recipe\n\n{self._recipe()}",
-            f"## Measured\n\n{self._measured()}",
+            evaluation_section(self.report.get("evaluation")),
         ]
         return "\n".join(parts)
 
@@ -108,8 +109,8 @@ class _Card:
     def _name(self) -> str:
         name = self.report.get("source")
         if not isinstance(name, str) or not name:
-            return f"A {_plain(self.plan.architecture.model_type)} model"
-        return _plain(name.removesuffix(".gguf"))
+            return f"A {plain_name(self.plan.architecture.model_type)} model"
+        return plain_name(name.removesuffix(".gguf"))
 
     @property
     def _formats(self) -> list[str]:
@@ -138,7 +139,7 @@ class _Card:
         plan, base = self.plan, self._origin.get("base_model")
         made_of = f"[{base}]({_HUB}{base})" if base else f"`{self._name}`"
         if self._name.startswith("A "):
-            made_of = f"a model of the type `{_plain(plan.architecture.model_type)}`"
+            made_of = f"a model of the type `{plain_name(plan.architecture.model_type)}`"
         layers = [m for m in plan.quantized if m.role not in ("embedding", "head")]
         bits = 8 * _bytes(sizes, layers) / _parameters(layers)
         online = len(plan.online)
@@ -171,11 +172,12 @@ class _Card:
         return (
             f"Made by `corequant quantize MODEL --recipe recipe.toml -o OUT`{read}, by {versions}. "
             f"This is `recipe.toml`:\n\n```toml\n{self.plan.recipe.to_toml().strip()}\n```\n"
+            f"{self._on_the_way()}"
         )
 
-    def _measured(self) -> str:
-        lines = [*self._verified(), *self._rounded(), *self._evaluated()]
-        return "\n".join(f"- {line}" for line in lines) + "\n"
+    def _on_the_way(self) -> str:
+        lines = [f"- {line}\n" for line in (*self._verified(), *self._rounded())]
+        return "".join(["\nMeasured on the way:\n\n", *lines]) if lines else ""
 
     def _verified(self) -> Iterator[str]:
         found = self.report.get("verification")
@@ -199,18 +201,6 @@ class _Card:
                 f"of rounding to nearest, measured on the outputs that each of {len(values)} "
                 "layers has in calibration (median)."
             )
-
-    def _evaluated(self) -> Iterator[str]:
-        found = self.report.get("evaluation")
-        if isinstance(found, dict) and found:
-            for name, value in found.items():
-                if isinstance(value, int | float) and not isinstance(value, bool):
-                    yield f"`{_plain(name)}`: {value:.6g}"
-            return
-        yield (
-            "Perplexity and distance from the float model were not measured when this was written; "
-            "`corequant evaluate . --against MODEL --text FILE` measures them."
-        )
 
 
 def own_card(plan: ModelPlan, report: Mapping[str, Any], weights: Path) -> str:
@@ -306,9 +296,3 @@ def _line(what: str, form: str, inputs: str, count: int, size: int) -> str:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.3g} MB" if size >= 1e3 else f"{size} bytes"
-
-
-def _plain(text: str) -> str:
-    """Return a name without what Markdown, HTML or a terminal would act on."""
-    kept = "".join(c if c.isprintable() and c not in "`<>|[]*#\\" else "_" for c in text)
-    return kept.encode("utf-8", "replace").decode()[:80]

@@ -73,7 +73,10 @@ class Saving:
         # Transformers fetches the weights and config.json alone from the Hub.
         text = read_text(file) if file.exists() else _float_config(folder)
         model.__dict__.pop(_NAME, None)
-        return cls(model, _Origin(plan, text, read_json(report) if report.exists() else {}))
+        told = read_json(report) if report.exists() else {}
+        # The model may be changed before it is saved.
+        told.pop("evaluation", None)
+        return cls(model, _Origin(plan, text, told))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Saving:
         parts = copy.deepcopy(self._parts, memo)

@@ -35,10 +35,12 @@ __all__ = [
     "DIGESTS",
     "GGUF_DIGEST",
     "GGUF_VERSION",
+    "REPORT",
     "check_digests",
     "checking",
     "is_read",
     "pieces",
+    "report_digests",
     "seal_gguf",
     "sealed_report",
     "write_digests",
@@ -84,7 +86,9 @@ def write_digests(folder: Path) -> None:
     (folder / DIGESTS).write_bytes(text.encode())
 
 
-def sealed_report(report: Mapping[str, Any], folder: Path) -> str:
+def sealed_report(
+    report: Mapping[str, Any], folder: Path, digests: Mapping[str, str] | None = None
+) -> str:
     """Return the text of a directory's report, with the digests of log and card and its own.
 
     Parameters
@@ -93,12 +97,29 @@ def sealed_report(report: Mapping[str, Any], folder: Path) -> str:
         Plain values.
     folder : Path
         Directory of log and card, if there are any.
+    digests : mapping, optional
+        Digests of log and card, if they are known.
     """
-    digests = {name: _sha256(folder / name) for name in (LOG, CARD) if (folder / name).exists()}
-    text = json_text({**report, _FIELD: {**digests, REPORT: _BLANK}})
+    if digests is None:
+        digests = {name: _sha256(folder / name) for name in (LOG, CARD) if (folder / name).exists()}
+    values = {name: value for name, value in report.items() if name != _FIELD}
+    text = json_text({**values, _FIELD: {**digests, REPORT: _BLANK}})
     own = hashlib.sha256(text.encode()).hexdigest()
     before, _, after = text.rpartition(_BLANK)
     return f"{before}{own}{after}"
+
+
+def report_digests(folder: Path) -> dict[str, str]:
+    """Return the digests of log and card that a report has, once it has been found unharmed.
+
+    Raises
+    ------
+    CheckpointError
+        If the report isn't as it was written, or the directory has no digests.
+    """
+    if _read_list(folder) is None:
+        raise CheckpointError(f"{folder} was written before corequant kept digests")
+    return {name: own for name, own in _report_digests(folder).items() if name != REPORT}
 
 
 def check_digests(path: str | Path, wanted: Callable[[str], bool] | None = None) -> int | None:
