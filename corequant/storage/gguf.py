@@ -1,4 +1,4 @@
-"""Blocks of 32 numbers as GGUF stores them: Q4_0, Q4_1, Q8_0 and MXFP4.
+"""Blocks of 32 numbers as GGUF stores them: Q4_0, Q4_1, Q8_0 and MXFP4 are written.
 
 Nibbles of entries j and j + 16 share a byte, the former in the low one. Scales are float16, or one
 byte E8M0. ``to_blocks`` stores what was quantized elsewhere, whatever chose its scales;
@@ -9,6 +9,8 @@ float32, halves away from zero, with a scale of the sign that maps the largest m
 The numbers of a block are its scale times its codes; Q4_1 adds an offset of float16, which stands
 for the scale times the zero point and is that product rounded: the only thing that changes when a
 quantized tensor is stored.
+
+``decode_blocks`` reads these types and all others that files usually hold.
 
 Source: ggml-quants.c of llama.cpp.
 """
@@ -25,10 +27,12 @@ from corequant.errors import ShapeError, SpecError
 from corequant.formats import formats
 from corequant.quantization import QuantizedTensor, quantize
 from corequant.specs import QuantSpec, presets
+from corequant.storage.gguf_blocks import DECODED_TYPES, decode_blocks
 
 __all__ = [
     "BLOCK_BYTES",
     "BLOCK_TYPES",
+    "DECODED_TYPES",
     "block_type_of",
     "decode_blocks",
     "from_blocks",
@@ -174,44 +178,6 @@ def from_blocks(blocks: Array, block_type: str) -> QuantizedTensor:
     return QuantizedTensor(
         codes.reshape(*lead, count * _SIZE), scales.reshape(*lead, count), None, spec
     )
-
-
-def decode_blocks(blocks: Array, block_type: str) -> npt.NDArray[np.float32]:
-    """Return the numbers that GGUF blocks stand for, written by any program.
-
-    Parameters
-    ----------
-    blocks : numpy.ndarray (..., bytes), uint8
-    block_type : str
-        One of ``BLOCK_TYPES``.
-
-    Returns
-    -------
-    numpy.ndarray (..., d), float32
-
-    Raises
-    ------
-    ShapeError, SpecError
-        If the bytes are no whole blocks, or the type is another.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from corequant.storage.gguf import decode_blocks, quantize_blocks
-    >>> x = np.linspace(-1, 2, 32, dtype=np.float32)[None]
-    >>> decode_blocks(quantize_blocks(x, "Q4_1"), "Q4_1")[0, ::8]
-    array([-1.        , -0.20019531,  0.5996094 ,  1.3994141 ], dtype=float32)
-    """
-    if block_type not in BLOCK_TYPES:
-        raise SpecError(f"block_type must be one of {', '.join(BLOCK_TYPES)}, got {block_type!r}")
-    scales, offsets, codes = _parts(blocks, block_type)
-    if block_type == "MXFP4":
-        numbers = formats["float4_e2m1fn"].values.astype(np.float32)[codes]
-    else:
-        numbers = codes.astype(np.float32)
-    numbers = numbers * scales if offsets is None else numbers * scales + offsets
-    count = blocks.shape[-1] // BLOCK_BYTES[block_type]
-    return numbers.reshape(*blocks.shape[:-1], count * _SIZE)
 
 
 def _parts(blocks: Array, block_type: str) -> tuple[Array, Array | None, Array]:

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 import corequant as cq
+from corequant.storage import gguf_blocks
 from corequant.storage.gguf import (
     BLOCK_TYPES,
+    DECODED_TYPES,
     decode_blocks,
     from_blocks,
     quantize_blocks,
@@ -68,6 +70,37 @@ def test_blocks_stand_for_the_same_numbers(name):
     assert decode_blocks(blocks[:0], name).shape == (0, 256)
     with pytest.raises(cq.ShapeError, match="whole|multiple"):
         decode_blocks(blocks[:, :-1], name)
+
+
+def random_blocks(name, count):
+    """Any bytes, with scales that are numbers."""
+    numbers, width = gguf_blocks.block_shape(name)
+    blocks = np.random.default_rng(0).integers(0, 256, (count, width), dtype=np.uint8)
+    places = {"MXFP4": (), "Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}
+    places |= {"TQ1_0": (52,), "TQ2_0": (64,), "Q4_K": (0, 2), "Q5_K": (0, 2)}
+    places |= {"Q4_1": (0, 2), "Q5_1": (0, 2)}
+    scales = np.random.default_rng(1).normal(0, 0.1, (count, 2)).astype("<f2").view(np.uint8)
+    scales[0] = 0
+    for k, place in enumerate(places.get(name, (0,))):
+        blocks[:, place : place + 2] = scales[:, 2 * k : 2 * k + 2]
+    if name == "MXFP4":
+        blocks[:, 0] = np.minimum(blocks[:, 0], 250)
+    return numbers, blocks
+
+
+@pytest.mark.parametrize("name", DECODED_TYPES)
+def test_any_bytes_are_decoded_as_there(name, monkeypatch):
+    numbers, blocks = random_blocks(name, 700)
+    assert gguf.GGML_QUANT_SIZES[peer(name)] == (numbers, blocks.shape[1])
+    expected = gguf.dequantize(blocks, peer(name))
+    assert np.isfinite(expected).all()
+    np.testing.assert_array_equal(
+        decode_blocks(blocks, name).view(np.uint32), expected.view(np.uint32)
+    )
+    # In several panels, and of rows with several blocks.
+    monkeypatch.setattr(gguf_blocks, "_PANEL", 99)
+    rows = decode_blocks(blocks.reshape(7, 100, -1).reshape(7, -1), name)
+    np.testing.assert_array_equal(rows.view(np.uint32), expected.reshape(7, -1).view(np.uint32))
 
 
 @pytest.mark.parametrize("search", ["", ":mse"])
