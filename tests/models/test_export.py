@@ -59,12 +59,25 @@ def logits(model, tokens):
     return model(input_ids=torch.from_numpy(tokens), use_cache=False).logits.float()
 
 
+def weight_of(model, matrix, experts):
+    """A matrix of the plan in Transformers' class, which has those of all experts in one."""
+    if matrix.expert is None:
+        return model.get_submodule(matrix.name).weight
+    path, name = matrix.name.rsplit(f".{matrix.expert}.", 1)
+    fused = model.get_submodule(path)
+    if name == experts.down:
+        return getattr(fused, experts.fused_down)[matrix.expert]
+    gate, up = getattr(fused, experts.fused_gate_up)[matrix.expert].chunk(2)
+    return gate if name == experts.gate else up
+
+
 def check_equal(own, other, tokens):
     """Weights to the bit, logits as near as the file's dtype lets them be."""
     ours, theirs = cqhf.load(own), load(other)
     expected, found = logits(ours, tokens), logits(theirs, tokens)
-    for matrix in Stored(own).plan.quantized:
-        weight = theirs.get_submodule(matrix.name).weight
+    plan = Stored(own).plan
+    for matrix in plan.quantized:
+        weight = weight_of(theirs, matrix, plan.architecture.experts)
         assert torch.equal(weight, ours.get_submodule(matrix.name).weight.to(weight.dtype))
     measured = [cqhf.evaluate(m, tokens).perplexity for m in (ours, load(other))]
     if theirs.dtype is torch.float32:

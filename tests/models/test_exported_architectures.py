@@ -15,8 +15,6 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128, "word_embed_proj_dim": 64}
 OTHERWISE = {
     "gpt2": "is not a linear layer of its own in Transformers",
     "opt": "merging changed which tensors 'opt' has",
-    "mixtral": "is not a linear layer of its own in Transformers",
-    "qwen3_moe": "is not a linear layer of its own in Transformers",
 }
 """What keeps Transformers' own classes from holding the quantized layers."""
 

@@ -59,6 +59,11 @@ def test_sizes_are_those_of_the_files(kind, tied, recipe, tmp_path):
         ("llama", {"weights": "float4_e2m1fn:channel", "embeddings": "int8:channel"}, []),
         ("gpt2", {"block_size": 16}, []),
         ("mixtral", {"weights": "int4:group16"}, []),
+        (
+            "mixtral",
+            {"weights": "int4:group16", "rotation": "heads", "activations": "none"},
+            ["compressed-tensors"],
+        ),
     ],
 )
 def test_models_in_memory_have_sizes_too(kind, recipe, readers, tokens, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 import transformers
 
-from corequant.errors import ArchitectureError, OutputError, SpecError
+from corequant.errors import OutputError, RecipeError, SpecError
 from corequant.hadamard import hadamard_matrix
 from corequant.quantization import dequantize
 from corequant.specs import Granularity
@@ -19,20 +20,21 @@ from corequant.storage.arrays import Layout
 from corequant.storage.compressed_tensors import Scheme
 from corequant.storage.files import json_text
 from corequant.storage.shard_index import read_index
-from corequant.storage.tensor_file import RawTensor, TensorFile, write_tensors
+from corequant.storage.tensor_file import RawTensor, TensorFile
 from corequant_transformers.checkpoint.card import exported_card
 from corequant_transformers.checkpoint.reader import Stored
+from corequant_transformers.exports.own_class import check_layers, own_skeleton
 from corequant_transformers.exports.prospect import Candidate, Prospect
+from corequant_transformers.exports.saved_names import SavedNames, saved_names
+from corequant_transformers.exports.weight_files import write_shards
 from corequant_transformers.files.digests import write_digests
 from corequant_transformers.files.marks import CARD, GUARD
 from corequant_transformers.files.outputs import check_output, new_directory
-from corequant_transformers.model.configs import as_config_errors
-from corequant_transformers.model.parts import build
 from corequant_transformers.model.sources import copy_files
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
 
-__all__ = ["check", "check_layers", "expected_layout", "write"]
+__all__ = ["check", "expected_layout", "write"]
 
 _VERSION = "0.17.0"
 _TORCH = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -45,8 +47,10 @@ _DTYPES = {name: tag for tag, name in _TORCH.items()}
 def check(candidate: Candidate, source: str | Path | None = None) -> None:
     """Raise the error that ``write`` would, as far as it is known before a model is quantized."""
     _schemes(candidate.plan)
+    _check_experts(candidate.plan)
     check_layers(candidate)
     _check_activations(candidate.plan)
+    _names(candidate)
 
 
 def write(
@@ -91,13 +95,14 @@ def write(
     check(stored)
     schemes = _schemes(stored.plan)
     _check_shared_scales(stored)
+    names = _names(stored)
     stored.check()
     with new_directory(target, within) as folder:
         copy_files(stored.copied_files(), folder)
-        config = json_text(_config(stored, schemes)).encode()
+        config = json_text(_config(stored, schemes, names)).encode()
         (folder / "config.json").write_bytes(config)
-        places = _write_shards(folder, _tensors(stored, schemes), shard_bytes)
-        if (changed := _difference(folder, places, stored, schemes)) is not None:
+        places = write_shards(folder, _tensors(stored, schemes, names), shard_bytes)
+        if (changed := _difference(folder, places, stored, schemes, names)) is not None:
             raise OutputError(changed)
         files = [folder / place for place in sorted(set(places.values()))]
         formats = {scheme.format for scheme in schemes.values()}
@@ -160,7 +165,11 @@ def _dtype(schemes: Mapping[str, Scheme]) -> str:
     return next(iter(schemes.values())).dtype
 
 
-def _config(stored: Stored, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+def _names(candidate: Candidate) -> SavedNames:
+    return saved_names(own_skeleton(candidate), candidate.plan)
+
+
+def _config(stored: Stored, schemes: Mapping[str, Scheme], names: SavedNames) -> dict[str, Any]:
     plan = stored.plan
     own = ("torch_dtype", "transformers_weights")
     values = {k: v for k, v in stored.float_config.items() if k not in own}
@@ -169,10 +178,10 @@ def _config(stored: Stored, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
     for name, scheme in schemes.items():
         members.setdefault(scheme, []).append(name)
     formats = {scheme.format for scheme in members}
-    ignored = [m.name for m in plan.matrices if _is_ignored(m)]
+    ignored = [m.name for m in plan.matrices if not m.quantized and m.role != "embedding"]
     groups = [
-        scheme.config(_targets(stored, names, ignored) if len(members) == 1 else names)
-        for scheme, names in members.items()
+        scheme.config(_targets(stored, found, ignored, names, alone=len(members) == 1))
+        for scheme, found in members.items()
     ]
     values.update(
         dtype=_TORCH[_dtype(schemes)],
@@ -184,7 +193,7 @@ def _config(stored: Stored, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
             "quantization_status": GUARD if transforms else "compressed",
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
-            "ignore": ignored,
+            "ignore": _everywhere(ignored, names),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
             "transform_config": transforms,
@@ -193,15 +202,26 @@ def _config(stored: Stored, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
     return values
 
 
-def _is_ignored(matrix: MatrixPlan) -> bool:
-    """Return whether a matrix is a linear layer that stays in float."""
-    return not matrix.quantized and matrix.role not in ("embedding", "router")
+def _everywhere(modules: list[str], names: SavedNames) -> list[str]:
+    """Return what modules are called in Transformers, and in vLLM, which keeps the files' names."""
+    return list(dict.fromkeys(name for m in modules for name in (m, names.module(m))))
 
 
-def _targets(stored: Stored, names: list[str], ignored: list[str]) -> list[str]:
-    """Name the class where it covers exactly the quantized layers, otherwise each layer."""
-    linear = {n for n, m in _skeleton(stored).named_modules() if isinstance(m, torch.nn.Linear)}
-    return ["Linear"] if linear - set(ignored) == set(names) else names
+def _targets(
+    stored: Stored, quantized: list[str], ignored: list[str], names: SavedNames, alone: bool
+) -> list[str]:
+    """Name the class where it covers exactly the quantized layers, otherwise each layer.
+
+    Readers take a class for the experts as well, if it is the only group, or a pattern in which
+    they are named.
+    """
+    linear = {n for n, m in own_skeleton(stored).named_modules() if isinstance(m, torch.nn.Linear)}
+    dense = [name for name in quantized if name not in names.experts]
+    if alone and linear - set(ignored) == set(dense):
+        return ["Linear"]
+    lists = {names.module(n).rsplit(".", 2)[0] for n in quantized if n in names.experts}
+    patterns = {rf"re:.*\.{re.escape(path.rpartition('.')[2])}\.\d+\..*" for path in lists}
+    return [*_everywhere(dense, names), *sorted(patterns)]
 
 
 def _transforms(online: tuple[MatrixPlan, ...]) -> dict[str, Any]:
@@ -230,23 +250,26 @@ def _size(matrix: MatrixPlan) -> int:
     return matrix.input.rotation or matrix.shape[1]
 
 
-def _tensors(stored: Stored, schemes: Mapping[str, Scheme]) -> Iterator[tuple[str, RawTensor]]:
+def _tensors(
+    stored: Stored, schemes: Mapping[str, Scheme], names: SavedNames
+) -> Iterator[tuple[str, RawTensor]]:
     dtype = _dtype(schemes)
     for matrix in stored.plan.quantized:
-        tensors = schemes[matrix.name].tensors(matrix.name, stored.quantized(matrix))
+        place = names.module(matrix.name)
+        tensors = schemes[matrix.name].tensors(place, stored.quantized(matrix))
         if matrix.role == "head" and _is_tied(stored.plan, schemes):
-            del tensors[f"{matrix.name}.weight"]
+            del tensors[f"{place}.weight"]
         yield from tensors.items()
         if matrix.online:
             size = _size(matrix)
             rotation = hadamard_matrix(size).astype(np.float32)
-            name = f"{matrix.name}.R{size}_input.weight"
+            name = f"{place}.R{size}_input.weight"
             yield name, RawTensor.of(rotation, _DTYPES[stored.plan.recipe.dtype])
     for name in stored.rest():
         # Readers cast to the dtype that the config names; float32 has all of their numbers.
         kept = stored.dtype(name) if dtype == "F32" else dtype
         try:
-            yield name, RawTensor.of(stored.read(name).array(), kept)
+            yield names.tensor(name), RawTensor.of(stored.read(name).array(), kept)
         except ValueError as error:
             raise SpecError(f"{name} can't be stored as {kept}: {error}") from None
 
@@ -263,56 +286,27 @@ def expected_layout(candidate: Prospect) -> Layout:
     plan = candidate.plan
     schemes = _schemes(plan)
     kept = _DTYPES[plan.recipe.dtype]
-    dtype = _dtype(schemes)
+    dtype, names = _dtype(schemes), _names(candidate)
     found: Layout = {}
     for matrix in plan.quantized:
-        found |= schemes[matrix.name].layout(matrix.name, matrix.shape)
+        place = names.module(matrix.name)
+        found |= schemes[matrix.name].layout(place, matrix.shape)
         if matrix.role == "head" and _is_tied(plan, schemes):
-            del found[f"{matrix.name}.weight"]
+            del found[f"{place}.weight"]
         if matrix.online:
             size = _size(matrix)
-            found[f"{matrix.name}.R{size}_input.weight"] = (kept, (size, size))
+            found[f"{place}.R{size}_input.weight"] = (kept, (size, size))
     rest = kept if dtype == "F32" else dtype
-    return {**found, **{name: (rest, shape) for name, shape in candidate.shapes().items()}}
-
-
-def _write_shards(
-    folder: Path, tensors: Iterator[tuple[str, RawTensor]], shard_bytes: int
-) -> dict[str, str]:
-    """Write tensors as they come, a file's worth at a time; return each tensor's file."""
-    parts: list[tuple[Path, list[str]]] = []
-    pending: dict[str, RawTensor] = {}
-    size = total = 0
-
-    def flush() -> None:
-        file = folder / f"part-{len(parts):05d}"
-        write_tensors(file, pending)
-        parts.append((file, list(pending)))
-        pending.clear()
-
-    for name, tensor in tensors:
-        if pending and size + tensor.data.nbytes > shard_bytes:
-            flush()
-            size = 0
-        pending[name] = tensor
-        size += tensor.data.nbytes
-        total += tensor.data.nbytes
-    flush()
-    places: dict[str, str] = {}
-    for number, (file, names) in enumerate(parts, 1):
-        title = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        title = title if len(parts) > 1 else "model.safetensors"
-        file.rename(folder / title)
-        places |= dict.fromkeys(names, title)
-    if len(parts) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        file = folder / "model.safetensors.index.json"
-        file.write_bytes(json_text(index).encode())
-    return places
+    shapes = candidate.shapes().items()
+    return {**found, **{names.tensor(name): (rest, shape) for name, shape in shapes}}
 
 
 def _difference(
-    folder: Path, places: dict[str, str], stored: Stored, schemes: Mapping[str, Scheme]
+    folder: Path,
+    places: dict[str, str],
+    stored: Stored,
+    schemes: Mapping[str, Scheme],
+    names: SavedNames,
 ) -> str | None:
     """Read everything back, dequantize it, and return which bits aren't as they were meant.
 
@@ -323,25 +317,23 @@ def _difference(
         return f"{index.name} did not read back as it was written"
     files = {name: TensorFile(folder / name) for name in set(places.values())}
     written = {name: files[place].read(name) for name, place in places.items()}
-    for name, tensor in _tensors(stored, schemes):
+    for name, tensor in _tensors(stored, schemes, names):
         if not written[name].same(tensor):
             return f"{name} did not read back as it was written"
+    modules: dict[str, dict[str, RawTensor]] = {}
+    for name, tensor in written.items():
+        modules.setdefault(name.rpartition(".")[0], {})[name] = tensor
     for matrix in stored.plan.quantized:
-        own = {k: t for k, t in written.items() if k.startswith(f"{matrix.name}.weight")}
+        place = names.module(matrix.name)
+        own = {k: t for k, t in modules[place].items() if k.startswith(f"{place}.weight")}
         if matrix.role == "head" and _is_tied(stored.plan, schemes):
-            shared = written[f"{stored.plan.architecture.embedding}.weight"]
-            own[f"{matrix.name}.weight"] = shared
-        back = dequantize(schemes[matrix.name].read(matrix.name, own, matrix.shape))
+            shared = written[f"{names.module(stored.plan.architecture.embedding)}.weight"]
+            own[f"{place}.weight"] = shared
+        back = dequantize(schemes[matrix.name].read(place, own, matrix.shape))
         meant = dequantize(stored.quantized(matrix))
         if not np.array_equal(back.view(np.uint32), meant.view(np.uint32)):
             return f"{matrix.name} does not decode to what was quantized"
     return None
-
-
-def _skeleton(candidate: Candidate) -> Any:
-    file = candidate.folder / "float_config.json"
-    with as_config_errors(file, candidate.float_config):
-        return build(candidate.config)
 
 
 def _class_name(config: Any) -> str:
@@ -349,31 +341,32 @@ def _class_name(config: Any) -> str:
     return str(mapping[type(config)].__name__)
 
 
-def check_layers(candidate: Candidate) -> None:
-    """Refuse a model whose tensors are not those of Transformers' own class."""
-    model, plan = _skeleton(candidate), candidate.plan
-    kind = plan.architecture.model_type
-    for matrix in plan.quantized:
-        try:
-            layer = model.get_submodule(matrix.name)
-        except AttributeError:
-            layer = None
-        wanted = torch.nn.Embedding if matrix.role == "embedding" else torch.nn.Linear
-        if not isinstance(layer, wanted):
-            raise ArchitectureError(
-                f"{matrix.name} of {kind!r} is not a linear layer of its own in Transformers, and "
-                "compressed-tensors quantizes only these"
+def _check_experts(plan: ModelPlan) -> None:
+    """Refuse what Transformers would compute otherwise, or not load: it decodes experts at once."""
+    experts = [m for m in plan.matrices if m.expert is not None]
+    for matrix in experts:
+        if not matrix.quantized or matrix.weights != experts[0].settings.weights:
+            raise SpecError(
+                "experts must all have one quantizer, since Transformers decodes them by one, got "
+                f"{matrix.settings.weights} for {matrix.name} and {experts[0].settings.weights} "
+                f"for {experts[0].name}"
             )
-    expected = {k for k, _ in model.named_parameters(remove_duplicate=False)}
-    if plan.tied:
-        expected.discard(f"{plan.architecture.head}.weight")
-    quantized = {f"{m.name}.weight" for m in plan.quantized}
-    different = (expected - quantized) ^ set(candidate.rest())
-    if different:
-        raise ArchitectureError(
-            f"merging changed which tensors {kind!r} has, so that Transformers' own class can't "
-            f"load it: {min(different)}"
-        )
+        if matrix.weights.granularity is Granularity.TENSOR_GROUP:
+            raise SpecError(
+                f"experts must have no global scale, which Transformers 5.24 leaves out, got "
+                f"{matrix.weights} for {matrix.name}; quantize with mxfp4 or int4"
+            )
+        if matrix.activations is not None:
+            raise SpecError(
+                "activations of experts must be none, since Transformers 5.24 rounds nothing that "
+                f"experts read, got {matrix.activations} for {matrix.name}"
+            )
+        if matrix.online:
+            raise RecipeError(
+                f"the input of {matrix.name} can't be rotated at run time in Transformers, where "
+                "the experts of a layer are one module; quantize with rotation 'offline' or "
+                "'heads'"
+            )
 
 
 def _check_activations(plan: ModelPlan) -> None:

@@ -36,8 +36,8 @@ from corequant_transformers.exports.gguf_metadata import (
     rope_factors,
     vocabulary,
 )
+from corequant_transformers.exports.own_class import check_layers
 from corequant_transformers.exports.prospect import Candidate, Prospect
-from corequant_transformers.exports.to_compressed_tensors import check_layers
 from corequant_transformers.files.atomic import replacing
 from corequant_transformers.files.digests import GGUF_DIGEST, GGUF_VERSION, seal_gguf
 from corequant_transformers.files.outputs import check_file_output

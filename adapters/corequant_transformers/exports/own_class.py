@@ -1,0 +1,78 @@
+"""Transformers' own class of a model, which must have the tensors that are exported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from corequant.errors import ArchitectureError
+from corequant_transformers.exports.prospect import Candidate
+from corequant_transformers.model.configs import as_config_errors
+from corequant_transformers.model.parts import build
+from corequant_transformers.planning.model_plan import ModelPlan
+
+__all__ = ["check_layers", "fused_experts", "own_skeleton"]
+
+
+def own_skeleton(candidate: Candidate) -> Any:
+    """Return a model of Transformers' own class, without weights."""
+    file = candidate.folder / "float_config.json"
+    with as_config_errors(file, candidate.float_config):
+        return build(candidate.config)
+
+
+def fused_experts(model: Any, plan: ModelPlan) -> Iterator[tuple[int, str]]:
+    """Yield block and path of the experts that Transformers holds as one parameter.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Of Transformers' own class.
+    plan : ModelPlan
+    """
+    a = plan.architecture
+    blocks = dict.fromkeys(m.block for m in plan.matrices if m.expert is not None)
+    for block in blocks:
+        if a.experts is None or block is None:
+            continue
+        path = f"{a.block.format(block)}.{a.experts.path}"
+        if hasattr(model.get_submodule(path), a.experts.fused_gate_up):
+            yield block, path
+
+
+def check_layers(candidate: Candidate) -> None:
+    """Refuse a model whose tensors are not those of Transformers' own class."""
+    model, plan = own_skeleton(candidate), candidate.plan
+    kind, e = plan.architecture.model_type, plan.architecture.experts
+    fused = dict(fused_experts(model, plan))
+    for matrix in plan.quantized:
+        if matrix.expert is not None and matrix.block in fused:
+            continue
+        try:
+            layer = model.get_submodule(matrix.name)
+        except AttributeError:
+            layer = None
+        wanted = torch.nn.Embedding if matrix.role == "embedding" else torch.nn.Linear
+        if not isinstance(layer, wanted):
+            raise ArchitectureError(
+                f"{matrix.name} of {kind!r} is not a linear layer of its own in Transformers, and "
+                "compressed-tensors quantizes only these"
+            )
+    expected = {k for k, _ in model.named_parameters(remove_duplicate=False)}
+    if plan.tied:
+        expected.discard(f"{plan.architecture.head}.weight")
+    if e is not None:
+        names = (e.fused_gate_up, e.fused_down)
+        expected -= {f"{path}.{name}" for path in fused.values() for name in names}
+        expected |= {
+            f"{m.name}.weight" for m in plan.matrices if m.block in fused and m.expert is not None
+        }
+    quantized = {f"{m.name}.weight" for m in plan.quantized}
+    different = (expected - quantized) ^ set(candidate.rest())
+    if different:
+        raise ArchitectureError(
+            f"merging changed which tensors {kind!r} has, so that Transformers' own class can't "
+            f"load it: {min(different)}"
+        )
