@@ -34,7 +34,7 @@ from corequant_transformers.model.layouts import (
     check_untouched,
 )
 from corequant_transformers.model.origins import origin_of
-from corequant_transformers.model.parts import ModelWeights, Parts, is_tied, skeleton
+from corequant_transformers.model.parts import ModelWeights, Parts, is_tied, outside_bytes, skeleton
 from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
 from corequant_transformers.model.replicas import check_given, check_plain, unwrap
 from corequant_transformers.model.sources import Source, read_generation
@@ -103,6 +103,7 @@ def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
         return replace(table, tied=table.tied and is_tied(model, table))
     # What no model can be made of should be known before any work.
     bare = source.skeleton()
+    table = replace(table, outside_bytes=outside_bytes(bare, table))
     if not source.is_gguf:
         read_generation(source.path)
         shared = source.weights(bare, table).shared

@@ -8,11 +8,60 @@ from typing import Any
 import torch
 import transformers
 
-from corequant_transformers.architectures.known import architecture_of
+from corequant_transformers.architectures.known import (
+    architecture_of,
+    is_composite,
+)
+from corequant_transformers.model.loaders import loader_of
 from corequant_transformers.model.surroundings import undisturbed
 
 __all__ = ["tiny_model"]
 
+
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_QWEN = {"depth": 1, "num_heads": 2, "out_hidden_size": 48}
+_AROUND: dict[str, dict[str, Any]] = {
+    "llava": {
+        "decoder": "llama",
+        "text": {},
+        "vision": {"model_type": "clip_vision_model", "projection_dim": 32},
+        "own": {"image_token_index": 5},
+    },
+    "mistral3": {
+        "decoder": "mistral",
+        "text": {},
+        "vision": {"model_type": "pixtral", "head_dim": 16},
+        "own": {"image_token_index": 5},
+    },
+    "gemma3": {
+        "decoder": "gemma3_text",
+        "text": {},
+        "vision": {"model_type": "siglip_vision_model"},
+        "own": {"mm_tokens_per_image": 4, "image_token_index": 5},
+    },
+    "qwen2_5_vl": {
+        "decoder": "qwen2_5_vl_text",
+        # Its heads have the width that is left for each.
+        "text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2]}, "head_dim": None},
+        "vision": {**_QWEN, "fullatt_block_indexes": [0]},
+        "own": {"image_token_id": 5, "vision_start_token_id": 6},
+    },
+    "qwen3_vl": {
+        "decoder": "qwen3_vl_text",
+        "text": {"rope_parameters": _ROPE},
+        "vision": {**_QWEN, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        "own": {"image_token_id": 5, "vision_start_token_id": 6},
+    },
+}
+"""What lies around the decoder of models that read images, by model type."""
 
 _BUILDING = threading.Lock()
 """Transformers draws from torch's own generator, and makes the dtype the process's meanwhile."""
@@ -71,18 +120,10 @@ def tiny_model(model_type: str, *, seed: int = 0, **config: Any) -> Any:
         "final_logit_softcapping": 3.0,
         "query_pre_attn_scalar": 16,
     }
-    usual = transformers.AutoConfig.for_model(model_type)
-    known = {name for name in values if hasattr(usual, name)}
-    if "num_key_value_heads" in known:
-        # Many models honour it although their configs don't have it unless it is given.
-        known.add("head_dim")
-    values = {name: value for name, value in values.items() if name in known}
+    made = _config(model_type, values, config)
     with _BUILDING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(
-            transformers.AutoConfig.for_model(model_type, **{**values, **config}),
-            dtype=torch.float32,
-        )
+        model = loader_of(made).from_config(made, dtype=torch.float32)
         one_plus = architecture_of(model.config).norm == "rms_one_plus"
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -92,3 +133,27 @@ def tiny_model(model_type: str, *, seed: int = 0, **config: Any) -> Any:
                 torch.nn.init.normal_(parameter, 0.0, parameter.shape[-1] ** -0.5)
         model.tie_weights()
     return model.eval().requires_grad_(False)
+
+
+def _config(model_type: str, values: dict[str, Any], given: dict[str, Any]) -> Any:
+    """Return a config with those of the values that it has, and what was given for it."""
+    usual = transformers.AutoConfig.for_model(model_type)
+    if is_composite(usual):
+        around = _AROUND[model_type]
+        # Whatever isn't a field of the whole model's config is one of the decoder's.
+        own = {k: v for k, v in given.items() if hasattr(usual, k)}
+        decoding = {k: v for k, v in given.items() if k not in own}
+        kind = decoding.pop("decoder", around["decoder"])
+        inner = _config(kind, values, {**around["text"], **decoding})
+        return transformers.AutoConfig.for_model(
+            model_type,
+            text_config=inner.to_dict(),
+            vision_config={**_VISION, **around["vision"]},
+            **{"tie_word_embeddings": False, **around["own"], **own},
+        )
+    known = {name for name in values if hasattr(usual, name)}
+    if "num_key_value_heads" in known:
+        # Many models honour it although their configs don't have it unless it is given.
+        known.add("head_dim")
+    values = {name: value for name, value in values.items() if name in known}
+    return transformers.AutoConfig.for_model(model_type, **{**values, **given})

@@ -12,6 +12,7 @@ from typing import Any
 
 from corequant.errors import ArchitectureError
 from corequant_transformers.architectures.where import Where
+from corequant_transformers.architectures.writer import Writer
 
 __all__ = ["NORMS", "Architecture", "Experts"]
 
@@ -103,6 +104,10 @@ class Architecture:
     requires : tuple of (str, value)
         Fields of the config that must have a value for the description to hold; a string is the
         name of a field that must be equal.
+    outside : tuple of str
+        Modules beside the decoder that stay as they are, such as a vision tower.
+    writers : tuple of Writer
+        Parameters in them whose products are written to the residual stream.
 
     Raises
     ------
@@ -145,6 +150,8 @@ class Architecture:
     intermediate_size: str = "intermediate_size"
     usual_expansion: int | None = None
     requires: tuple[tuple[str, Any], ...] = ()
+    outside: tuple[str, ...] = ()
+    writers: tuple[Writer, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from corequant.errors import ArchitectureError
-from corequant_transformers.architectures.known import architecture_of
+from corequant_transformers.architectures.known import architecture_of, decoder_config
 
 __all__ = ["MOST_BLOCKS", "Dimensions", "dimensions_of"]
 
@@ -58,6 +58,8 @@ def dimensions_of(config: Any) -> Dimensions:
         If one is missing, not positive or contradicts another.
     """
     architecture = architecture_of(config)
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    config = decoder_config(config)
     heads = _positive(config, "num_attention_heads")
     hidden = _positive(config, "hidden_size")
     kv_heads = _positive(config, "num_key_value_heads", heads)
@@ -76,7 +78,7 @@ def dimensions_of(config: Any) -> Dimensions:
         kv_heads=kv_heads,
         head_dim=_positive(config, "head_dim", hidden // heads),
         vocabulary=_positive(config, "vocab_size"),
-        tied=bool(getattr(config, "tie_word_embeddings", False)),
+        tied=tied,
         positions=(
             _positive(config, "max_position_embeddings") + architecture.extra_positions
             if architecture.positions is not None

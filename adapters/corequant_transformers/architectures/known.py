@@ -7,8 +7,15 @@ from typing import Any
 from corequant.errors import ArchitectureError
 from corequant_transformers.architectures.described import described
 from corequant_transformers.architectures.description import Architecture
+from corequant_transformers.architectures.multimodal import COMPOSITES
 
-__all__ = ["UnknownArchitectureError", "architecture_of", "register"]
+__all__ = [
+    "UnknownArchitectureError",
+    "architecture_of",
+    "decoder_config",
+    "is_composite",
+    "register",
+]
 
 
 class UnknownArchitectureError(ArchitectureError):
@@ -16,6 +23,17 @@ class UnknownArchitectureError(ArchitectureError):
 
 
 _KNOWN = {architecture.model_type: architecture for architecture in described()}
+
+
+def decoder_config(config: Any) -> Any:
+    """Return the config of the decoder, which may be a part of the whole model's."""
+    composite = COMPOSITES.get(getattr(config, "model_type", ""))
+    return config if composite is None else composite.decoder(config)
+
+
+def is_composite(config: Any) -> bool:
+    """Return whether a config is that of a model with a decoder beside other modules."""
+    return getattr(config, "model_type", None) in COMPOSITES
 
 
 def register(architecture: Architecture) -> None:
@@ -36,6 +54,11 @@ def architecture_of(config: Any) -> Architecture:
         doesn't cover; the message says what would have to be described.
     """
     kind = getattr(config, "model_type", None)
+    if kind in COMPOSITES:
+        composite = COMPOSITES[kind]
+        inner, own = composite.decoder(config), composite.own
+        is_own = own is not None and getattr(inner, "model_type", None) == own.model_type
+        return composite.around(own if own and is_own else architecture_of(inner))
     if kind not in _KNOWN:
         raise UnknownArchitectureError(
             f"model_type must be one of {', '.join(sorted(_KNOWN))}, got {kind!r}; to describe "

@@ -38,11 +38,10 @@ import corequant_transformers  # lets Transformers read this format
 from transformers import pipeline
 
 # This directory, or its id on the Hub.
-generate = pipeline("text-generation", ".")
-print(generate("The capital of France is", max_new_tokens=20)[0]["generated_text"])
+GENERATE
 ```
 
-`AutoModelForCausalLM.from_pretrained(".")` and `corequant_transformers.load(".")` load the same
+`LOADER.from_pretrained(".")` and `corequant_transformers.load(".")` load the same
 model; `corequant export . -o OUT` writes it for other programs.
 """
 
@@ -55,10 +54,24 @@ pip install {packages}
 {first}from transformers import pipeline
 
 # This directory, or its id on the Hub.
-generate = pipeline("text-generation", ".")
-print(generate("The capital of France is", max_new_tokens=20)[0]["generated_text"])
+GENERATE
 ```
 """
+
+_GENERATE = {
+    "text-generation": """\
+generate = pipeline("text-generation", ".")
+print(generate("The capital of France is", max_new_tokens=20)[0]["generated_text"])""",
+    "image-text-to-text": """\
+answer = pipeline("image-text-to-text", ".")
+image = {"type": "image", "url": "photo.jpg"}
+question = {"type": "text", "text": "What is this?"}
+print(answer(text=[{"role": "user", "content": [image, question]}], max_new_tokens=20))""",
+}
+_LOADERS = {
+    "text-generation": "AutoModelForCausalLM",
+    "image-text-to-text": "AutoModelForImageTextToText",
+}
 
 _ROTATING = "import corequant_transformers  # lets Transformers rotate at run time\n"
 _SERVED = "\nvLLM reads it, too: `vllm serve .`\n"
@@ -98,12 +111,20 @@ class _Card:
             self._front(),
             f"# {self._name}, quantized to {' and '.join(self._formats)}\n",
             self._summary(sizes),
-            f"## Use\n\n{self.use}",
+            f"## Use\n\n{self._use()}",
             f"## Contents\n\n{self._contents(sizes, dtypes)}",
             f"## Recipe\n\n{self._recipe()}",
             evaluation_section(self.report.get("evaluation")),
         ]
         return "\n".join(parts)
+
+    @property
+    def _task(self) -> str:
+        return "image-text-to-text" if self.plan.architecture.outside else "text-generation"
+
+    def _use(self) -> str:
+        text = self.use.replace("GENERATE", _GENERATE[self._task])
+        return text.replace("LOADER", _LOADERS[self._task])
 
     @property
     def _name(self) -> str:
@@ -129,7 +150,7 @@ class _Card:
         values["library_name"] = "transformers"
         if licence:
             values["license"] = licence
-        values["pipeline_tag"] = "text-generation"
+        values["pipeline_tag"] = self._task
         values["tags"] = ["corequant", *self._formats]
         # JSON's texts and lists are YAML's, too.
         lines = [f"{key}: {json.dumps(value)}" for key, value in values.items()]

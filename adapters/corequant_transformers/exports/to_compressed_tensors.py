@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
 from corequant.errors import OutputError, RecipeError, SpecError
 from corequant.hadamard import hadamard_matrix
@@ -30,6 +29,7 @@ from corequant_transformers.exports.weight_files import write_shards
 from corequant_transformers.files.digests import write_digests
 from corequant_transformers.files.marks import CARD, GUARD
 from corequant_transformers.files.outputs import check_output, new_directory
+from corequant_transformers.model.loaders import loader_of
 from corequant_transformers.model.sources import copy_files
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
@@ -337,8 +337,7 @@ def _difference(
 
 
 def _class_name(config: Any) -> str:
-    mapping: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    return str(mapping[type(config)].__name__)
+    return str(loader_of(config)._model_mapping[type(config)].__name__)
 
 
 def _check_experts(plan: ModelPlan) -> None:

@@ -1,4 +1,4 @@
-"""Files next to a model's own: its tokenizer's, what it says about generation, its licence."""
+"""Files next to a model's own: tokenizer, processor, what it says about generation, licence."""
 
 from __future__ import annotations
 
@@ -18,11 +18,17 @@ _TOKENIZER = (
     "chat_template*",
     "*.tiktoken",
 )
-_OTHERS = ("generation_config.json", "LICENSE*")
+_OTHERS = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE*",
+)
 
 
 def is_copied(name: str) -> bool:
-    """Return whether a file belongs to the tokenizer or to generation, and is copied as it is."""
+    """Return whether a file belongs to tokenizer, processor or generation, and is copied."""
     return _matches(name, _TOKENIZER + _OTHERS)
 
 

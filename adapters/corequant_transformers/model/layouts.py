@@ -177,7 +177,8 @@ def check_modules(plan: ModelPlan, shapes: dict[str, tuple[int, ...]]) -> None:
     described = {m.name for m in plan.matrices} | set(plan.norms) | inner
     for name in shapes:
         # What a description leaves out would not follow a rotation of the stream around it.
-        if name.rpartition(".")[0] not in described:
+        beside = any(name.startswith(f"{path}.") for path in plan.architecture.outside)
+        if name.rpartition(".")[0] not in described and not beside:
             raise ArchitectureError(
                 f"the model has {name}, which the description of {kind!r} says nothing about"
             )

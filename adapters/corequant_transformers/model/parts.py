@@ -20,6 +20,7 @@ import transformers
 
 from corequant.quantization import QuantizedTensor
 from corequant_transformers.model.layouts import check_modules, standardize, standardized
+from corequant_transformers.model.loaders import loader_of
 from corequant_transformers.model.quantized_weight import QuantizedWeight
 from corequant_transformers.model.replicas import replicate
 from corequant_transformers.model.surroundings import check_finite, quiet_transformers
@@ -29,6 +30,7 @@ from corequant_transformers.planning.model_plan import ModelPlan
 __all__ = [
     "ENTRY",
     "EXIT",
+    "OUTSIDE",
     "ModelWeights",
     "Part",
     "Parts",
@@ -37,6 +39,7 @@ __all__ = [
     "codes_of_embedding",
     "is_rounded",
     "is_tied",
+    "outside_bytes",
     "part_of",
     "part_plan",
     "skeleton",
@@ -44,8 +47,11 @@ __all__ = [
     "untie",
 ]
 
-Part = int | Literal["entry", "exit"]
-"""Index of a decoder block, or ``ENTRY`` (embedding), or ``EXIT`` (final norm and head)."""
+Part = int | Literal["outside", "entry", "exit"]
+"""Index of a decoder block, or ``ENTRY`` (embedding), or ``EXIT`` (final norm and head), or
+``OUTSIDE`` (what lies beside the decoder)."""
+
+OUTSIDE: Literal["outside"] = "outside"
 
 ENTRY: Literal["entry"] = "entry"
 EXIT: Literal["exit"] = "exit"
@@ -98,9 +104,18 @@ def skeleton(model: Any) -> Any:
         _settle_buffers(result)
         return result
     result = build(model)
-    for module in result.modules():
-        module._buffers.update(_computed_buffers(result, module))
+    for owner, module in _with_owners(result):
+        module._buffers.update(_computed_buffers(owner, module))
     return result.eval().requires_grad_(False)
+
+
+def _with_owners(model: Any, owner: Any = None) -> Iterator[tuple[Any, torch.nn.Module]]:
+    """Yield all modules, each with the model of Transformers that it is directly a part of."""
+    owner = model if isinstance(model, transformers.PreTrainedModel) else owner
+    if owner is not None:
+        yield owner, model
+    for child in model.children():
+        yield from _with_owners(child, owner)
 
 
 def _computed_buffers(model: Any, module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -122,14 +137,15 @@ def _computed_buffers(model: Any, module: torch.nn.Module) -> dict[str, torch.Te
 
 def _settle_buffers(model: Any) -> None:
     """Undo in place what a cast of the model rounded that loading would compute in float32."""
-    for module in model.modules():
+    for owner, module in _with_owners(model):
         own = {n for n in module._non_persistent_buffers_set if module._buffers[n] is not None}
-        if not own or not isinstance(model, transformers.PreTrainedModel):
+        if not own:
             continue
-        computed = _computed_buffers(model, module)
+        computed = _computed_buffers(owner, module)
         for name in own:
-            if is_rounded(module._buffers[name], computed[name]):
-                module._buffers[name] = computed[name].to(module._buffers[name].device)
+            there: Any = module._buffers[name]
+            if is_rounded(there, computed[name]):
+                module._buffers[name] = computed[name].to(there.device)
 
 
 def is_rounded(found: torch.Tensor, computed: torch.Tensor) -> bool:
@@ -162,7 +178,7 @@ def build(config: Any) -> Any:
         if each is not None:
             each.dtype = None
     with quiet_transformers(), torch.device("meta"):
-        result: Any = transformers.AutoModelForCausalLM.from_config(config)
+        result: Any = loader_of(config).from_config(config)
     result.config.dtype = torch.float32
     return torch.nn.Module.float(result)
 
@@ -227,8 +243,8 @@ class Parts:
 
     @property
     def order(self) -> list[Part]:
-        """All parts in the order in which a token meets them."""
-        return [ENTRY, *self.blocks, EXIT]
+        """All parts in the order in which a token meets them, what lies outside first."""
+        return [*_outside_of(self.plan), ENTRY, *self.blocks, EXIT]
 
     def block(self, index: int) -> Any:
         """Return a decoder block's module."""
@@ -270,6 +286,8 @@ class Parts:
         """Return the paths of the modules that a part is made of."""
         if isinstance(part, int):
             return [self.plan.architecture.block.format(part)]
+        if part == OUTSIDE:
+            return list(self.plan.architecture.outside)
         return sorted({key.rpartition(".")[0] for key in self.keys[part]})
 
 
@@ -277,7 +295,8 @@ def part_plan(plan: ModelPlan, part: Part) -> ModelPlan:
     """Return the rows and norms of a plan that belong to a part."""
     matrices = tuple(m for m in plan.matrices if part_of(f"{m.name}.", plan) == part)
     norms = tuple(n for n in plan.norms if part_of(f"{n}.", plan) == part)
-    return replace(plan, matrices=matrices, norms=norms)
+    writers = plan.writers if part == OUTSIDE else ()
+    return replace(plan, matrices=matrices, norms=norms, writers=writers)
 
 
 def part_of(name: str, plan: ModelPlan) -> Part:
@@ -290,7 +309,19 @@ def part_of(name: str, plan: ModelPlan) -> Part:
     for path in (plan.architecture.final_norm, plan.architecture.head):
         if name.startswith(f"{path}."):
             return EXIT
+    if any(name.startswith(f"{path}.") for path in plan.architecture.outside):
+        return OUTSIDE
     return ENTRY
+
+
+def outside_bytes(model: Any, plan: ModelPlan) -> int:
+    """Return the bytes that what lies outside of a model's decoder takes in float32."""
+    counts = (p.numel() for n, p in model.named_parameters() if part_of(n, plan) == OUTSIDE)
+    return 4 * int(sum(counts))
+
+
+def _outside_of(plan: ModelPlan) -> list[Part]:
+    return [OUTSIDE] if plan.architecture.outside else []
 
 
 def _give_back(modules: Sequence[weakref.ref[torch.nn.Module]], spare: int) -> None:

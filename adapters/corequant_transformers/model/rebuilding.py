@@ -30,8 +30,8 @@ _FREE = frozenset(
     "all_tied_weights_keys architectures attn_implementation bos_token_id dtype eos_token_id "
     "gradient_checkpointing hf_device_map hf_quantizer id2label inplace is_gradient_checkpointing "
     "is_quantized label2id loss_type max_seq_len_cached name_or_path output_attentions "
-    "output_hidden_states pad_token_id padding_idx return_dict scale_grad_by_freq sparse "
-    "tie_word_embeddings torch_dtype training transformers_version use_cache vocab_size "
+    "output_hidden_states pad_token_id padding_idx return_dict rope_deltas scale_grad_by_freq "
+    "sparse tie_word_embeddings torch_dtype training transformers_version use_cache vocab_size "
     "warnings_issued".split()
 )
 """Attributes of modules and fields of configs on which a loaded model's logits don't depend."""
@@ -173,10 +173,18 @@ def _check_value(what: str, given: Any, wanted: Any) -> None:
 def _check_config(what: str, given: Any, wanted: Any) -> None:
     if not isinstance(given, transformers.PreTrainedConfig):
         raise _differs(what, _name(type(wanted)), repr(given)[:80])
-    found = given.to_dict()
-    for name, value in wanted.to_dict().items():
-        if not (name.startswith("_") or name in _FREE or "drop" in name):
-            _check_value(f"{what}.{name}", found.get(name), value)
+    _check_fields(what, given.to_dict(), wanted.to_dict(), wanted.sub_configs)
+
+
+def _check_fields(what: str, given: Any, wanted: dict[str, Any], parts: Collection[str]) -> None:
+    for name, value in wanted.items():
+        found = given.get(name) if isinstance(given, dict) else _UNKNOWN
+        if name.startswith("_") or name in _FREE or "drop" in name:
+            continue
+        if name in parts and isinstance(value, dict):
+            _check_fields(f"{what}.{name}", found, value, ())
+        else:
+            _check_value(f"{what}.{name}", found, value)
 
 
 def _plain(value: Any) -> Any:

@@ -28,6 +28,7 @@ from corequant_transformers.model.configs import (
     check_unmarked,
     settle_config,
 )
+from corequant_transformers.model.loaders import loader_of
 from corequant_transformers.model.parts import skeleton
 from corequant_transformers.model.shards import FileWeights
 from corequant_transformers.model.surroundings import quiet_transformers, undisturbed
@@ -239,7 +240,7 @@ class Source:
         where, options = self._location()
         # A directory's digests are compared by the quantizer that Transformers calls.
         with _LOADING, comparing(not self._compared), _as_checkpoint_error(self.path):
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = loader_of(self.config()).from_pretrained(
                 where,
                 dtype=dtype,
                 local_files_only=True,

@@ -7,8 +7,8 @@ follows carries out rows, so each matrix can be transformed alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,13 @@ from corequant.recipe import Recipe
 from corequant.rotation import random_signs
 from corequant_transformers.architectures.description import Architecture
 from corequant_transformers.architectures.dimensions import Dimensions, dimensions_of
-from corequant_transformers.architectures.known import architecture_of
+from corequant_transformers.architectures.known import architecture_of, decoder_config
+from corequant_transformers.architectures.writer import Writer
 from corequant_transformers.planning.matrix_plan import (
     RESIDUAL,
     MatrixPlan,
     Region,
+    Side,
     regions_of,
 )
 from corequant_transformers.planning.rows import plan_matrices
@@ -67,6 +69,12 @@ class ModelPlan:
         Whether embedding and head are one matrix, before and after their transforms.
     whole_bytes : int
         Bytes of the float32 model, where its file can't be read a part at a time.
+    outside_bytes : int
+        Bytes of the float32 modules outside of the decoder, which are read at once.
+    writers : tuple of Writer
+        What else writes the residual stream, outside of the decoder.
+    written : Side
+        What happens to the channels of the residual stream as it is written.
     """
 
     architecture: Architecture
@@ -77,6 +85,9 @@ class ModelPlan:
     notes: tuple[str, ...] = ()
     tied: bool = False
     whole_bytes: int = 0
+    outside_bytes: int = 0
+    writers: tuple[Writer, ...] = ()
+    written: Side = field(default_factory=Side)
 
     def draw_signs(self, draw: int = 0) -> dict[str, npt.NDArray[np.float64]]:
         """Return the residual stream's random signs by their name.
@@ -141,7 +152,9 @@ class ModelPlan:
         rounding = _BLOCK_BYTES * block
         if self.needs_moments:
             rounding += moments + window
-        return _BASE + self.whole_bytes + max(running, rounding, _VOCABULARY_BYTES * edge + logits)
+        vocabulary = _VOCABULARY_BYTES * edge + logits
+        parts = (running, rounding, vocabulary, 2 * self.outside_bytes)
+        return _BASE + self.whole_bytes + max(parts)
 
     def _possible_block_sizes(self) -> list[int]:
         rotated = self.mlp_outputs
@@ -223,7 +236,7 @@ def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
     """
     recipe = settle_dtype(recipe, config)
     architecture, sizes = architecture_of(config), dimensions_of(config)
-    matrices, notes = plan_matrices(architecture, config, sizes, recipe)
+    matrices, notes = plan_matrices(architecture, decoder_config(config), sizes, recipe)
     tied, untied = tie(architecture, sizes, recipe, matrices)
     paths = (architecture.block.format(i) for i in range(sizes.blocks))
     inner = [f"{path}.{norm}" for path in paths for norm in architecture.norms]
@@ -232,8 +245,27 @@ def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
     _check_groups(matrices)
     conflict = fusion_conflict(matrices)
     fused = () if conflict is None else (f"{conflict}: it can't load an export of this",)
-    notes = (*notes, *untied, *fused)
-    return ModelPlan(architecture, sizes, recipe, matrices, norms, notes, tied)
+    notes = (*notes, *untied, *fused, *_notes_outside(architecture))
+    return ModelPlan(
+        architecture,
+        sizes,
+        recipe,
+        matrices,
+        norms,
+        notes,
+        tied,
+        writers=architecture.writers,
+        written=matrices[0].input,
+    )
+
+
+def _notes_outside(a: Architecture) -> Iterator[str]:
+    if a.outside:
+        yield (
+            f"{', '.join(a.outside)} stay as they are and are copied, but for "
+            f"{', '.join(w.weight for w in a.writers)}, which follow the residual stream that "
+            "they write; calibration reads text alone"
+        )
 
 
 def _additions_per_channel(block_size: int) -> int:
@@ -250,15 +282,15 @@ def _stored_bytes(matrix: MatrixPlan) -> float:
 
 
 def _check_groups(matrices: Iterable[MatrixPlan]) -> None:
-    for field in ("weights", "activations"):
-        specs = [(m, getattr(m.settings, field)) for m in matrices]
+    for what in ("weights", "activations"):
+        specs = [(m, getattr(m.settings, what)) for m in matrices]
         grouped = [(m, spec.group_size) for m, spec in specs if spec and spec.group_size]
         for matrix, group in grouped:
             if matrix.shape[1] % group:
                 widths = sorted({m.shape[1] for m, _ in grouped})
                 works = [n for n in divisors(math.gcd(*widths)) if n > 1]
                 raise BlockSizeError(
-                    f"the group size of {field} must divide the inputs of every layer, got "
+                    f"the group size of {what} must divide the inputs of every layer, got "
                     f"{group} for {matrix.name} with {matrix.shape[1]} inputs; these divide all of "
                     f"{join_some(widths)}: {join_some(works)}"
                 )

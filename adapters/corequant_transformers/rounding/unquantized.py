@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from corequant_transformers.planning.model_plan import ModelPlan
 __all__ = ["as_stored", "check_tied", "round_unquantized"]
 
 
-def round_unquantized(model: Any, plan: ModelPlan, part: Part) -> None:
+def round_unquantized(
+    model: Any, plan: ModelPlan, part: Part, only: Collection[str] | None = None
+) -> None:
     """Round what isn't quantized of an open part to the plan's dtype, in place.
 
     Parameters
@@ -27,6 +29,8 @@ def round_unquantized(model: Any, plan: ModelPlan, part: Part) -> None:
     plan : ModelPlan
         The whole model's.
     part : Part
+    only : collection of str, optional
+        Names of the tensors that are rounded; by default all that aren't quantized.
 
     Raises
     ------
@@ -39,6 +43,8 @@ def round_unquantized(model: Any, plan: ModelPlan, part: Part) -> None:
     codes = {f"{m.name}.weight" for m in plan.quantized}
     for name, tensor in model.state_dict().items():
         if name in codes or part_of(name, plan) != part or not tensor.is_floating_point():
+            continue
+        if only is not None and name not in only:
             continue
         rounded = tensor.float().to(wanted)
         if not bool(rounded.isfinite().all()):

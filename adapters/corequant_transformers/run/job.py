@@ -32,7 +32,7 @@ from corequant_transformers.model.forward import (
     enter,
     run_block,
 )
-from corequant_transformers.model.parts import ENTRY, EXIT, Parts, part_of, part_plan
+from corequant_transformers.model.parts import ENTRY, EXIT, OUTSIDE, Parts, part_plan
 from corequant_transformers.model.surroundings import to_host
 from corequant_transformers.planning.matrix_plan import Region
 from corequant_transformers.planning.model_plan import VERIFIED_TOKENS, ModelPlan, plan_model
@@ -40,10 +40,12 @@ from corequant_transformers.rounding.block import groups_of, round_block
 from corequant_transformers.rounding.layers import round_nearest
 from corequant_transformers.rounding.unquantized import check_tied, round_unquantized
 from corequant_transformers.run.ledger import Ledger
+from corequant_transformers.run.places import block_of, width_of
 from corequant_transformers.run.sign_trials import SignTrials
 from corequant_transformers.run.steps import quantizes, steps_of
 from corequant_transformers.transforms.embeddings import transform_entry, transform_exit
 from corequant_transformers.transforms.matrices import Choices
+from corequant_transformers.transforms.outside import transform_writers
 from corequant_transformers.transforms.verification import (
     KeepFloat64,
     Verification,
@@ -242,12 +244,12 @@ class Job:
         plan, rows = self.plan, list[dict[str, Any]]()
         report: dict[str, Any] = {"regions": rows}
         regions: dict[int, Region] = dict(enumerate(plan.regions))
-        own = [k for k, region in regions.items() if _block_of(region, plan) == index]
+        own = [k for k, region in regions.items() if block_of(region, plan) == index]
         if index is not None and plan.recipe.block_size == "auto":
             outputs = {m.name for m in plan.mlp_outputs}
             read = [k for k in own if regions[k].name in outputs]
             # A layer that is kept has no rotation.
-            size = choose_block_size(plan, read, found) or _width(plan, index)
+            size = choose_block_size(plan, read, found) or width_of(plan, index)
             report["block_size"] = size
             plan = self._plan_with(index, size)
         tensors: dict[str, torch.Tensor] = {}
@@ -264,7 +266,7 @@ class Job:
         return report, tensors
 
     def _plan_with(self, index: int, size: int) -> ModelPlan:
-        sizes = [size if i == index else _width(self.plan, i) for i in self.parts.blocks]
+        sizes = [size if i == index else width_of(self.plan, i) for i in self.parts.blocks]
         recipe = replace(self.plan.recipe, block_size=tuple(sizes))
         return self._replanned(recipe)
 
@@ -295,6 +297,15 @@ class Job:
         self.ledger.commit(step, report, tensors, {})
 
     # ---- quantizing
+
+    def _do_outside(self, step: str) -> None:
+        with self.parts.open(OUTSIDE) as model:
+            plan = part_plan(self.plan, OUTSIDE)
+            changed, error = transform_writers(model, plan, self.choices)
+            round_unquantized(model, plan, OUTSIDE, changed)
+            tensors = part_tensors(model, self.plan, OUTSIDE)
+        report = {"changed": len(changed), "error": error}
+        self.ledger.commit(step, report, tensors, {})
 
     @torch.no_grad()
     def _do_entry(self, step: str) -> None:
@@ -434,14 +445,3 @@ class Job:
             "regions": [{k: v for k, v in row.items() if k != "index"} for row in regions],
             "matrices": [row for r in reports.values() for row in r.get("matrices", [])],
         }
-
-
-def _block_of(region: Region, plan: ModelPlan) -> int | None:
-    found = {part_of(f"{reader}.", plan) for reader in region.readers}
-    only = found.pop() if len(found) == 1 else None
-    return only if isinstance(only, int) else None
-
-
-def _width(plan: ModelPlan, block: int) -> int:
-    """Return the width of what a block's MLP rotates at run time."""
-    return next(m.shape[1] for m in plan.mlp_outputs if m.block == block)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from corequant_transformers.model.parts import ENTRY, EXIT
+from corequant_transformers.model.parts import ENTRY, EXIT, OUTSIDE
 from corequant_transformers.planning.model_plan import ModelPlan
 
 __all__ = ["quantizes", "steps_of"]
@@ -14,6 +14,7 @@ def steps_of(plan: ModelPlan) -> list[str]:
     return [
         *(f"calibrate-{i:05d}" for i in blocks),
         "choose",
+        *([OUTSIDE] if plan.architecture.outside else []),
         ENTRY,
         *(f"block-{i:05d}" for i in blocks),
         EXIT,
@@ -22,4 +23,4 @@ def steps_of(plan: ModelPlan) -> list[str]:
 
 def quantizes(step: str) -> bool:
     """Return whether a step's tensors are a part of the quantized model."""
-    return step.startswith("block") or step in (ENTRY, EXIT)
+    return step.startswith("block") or step in (OUTSIDE, ENTRY, EXIT)

@@ -32,6 +32,7 @@ __all__ = [
     "settle_norms",
     "transform_matrix",
     "transform_model",
+    "transform_side",
 ]
 
 Array = npt.NDArray[Any]
@@ -88,7 +89,7 @@ def transform_matrix(
         bias = fold_norm_bias(W, bias, shift)
     if gain is not None:
         W = fold_norm(W, gain)
-    W = _transform_side(W, matrix.input, "input", choices)
+    W = transform_side(W, matrix.input, "input", choices)
     W = _transform_outputs(W, matrix, choices)
     if bias is not None:
         bias = _transform_outputs(bias, matrix, choices)
@@ -98,10 +99,11 @@ def transform_matrix(
 def _transform_outputs(W: Array, matrix: MatrixPlan, choices: Choices) -> Array:
     ends = np.cumsum([rows.rows for rows in matrix.row_slices])
     pieces = zip(np.split(W, ends[:-1]), matrix.row_slices, strict=True)
-    return np.concatenate([_transform_side(w, s.output, "output", choices) for w, s in pieces])
+    return np.concatenate([transform_side(w, s.output, "output", choices) for w, s in pieces])
 
 
-def _transform_side(W: Array, side: Side, name: str, choices: Choices) -> Array:
+def transform_side(W: Array, side: Side, name: str, choices: Choices) -> Array:
+    """Return a matrix, or a bias on its output side, after what happens to one side's channels."""
     if side.centered:
         W = merge_centering(W, side=name)
     if side.permutation is not None:

@@ -203,7 +203,7 @@ def stream_error(
     plan : ModelPlan
     choices : Choices
     """
-    stream = plan.matrices[0].input
+    stream = plan.written
     if stream.centered:
         # Its readers never see the mean, and the writers no longer write it.
         before = before - before.mean(-1, keepdim=True)
