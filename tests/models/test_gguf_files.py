@@ -134,6 +134,8 @@ def spoken(model, tokenizer):
         ("mistral", {"sliding_window": None}, "llama-bpe"),
         ("qwen2", {}, "qwen2"),
         ("qwen3", {"head_dim": 32}, "qwen2"),
+        ("mixtral", {"sliding_window": None}, "llama-bpe"),
+        ("qwen3_moe", {"moe_intermediate_size": 64, "norm_topk_prob": True}, "qwen2"),
     ],
 )
 def test_llama_cpp_computes_the_same_from_ids_and_text(kind, config, split, tmp_path):
@@ -212,6 +214,64 @@ def test_blocks_hold_the_codes_of_the_directory(weights, kind, tmp_path):
     assert found["output_norm.weight"].data.tolist() == [1.0] * 64
 
 
+EXPERTS = {"mixtral": {"sliding_window": None}, "qwen3_moe": {"norm_topk_prob": True}}
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_the_experts_of_a_layer_are_one_tensor(kind, tmp_path):
+    from corequant_transformers.checkpoint.reader import Stored
+
+    source = write_model(tmp_path / "source", kind, moe_intermediate_size=64, **EXPERTS[kind])
+    down = {"pattern": r"re:model\.layers\.1\..*down_proj", "weights": "int8:group32"}
+    recipe = {
+        "weights": "int4:group32:symmetric:float16",
+        "layers": [down],
+        "keep": [r"re:model\.layers\.0\..*experts.*up_proj"],
+    }
+    own = quantized(tmp_path / "own", source, **recipe)
+    file = cqhf.export(own, tmp_path / "model.gguf", "gguf")
+    stored, found = Stored(own), {t.name: t for t in gguf.GGUFReader(file).tensors}
+    types = {n: t.tensor_type.name for n, t in found.items() if ".ffn_" in n and "norm" not in n}
+    assert types == {
+        "blk.0.ffn_gate_inp.weight": "F32",
+        "blk.0.ffn_gate_exps.weight": "Q4_0",
+        "blk.0.ffn_up_exps.weight": "F16",
+        "blk.0.ffn_down_exps.weight": "Q4_0",
+        "blk.1.ffn_gate_inp.weight": "F32",
+        "blk.1.ffn_gate_exps.weight": "Q4_0",
+        "blk.1.ffn_up_exps.weight": "Q4_0",
+        "blk.1.ffn_down_exps.weight": "Q8_0",
+    }
+    kept = found["blk.0.ffn_up_exps.weight"].data
+    for expert in range(4):
+        for name, kind in (("gate", "Q4_0"), ("down", "Q8_0")):
+            path = f"model.layers.1.mlp.experts.{expert}.{name}_proj"
+            row = next(m for m in stored.plan.quantized if m.name == path)
+            blocks = found[f"blk.1.ffn_{name}_exps.weight"].data[expert]
+            np.testing.assert_array_equal(
+                decode_blocks(blocks, kind), cq.dequantize(stored.quantized(row))
+            )
+        expected = stored.read(f"model.layers.0.mlp.experts.{expert}.up_proj.weight").array()
+        np.testing.assert_array_equal(kept[expert], expected.astype(np.float16))
+
+
+def test_blocks_without_experts_are_refused(tmp_path):
+    config = {"moe_intermediate_size": 64, "norm_topk_prob": True, "mlp_only_layers": [1]}
+    own = quantized(tmp_path / "own", write_model(tmp_path / "source", "qwen3_moe", **config))
+    with pytest.raises(cq.ArchitectureError, match=r"experts in every block, .* in block 1"):
+        cqhf.export(own, tmp_path / "model.gguf", "gguf")
+
+
+def test_experts_of_a_layer_must_be_of_one_type(tmp_path):
+    source = write_model(tmp_path / "source", "mixtral", sliding_window=None)
+    other = {"pattern": "model.layers.1.mlp.experts.3", "weights": "int8:group32"}
+    own = quantized(
+        tmp_path / "own", source, weights="int4:group32:symmetric:float16", layers=[other]
+    )
+    with pytest.raises(cq.SpecError, match=r"of one type, got Q8_0 for .*\.1\.mlp\.experts\.3\."):
+        cqhf.export(own, tmp_path / "model.gguf", "gguf")
+
+
 @pytest.mark.parametrize(
     ("recipe", "error", "words"),
     [
@@ -232,10 +292,11 @@ def test_what_llama_cpp_lacks_is_refused_and_nothing_is_left(recipe, error, word
 @pytest.mark.parametrize(
     ("kind", "config", "words"),
     [
-        ("olmo2", {}, "GGUF files are written for llama, mistral, qwen2, qwen3, got 'olmo2'"),
+        ("olmo2", {}, r"GGUF files are written for llama, .*, got 'olmo2'"),
         ("mistral", {"sliding_window": 16}, "sliding_window must be null, got 16"),
         ("llama", {"hidden_act": "gelu"}, "computes silu, so hidden_act must be that, got 'gelu'"),
         ("qwen3", {"attention_bias": True}, "attention_bias must be false"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob must be true, got False"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},

@@ -43,7 +43,14 @@ _T = gguf.GGUFValueType
 KeyValue = tuple[str, Any, Any, Any]
 """Key, value, its type, and the type of an array's entries."""
 
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+}
 _ACTIVATION = "silu"
 PERMUTED = ("llama",)
 """Architectures whose queries and keys have their channels in another order."""
@@ -89,9 +96,15 @@ def architecture_name(config: Any) -> str:
             f"llama.cpp's {_ARCHITECTURES[kind]!r} computes {_ACTIVATION}, so hidden_act must be "
             f"that, got {activation!r}"
         )
-    if kind == "qwen3" and getattr(config, "attention_bias", False):
+    if kind in ("qwen3", "qwen3_moe") and getattr(config, "attention_bias", False):
         raise ArchitectureError(
-            "llama.cpp's 'qwen3' reads no biases of attention, so attention_bias must be false"
+            f"llama.cpp's {_ARCHITECTURES[kind]!r} reads no biases of attention, so attention_bias "
+            "must be false"
+        )
+    if not getattr(config, "norm_topk_prob", True):
+        raise ArchitectureError(
+            f"llama.cpp's {_ARCHITECTURES[kind]!r} makes the shares of a token's experts sum to 1, "
+            "so norm_topk_prob must be true, got False"
         )
     return _ARCHITECTURES[kind]
 
@@ -99,6 +112,13 @@ def architecture_name(config: Any) -> str:
 def hyperparameters(config: Any, plan: ModelPlan) -> Iterator[KeyValue]:
     """Yield what llama.cpp must know to build the model."""
     arch, sizes = architecture_name(config), plan.dimensions
+    sparse = {m.block for m in plan.matrices if m.expert is not None}
+    if sizes.experts and len(sparse) != sizes.blocks:
+        dense = min(set(range(sizes.blocks)) - sparse)
+        raise ArchitectureError(
+            f"llama.cpp's {arch!r} has experts in every block, got a model without any in block "
+            f"{dense}"
+        )
     whole = {
         "block_count": sizes.blocks,
         "context_length": config.max_position_embeddings,
@@ -111,6 +131,10 @@ def hyperparameters(config: Any, plan: ModelPlan) -> Iterator[KeyValue]:
         "rope.dimension_count": sizes.head_dim,
         "vocab_size": sizes.vocabulary,
     }
+    if sizes.experts:
+        whole["expert_count"] = sizes.experts
+        whole["expert_used_count"] = sizes.experts_chosen
+        whole["expert_feed_forward_length"] = sizes.expert_intermediate
     for key, value in whole.items():
         yield f"{arch}.{key}", value, _T.UINT32, None
     rope = _rope(config)
