@@ -12,6 +12,7 @@ import transformers
 import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
+from corequant_transformers.architectures.dimensions import dimensions_of
 from corequant_transformers.model.text import token_windows
 
 
@@ -189,7 +190,7 @@ def test_malformed_configs(field, value, words):
 
     setattr(Config, field, value)
     with pytest.raises(cq.ArchitectureError, match=words):
-        cqhf.architectures.dimensions.dimensions_of(Config)
+        dimensions_of(Config)
 
 
 class Letters:

@@ -7,17 +7,20 @@ stream, so that norms can be folded and rotations merged.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from corequant.errors import ArchitectureError
-from corequant_transformers.architectures.where import Where
+from corequant_transformers.architectures.where import Where, holds
 from corequant_transformers.architectures.writer import Writer
 
-__all__ = ["NORMS", "Architecture", "Experts"]
+__all__ = ["NORMS", "Architecture", "Experts", "Variant"]
 
-NORMS = ("rms", "rms_one_plus", "layer")
-"""Kinds of norm: RMSNorm with gain w, RMSNorm with gain 1 + w, LayerNorm with gain and bias."""
+NORMS = ("rms", "rms_one_plus", "rms_plain", "layer", "layer_one_plus", "layer_plain")
+"""Kinds of norm: RMSNorm with gain w, with gain 1 + w, without a gain; LayerNorm, which subtracts the
+mean, with a bias or not, in the same three."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,40 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """What is different in some configs or in some decoder blocks of one model.
+
+    Attributes
+    ----------
+    where : tuple of Where
+        It holds where all of them do.
+    changes : mapping of str to values
+        Fields of ``Architecture`` and what they are there. Conditions on blocks change the fields
+        that are about a block.
+
+    Examples
+    --------
+    >>> import corequant_transformers as cqhf
+    >>> parallel = cqhf.Variant(
+    ...     (cqhf.Where("use_parallel_residual", "equals", (True,)),),
+    ...     {"mlp_norm": "input_layernorm"})
+    """
+
+    where: tuple[Where, ...]
+    changes: Mapping[str, Any]
+
+    def __hash__(self) -> int:
+        """Hash by the conditions; changes compare equal or not."""
+        return hash((self.where, *sorted(self.changes)))
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """A decoder whose blocks add attention and an MLP to a residual stream, one after the other.
+    """A decoder whose blocks add attention and an MLP to a residual stream.
 
     Defaults are those of Llama. Projections that are stored as one matrix have the same path; its
-    rows are query, key, value and gate, up in that order.
+    rows are query, key, value and gate, up in that order. Attention and MLP come one after the
+    other, or both read what enters the block.
 
     Attributes
     ----------
@@ -69,6 +101,8 @@ class Architecture:
         Model type in ``config.json``.
     embedding, final_norm, head : str
         Module paths; the head reads what the final norm gives.
+    embedding_norm : str, optional
+        A norm of the same kind between the embedding and the first block.
     positions : str, optional
         A second embedding, of learned positions, that is added to the first.
     extra_positions : int
@@ -76,19 +110,33 @@ class Architecture:
     block : str
         Path of decoder block i, with ``{}`` for i. The paths below start there.
     norm : str
-        Kind of all norms, one of ``NORMS``.
+        Kind of all norms of the residual stream, one of ``NORMS``.
+    norm_eps : float, optional
+        What norms add to the mean square, where their modules don't say it as ``eps`` or
+        ``variance_epsilon``.
     attention_norm : str, optional
         The norm that query, key and value read; None if they read the stream itself.
     query, key, value, attention_output : str
         The output projection writes the residual.
+    qkv_order : tuple of str
+        Order of query, key and value in one matrix.
+    qkv_groups : str
+        Expression of the number of groups that the rows of one matrix with query, key and value are
+        stored in, each group having its share of all three in that order; ``1`` where all queries
+        come first.
+    attention_inner_norm : str, optional
+        An RMSNorm of all heads' channels that the output projection reads.
     attention_post_norm : str, optional
         An RMSNorm between the output projection and the residual.
     mlp_norm : str, optional
-        The norm that gate and up, or router and experts, read; None as above.
+        The norm that gate and up, or router and experts, read; None as above. Where it is
+        ``attention_norm``, both read one norm.
     gate : str, optional
         None for an MLP without a gate, where down reads ``act(up)``.
     up, down : str
         With a gate, down reads ``act(gate) * up``; it writes the residual.
+    mlp_inner_norm : str, optional
+        An RMSNorm that down reads.
     mlp_post_norm : str, optional
         An RMSNorm between down and the residual.
     experts : Experts, optional
@@ -96,9 +144,11 @@ class Architecture:
     transposed : bool
         Whether linear layers are stored (in_features, out_features), as GPT-2's ``Conv1D``.
     inner : tuple of str
-        Modules of a block that no merge touches, such as norms of queries and keys.
-    intermediate_size : str
-        The config's field with the MLP's width.
+        Modules or parameters of a block that no merge touches, such as norms of queries and keys.
+    heads, kv_heads, head_dim, intermediate_size : str
+        Expressions of query heads, key and value heads, channels of a head, and the MLP's width.
+        Where the config lacks the field that one of the first three names, it has as many key and
+        value heads as query heads, and heads share the hidden size.
     usual_expansion : int, optional
         Width as a multiple of the hidden size where a config leaves that field open.
     requires : tuple of (str, value)
@@ -108,6 +158,13 @@ class Architecture:
         Modules beside the decoder that stay as they are, such as a vision tower.
     writers : tuple of Writer
         Parameters in them whose products are written to the residual stream.
+    variants : tuple of Variant
+        What is different in some configs or some blocks; of two that hold, the later one counts.
+
+    Notes
+    -----
+    An expression is a field of the config, a number, or several of them with ``+``, ``-``, ``*``
+    and ``//``.
 
     Raises
     ------
@@ -129,29 +186,39 @@ class Architecture:
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    embedding_norm: str | None = None
     positions: str | None = None
     extra_positions: int = 0
     block: str = "model.layers.{}"
     norm: str = "rms"
+    norm_eps: float | None = None
     attention_norm: str | None = "input_layernorm"
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
     attention_output: str = "self_attn.o_proj"
+    qkv_order: tuple[str, ...] = ("query", "key", "value")
+    qkv_groups: str = "1"
+    attention_inner_norm: str | None = None
     attention_post_norm: str | None = None
     mlp_norm: str | None = "post_attention_layernorm"
     gate: str | None = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
+    mlp_inner_norm: str | None = None
     mlp_post_norm: str | None = None
     experts: Experts | None = None
     transposed: bool = False
     inner: tuple[str, ...] = ("self_attn.q_norm", "self_attn.k_norm")
+    heads: str = "num_attention_heads"
+    kv_heads: str = "num_key_value_heads"
+    head_dim: str = "head_dim"
     intermediate_size: str = "intermediate_size"
     usual_expansion: int | None = None
     requires: tuple[tuple[str, Any], ...] = ()
     outside: tuple[str, ...] = ()
     writers: tuple[Writer, ...] = ()
+    variants: tuple[Variant, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself."""
@@ -159,22 +226,83 @@ class Architecture:
             raise ArchitectureError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
         if "{}" not in self.block:
             raise ArchitectureError(f"block must hold {{}} for the index, got {self.block!r}")
-        if self.norm == "layer" and (self.attention_post_norm or self.mlp_post_norm):
+        if sorted(self.qkv_order) != ["key", "query", "value"]:
+            raise ArchitectureError(
+                f"qkv_order must name query, key and value once each, got {self.qkv_order!r}"
+            )
+        if self.subtracts_mean and self.post_norms:
             raise ArchitectureError(
                 "a LayerNorm between a writer and the residual can't be centered: "
                 f"attention_post_norm and mlp_post_norm must be RMSNorms, got norm={self.norm!r}"
             )
-        if self.norm == "layer" and None in (self.attention_norm, self.mlp_norm):
+        if self.subtracts_mean and None in (self.attention_norm, self.mlp_norm):
             raise ArchitectureError(
-                "with norm='layer', the residual is centered, so attention_norm and mlp_norm must "
-                "read it first, got None"
+                f"with norm={self.norm!r}, the residual is centered, so attention_norm and mlp_norm "
+                "must read it first, got None"
             )
+        fields = {field.name for field in dataclasses.fields(self)} - {"model_type", "variants"}
+        for variant in self.variants:
+            unknown = sorted(set(variant.changes) - fields)
+            if unknown:
+                raise ArchitectureError(
+                    f"a variant must change fields of an architecture, got {', '.join(unknown)}"
+                )
+
+    @property
+    def subtracts_mean(self) -> bool:
+        """Whether the norms subtract the mean over the channels."""
+        return self.norm.startswith("layer")
+
+    @property
+    def gain_offset(self) -> float:
+        """What a norm adds to its weight to get its gain."""
+        return 1.0 if self.norm.endswith("one_plus") else 0.0
+
+    @property
+    def has_gains(self) -> bool:
+        """Whether the norms have weights."""
+        return not self.norm.endswith("plain")
+
+    def resolved(self, config: Any) -> Architecture:
+        """Return what holds for a config; what depends on the block is left open.
+
+        Parameters
+        ----------
+        config : transformers.PreTrainedConfig
+
+        Raises
+        ------
+        ArchitectureError
+            If what a variant changes contradicts the rest.
+        """
+        found = self
+        later = []
+        for variant in self.variants:
+            if any(each.by_block for each in variant.where):
+                later.append(variant)
+            elif holds(variant.where, config, 0):
+                found = replace(found, **variant.changes)
+        return replace(found, variants=tuple(later))
+
+    def in_block(self, config: Any, block: int) -> Architecture:
+        """Return what holds for a decoder block of a config.
+
+        Parameters
+        ----------
+        config : transformers.PreTrainedConfig
+        block : int
+        """
+        found = self
+        for variant in self.variants:
+            if holds(variant.where, config, block):
+                found = replace(found, **variant.changes)
+        return replace(found, variants=()) if self.variants else self
 
     @property
     def norms(self) -> tuple[str, ...]:
         """The norms of a block whose channels are those of the residual stream."""
         before = (self.attention_norm, self.mlp_norm)
-        return tuple(n for n in (*before, *self.post_norms) if n is not None)
+        return tuple(dict.fromkeys(n for n in (*before, *self.post_norms) if n is not None))
 
     @property
     def post_norms(self) -> tuple[str, ...]:
