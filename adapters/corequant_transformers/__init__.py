@@ -13,7 +13,7 @@ from corequant._validation import need_packages
 from corequant_transformers.exports.arrival import install_when_imported
 
 if TYPE_CHECKING:
-    from corequant_transformers.architectures.description import Architecture, Experts
+    from corequant_transformers.architectures.description import Architecture, Experts, Variant
     from corequant_transformers.architectures.known import register
     from corequant_transformers.architectures.where import Where
     from corequant_transformers.calibration.choices import Calibration
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 # Imported when first asked for: torch and Transformers take seconds.
 _PARTS = {
-    "architectures.description": "Architecture Experts",
+    "architectures.description": "Architecture Experts Variant",
     "architectures.known": "register",
     "architectures.where": "Where",
     "calibration.choices": "Calibration",
@@ -93,6 +93,7 @@ __all__ = [
     "Task",
     "TaskResult",
     "Trace",
+    "Variant",
     "Verification",
     "Where",
     "calibrate",

@@ -278,7 +278,8 @@ def quantize(
     where = _device(device, None if source else model, executor)
     table = plan(model, recipe)
     if source is None:
-        check_plain(model, [m.name for m in table.quantized])
+        names = [m.name for m in table.quantized]
+        check_plain(model, names, table.architecture.linear_classes)
         if goal is not None:
             check_rebuilt(model, rebuild(_config_text(model)))
     if goal is not None:

@@ -124,7 +124,7 @@ def tiny_model(model_type: str, *, seed: int = 0, **config: Any) -> Any:
     with _BUILDING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = loader_of(made).from_config(made, dtype=torch.float32)
-        one_plus = architecture_of(model.config).norm == "rms_one_plus"
+        one_plus = bool(architecture_of(model.config).gain_offset)
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 base = 1.0 if name.endswith("weight") and not one_plus else 0.0
@@ -151,9 +151,13 @@ def _config(model_type: str, values: dict[str, Any], given: dict[str, Any]) -> A
             vision_config={**_VISION, **around["vision"]},
             **{"tie_word_embeddings": False, **around["own"], **own},
         )
-    known = {name for name in values if hasattr(usual, name)}
+    known = {name for name in values if hasattr(usual, name) and not _is_computed(usual, name)}
     if "num_key_value_heads" in known:
         # Many models honour it although their configs don't have it unless it is given.
         known.add("head_dim")
     values = {name: value for name, value in values.items() if name in known}
     return transformers.AutoConfig.for_model(model_type, **{**values, **given})
+
+
+def _is_computed(config: Any, name: str) -> bool:
+    return isinstance(getattr(type(config), name, None), property)

@@ -13,7 +13,10 @@ import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from corequant_transformers.architectures.described import described
 
+HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+ALONE = {"num_attention_heads": 3, "num_key_value_heads": 1}
+"""As many channels in all heads as in the stream."""
 VARIANTS = {
     "granite": {
         "embedding_multiplier": 3.0,
@@ -29,14 +32,48 @@ VARIANTS = {
     },
     "olmoe": {"head_dim": 12},
     "helium": {"head_dim": 12},
-    "stablelm": {"num_attention_heads": 3, "num_key_value_heads": 1},
+    "stablelm": ALONE,
     "phimoe": {"head_dim": 12, "attention_bias": True, "lm_head_bias": True},
+    "phi": {"qk_layernorm": True, "head_dim": 12, "rope_parameters": HALF},
+    "gpt_neox": ALONE | {"rope_parameters": HALF},
+    "falcon": {"num_attention_heads": 3, "ffn_hidden_size": 96, "bias": True},
+    "gptj": {"rotary_dim": 8},
+    "codegen": {"rotary_dim": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "cohere": {"use_qk_norm": True, "logit_scale": 0.3},
+    "olmo": {"head_dim": 12},
+    "bitnet": ALONE,
+    "mpt": {"max_seq_len": 64},
     "mistral": {"sliding_window": 8},
     "starcoder2": {"sliding_window": 8},
     "qwen2": {**SLIDING, "use_sliding_window": True},
-    **dict.fromkeys(("ministral", "olmo3", "exaone4", "gemma2", "gemma3_text"), SLIDING),
+    **dict.fromkeys(("ministral", "olmo3", "exaone4", "gemma2", "gemma3_text", "cohere2"), SLIDING),
 }
 """What tiny models are made with, away from the defaults where these hide something."""
+
+OTHERS = (
+    ("stablelm", ALONE | {"use_parallel_residual": True}),
+    ("gpt_neox", ALONE | {"use_parallel_residual": False}),
+    ("falcon", {"num_attention_heads": 3, "ffn_hidden_size": 96, "parallel_attn": False}),
+    ("falcon", {"num_attention_heads": 3, "ffn_hidden_size": 96, "multi_query": False}),
+    (
+        "falcon",
+        {"num_kv_heads": 2, "ffn_hidden_size": 96, "new_decoder_architecture": True, "alibi": True},
+    ),
+    (
+        "falcon",
+        {
+            "num_kv_heads": 2,
+            "ffn_hidden_size": 96,
+            "new_decoder_architecture": True,
+            "num_ln_in_parallel_attn": 1,
+        },
+    ),
+    ("gpt_bigcode", {"multi_query": False}),
+    ("mpt", {"attn_config": {"clip_qkv": 0.5}}),
+    ("olmo", {"head_dim": 12, "clip_qkv": 0.5}),
+)
+"""Further variants that the same descriptions cover."""
 
 KINDS = [architecture.model_type for architecture in described()]
 
@@ -46,10 +83,12 @@ def logits(model, tokens):
         return model(input_ids=torch.from_numpy(tokens), use_cache=False).logits
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_exact_in_float64_and_equal_to_the_bit_from_and_after_a_file(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "config"), [*((kind, VARIANTS.get(kind, {})) for kind in KINDS), *OTHERS]
+)
+def test_exact_in_float64_and_equal_to_the_bit_from_and_after_a_file(kind, config, tmp_path):
     tokens = np.random.default_rng(0).integers(0, 128, (2, 24))
-    model, recipe = cqhf.tiny_model(kind, **VARIANTS.get(kind, {})), Recipe(block_size=16)
+    model, recipe = cqhf.tiny_model(kind, **config), Recipe(block_size=16)
     result = cqhf.quantize(model, recipe, tokens, tmp_path / "out")
     found = result.verification
     assert found.logits_error < 1e-10
@@ -92,9 +131,17 @@ def test_conditions_on_blocks_and_models():
     ):
         with pytest.raises(cq.ArchitectureError, match=words):
             cqhf.Where(*given).holds(config, 3)
-    with pytest.raises(cq.ArchitectureError, match="relation must be one of equals, names"):
+    with pytest.raises(cq.ArchitectureError, match="relation must be one of equals, differs"):
         cqhf.Where("kind", "is")
     with pytest.raises(
         cq.ArchitectureError, match=r"values must be given .*, got \(\) for 'equals'"
     ):
         cqhf.Where("kind", "equals")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_with_rotations_at_run_time_alone(kind):
+    tokens = np.random.default_rng(0).integers(0, 128, (1, 24))
+    model = cqhf.tiny_model(kind, **VARIANTS.get(kind, {}))
+    result = cqhf.quantize(model, Recipe(rotation="online", block_size=4), tokens)
+    assert result.verification.logits_error < 1e-10

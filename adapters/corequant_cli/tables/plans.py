@@ -30,7 +30,7 @@ def plan_dict(plan: Any) -> dict[str, Any]:
             {
                 "name": m.name,
                 "shape": list(m.shape),
-                "norm": m.norm if plan.folds else None,
+                "norm": m.norm if plan.folds_norm(m) else None,
                 "input_permuted": m.input.permutation is not None,
                 "input_rotation": m.input.rotation,
                 "online": m.online,
@@ -75,7 +75,7 @@ def plan_table(plan: Any) -> None:
         grid.add_row(
             marked(m.name.removeprefix(path)),
             "×".join(map(str, m.shape)),
-            "norm" if plan.folds and m.norm is not None else "",
+            "norm" if plan.folds_norm(m) else "",
             _side(m.input, "online " if m.online else ""),
             ", ".join(filter(None, dict.fromkeys(_side(p.output, "") for p in m.row_slices))),
             rounded if m.quantized else "",

@@ -79,6 +79,9 @@ class Composite:
             decoder,
             model_type=self.model_type,
             embedding=moved(decoder.embedding),
+            embedding_norm=None
+            if decoder.embedding_norm is None
+            else moved(decoder.embedding_norm),
             positions=None if decoder.positions is None else moved(decoder.positions),
             final_norm=moved(decoder.final_norm),
             block=moved(decoder.block),

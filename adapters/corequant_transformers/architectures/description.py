@@ -19,8 +19,8 @@ from corequant_transformers.architectures.writer import Writer
 __all__ = ["NORMS", "Architecture", "Experts", "Variant"]
 
 NORMS = ("rms", "rms_one_plus", "rms_plain", "layer", "layer_one_plus", "layer_plain")
-"""Kinds of norm: RMSNorm with gain w, with gain 1 + w, without a gain; LayerNorm, which subtracts the
-mean, with a bias or not, in the same three."""
+"""Kinds of norm: RMSNorm with gain w, with gain 1 + w, without a gain; the same three of LayerNorm,
+which subtracts the mean, with a bias or not."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,9 @@ class Architecture:
         Expression of the number of groups that the rows of one matrix with query, key and value are
         stored in, each group having its share of all three in that order; ``1`` where all queries
         come first.
+    linear_values : bool
+        Whether attention is linear in its values up to the output projection: nothing clips them,
+        and no gate stands between. Otherwise they are not rotated.
     attention_inner_norm : str, optional
         An RMSNorm of all heads' channels that the output projection reads.
     attention_post_norm : str, optional
@@ -143,6 +146,9 @@ class Architecture:
         Description of a model's routed experts.
     transposed : bool
         Whether linear layers are stored (in_features, out_features), as GPT-2's ``Conv1D``.
+    linear_classes : tuple of str
+        Transformers' own classes of linear layers, if they compute what ``torch.nn.Linear`` does
+        in another way.
     inner : tuple of str
         Modules or parameters of a block that no merge touches, such as norms of queries and keys.
     heads, kv_heads, head_dim, intermediate_size : str
@@ -152,8 +158,8 @@ class Architecture:
     usual_expansion : int, optional
         Width as a multiple of the hidden size where a config leaves that field open.
     requires : tuple of (str, value)
-        Fields of the config that must have a value for the description to hold; a string is the
-        name of a field that must be equal.
+        Fields of the config, or of a config in it as ``attn_config.clip_qkv``, that must have a
+        value for the description to hold; a string is the name of a field that must be equal.
     outside : tuple of str
         Modules beside the decoder that stay as they are, such as a vision tower.
     writers : tuple of Writer
@@ -199,6 +205,7 @@ class Architecture:
     attention_output: str = "self_attn.o_proj"
     qkv_order: tuple[str, ...] = ("query", "key", "value")
     qkv_groups: str = "1"
+    linear_values: bool = True
     attention_inner_norm: str | None = None
     attention_post_norm: str | None = None
     mlp_norm: str | None = "post_attention_layernorm"
@@ -209,6 +216,7 @@ class Architecture:
     mlp_post_norm: str | None = None
     experts: Experts | None = None
     transposed: bool = False
+    linear_classes: tuple[str, ...] = ()
     inner: tuple[str, ...] = ("self_attn.q_norm", "self_attn.k_norm")
     heads: str = "num_attention_heads"
     kv_heads: str = "num_key_value_heads"
@@ -237,8 +245,8 @@ class Architecture:
             )
         if self.subtracts_mean and None in (self.attention_norm, self.mlp_norm):
             raise ArchitectureError(
-                f"with norm={self.norm!r}, the residual is centered, so attention_norm and mlp_norm "
-                "must read it first, got None"
+                f"with norm={self.norm!r}, the residual is centered, so attention_norm and "
+                "mlp_norm must read it first, got None"
             )
         fields = {field.name for field in dataclasses.fields(self)} - {"model_type", "variants"}
         for variant in self.variants:
@@ -275,6 +283,8 @@ class Architecture:
         ArchitectureError
             If what a variant changes contradicts the rest.
         """
+        if not self.variants:
+            return self
         found = self
         later = []
         for variant in self.variants:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import ast
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from corequant.errors import ArchitectureError
+from corequant_transformers.architectures.description import Architecture
 from corequant_transformers.architectures.known import architecture_of, decoder_config
 
-__all__ = ["MOST_BLOCKS", "Dimensions", "dimensions_of"]
+__all__ = ["MOST_BLOCKS", "Dimensions", "dimensions_in", "dimensions_of", "evaluate"]
 
 MOST_BLOCKS = 4096
 """Decoder blocks of a config that is believed; published models have some hundred at most."""
@@ -60,23 +64,16 @@ def dimensions_of(config: Any) -> Dimensions:
     architecture = architecture_of(config)
     tied = bool(getattr(config, "tie_word_embeddings", False))
     config = decoder_config(config)
-    heads = _positive(config, "num_attention_heads")
     hidden = _positive(config, "hidden_size")
-    kv_heads = _positive(config, "num_key_value_heads", heads)
-    if heads % kv_heads:
-        raise ArchitectureError(
-            f"num_key_value_heads must divide num_attention_heads={heads}, got {kv_heads}"
-        )
     blocks = _positive(config, "num_hidden_layers", most=MOST_BLOCKS)
-    expansion, experts = architecture.usual_expansion, architecture.experts
-    usual = expansion * hidden if expansion is not None else None
-    return Dimensions(
+    experts = architecture.experts
+    plain = Dimensions(
         blocks=blocks,
         hidden=hidden,
-        intermediate=_positive(config, architecture.intermediate_size, usual),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=_positive(config, "head_dim", hidden // heads),
+        intermediate=0,
+        heads=0,
+        kv_heads=0,
+        head_dim=0,
         vocabulary=_positive(config, "vocab_size"),
         tied=tied,
         positions=(
@@ -88,10 +85,111 @@ def dimensions_of(config: Any) -> Dimensions:
         experts_chosen=_positive(config, experts.chosen) if experts else 0,
         expert_intermediate=_positive(config, experts.intermediate_size) if experts else 0,
     )
+    return dimensions_in(plain, architecture, config)
 
 
-def _positive(config: Any, name: str, default: int | None = None, most: int = _MOST_WIDE) -> int:
+def dimensions_in(
+    sizes: Dimensions, architecture: Architecture, config: Any, block: int = 0
+) -> Dimensions:
+    """Return the sizes with those of a decoder block's attention and MLP.
+
+    Parameters
+    ----------
+    sizes : Dimensions
+    architecture : Architecture
+        What holds in the block.
+    config : transformers.PreTrainedConfig
+    block : int
+
+    Raises
+    ------
+    ArchitectureError
+        As ``dimensions_of``.
+    """
+    a = architecture
+    heads = evaluate(a.heads, config, block)
+    kv_heads = evaluate(a.kv_heads, config, block, heads)
+    if heads % kv_heads:
+        raise ArchitectureError(f"{a.kv_heads} must divide {a.heads}={heads}, got {kv_heads}")
+    usual = None if a.usual_expansion is None else a.usual_expansion * sizes.hidden
+    return replace(
+        sizes,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=evaluate(a.head_dim, config, block, sizes.hidden // heads),
+        intermediate=evaluate(a.intermediate_size, config, block, usual),
+    )
+
+
+def evaluate(expression: str, config: Any, block: int = 0, default: int | None = None) -> int:
+    """Return the size that an expression of a description comes to.
+
+    Parameters
+    ----------
+    expression : str
+        A field of the config, a number, or several of them with ``+``, ``-``, ``*`` and ``//``.
+        Of a field with an entry for each decoder block, the block's is taken.
+    config : transformers.PreTrainedConfig
+    block : int
+    default : int, optional
+        Taken where the expression is a field that the config leaves open.
+
+    Raises
+    ------
+    ArchitectureError
+        If the expression is none, or it or a field in it is not positive.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> from corequant_transformers.architectures.dimensions import evaluate
+    >>> evaluate("3 * hidden_size // heads", SimpleNamespace(hidden_size=64, heads=4))
+    48
+    """
+    try:
+        tree = ast.parse(expression, mode="eval").body
+        if isinstance(tree, ast.Name):
+            return _positive(config, tree.id, default, block=block)
+        value = _value(tree, config, block)
+    except (SyntaxError, ZeroDivisionError):
+        raise _no_size(expression) from None
+    if value < 1:
+        raise ArchitectureError(f"{expression} of the config must be positive, got {value}")
+    return value
+
+
+def _value(tree: ast.expr, config: Any, block: int) -> int:
+    if isinstance(tree, ast.Name):
+        return _positive(config, tree.id, block=block)
+    if isinstance(tree, ast.Constant) and type(tree.value) is int:
+        return tree.value
+    if isinstance(tree, ast.BinOp) and type(tree.op) in _OPERATORS:
+        left, right = _value(tree.left, config, block), _value(tree.right, config, block)
+        return _OPERATORS[type(tree.op)](left, right)
+    raise _no_size(ast.unparse(tree))
+
+
+def _no_size(expression: str) -> ArchitectureError:
+    return ArchitectureError(
+        "a size must be a field of the config, a number, or several of them with +, -, * and //, "
+        f"got {expression!r}"
+    )
+
+
+_OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
+
+
+def _positive(
+    config: Any, name: str, default: int | None = None, most: int = _MOST_WIDE, block: int = 0
+) -> int:
     value = getattr(config, name, None)
+    if isinstance(value, list | tuple) and block < len(value):
+        value = value[block]
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         got = repr(value)[:80]

@@ -8,6 +8,7 @@ from corequant.errors import ArchitectureError
 from corequant_transformers.architectures.described import described
 from corequant_transformers.architectures.description import Architecture
 from corequant_transformers.architectures.multimodal import COMPOSITES
+from corequant_transformers.architectures.where import field_of
 
 __all__ = [
     "UnknownArchitectureError",
@@ -58,7 +59,7 @@ def architecture_of(config: Any) -> Architecture:
         composite = COMPOSITES[kind]
         inner, own = composite.decoder(config), composite.own
         is_own = own is not None and getattr(inner, "model_type", None) == own.model_type
-        return composite.around(own if own and is_own else architecture_of(inner))
+        return composite.around(own.resolved(inner) if own and is_own else architecture_of(inner))
     if kind not in _KNOWN:
         raise UnknownArchitectureError(
             f"model_type must be one of {', '.join(sorted(_KNOWN))}, got {kind!r}; to describe "
@@ -67,9 +68,9 @@ def architecture_of(config: Any) -> Architecture:
             "value and output projections, and of the MLP's gate, up and down projections or its "
             "experts, as far as they differ from Llama's"
         )
-    architecture = _KNOWN[kind]
+    architecture = _KNOWN[kind].resolved(config)
     for name, wanted in architecture.requires:
-        found = getattr(config, name, None)
+        found = field_of(config, name)
         value = getattr(config, wanted) if isinstance(wanted, str) else wanted
         if found != value:
             other = f"{wanted}={value!r}" if isinstance(wanted, str) else repr(value)

@@ -7,9 +7,12 @@ from typing import Any
 
 from corequant.errors import ArchitectureError
 
-__all__ = ["RELATIONS", "Where", "holds"]
+__all__ = ["RELATIONS", "Where", "field_of", "holds"]
 
-RELATIONS = ("equals", "names", "lists", "omits", "divides", "after", "from", "before", "upto")
+_VALUED = ("equals", "differs", "names")
+_ORDERED = ("from", "after", "before", "upto")
+
+RELATIONS = (*_VALUED, "lists", "omits", "divides", *_ORDERED)
 """How a field of the config chooses; see ``Where``."""
 
 _FORMS = {
@@ -22,16 +25,17 @@ _FORMS = {
 
 @dataclass(frozen=True)
 class Where:
-    """A condition on a field of the config and, but for ``equals``, a decoder block i.
+    """A condition on a field of the config and, for most relations, a decoder block i.
 
     Attributes
     ----------
     field : str
+        With dots, a field of a config in the config.
     relation : str
-        ``equals``: the field is one of ``values``, in every block; ``names``: its entry for block
-        i is; ``lists`` or ``omits``: it is a list of indices, with i in it or not, None being an
-        empty one; ``divides``: it divides i + 1; ``from``, ``after``, ``before``, ``upto``: i is
-        at least the field, greater, less, at most.
+        ``equals``, ``differs``: the field is one of ``values`` or none, in every block; ``names``:
+        its entry for block i is one; ``lists``, ``omits``: it is a list of indices, with i in it or
+        not, None being an empty one; ``divides``: it divides i + 1; ``from``, ``after``,
+        ``before``, ``upto``: i is at least the field, greater, less, at most.
     values : tuple
 
     Raises
@@ -58,16 +62,16 @@ class Where:
             raise ArchitectureError(
                 f"relation must be one of {', '.join(RELATIONS)}, got {self.relation!r}"
             )
-        if bool(self.values) != (self.relation in ("equals", "names")):
+        if bool(self.values) != (self.relation in _VALUED):
             raise ArchitectureError(
-                "values must be given for the relations 'equals' and 'names' and for no other, "
+                f"values must be given for the relations {', '.join(_VALUED)} and for no other, "
                 f"got {self.values!r} for {self.relation!r}"
             )
 
     @property
     def by_block(self) -> bool:
         """Whether it depends on the block."""
-        return self.relation != "equals"
+        return self.relation not in ("equals", "differs")
 
     def holds(self, config: Any, block: int) -> bool:
         """Return whether the condition holds for a decoder block of a config.
@@ -77,24 +81,39 @@ class Where:
         ArchitectureError
             If the config has no such field, or one that the relation can't be applied to.
         """
-        found = getattr(config, self.field, None)
-        if self.relation == "equals":
-            return found in self.values
+        found = field_of(config, self.field)
+        if not self.by_block:
+            return (found in self.values) == (self.relation == "equals")
         try:
             if self.relation == "names":
-                return found[block] in self.values  # type: ignore[index]
+                return bool(found[block] in self.values)
             if self.relation in ("lists", "omits"):
-                return (block in (found or ())) == (self.relation == "lists")
+                return bool(block in (found or ())) == (self.relation == "lists")
             if self.relation == "divides":
-                return (block + 1) % found == 0  # type: ignore[operator]
-            at_least, greater = block >= found, block > found  # type: ignore[operator]
+                return bool((block + 1) % found == 0)
+            at_least, greater = block >= found, block > found
         except (TypeError, IndexError, ZeroDivisionError):
             raise ArchitectureError(
                 f"the config's {self.field} must {_FORMS.get(self.relation, 'be a number')}, got "
                 f"{str(found)[:80]}"
             ) from None
         ordered = {"from": at_least, "after": greater, "before": not at_least, "upto": not greater}
-        return ordered[self.relation]
+        return bool(ordered[self.relation])
+
+
+def field_of(config: Any, path: str) -> Any:
+    """Return a field of a config, or with dots of one in it; None if there is none.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> from corequant_transformers.architectures.where import field_of
+    >>> field_of(SimpleNamespace(attention=SimpleNamespace(clip=8)), "attention.clip")
+    8
+    """
+    for name in path.split("."):
+        config = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+    return config
 
 
 def holds(where: tuple[Where, ...], config: Any, block: int) -> bool:

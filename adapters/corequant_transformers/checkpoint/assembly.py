@@ -29,7 +29,7 @@ from corequant_transformers.model.quantized_linear import QuantizedLinear
 from corequant_transformers.model.surroundings import check_finite
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import plan_model
-from corequant_transformers.transforms.matrices import restructure
+from corequant_transformers.transforms.norms import restructure
 
 __all__ = ["Assembly"]
 

@@ -30,7 +30,7 @@ from corequant_transformers.model.sources import files_to_copy, read_generation
 from corequant_transformers.model.surroundings import quiet_transformers, undisturbed
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan, plan_model
-from corequant_transformers.transforms.matrices import restructure
+from corequant_transformers.transforms.norms import restructure
 
 __all__ = ["Stored", "is_quantized", "load", "load_tokenizer", "read_plan", "read_recipe"]
 

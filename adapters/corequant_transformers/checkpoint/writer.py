@@ -34,7 +34,7 @@ from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
 from corequant_transformers.model.sources import copy_files
 from corequant_transformers.model.surroundings import quiet_transformers
 from corequant_transformers.planning.model_plan import ModelPlan
-from corequant_transformers.transforms.matrices import restructure
+from corequant_transformers.transforms.norms import restructure
 
 __all__ = ["save", "writing"]
 

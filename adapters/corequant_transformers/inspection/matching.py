@@ -139,10 +139,8 @@ def _channel_pairs(
     for matrix in plan.matrices:
         own = to_host(quantized.get_submodule(matrix.name).weight)
         given = to_host(halfway.get_submodule(matrix.name).weight)
-        start = 0
-        for part in matrix.row_slices:
-            side, rows = part.output, slice(start, start + part.rows)
-            start += part.rows
+        for part, rows in zip(matrix.row_slices, matrix.sliced_rows(), strict=True):
+            side = part.output
             if region.name in (side.permutation, side.factors):
                 yield _unrotated(own[rows].T, side).T, given[rows], _power(side, region, 1)
         side = matrix.input

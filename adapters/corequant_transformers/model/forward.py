@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from corequant.errors import ArchitectureError, CalibrationError
+from corequant.errors import ArchitectureError, CalibrationError, CorequantError
 from corequant_transformers.architectures.description import Architecture
 from corequant_transformers.architectures.dimensions import Dimensions
 from corequant_transformers.model.parts import ENTRY, Parts, part_plan
@@ -165,16 +165,27 @@ def block_arguments(parts: Parts, window: Tokens, dtype: torch.dtype) -> list[di
     Raises
     ------
     ArchitectureError
-        If the model gives its blocks more arguments than they name.
+        If the model gives its blocks more arguments than they name, or does something else with
+        hidden states before, between or after them.
     """
     found: list[dict[str, Any]] = [{} for _ in parts.blocks]
     parts.model.to(dtype)
     with ExitStack() as stack:
         for path in _embeddings(parts):
             stack.enter_context(_stand_in(parts, path, _no_embedding(parts, dtype)))
+        for path in _entry_norms(parts):
+            stack.enter_context(_stand_in(parts, path, _same))
         stack.enter_context(_blocks_pass(parts, lambda index, kwargs: found[index].update(kwargs)))
         stack.enter_context(_stand_in(parts, parts.plan.architecture.final_norm, _same))
-        _trunk(parts)(input_ids=_ids(parts, window), use_cache=False)
+        try:
+            _trunk(parts)(input_ids=_ids(parts, window), use_cache=False)
+        except CorequantError:
+            raise
+        except Exception as error:
+            raise ArchitectureError(
+                f"the forward pass of {type(_trunk(parts)).__name__} must lead from the embedding "
+                f"through the decoder blocks to the final norm, got {type(error).__name__}: {error}"
+            ) from error
     parts.model.float()
     return found
 
@@ -199,6 +210,8 @@ def leaving(parts: Parts, hidden: torch.Tensor) -> Iterator[Any]:
     with ExitStack() as stack:
         for path in _embeddings(parts):
             stack.enter_context(_stand_in(parts, path, _no_embedding(parts, hidden.dtype)))
+        for path in _entry_norms(parts):
+            stack.enter_context(_stand_in(parts, path, _same))
         result = hidden.to(parts.device)
         stack.enter_context(_blocks_pass(parts, lambda index, kwargs: None, result=result))
         yield parts.model
@@ -224,6 +237,10 @@ def _embeddings(parts: Parts) -> list[str]:
     return [m.name for m in part_plan(parts.plan, ENTRY).matrices]
 
 
+def _entry_norms(parts: Parts) -> list[str]:
+    return [m.norm for m in part_plan(parts.plan, ENTRY).matrices if m.norm is not None]
+
+
 def _same(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return x
 
@@ -242,6 +259,31 @@ def _stand_in(parts: Parts, path: str, forward: Callable[..., Any]) -> AbstractC
     return standing_in(parts.model.get_submodule(path), forward)
 
 
+def _takes_tuples(parts: Parts) -> bool:
+    """Return whether the model takes hidden states out of a tuple that a block gives."""
+    if parts.takes_tuples is None:
+        seen: list[int] = []
+
+        def note(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            seen.append(hidden.ndim)
+            return hidden
+
+        a, ids = parts.plan.architecture, torch.zeros(1, 2, dtype=torch.int64, device=parts.device)
+        with ExitStack() as stack, torch.no_grad():
+            for path in _embeddings(parts):
+                stand_in = _no_embedding(parts, parts.model.dtype)
+                stack.enter_context(_stand_in(parts, path, stand_in))
+            after = (*_entry_norms(parts), *(a.block.format(i) for i in parts.blocks), a.final_norm)
+            for path in after:
+                stack.enter_context(_stand_in(parts, path, note))
+            try:
+                _trunk(parts)(input_ids=ids, use_cache=False)
+            except Exception:  # of whatever the model does with what is no tuple
+                seen.append(0)
+        parts.takes_tuples = set(seen) != {3}
+    return parts.takes_tuples
+
+
 @contextmanager
 def _blocks_pass(
     parts: Parts,
@@ -250,11 +292,12 @@ def _blocks_pass(
     result: torch.Tensor | None = None,
 ) -> Iterator[None]:
     """Let all blocks hand on what they get, or the first one give ``result``."""
+    tuples = _takes_tuples(parts)
 
-    def stand_in(index: int) -> Callable[..., torch.Tensor]:
+    def stand_in(index: int) -> Callable[..., Any]:
         names = [*inspect.signature(type(parts.block(index)).forward).parameters][2:]
 
-        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if len(args) > len(names):
                 raise ArchitectureError(
                     f"decoder block {index} must name the arguments that it takes, {names}, got "
@@ -263,7 +306,8 @@ def _blocks_pass(
             if index == 0 and entered is not None:
                 entered.append(hidden_states)
             notice(index, {**dict(zip(names, args, strict=False)), **kwargs})
-            return result if result is not None else hidden_states
+            output = result if result is not None else hidden_states
+            return (output, None) if tuples else output
 
         return forward
 

@@ -113,6 +113,8 @@ def standardize(model: Any, plan: ModelPlan) -> dict[str, torch.nn.Module]:
         If the model lacks a module that its architecture's description names.
     """
     architecture, replaced = plan.architecture, {}
+    for norm in (*plan.norms, *(m.norm for m in plan.matrices if m.norm and m.own_norm)):
+        _find(model, norm, architecture.model_type)
     experts = architecture.experts
     if experts is not None:
         blocks = dict.fromkeys(m.block for m in plan.matrices if m.expert is not None)
@@ -169,16 +171,15 @@ def check_modules(plan: ModelPlan, shapes: dict[str, tuple[int, ...]]) -> None:
                 f"{matrix.name}.weight must have shape {matrix.shape} as {kind!r} is described, "
                 f"got {found}"
             )
-    for norm in plan.norms:
+    for norm in plan.norms if plan.architecture.has_gains else ():
         if f"{norm}.weight" not in shapes:
             raise ArchitectureError(f"the model has no norm {norm!r} with a weight")
-    blocks = [plan.architecture.block.format(i) for i in range(plan.dimensions.blocks)]
-    inner = {f"{block}.{name}" for block in blocks for name in plan.architecture.inner}
-    described = {m.name for m in plan.matrices} | set(plan.norms) | inner
+    own = {m.norm for m in plan.matrices if m.own_norm}
+    described = {m.name for m in plan.matrices} | set(plan.norms) | own
     for name in shapes:
         # What a description leaves out would not follow a rotation of the stream around it.
         beside = any(name.startswith(f"{path}.") for path in plan.architecture.outside)
-        if name.rpartition(".")[0] not in described and not beside:
+        if not beside and not {name, name.rpartition(".")[0]} & (described | set(plan.inner)):
             raise ArchitectureError(
                 f"the model has {name}, which the description of {kind!r} says nothing about"
             )

@@ -208,6 +208,8 @@ class Parts:
     model : transformers.PreTrainedModel
     keys : dict of Part to list of str
         Names of the parameters of each part.
+    takes_tuples : bool, optional
+        Whether blocks give tuples; None until it is found out.
 
     Raises
     ------
@@ -224,6 +226,7 @@ class Parts:
         spare: int = 0,
     ) -> None:
         self.model = model
+        self.takes_tuples: bool | None = None
         self.spare = spare
         self.weights = weights
         self.plan = plan

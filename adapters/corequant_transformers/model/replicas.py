@@ -11,7 +11,7 @@ import copy
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -116,7 +116,7 @@ def check_given(model: Any, *, floating: bool = True) -> Any:
     return found
 
 
-def check_plain(model: Any, names: Iterable[str]) -> None:
+def check_plain(model: Any, names: Iterable[str], linear_classes: Collection[str] = ()) -> None:
     """Raise unless a model computes what its modules' classes say, and nothing else.
 
     Rounded layers take the places of others, and are calibrated on what those classes compute.
@@ -127,6 +127,8 @@ def check_plain(model: Any, names: Iterable[str]) -> None:
     model : torch.nn.Module
     names : iterable of str
         Paths of the layers that will be replaced.
+    linear_classes : collection of str
+        Classes of Transformers that compute what ``torch.nn.Linear`` does in another way.
 
     Raises
     ------
@@ -154,12 +156,15 @@ def check_plain(model: Any, names: Iterable[str]) -> None:
                 f"{name} must have no hooks, since a quantized layer takes its place and would "
                 "leave them out; remove them for quantize"
             )
+        kind = type(layer)
+        known = kind.__module__.startswith("transformers.") and kind.__name__ in linear_classes
         if (
             isinstance(layer, torch.nn.Linear)
-            and type(layer).forward is not torch.nn.Linear.forward
+            and kind.forward is not torch.nn.Linear.forward
+            and not known
         ):
             raise ArchitectureError(
-                f"{name} must be a torch.nn.Linear, got {type(layer).__name__} with a forward of "
+                f"{name} must be a torch.nn.Linear, got {kind.__name__} with a forward of "
                 "its own, which the quantized layer would leave out"
             )
 

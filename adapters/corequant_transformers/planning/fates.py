@@ -27,11 +27,16 @@ def fates(plan: ModelPlan) -> list[dict[str, Any]]:
     ]
     fate = "becomes neutral" if plan.folds else "follows the residual stream"
     width = [plan.dimensions.hidden]
-    return rows + [{"name": f"{n}.weight", "shape": width, "fate": fate} for n in plan.norms]
+    if plan.architecture.has_gains:
+        rows += [{"name": f"{n}.weight", "shape": width, "fate": fate} for n in plan.norms]
+    inside = [(m.norm, m.shape[1]) for m in plan.matrices if m.own_norm]
+    return rows + [
+        {"name": f"{n}.weight", "shape": [size], "fate": "becomes neutral"} for n, size in inside
+    ]
 
 
 def _acts(matrix: MatrixPlan, plan: ModelPlan) -> list[str]:
-    acts = ["norm folded"] if plan.folds and matrix.norm is not None else []
+    acts = ["norm folded"] if plan.folds_norm(matrix) else []
     sides = [(matrix.input, "columns"), *((s.output, "rows") for s in matrix.row_slices)]
     acts += dict.fromkeys(f"{words} in {where}" for side, where in sides if (words := _words(side)))
     if matrix.online:

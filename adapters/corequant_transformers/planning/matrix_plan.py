@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
+
 from corequant.errors import BlockSizeError, HadamardOrderError
 from corequant.recipe import FLOAT, LayerSettings, Recipe
 from corequant.rotation import check_block_size
@@ -68,7 +71,7 @@ class RowSlice:
     Attributes
     ----------
     rows : int
-        Number of rows.
+        Number of rows; of a matrix with several groups, in all of them.
     output : Side
         What happens to them.
     """
@@ -90,7 +93,9 @@ class MatrixPlan:
         being rows, so that its ``input`` side is what it writes to the residual stream.
     norm : str, optional
         Path of the norm that it reads, whose gain, and bias if it has one, is folded in where
-        rotations are merged.
+        rotations are merged. Of an embedding, the norm that reads it.
+    own_norm : bool
+        Whether no other part reads that norm: it is folded in any case.
     input, output : Side
         What happens to its columns and to its rows.
     online : bool
@@ -99,6 +104,8 @@ class MatrixPlan:
         How its weight and its input are quantized; by default they stay in float.
     slices : tuple of RowSlice
         The rows of a matrix with several projections, in order, in place of ``output``.
+    groups : int
+        Number of groups that these rows are stored in, each with its share of every slice.
     reads : str
         Name of the activation that it reads; matrices with the same name read the same one.
     block, expert : int, optional
@@ -111,11 +118,13 @@ class MatrixPlan:
     name: str
     shape: tuple[int, int]
     norm: str | None = None
+    own_norm: bool = False
     input: Side = Side()
     output: Side = Side()
     online: bool = False
     settings: LayerSettings = FLOAT
     slices: tuple[RowSlice, ...] = ()
+    groups: int = 1
     reads: str = ""
     block: int | None = None
     expert: int | None = None
@@ -147,6 +156,14 @@ class MatrixPlan:
     def row_slices(self) -> tuple[RowSlice, ...]:
         """The slices, or the whole matrix as one."""
         return self.slices or (RowSlice(self.shape[0], self.output),)
+
+    def sliced_rows(self) -> tuple[npt.NDArray[np.int64], ...]:
+        """Return the indices of each slice's rows."""
+        shares = [rows.rows // self.groups for rows in self.row_slices]
+        starts = np.cumsum([0, *shares])
+        first = np.arange(self.groups)[:, None] * starts[-1]
+        pairs = zip(starts, shares, strict=False)
+        return tuple((first + start + np.arange(share)).reshape(-1) for start, share in pairs)
 
     @property
     def region(self) -> str | None:
@@ -263,7 +280,7 @@ def plan_stream(a: Architecture, recipe: Recipe, sizes: Dimensions) -> Stream:
         width = check_rotation("residual rotation", None, "hidden_size", sizes.hidden)
         side = Side(factors=signs, rotation=width)
         if not a.post_norms:
-            return Stream(replace(side, centered=a.norm == "layer"), side, side, online=False)
+            return Stream(replace(side, centered=a.subtracts_mean), side, side, online=False)
         # RMSNorm without its gain g commutes with a rotation R, since |x R| = |x|; but (x R) ∘ g is
         # (x ∘ g) R for equal gains only. Signs and permutations are no obstacle.
         plain = Side(factors=signs)
@@ -278,7 +295,7 @@ def plan_stream(a: Architecture, recipe: Recipe, sizes: Dimensions) -> Stream:
     width = check_rotation("block_size", block, "hidden_size", sizes.hidden)
     permuted = recipe.permutation != "identity" and width < sizes.hidden
     notes: tuple[str, ...] = ()
-    if signs and a.norm == "layer":
+    if signs and a.subtracts_mean:
         signs = None
         notes = (
             "the residual stream gets no random signs: the LayerNorms keep their place with "

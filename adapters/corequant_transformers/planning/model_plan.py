@@ -67,6 +67,8 @@ class ModelPlan:
         What the model's structure prevents, why, and what is done instead.
     tied : bool
         Whether embedding and head are one matrix, before and after their transforms.
+    inner : tuple of str
+        Paths of the modules and parameters that nothing is done to.
     whole_bytes : int
         Bytes of the float32 model, where its file can't be read a part at a time.
     outside_bytes : int
@@ -88,6 +90,7 @@ class ModelPlan:
     outside_bytes: int = 0
     writers: tuple[Writer, ...] = ()
     written: Side = field(default_factory=Side)
+    inner: tuple[str, ...] = ()
 
     def draw_signs(self, draw: int = 0) -> dict[str, npt.NDArray[np.float64]]:
         """Return the residual stream's random signs by their name.
@@ -174,6 +177,10 @@ class ModelPlan:
         """Whether the norms' gains are folded into the weights."""
         return folds_gains(self.architecture, self.recipe)
 
+    def folds_norm(self, matrix: MatrixPlan) -> bool:
+        """Return whether the gain of the norm that a matrix reads is folded into it."""
+        return matrix.norm is not None and (self.folds or matrix.own_norm)
+
     @property
     def regions(self) -> tuple[Region, ...]:
         """The channels that are measured to choose permutations and factors."""
@@ -236,10 +243,13 @@ def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
     """
     recipe = settle_dtype(recipe, config)
     architecture, sizes = architecture_of(config), dimensions_of(config)
-    matrices, notes = plan_matrices(architecture, decoder_config(config), sizes, recipe)
+    inner_config = decoder_config(config)
+    matrices, notes = plan_matrices(architecture, inner_config, sizes, recipe)
     tied, untied = tie(architecture, sizes, recipe, matrices)
-    paths = (architecture.block.format(i) for i in range(sizes.blocks))
-    inner = [f"{path}.{norm}" for path in paths for norm in architecture.norms]
+    blocks = tuple(architecture.in_block(inner_config, i) for i in range(sizes.blocks))
+    pairs = [(architecture.block.format(i), block) for i, block in enumerate(blocks)]
+    inner = [f"{path}.{norm}" for path, block in pairs for norm in block.norms]
+    left = tuple(f"{path}.{name}" for path, block in pairs for name in block.inner)
     norms = (architecture.final_norm, *inner)
     check_rules(recipe, matrices)
     _check_groups(matrices)
@@ -256,6 +266,7 @@ def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
         tied,
         writers=architecture.writers,
         written=matrices[0].input,
+        inner=left,
     )
 
 

@@ -10,7 +10,11 @@ from corequant.errors import RecipeError
 from corequant.recipe import FLOAT, LayerSettings, Recipe
 from corequant.specs import QuantSpec
 from corequant_transformers.architectures.description import Architecture
-from corequant_transformers.architectures.dimensions import Dimensions
+from corequant_transformers.architectures.dimensions import (
+    Dimensions,
+    dimensions_in,
+    evaluate,
+)
 from corequant_transformers.architectures.where import holds
 from corequant_transformers.planning.matrix_plan import (
     MatrixPlan,
@@ -43,15 +47,20 @@ def plan_matrices(
     RecipeError
         If signs or scales are asked for where the path isn't linear.
     """
-    sparse = [_is_sparse(a, config, i) for i in range(sizes.blocks)]
-    _check_factors(a, recipe, sparse)
-    widths = [sizes.expert_intermediate if s else sizes.intermediate for s in sparse]
-    blocks = _block_sizes(recipe, widths)
+    blocks = [a.in_block(config, i) for i in range(sizes.blocks)]
+    own = [dimensions_in(sizes, block, config, i) for i, block in enumerate(blocks)]
+    sparse = [_is_sparse(block, config, i) for i, block in enumerate(blocks)]
+    for block, is_sparse in zip(blocks, sparse, strict=True):
+        _check_factors(block, recipe, is_sparse)
+    pairs = zip(own, sparse, strict=True)
+    widths = [each.expert_intermediate if s else each.intermediate for each, s in pairs]
+    lengths = _block_sizes(recipe, widths)
     stream = plan_stream(a, recipe, sizes)
     matrices = list(_embeddings(a, sizes, stream, recipe))
-    for i in range(sizes.blocks):
-        matrices += _attention(a, sizes, i, stream, recipe)
-        matrices += _mlps(a, sizes, i, stream, sparse[i], blocks[i], recipe)
+    for i, block in enumerate(blocks):
+        groups = evaluate(block.qkv_groups, config, i)
+        matrices += _attention(block, own[i], i, stream, recipe, groups)
+        matrices += _mlps(block, own[i], i, stream, sparse[i], lengths[i], recipe)
     head = MatrixPlan(
         a.head,
         (sizes.vocabulary, sizes.hidden),
@@ -85,16 +94,26 @@ def _embeddings(
         if name is not None:
             shape = (rows, sizes.hidden)
             written = stream.written
-            yield MatrixPlan(name, shape, input=written, settings=settings, role="embedding")
+            norm = a.embedding_norm if name == a.embedding else None
+            yield MatrixPlan(
+                name,
+                shape,
+                norm,
+                own_norm=norm is not None,
+                input=written,
+                settings=settings,
+                role="embedding",
+            )
 
 
 def _attention(
-    a: Architecture, sizes: Dimensions, block: int, stream: Stream, recipe: Recipe
+    a: Architecture, sizes: Dimensions, block: int, stream: Stream, recipe: Recipe, groups: int
 ) -> Iterator[MatrixPlan]:
     path = a.block.format(block)
     name = f"{path}.{a.attention_output}"
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     online = recipe.rotation == "online"
+    width: int | None
     if online:
         given = recipe.block_size if isinstance(recipe.block_size, int) else None
         width = check_rotation("block_size", given, "heads times head_dim", queries)
@@ -104,29 +123,37 @@ def _attention(
         )
     settings = recipe.settings_of(name)
     value = read = Side()
-    if settings.weights is None:
+    if not a.linear_values and recipe.rotation in ("offline", "heads"):
+        width = None
+    if settings.weights is None or width is None:
         # Nothing is done for the sake of an input that stays as it is.
         online = False
     else:
         # A block that holds whole heads leaves nothing to balance inside them.
         inside = width < sizes.head_dim and sizes.head_dim % width == 0
-        region = name if inside and settings.permutation != "identity" else None
+        moved = inside and a.linear_values and settings.permutation != "identity"
+        region = name if moved else None
         group = sizes.heads // sizes.kv_heads if region else 1
         heads = sizes.kv_heads if region else 1
+        # What values are not linear in is rotated at run time alone.
+        online = online or not a.linear_values
         value = Side(permutation=region, rotation=None if online else width, heads=heads)
         read = Side(permutation=region, rotation=width, heads=heads, repeat=group)
-    projections = (
-        (a.query, RowSlice(queries)),
-        (a.key, RowSlice(keys)),
-        (a.value, RowSlice(keys, value)),
-    )
+    known = {
+        "query": (a.query, RowSlice(queries)),
+        "key": (a.key, RowSlice(keys)),
+        "value": (a.value, RowSlice(keys, value)),
+    }
+    projections = [known[which] for which in a.qkv_order]
     yield from _readers(
-        path, a.attention_norm, projections, recipe, sizes, stream,
+        path, a.attention_norm, projections, recipe, sizes, stream, groups,
         block=block, role="attention_input",
     )  # fmt: skip
     yield MatrixPlan(
         name,
         (sizes.hidden, queries),
+        _inside(path, a.attention_inner_norm),
+        own_norm=a.attention_inner_norm is not None,
         input=read,
         output=stream.written,
         online=online,
@@ -144,6 +171,7 @@ def _readers(
     recipe: Recipe,
     sizes: Dimensions,
     stream: Stream,
+    groups: int = 1,
     **where: Any,
 ) -> Iterator[MatrixPlan]:
     """Yield linear readers of the stream; those with one path are slices of one matrix."""
@@ -158,12 +186,13 @@ def _readers(
         yield MatrixPlan(
             f"{path}.{name}",
             (sum(each.rows for each in slices), sizes.hidden),
-            None if norm is None else f"{path}.{norm}",
-            stream.final if kept else stream.read,
+            _inside(path, norm),
+            input=stream.final if kept else stream.read,
             output=slices[0].output if len(slices) == 1 else Side(),
             online=stream.online and not kept,
             settings=settings,
             slices=tuple(slices) if len(slices) > 1 else (),
+            groups=groups if len(slices) > 1 else 1,
             reads=reads,
             **where,
         )
@@ -187,8 +216,8 @@ def _mlps(
     yield MatrixPlan(
         f"{path}.{e.router}",
         (sizes.experts, sizes.hidden),
-        None if a.mlp_norm is None else f"{path}.{a.mlp_norm}",
-        stream.final,
+        _inside(path, a.mlp_norm),
+        input=stream.final,
         reads=f"{path}.mlp_input",
         block=block,
         role="router",
@@ -225,13 +254,15 @@ def _mlp(
     projections = [(up, RowSlice(width, linear))]
     if gate is not None:
         projections.insert(0, (gate, RowSlice(width, inner)))
-    where = {"block": block, "expert": expert}
+    where: dict[str, Any] = {"block": block, "expert": expert}
     yield from _readers(
         path, a.mlp_norm, projections, recipe, sizes, stream, role="mlp_input", **where
     )
     yield MatrixPlan(
         name,
         (sizes.hidden, width),
+        _inside(path, None if expert is not None else a.mlp_inner_norm),
+        own_norm=expert is None and a.mlp_inner_norm is not None,
         input=replace(linear, rotation=block_size if online else None),
         output=stream.written,
         online=online,
@@ -249,12 +280,23 @@ def _is_sparse(a: Architecture, config: Any, block: int) -> bool:
     return holds(a.experts.where, config, block)
 
 
-def _check_factors(a: Architecture, recipe: Recipe, sparse: list[bool]) -> None:
-    if recipe.factors != "none" and a.gate is None and not all(sparse):
+def _inside(path: str, name: str | None) -> str | None:
+    return None if name is None else f"{path}.{name}"
+
+
+def _check_factors(a: Architecture, recipe: Recipe, sparse: bool) -> None:
+    if recipe.factors == "none" or sparse:
+        return
+    if a.gate is None:
         raise RecipeError(
             f"factors must be none for {a.model_type!r}, got {recipe.factors!r}: signs and scales "
             f"pass only through linear paths, and in an MLP without a gate the activation "
             f"function stands between {a.up} and {a.down}"
+        )
+    if a.mlp_inner_norm is not None and recipe.factors != "signs":
+        raise RecipeError(
+            f"factors must be none or signs for {a.model_type!r}, got {recipe.factors!r}: scales "
+            f"don't pass through {a.mlp_inner_norm}, which stands before {a.down}"
         )
 
 

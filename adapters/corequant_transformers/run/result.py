@@ -9,7 +9,7 @@ from corequant_transformers.checkpoint.tensors import place_tensors
 from corequant_transformers.model.layouts import standardize
 from corequant_transformers.model.sources import Source, read_generation
 from corequant_transformers.run.job import Job
-from corequant_transformers.transforms.matrices import restructure
+from corequant_transformers.transforms.norms import restructure
 
 __all__ = ["assemble"]
 

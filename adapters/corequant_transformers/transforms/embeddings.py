@@ -22,11 +22,8 @@ from corequant_transformers.model.parts import ENTRY, EXIT, Parts, part_plan
 from corequant_transformers.model.surroundings import to_host
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
-from corequant_transformers.transforms.matrices import (
-    Choices,
-    settle_norms,
-    transform_matrix,
-)
+from corequant_transformers.transforms.matrices import Choices, transform_matrix
+from corequant_transformers.transforms.norms import FoldedNorm, folded_norm, settle_norms
 from corequant_transformers.transforms.verification import (
     KeepFloat64,
     check_changed,
@@ -74,6 +71,7 @@ def transform_entry(
     path = plan.architecture.embedding
     matrix = next(m for m in rows.matrices if m.name == path)
     table = model.get_submodule(path)
+    norm = folded_norm(model, matrix, plan)
     known = torch.from_numpy(np.unique(tokens)).to(parts.device)
     model.set_submodule(path, _excerpt(table, known))
     try:
@@ -87,7 +85,7 @@ def transform_entry(
     finally:
         model.set_submodule(path, table)
         model.float()
-    weight, _ = _assemble(_pieces(table, matrix, choices), matrix.shape, parts.device)
+    weight, _ = _assemble(_pieces(table, matrix, choices, norm), matrix.shape, parts.device)
     if not torch.equal(weight[known], wanted):
         raise VerificationError(
             f"row-wise and whole-matrix transforms of {path} differ, so that what was verified is "
@@ -134,9 +132,9 @@ def transform_exit(
     head = model.get_submodule(path)
     prints = fingerprints(model, rows)
     reference = _logits(parts, path, _pieces(head), states[0], ids)
-    transformed = _pieces(head, matrix, choices, _norm_of(model, matrix, plan))
+    transformed = _pieces(head, matrix, choices, folded_norm(model, matrix, plan))
     weight, bias = _assemble(transformed, matrix.shape, parts.device)
-    settle_norms(model, rows, choices)
+    settle_norms(model, rows, choices.permutations)
     error = relative_error(reference, _logits(parts, path, transformed, states[1], ids))
     head.weight = torch.nn.Parameter(weight, requires_grad=False)
     head.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
@@ -158,23 +156,11 @@ def _excerpt(table: Any, known: torch.Tensor) -> Any:
     return small
 
 
-def _norm_of(model: Any, matrix: MatrixPlan, plan: ModelPlan) -> tuple[Array | None, Array | None]:
-    """Return copies of what the norm that a matrix folds multiplies by and adds, in float64."""
-    if not plan.folds or matrix.norm is None:
-        return None, None
-    norm = model.get_submodule(matrix.norm)
-    gain = to_host(norm.weight).astype(np.float64)
-    if plan.architecture.norm == "rms_one_plus":
-        gain += 1.0
-    bias = getattr(norm, "bias", None)
-    return gain, None if bias is None else to_host(bias).astype(np.float64)
-
-
 def _pieces(
     module: Any,
     matrix: MatrixPlan | None = None,
     choices: Choices | None = None,
-    norm: tuple[Array | None, Array | None] = (None, None),
+    norm: FoldedNorm | None = None,
 ) -> Pieces:
     """Return a float32 module's rows in float64, transformed if there is a row of a plan."""
     weight = to_host(module.weight)
@@ -187,7 +173,7 @@ def _pieces(
             W = weight[first : first + step].astype(np.float64)
             b = None if bias is None else bias[first : first + step].astype(np.float64)
             if matrix is not None and choices is not None:
-                W, b = transform_matrix(W, b, matrix, norm[0], choices, norm[1])
+                W, b = transform_matrix(W, b, matrix, norm, choices)
             yield W, b
 
     return pieces

@@ -21,15 +21,14 @@ from corequant.merging import (
 from corequant.permutation import invert_permutation, repeat_permutation
 from corequant.rotation import block_hadamard
 from corequant_transformers.model.surroundings import to_host
-from corequant_transformers.planning.matrix_plan import RESIDUAL, MatrixPlan, Side
+from corequant_transformers.planning.matrix_plan import MatrixPlan, Side
 from corequant_transformers.planning.model_plan import ModelPlan
+from corequant_transformers.transforms.norms import FoldedNorm, folded_norm, settle_norms
 
 __all__ = [
     "Choices",
     "OnlineRotation",
     "restore",
-    "restructure",
-    "settle_norms",
     "transform_matrix",
     "transform_model",
     "transform_side",
@@ -67,12 +66,7 @@ class OnlineRotation:
 
 
 def transform_matrix(
-    W: Array,
-    bias: Array | None,
-    matrix: MatrixPlan,
-    gain: Array | None,
-    choices: Choices,
-    shift: Array | None = None,
+    W: Array, bias: Array | None, matrix: MatrixPlan, norm: FoldedNorm | None, choices: Choices
 ) -> tuple[Array, Array | None]:
     """Return a matrix and its bias after everything that the row says.
 
@@ -81,14 +75,17 @@ def transform_matrix(
     W : numpy.ndarray (out_features, in_features)
     bias : numpy.ndarray (out_features,), optional
     matrix : MatrixPlan
-    gain, shift : numpy.ndarray (in_features,), optional
-        Gain and bias of the norm that the row folds; a shift gives the layer a bias.
+    norm : FoldedNorm, optional
+        The norm that the row folds; with a shift it gives the layer a bias.
     choices : Choices
     """
-    if shift is not None:
-        bias = fold_norm_bias(W, bias, shift)
-    if gain is not None:
-        W = fold_norm(W, gain)
+    if norm is not None and matrix.role == "embedding":
+        W = norm.of_rows(W).astype(W.dtype)
+    elif norm is not None:
+        if norm.shift is not None:
+            bias = fold_norm_bias(W, bias, norm.shift.astype(W.dtype))
+        if norm.gain is not None:
+            W = fold_norm(W, norm.gain.astype(W.dtype))
     W = transform_side(W, matrix.input, "input", choices)
     W = _transform_outputs(W, matrix, choices)
     if bias is not None:
@@ -97,9 +94,12 @@ def transform_matrix(
 
 
 def _transform_outputs(W: Array, matrix: MatrixPlan, choices: Choices) -> Array:
-    ends = np.cumsum([rows.rows for rows in matrix.row_slices])
-    pieces = zip(np.split(W, ends[:-1]), matrix.row_slices, strict=True)
-    return np.concatenate([transform_side(w, s.output, "output", choices) for w, s in pieces])
+    if len(matrix.row_slices) == 1:
+        return transform_side(W, matrix.row_slices[0].output, "output", choices)
+    result = np.empty_like(W)
+    for part, rows in zip(matrix.row_slices, matrix.sliced_rows(), strict=True):
+        result[rows] = transform_side(W[rows], part.output, "output", choices)
+    return result
 
 
 def transform_side(W: Array, side: Side, name: str, choices: Choices) -> Array:
@@ -141,15 +141,9 @@ def transform_model(
     """
     for done, matrix in enumerate(plan.matrices):
         module = model.get_submodule(matrix.name)
-        folds = plan.folds and matrix.norm is not None
-        norm = model.get_submodule(matrix.norm) if folds else None
+        norm = folded_norm(model, matrix, plan)
         W, b = transform_matrix(
-            to_host(module.weight),
-            _numpy(module, "bias"),
-            matrix,
-            None if norm is None else _gain(norm, plan),
-            choices,
-            None if norm is None else _numpy(norm, "bias"),
+            to_host(module.weight), _numpy(module, "bias"), matrix, norm, choices
         )
         device = module.weight.device
         module.weight = torch.nn.Parameter(torch.from_numpy(W).to(device), requires_grad=False)
@@ -158,52 +152,7 @@ def transform_model(
         if matrix.online and matrix.input.rotation is not None:
             module.register_forward_pre_hook(OnlineRotation(matrix.input.rotation))
         progress(done + 1, len(plan.matrices))
-    settle_norms(model, plan, choices)
-
-
-def settle_norms(model: Any, plan: ModelPlan, choices: Choices) -> None:
-    """Make norms neutral whose gains are folded, or let them follow the stream, in place."""
-    restructure(model, plan)
-    for name in plan.norms:
-        norm = model.get_submodule(name)
-        if plan.folds:
-            # The kinds of norm differ in which weight is a gain of 1.
-            neutral = 0.0 if plan.architecture.norm == "rms_one_plus" else 1.0
-            # The memory may be that of the model that was given.
-            gain = torch.full_like(norm.weight, neutral)
-            norm.weight = torch.nn.Parameter(gain, requires_grad=False)
-        elif RESIDUAL in choices.permutations:
-            order = torch.from_numpy(choices.permutations[RESIDUAL])
-            for parameter in norm.parameters(recurse=False):
-                parameter.data = parameter.data[order.to(parameter.device)]
-
-
-def restructure(model: Any, plan: ModelPlan) -> None:
-    """Add the modules that transformed weights need to a standardized model, in place.
-
-    Where LayerNorms are folded, RMSNorms take their place, and the layers that read them get a
-    bias. Weights and biases that are there stay as they are.
-    """
-    if not plan.folds or plan.architecture.norm != "layer":
-        return
-    for name in plan.norms:
-        norm = model.get_submodule(name)
-        if isinstance(norm, torch.nn.LayerNorm):
-            weight = norm.weight
-            rms = torch.nn.RMSNorm(
-                norm.normalized_shape, norm.eps, dtype=weight.dtype, device=weight.device
-            )
-            model.set_submodule(name, rms.requires_grad_(False))
-    for matrix in plan.matrices:
-        module = model.get_submodule(matrix.name)
-        if matrix.norm is not None and module.bias is None:
-            zeros = module.weight.new_zeros(matrix.shape[0])
-            module.bias = torch.nn.Parameter(zeros, requires_grad=False)
-
-
-def _gain(norm: Any, plan: ModelPlan) -> Array:
-    weight = to_host(norm.weight)
-    return 1.0 + weight if plan.architecture.norm == "rms_one_plus" else weight
+    settle_norms(model, plan, choices.permutations)
 
 
 def _numpy(module: torch.nn.Module, name: str) -> Array | None:

@@ -328,7 +328,7 @@ def _check_acted(
 
 def _acts(matrix: MatrixPlan, plan: ModelPlan, choices: Choices) -> bool:
     """Return whether carrying out a row has to change its matrix."""
-    if plan.folds and matrix.norm is not None:
+    if plan.folds_norm(matrix):
         return True
     for side in (matrix.input, *(rows.output for rows in matrix.row_slices)):
         order = choices.permutations.get(side.permutation or "")

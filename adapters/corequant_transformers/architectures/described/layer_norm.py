@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from corequant_transformers.architectures.description import Architecture
+from corequant_transformers.architectures.description import Architecture, Variant
+from corequant_transformers.architectures.where import Where
 
 __all__ = ["DESCRIPTIONS"]
 
@@ -11,6 +12,12 @@ DESCRIPTIONS = (
     Architecture(
         "stablelm",
         norm="layer",
-        requires=(("use_parallel_residual", False), ("qk_layernorm", False)),
+        requires=(("qk_layernorm", False),),
+        variants=(
+            Variant(
+                (Where("use_parallel_residual", "equals", (True,)),),
+                {"mlp_norm": "input_layernorm"},
+            ),
+        ),
     ),
 )

@@ -21,6 +21,8 @@ DESCRIPTIONS = (
         gate=None,
         up="fc1",
         down="fc2",
+        kv_heads="num_attention_heads",
+        head_dim="hidden_size // num_attention_heads",
         intermediate_size="ffn_dim",
         requires=(
             ("do_layer_norm_before", True),

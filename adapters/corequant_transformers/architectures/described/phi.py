@@ -8,6 +8,17 @@ __all__ = ["DESCRIPTIONS"]
 
 DESCRIPTIONS = (
     Architecture(
+        "phi",
+        final_norm="model.final_layernorm",
+        norm="layer",
+        attention_output="self_attn.dense",
+        mlp_norm="input_layernorm",
+        gate=None,
+        up="mlp.fc1",
+        down="mlp.fc2",
+        inner=("self_attn.q_layernorm", "self_attn.k_layernorm"),
+    ),
+    Architecture(
         "phi3",
         query="self_attn.qkv_proj",
         key="self_attn.qkv_proj",
