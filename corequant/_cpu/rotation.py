@@ -209,6 +209,8 @@ def _rotate_rows(
     stores = storing(x.nbytes, target)
     if stores != "ordinary" and np.may_share_memory(x, out):
         stores = "ordinary"
+    if stores == "ordinary" and target % VECTOR_BYTES and target % x.dtype.itemsize == 0:
+        stores = "across"
     rows = _rows(x.dtype, x.size, block_size, inverse, where, stores, threads)
     given = rows.settings
     if signs is not None:

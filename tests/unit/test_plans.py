@@ -75,11 +75,49 @@ def test_plans_differ_in_speed_alone(dtype, vectors):
                 assert (turned(other, x, signs) == expected).all(), other
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("core", [1, 12, 172])
+def test_a_last_pass_along_lines_writes_the_same_and_nothing_else(dtype, core):
+    lanes, kind = lanes_of(dtype), np.dtype(dtype)
+    plan = replace(
+        plan_rows(dtype, core, 32 * lanes, False, "none", "ordinary"),
+        **{"tile": 2, "radices": (4, 4), "halved": False, "in_place": True, "depth": 1},
+    )
+    x = np.random.default_rng(core).normal(size=2 * plan.block).astype(dtype)
+    expected = turned(plan, x, np.ones(plan.block))
+    for before in range(kind.itemsize, 64, 20 if kind.itemsize == 4 else 24):
+        room = np.full(x.nbytes + 192, 7, np.uint8)
+        start = -room.ctypes.data % 64 + 64 + before
+        y = room[start : start + x.nbytes].view(dtype)
+        y[:] = x
+        kernel, scratch = kernel_for(replace(plan, whole_lines=True)), aligned(plan.scratch + 64)
+        given = settings(2, 0.125, choices=kernel.choices.ctypes.data)
+        kernel(y.ctypes.data, y.ctypes.data, given, scratch.ctypes.data)
+        assert (y.view(np.uint8) == expected).all()
+        assert (np.delete(room, slice(start, start + x.nbytes)) == 7).all()
+
+
+@pytest.mark.parametrize("block", [4096, 28 * 512])
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_rotations_anywhere_in_a_line_are_the_same(rng, block, signed, inverse):
+    x = rng.normal(size=(3, block)).astype(np.float32)
+    signs = rng.choice(np.array([-1, 1], np.int8), block) if signed else None
+    expected = cq.block_hadamard(x, block, inverse=inverse, signs=signs)
+    room = aligned(x.size + 16, np.dtype(np.float32))
+    for numbers in (1, 4, 15):
+        y = room[numbers : numbers + x.size].reshape(x.shape)
+        for source in (x, y):
+            y[...] = x
+            cq.block_hadamard(source, block, inverse=inverse, signs=signs, out=y)
+            np.testing.assert_array_equal(y, expected)
+
+
 FAMILIES = [tuning._ZEN4, tuning._ZEN5, tuning._INTEL, tuning._NEON]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("stores", ["ordinary", "streamed", "shifted"])
+@pytest.mark.parametrize("stores", ["ordinary", "across", "streamed", "shifted"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_passes_cover_every_block_size(monkeypatch, family, stores, dtype):
     monkeypatch.setattr("corequant._cpu.codegen.plans.tuning", lambda: family)
@@ -94,8 +132,10 @@ def test_passes_cover_every_block_size(monkeypatch, family, stores, dtype):
             assert not plan.split or plan.tile > 1 or plan.halved
             assert plan.kept == 0 or plan.kept >= plan.block * (4 if dtype != "float64" else 8)
             assert not (
-                plan.in_place and (stores != "ordinary" or dtype in ("float16", "bfloat16"))
+                plan.in_place
+                and (stores in ("streamed", "shifted") or dtype in ("float16", "bfloat16"))
             )
+            assert plan.in_place or not plan.whole_lines
 
 
 @pytest.fixture

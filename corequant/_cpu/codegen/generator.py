@@ -23,6 +23,7 @@ from corequant._cpu.codegen.plans import PAGE, Plan
 from corequant._cpu.codegen.shifted_stores import ShiftedStores
 from corequant._cpu.codegen.staggered import Step, staggered
 from corequant._cpu.codegen.vectors import VECTOR_BYTES, Vectors, counted, int64
+from corequant._cpu.codegen.whole_lines import Column, WholeLines
 
 __all__ = ["Body"]
 
@@ -184,7 +185,12 @@ class Body:
             for number, step in enumerate(early):
                 step(_Stretch(number, part, chunks), source if number == 0 else rest, rest)
         whole = _Stretch(len(early), int64(0), plan.chunks, last=True)
-        final(whole, rest if early else source, target)
+        if not plan.whole_lines:
+            final(whole, rest if early else source, target)
+        elif plan.core > 1:
+            self._core_pass_on_lines(distance, whole, target)
+        else:
+            self._pass_on_lines(plan.radices[-1], distance // plan.radices[-1], whole, target)
 
     def _first_pass(self, over: _Stretch, source: _Place, target: _Place) -> None:
         """Stages inside a vector, then between the vectors of a tile."""
@@ -260,11 +266,40 @@ class Body:
             turned = []
             for one in places:
                 loaded = [self._load(v, source, chunk, one, first) for chunk in chunks]
-                plain = self.plan.mixed == "most"
-                fused = self._fused(v, "all", "most")
-                turned.append(v.butterflies(loaded, fused, plain_last=plain))
+                turned.append(self._combined(v, loaded))
             for chunk, *vectors in zip(chunks, *turned, strict=True):
                 self._store_some(v, vectors, target, chunk, place, over.last)
+
+    def _combined(self, v: Vectors, vectors: list[Any]) -> list[Any]:
+        """Do the stages of a pass that combines chunks."""
+        fused = self._fused(v, "all", "most")
+        return v.butterflies(vectors, fused, plain_last=self.plan.mixed == "most")
+
+    def _pass_on_lines(self, radix: int, distance: int, over: _Stretch, place: _Place) -> None:
+        """Do the last pass over the result along lines of cache."""
+        for number, column in self._columns(distance, place):
+            self._prefetch(over, number, distance * self.plan.tile)
+            turned = self._combined(self.v, [column.load(i) for i in range(radix)])
+            for i, vector in enumerate(turned):
+                column.store(i, self._scaled(self.v, vector, 0, 0, 0))
+
+    def _core_pass_on_lines(self, distance: int, over: _Stretch, place: _Place) -> None:
+        """Do the core's stage, the last one, along lines of cache."""
+        plan = self.plan
+        tables = self.v.address(self.scratch, plan.kept)
+        for number, column in self._columns(distance, place):
+            meanwhile = partial(self._prefetch, over, number, distance * plan.tile)
+
+            def store(k: Any, mixed: Any, column: Column = column) -> None:
+                column.store(k, self._scaled(self.v, mixed, 0, 0, 0))
+
+            parts = (column.load, store, meanwhile, tables, self.choices)
+            mix(self.v, plan.core, plan.inverse, *parts)
+
+    def _columns(self, distance: int, place: _Place) -> Iterator[tuple[Any, Column]]:
+        """Repeat for the columns of the result's rows, ``distance`` chunks each."""
+        lines = WholeLines(self.v, self.dst)
+        return lines.columns(place.base, distance * place.step, distance * self.plan.tile)
 
     def _core_pass(self, distance: int, over: _Stretch, source: _Place, target: _Place) -> None:
         """Emit the core's stage, between K chunks, each p numbers from the next."""

@@ -73,6 +73,8 @@ class Plan:
         Vectors left free after each tile in the scratch.
     depth : int
         Tiles of the first pass that are under way at once.
+    whole_lines : bool
+        Have the last pass go along lines of cache of a result that begins within one.
     """
 
     dtype: str
@@ -93,6 +95,7 @@ class Plan:
     split: bool = False
     padding: int = 1
     depth: int = 1
+    whole_lines: bool = False
 
     def __str__(self) -> str:
         """Write the form that ``parse`` reads; it is what a compiled kernel is cached under."""
@@ -169,13 +172,21 @@ class Plan:
 
 @lru_cache(maxsize=256)
 def plan_rows(dtype: str, core: int, power: int, inverse: bool, signs: str, stores: str) -> Plan:
-    """Plan a rotation along the last axis; p at least a vector's length, or K = 1."""
+    """Plan a rotation along the last axis; p at least a vector's length, or K = 1.
+
+    ``stores`` is that of ``Plan``, or "across", for ordinary ones to a result that begins within a
+    line of cache.
+    """
     best = tuning()
+    across, stores = stores == "across", stores.replace("across", "ordinary")
     vectors = max(1, power // lanes_of(dtype))
     passes = best.passes(vectors, dtype, stores)
     tile = min(passes.tile, vectors) if core > 1 else passes.tile
     several = bool(passes.radices) or core > 1
     wide = dtype in ("float32", "float64")
+    in_place = 0 < best.in_place <= core * vectors and several and wide and stores == "ordinary"
+    # Vectors in a row of those that the last pass combines; a core gains less.
+    row = vectors // 2 if core > 1 else vectors // (passes.radices or (1,))[-1]
     return Plan(
         dtype=dtype,
         core=core,
@@ -186,14 +197,15 @@ def plan_rows(dtype: str, core: int, power: int, inverse: bool, signs: str, stor
         signs=signs,
         stores=stores,
         batch=_SHIFTED_BATCH if stores == "shifted" and core == 1 else 0,
-        ahead=best.fetched(core * vectors, stores),
+        ahead=best.fetched(core * vectors, in_place),
         paired_loads=best.paired_loads and dtype == "float32" and power > 1 and signs != "before",
         halved=passes.halved,
-        in_place=0 < best.in_place <= core * vectors and several and wide and stores == "ordinary",
+        in_place=in_place,
         mixed=best.mixed if passes.radices else "",
         split=best.split and dtype == "bfloat16" and core == 1 and power > 1 and tile > 1,
         padding=best.padding,
         depth=best.depth,
+        whole_lines=across and in_place and 0 < best.whole_lines <= row and signs != "after",
     )
 
 
@@ -245,9 +257,11 @@ class Tuning:
     first, after one of ``tiles[0]`` vectors or, to save a pass, up to ``tiles[1]``. Small blocks
     fill a tile of ``single`` vectors; ``halved`` is for them alone. ``narrow`` takes the place of
     these numbers for 16-bit dtypes. ``in_place`` is the number of vectors from which a whole block
-    stays in the result; 0 for never. ``paused`` is that from which a streamed block takes so long
-    that the processor stops fetching ahead. ``columns_radix`` is the largest of rotations down
-    columns. ``inserted`` has permuted numbers put into vectors before they are written.
+    stays in the result; 0 for never. ``paused`` is that from which a block takes so long that the
+    processor stops fetching ahead; of blocks that stay in the result those of ``refetched`` do.
+    ``whole_lines`` is the number of vectors in a row from which the last pass goes along lines of
+    cache; 0 for never. ``columns_radix`` is the largest of rotations down columns. ``inserted`` has
+    permuted numbers put into vectors before they are written.
     """
 
     single: int
@@ -257,6 +271,8 @@ class Tuning:
     halved: bool = False
     ahead: int = 0
     paused: int = 0
+    refetched: range = range(0)
+    whole_lines: int = 0
     columns_ahead: int = 0
     paired_loads: bool = False
     padding: int = 0
@@ -282,9 +298,9 @@ class Tuning:
         tile = max(least, -(-vectors // self.radix**count))
         return Passes(tile, split(vectors // tile, count)[::-1])
 
-    def fetched(self, vectors: int, stores: str) -> int:
+    def fetched(self, vectors: int, in_place: bool) -> int:
         """Return the bytes that blocks of a number of vectors fetch ahead."""
-        pauses = stores != "ordinary" and 0 < self.paused <= vectors
+        pauses = vectors in self.refetched if in_place else 0 < self.paused <= vectors
         return VECTOR_BYTES * vectors if pauses else self.ahead
 
 
@@ -320,6 +336,8 @@ _ZEN4 = Tuning(
     radix=16,
     halved=True,
     paused=256,
+    refetched=range(448, 769),
+    whole_lines=16,
     in_place=1,
     mixed="most",
     depth=3,
