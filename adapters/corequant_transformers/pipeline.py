@@ -33,6 +33,7 @@ from corequant_transformers.model.layouts import (
     check_places,
     check_untouched,
 )
+from corequant_transformers.model.loaders import own_config
 from corequant_transformers.model.origins import origin_of
 from corequant_transformers.model.parts import ModelWeights, Parts, is_tied, outside_bytes, skeleton
 from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
@@ -83,7 +84,7 @@ def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
     """
     source = Source(model) if isinstance(model, str | Path) else None
     model = model if source else unwrap(model)
-    config = source.config() if source else cast(Any, model).config
+    config = source.config() if source else own_config(model)
     quantizer = getattr(config, "quantization_config", None)
     if quantizer is not None and not (source and source.is_gguf):
         where = source.path if source else type(model).__name__
@@ -156,7 +157,7 @@ def calibrate(
     """
     model = check_given(model)
     taken = take_windows(calibration, recipe, tokenizer)
-    table = plan_model(model.config, recipe)
+    table = plan_model(own_config(model), recipe)
     _check_structure(model, table)
     _check_windows(table, taken.tokens)
     parts = Parts(skeleton(model), table, ModelWeights(model), device_of(model))
@@ -394,7 +395,7 @@ class _Task:
 
 
 def _config_text(model: Any) -> str:
-    text: str = model.config.to_json_string(use_diff=False)
+    text: str = own_config(model).to_json_string(use_diff=False)
     return text
 
 

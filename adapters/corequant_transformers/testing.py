@@ -11,8 +11,9 @@ import transformers
 from corequant_transformers.architectures.known import (
     architecture_of,
     is_composite,
+    is_enclosed,
 )
-from corequant_transformers.model.loaders import loader_of
+from corequant_transformers.model.loaders import make_model
 from corequant_transformers.model.surroundings import undisturbed
 
 __all__ = ["tiny_model"]
@@ -115,6 +116,8 @@ def tiny_model(model_type: str, *, seed: int = 0, **config: Any) -> Any:
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 32,
+        "cls_token_id": None,
+        "sep_token_id": None,
         # Small enough to bend the values that such a model has.
         "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 3.0,
@@ -123,7 +126,7 @@ def tiny_model(model_type: str, *, seed: int = 0, **config: Any) -> Any:
     made = _config(model_type, values, config)
     with _BUILDING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = loader_of(made).from_config(made, dtype=torch.float32)
+        model = make_model(made, dtype=torch.float32)
         one_plus = bool(architecture_of(model.config).gain_offset)
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -156,6 +159,9 @@ def _config(model_type: str, values: dict[str, Any], given: dict[str, Any]) -> A
         # Many models honour it although their configs don't have it unless it is given.
         known.add("head_dim")
     values = {name: value for name, value in values.items() if name in known}
+    if is_enclosed(usual):
+        # Positions count from the first token that isn't padding.
+        values["pad_token_id"] = 0
     return transformers.AutoConfig.for_model(model_type, **{**values, **given})
 
 

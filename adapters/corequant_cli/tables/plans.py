@@ -104,6 +104,8 @@ def plan_table(plan: Any) -> None:
 def _vocabulary(plan: Any) -> str:
     """Say whether embedding and head are one matrix, and whether they are quantized."""
     a = plan.architecture
+    if a.enclosed:
+        return "what surrounds the blocks is copied"
     rows = [m for m in plan.matrices if m.name in (a.embedding, a.head)]
     kinds = [str(m.weights) if m.quantized else plan.recipe.dtype for m in rows]
     if plan.tied:

@@ -107,6 +107,8 @@ class Architecture:
         A second embedding, of learned positions, that is added to the first.
     extra_positions : int
         Rows that it has beyond the config's ``max_position_embeddings``.
+    reserved_positions : int
+        Rows that no token of a text without padding uses.
     block : str
         Path of decoder block i, with ``{}`` for i. The paths below start there.
     norm : str
@@ -160,6 +162,16 @@ class Architecture:
     requires : tuple of (str, value)
         Fields of the config, or of a config in it as ``attn_config.clip_qkv``, that must have a
         value for the description to hold; a string is the name of a field that must be equal.
+    enclosed : bool
+        Whether everything around the blocks stays as it is, and only what happens inside a block
+        is described, as of encoders. The residual stream is left alone then. Final norm and head
+        are empty, and the paths start at the model without a head.
+    nested : bool
+        Whether an enclosed model with a head has the one without it as a module.
+    trunk : str
+        Path of an enclosed model without its head.
+    stem : str
+        Path of what makes the input of an enclosed model's first block.
     outside : tuple of str
         Modules beside the decoder that stay as they are, such as a vision tower.
     writers : tuple of Writer
@@ -195,6 +207,7 @@ class Architecture:
     embedding_norm: str | None = None
     positions: str | None = None
     extra_positions: int = 0
+    reserved_positions: int = 0
     block: str = "model.layers.{}"
     norm: str = "rms"
     norm_eps: float | None = None
@@ -224,6 +237,10 @@ class Architecture:
     intermediate_size: str = "intermediate_size"
     usual_expansion: int | None = None
     requires: tuple[tuple[str, Any], ...] = ()
+    enclosed: bool = False
+    nested: bool = True
+    trunk: str = ""
+    stem: str = ""
     outside: tuple[str, ...] = ()
     writers: tuple[Writer, ...] = ()
     variants: tuple[Variant, ...] = ()

@@ -62,7 +62,8 @@ def dimensions_of(config: Any) -> Dimensions:
         If one is missing, not positive or contradicts another.
     """
     architecture = architecture_of(config)
-    tied = bool(getattr(config, "tie_word_embeddings", False))
+    # What is tied outside of the blocks stays so by itself.
+    tied = not architecture.enclosed and bool(getattr(config, "tie_word_embeddings", False))
     config = decoder_config(config)
     hidden = _positive(config, "hidden_size")
     blocks = _positive(config, "num_hidden_layers", most=MOST_BLOCKS)

@@ -7,6 +7,7 @@ from typing import Any
 from corequant.errors import ArchitectureError
 from corequant_transformers.architectures.described import described
 from corequant_transformers.architectures.description import Architecture
+from corequant_transformers.architectures.enclosed import placed
 from corequant_transformers.architectures.multimodal import COMPOSITES
 from corequant_transformers.architectures.where import field_of
 
@@ -15,6 +16,7 @@ __all__ = [
     "architecture_of",
     "decoder_config",
     "is_composite",
+    "is_enclosed",
     "register",
 ]
 
@@ -35,6 +37,12 @@ def decoder_config(config: Any) -> Any:
 def is_composite(config: Any) -> bool:
     """Return whether a config is that of a model with a decoder beside other modules."""
     return getattr(config, "model_type", None) in COMPOSITES
+
+
+def is_enclosed(config: Any) -> bool:
+    """Return whether a config is that of a model of which only the blocks are described."""
+    known = _KNOWN.get(getattr(config, "model_type", ""))
+    return known is not None and known.enclosed
 
 
 def register(architecture: Architecture) -> None:
@@ -78,4 +86,4 @@ def architecture_of(config: Any) -> Architecture:
                 f"the description of {kind!r} holds for configs whose {name} is {other}, "
                 f"got {found!r}"
             )
-    return architecture
+    return placed(architecture, config) if architecture.enclosed else architecture

@@ -149,7 +149,8 @@ class Assembly:
             raise CheckpointError(
                 f"recipe of {self._file.with_name('config.json')}: {error}"
             ) from error
-        if bool(getattr(model.config, "tie_word_embeddings", False)) != plan.tied:
+        tied = bool(getattr(model.config, "tie_word_embeddings", False))
+        if tied != plan.tied and not plan.architecture.enclosed:
             raise CheckpointError(
                 f"tie_word_embeddings of {self._file.with_name('config.json')} must be false, got "
                 "true: the recipe gives the head a matrix of its own"

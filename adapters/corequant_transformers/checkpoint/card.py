@@ -58,6 +58,20 @@ GENERATE
 ```
 """
 
+_USE_ENCLOSED = """\
+```bash
+pip install "corequant[transformers]"
+```
+
+```python
+import corequant_transformers as cqhf
+
+model, tokenizer = cqhf.load("."), cqhf.load_tokenizer(".")
+print(model(**tokenizer("A sentence.", return_tensors="pt"))[0])
+```
+
+`from_pretrained(".")` of the model's own class loads the same.
+"""
 _GENERATE = {
     "text-generation": """\
 generate = pipeline("text-generation", ".")
@@ -120,9 +134,13 @@ class _Card:
 
     @property
     def _task(self) -> str:
+        if self.plan.architecture.enclosed:
+            return "feature-extraction"
         return "image-text-to-text" if self.plan.architecture.outside else "text-generation"
 
     def _use(self) -> str:
+        if self.plan.architecture.enclosed:
+            return _USE_ENCLOSED
         text = self.use.replace("GENERATE", _GENERATE[self._task])
         return text.replace("LOADER", _LOADERS[self._task])
 

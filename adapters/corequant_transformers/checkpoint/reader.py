@@ -71,14 +71,15 @@ def load(path: str | Path, *, verify: bool = True) -> Any:
 
 def _load(folder: Path) -> Any:
     plan, config = read_plan(folder)
-    config.tie_word_embeddings = False
+    if not plan.architecture.enclosed:
+        config.tie_word_embeddings = False
     file = folder / "float_config.json"
     with as_config_errors(file, read_json(file)):
         model = skeleton(config)
     standardize(model, plan)
     restructure(model, plan)
     tensors = _read_tensors(folder / WEIGHTS)
-    model.generation_config = read_generation(folder) or model.generation_config
+    model.generation_config = read_generation(folder) or getattr(model, "generation_config", None)
     place_tensors(model, plan, tensors, folder / WEIGHTS)
     model.save_pretrained = Saving.of(model, plan, folder)
     return model
@@ -155,7 +156,7 @@ def read_plan(folder: Path) -> tuple[ModelPlan, Any]:
         raise CheckpointError(f"{folder / 'float_config.json'}: {error}") from error
     settle_config(config, folder / "float_config.json")
     table = plan_model(config, read_recipe(folder))
-    tied = own.get("tie_word_embeddings") is True
+    tied = own.get("tie_word_embeddings") is True and not table.architecture.enclosed
     if tied and not table.tied:
         raise CheckpointError(
             f"tie_word_embeddings of {folder / 'config.json'} must be false, got true: the recipe "

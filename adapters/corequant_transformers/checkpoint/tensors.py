@@ -55,6 +55,9 @@ def place_tensors(
     expected = {k: v for k, v in model.state_dict().items() if not _belongs(k, plan)}
     if plan.tied:
         expected.pop(f"{plan.architecture.head}.weight", None)
+    shared = _shared(model, plan)
+    for name in shared:
+        expected.pop(name, None)
     for matrix in plan.kept:
         prefix = f"{matrix.name}.weight_"
         stored = {k: t for k, t in tensors.items() if k.startswith(prefix)}
@@ -70,6 +73,8 @@ def place_tensors(
     model.load_state_dict(tensors, strict=False, assign=True)
     if plan.tied:
         tie(model, plan)
+    if shared:
+        model.tie_weights()
     model.save_pretrained = refuse_to_save
     return model.eval().requires_grad_(False)
 
@@ -138,8 +143,17 @@ def model_tensors(model: Any, plan: ModelPlan) -> dict[str, torch.Tensor]:
     if plan.tied:
         shared = f"{plan.architecture.head}.weight"
         state = {k: v for k, v in state.items() if not k.startswith(shared)}
+    for name in _shared(model, plan):
+        state.pop(name, None)
     dtype = plan.recipe.dtype
     return {k: v if k.startswith(codes) else _stored(k, v, dtype) for k, v in state.items()}
+
+
+def _shared(model: Any, plan: ModelPlan) -> list[str]:
+    """Return the parameters outside of an enclosed model's blocks that another one's matrix is."""
+    if not plan.architecture.enclosed:
+        return []
+    return list(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def _has_bfloat16_scales(matrix: MatrixPlan) -> bool:

@@ -164,10 +164,11 @@ def writing(
 def _config(name: str, plan: ModelPlan, float_config: str, dtype: str) -> str:
     own = ("torch_dtype", "quantization_config")
     values = {k: v for k, v in json.loads(float_config).items() if k not in own}
+    if not plan.architecture.enclosed:
+        values.update(tie_word_embeddings=plan.tied)
     values.update(
         architectures=[name],
         dtype=dtype,
-        tie_word_embeddings=plan.tied,
         transformers_weights=GUARD,
         quantization_config={
             "quant_method": METHOD,

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from corequant.errors import ArchitectureError
 from corequant_torch.cpu.onednn import QuickForward
 from corequant_transformers.architectures.dimensions import dimensions_of
 from corequant_transformers.architectures.known import architecture_of
@@ -20,6 +21,7 @@ from corequant_transformers.evaluation.divergence import Divergence, compare_pos
 from corequant_transformers.evaluation.perplexity import perplexity_with_error, window_losses
 from corequant_transformers.model.forward import check_ids, check_positions
 from corequant_transformers.model.layouts import check_places
+from corequant_transformers.model.loaders import own_config
 from corequant_transformers.model.logits import window_logits
 from corequant_transformers.model.replicas import check_given, replicate
 from corequant_transformers.model.sources import Source
@@ -164,7 +166,12 @@ def replica_of(model: Any) -> Any:
     ArchitectureError
         If the model's architecture is unknown, or it lacks an embedding or a head.
     """
-    check_places(model, architecture_of(model.config))
+    architecture = architecture_of(own_config(model))
+    if architecture.enclosed:
+        raise ArchitectureError(
+            f"model must predict the next token to be measured on text, got {type(model).__name__}"
+        )
+    check_places(model, architecture)
     own = replicate(model)
     own.config.return_dict = True
     return own

@@ -63,6 +63,8 @@ def check_layers(candidate: Candidate) -> None:
     expected = {k for k, _ in model.named_parameters(remove_duplicate=False)}
     if plan.tied:
         expected.discard(f"{plan.architecture.head}.weight")
+    if plan.architecture.enclosed:
+        expected -= set(model.all_tied_weights_keys)
     if e is not None:
         names = (e.fused_gate_up, e.fused_down)
         expected -= {f"{path}.{name}" for path in fused.values() for name in names}
@@ -76,3 +78,21 @@ def check_layers(candidate: Candidate) -> None:
             f"merging changed which tensors {kind!r} has, so that Transformers' own class can't "
             f"load it: {min(different)}"
         )
+    _check_initialization(model, plan)
+
+
+def _check_initialization(model: Any, plan: ModelPlan) -> None:
+    """Refuse a class that wants weights of layers which hold codes when a model is loaded."""
+    if not plan.architecture.enclosed:
+        return
+    for matrix in plan.quantized:
+        path, _, name = matrix.name.rpartition(".")
+        parent = model.get_submodule(path)
+        del parent.get_submodule(name).weight
+        try:
+            model._init_weights(parent)
+        except AttributeError:
+            raise ArchitectureError(
+                f"{type(model).__name__} sets the weight of {matrix.name} while it is loaded, "
+                "which is not there as codes of compressed-tensors"
+            ) from None

@@ -29,7 +29,7 @@ from corequant_transformers.exports.weight_files import write_shards
 from corequant_transformers.files.digests import write_digests
 from corequant_transformers.files.marks import CARD, GUARD
 from corequant_transformers.files.outputs import check_output, new_directory
-from corequant_transformers.model.loaders import loader_of
+from corequant_transformers.model.loaders import class_name
 from corequant_transformers.model.sources import copy_files
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
@@ -183,10 +183,11 @@ def _config(stored: Stored, schemes: Mapping[str, Scheme], names: SavedNames) ->
         scheme.config(_targets(stored, found, ignored, names, alone=len(members) == 1))
         for scheme, found in members.items()
     ]
+    if not plan.architecture.enclosed:
+        values.update(tie_word_embeddings=_is_tied(plan, schemes))
     values.update(
         dtype=_TORCH[_dtype(schemes)],
-        architectures=[_class_name(stored.config)],
-        tie_word_embeddings=_is_tied(plan, schemes),
+        architectures=[class_name(stored.config)],
         quantization_config={
             "quant_method": "compressed-tensors",
             "version": _VERSION,
@@ -334,10 +335,6 @@ def _difference(
         if not np.array_equal(back.view(np.uint32), meant.view(np.uint32)):
             return f"{matrix.name} does not decode to what was quantized"
     return None
-
-
-def _class_name(config: Any) -> str:
-    return str(loader_of(config)._model_mapping[type(config)].__name__)
 
 
 def _check_experts(plan: ModelPlan) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -141,10 +141,11 @@ def check_ids(tokens: Tokens, vocabulary: int) -> None:
 
 def check_positions(architecture: Architecture, dimensions: Dimensions, tokens: Tokens) -> None:
     """Raise CalibrationError for windows longer than a model with learned positions can read."""
-    length, most = tokens.shape[1], dimensions.positions - architecture.extra_positions
+    length, a = tokens.shape[1], architecture
+    most = dimensions.positions - a.extra_positions - a.reserved_positions
     if architecture.positions is not None and length > most:
         raise CalibrationError(
-            f"sequence_length must be at most {most}, the model's max_position_embeddings, "
+            f"sequence_length must be at most {most}, by the model's max_position_embeddings, "
             f"got {length}"
         )
 
@@ -176,9 +177,8 @@ def block_arguments(parts: Parts, window: Tokens, dtype: torch.dtype) -> list[di
         for path in _entry_norms(parts):
             stack.enter_context(_stand_in(parts, path, _same))
         stack.enter_context(_blocks_pass(parts, lambda index, kwargs: found[index].update(kwargs)))
-        stack.enter_context(_stand_in(parts, parts.plan.architecture.final_norm, _same))
         try:
-            _trunk(parts)(input_ids=_ids(parts, window), use_cache=False)
+            _run_trunk(parts, window)
         except CorequantError:
             raise
         except Exception as error:
@@ -196,8 +196,7 @@ def enter(parts: Parts, window: Tokens) -> torch.Tensor:
     seen: list[torch.Tensor] = []
     with ExitStack() as stack:
         stack.enter_context(_blocks_pass(parts, lambda index, kwargs: None, seen))
-        stack.enter_context(_stand_in(parts, parts.plan.architecture.final_norm, _same))
-        _trunk(parts)(input_ids=_ids(parts, window), use_cache=False)
+        _run_trunk(parts, window)
     return seen[0]
 
 
@@ -229,11 +228,29 @@ def _ids(parts: Parts, window: Tokens) -> torch.Tensor:
     return torch.from_numpy(window)[None].to(parts.device)
 
 
+class _Through(BaseException):
+    """Ends a pass behind the last block; not an Exception, so that no model catches it."""
+
+
+def _run_trunk(parts: Parts, window: Tokens) -> None:
+    """Run what is before the blocks, and what hands their arguments to them."""
+    a = parts.plan.architecture
+    # What is behind an enclosed model's blocks has no weights here.
+    final = nullcontext() if a.enclosed else _stand_in(parts, a.final_norm, _same)
+    with suppress(_Through), final:
+        _trunk(parts)(input_ids=_ids(parts, window), use_cache=False)
+
+
 def _trunk(parts: Parts) -> Any:
-    return parts.model.get_submodule(parts.plan.architecture.embedding.rpartition(".")[0])
+    a = parts.plan.architecture
+    path = a.trunk if a.enclosed else a.embedding.rpartition(".")[0]
+    return parts.model.get_submodule(path)
 
 
 def _embeddings(parts: Parts) -> list[str]:
+    a = parts.plan.architecture
+    if a.enclosed:
+        return [a.stem]
     return [m.name for m in part_plan(parts.plan, ENTRY).matrices]
 
 
@@ -268,16 +285,24 @@ def _takes_tuples(parts: Parts) -> bool:
             seen.append(hidden.ndim)
             return hidden
 
+        def end(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            note(hidden)
+            raise _Through
+
         a, ids = parts.plan.architecture, torch.zeros(1, 2, dtype=torch.int64, device=parts.device)
         with ExitStack() as stack, torch.no_grad():
             for path in _embeddings(parts):
                 stand_in = _no_embedding(parts, parts.model.dtype)
                 stack.enter_context(_stand_in(parts, path, stand_in))
-            after = (*_entry_norms(parts), *(a.block.format(i) for i in parts.blocks), a.final_norm)
-            for path in after:
+            after = (*_entry_norms(parts), *(a.block.format(i) for i in parts.blocks))
+            for path in (*after, a.final_norm) if a.final_norm else after:
                 stack.enter_context(_stand_in(parts, path, note))
+            if a.enclosed:
+                stack.enter_context(_stand_in(parts, after[-1], end))
             try:
                 _trunk(parts)(input_ids=ids, use_cache=False)
+            except _Through:
+                pass
             except Exception:  # of whatever the model does with what is no tuple
                 seen.append(0)
         parts.takes_tuples = set(seen) != {3}
@@ -306,6 +331,8 @@ def _blocks_pass(
             if index == 0 and entered is not None:
                 entered.append(hidden_states)
             notice(index, {**dict(zip(names, args, strict=False)), **kwargs})
+            if parts.plan.architecture.enclosed and index == parts.blocks[-1]:
+                raise _Through
             output = result if result is not None else hidden_states
             return (output, None) if tuples else output
 

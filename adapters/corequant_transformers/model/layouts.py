@@ -179,6 +179,8 @@ def check_modules(plan: ModelPlan, shapes: dict[str, tuple[int, ...]]) -> None:
     for name in shapes:
         # What a description leaves out would not follow a rotation of the stream around it.
         beside = any(name.startswith(f"{path}.") for path in plan.architecture.outside)
+        if plan.architecture.enclosed:
+            beside = not name.startswith(plan.architecture.block.partition("{}")[0])
         if not beside and not {name, name.rpartition(".")[0]} & (described | set(plan.inner)):
             raise ArchitectureError(
                 f"the model has {name}, which the description of {kind!r} says nothing about"
@@ -248,6 +250,11 @@ def check_places(model: Any, architecture: Architecture) -> None:
             and {f"{path}.{a}" for a in (architecture.embedding, architecture.head)} <= places
         )
         remedy = "load it with transformers.AutoModelForCausalLM"
+        if architecture.enclosed:
+            raise ArchitectureError(
+                f"the model must be of the class that its config names, which has {name}, got "
+                f"{type(model).__name__} without it; load it with that class"
+            )
         raise ArchitectureError(
             f"the model must be a causal language model, which has {name} as "
             f"{architecture.model_type!r} is described, got {type(model).__name__} without it; "

@@ -1,30 +1,78 @@
-"""Which class of Transformers a model is of, from its config."""
+"""Models of the class of Transformers that their config says."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import transformers
 
-from corequant_transformers.architectures.known import is_composite
+from corequant_transformers.architectures.enclosed import class_of
+from corequant_transformers.architectures.known import is_composite, is_enclosed
 
-__all__ = ["loader_of"]
+__all__ = ["class_name", "load_model", "make_model", "own_config"]
 
 
-def loader_of(config: Any) -> Any:
-    """Return the class of Transformers that makes a model of a config.
+def make_model(config: Any, **options: Any) -> Any:
+    """Return a model of a config, with random weights.
 
     Parameters
     ----------
     config : transformers.PreTrainedConfig
+    **options
+        Of Transformers' ``from_config``.
+    """
+    if is_enclosed(config):
+        return class_of(config)._from_config(config, **options)
+    return _loader(config).from_config(config, **options)
+
+
+def load_model(path: str, config: Any, **options: Any) -> Any:
+    """Return what Transformers' ``from_pretrained`` makes of a path.
+
+    Parameters
+    ----------
+    path : str
+    config : transformers.PreTrainedConfig
+        Tells the class.
+    **options
+        Of ``from_pretrained``.
+    """
+    loader = class_of(config) if is_enclosed(config) else _loader(config)
+    return loader.from_pretrained(path, **options)
+
+
+def class_name(config: Any) -> str:
+    """Return the name of the class that a model of a config is of.
 
     Examples
     --------
     >>> import transformers
-    >>> from corequant_transformers.model.loaders import loader_of
-    >>> loader_of(transformers.LlavaConfig()).__name__
-    'AutoModelForImageTextToText'
+    >>> from corequant_transformers.model.loaders import class_name
+    >>> class_name(transformers.LlavaConfig())
+    'LlavaForConditionalGeneration'
     """
+    if is_enclosed(config):
+        return str(class_of(config).__name__)
+    return str(_loader(config)._model_mapping[type(config)].__name__)
+
+
+def own_config(model: Any) -> Any:
+    """Return a model's config, which says what class the model is of.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Left as it is.
+    """
+    if not is_enclosed(model.config):
+        return model.config
+    config = copy.copy(model.config)
+    config.architectures = [type(model).__name__]
+    return config
+
+
+def _loader(config: Any) -> Any:
     if is_composite(config):
         return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForCausalLM

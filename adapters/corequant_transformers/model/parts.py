@@ -20,7 +20,7 @@ import transformers
 
 from corequant.quantization import QuantizedTensor
 from corequant_transformers.model.layouts import check_modules, standardize, standardized
-from corequant_transformers.model.loaders import loader_of
+from corequant_transformers.model.loaders import make_model, own_config
 from corequant_transformers.model.quantized_weight import QuantizedWeight
 from corequant_transformers.model.replicas import replicate
 from corequant_transformers.model.surroundings import check_finite, quiet_transformers
@@ -100,6 +100,7 @@ def skeleton(model: Any) -> Any:
     """
     if isinstance(model, torch.nn.Module):
         result: Any = replicate(model, _emptied, plain=True)
+        result.config.architectures = own_config(result).architectures
         result.config.return_dict = True
         _settle_buffers(result)
         return result
@@ -178,7 +179,7 @@ def build(config: Any) -> Any:
         if each is not None:
             each.dtype = None
     with quiet_transformers(), torch.device("meta"):
-        result: Any = loader_of(config).from_config(config)
+        result: Any = make_model(config)
     result.config.dtype = torch.float32
     return torch.nn.Module.float(result)
 
@@ -232,7 +233,8 @@ class Parts:
         self.plan = plan
         self.device = torch.device(device)
         _move_buffers(model, self.device)
-        untie(model, plan)
+        if not plan.architecture.enclosed:
+            untie(model, plan)
         self.keys: dict[Part, list[str]] = {part: [] for part in self.order}
         for name in model.state_dict():
             self.keys[part_of(name, plan)].append(name)
@@ -309,12 +311,16 @@ def part_of(name: str, plan: ModelPlan) -> Part:
         index, _, _ = name.removeprefix(before).removesuffix(after).partition(".")
         if index.isdigit():
             return int(index)
-    for path in (plan.architecture.final_norm, plan.architecture.head):
+    for path in () if plan.architecture.enclosed else _exits(plan):
         if name.startswith(f"{path}."):
             return EXIT
     if any(name.startswith(f"{path}.") for path in plan.architecture.outside):
         return OUTSIDE
     return ENTRY
+
+
+def _exits(plan: ModelPlan) -> tuple[str, ...]:
+    return plan.architecture.final_norm, plan.architecture.head
 
 
 def outside_bytes(model: Any, plan: ModelPlan) -> int:

@@ -25,7 +25,12 @@ from corequant_transformers.planning.model_plan import ModelPlan
 __all__ = ["FileWeights"]
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_COMPUTED = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.masked_bias$")
+_COMPUTED = (
+    r"rotary_emb\.inv_freq$",
+    r"\.attn\.(masked_)?bias$",
+    r"\.masked_bias$",
+    r"(^|\.)embeddings\.position_ids$",
+)
 """Buffers that older releases of Transformers wrote."""
 
 
@@ -58,7 +63,7 @@ class FileWeights:
     ) -> None:
         self._folder = folder
         self._tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-        if plan is not None:
+        if plan is not None and not plan.architecture.enclosed:
             a = plan.architecture
             tied = {f"{a.head}.weight": f"{a.embedding}.weight"}
             self._tied = tied if plan.dimensions.tied else {}

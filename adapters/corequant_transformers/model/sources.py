@@ -28,7 +28,7 @@ from corequant_transformers.model.configs import (
     check_unmarked,
     settle_config,
 )
-from corequant_transformers.model.loaders import loader_of
+from corequant_transformers.model.loaders import load_model
 from corequant_transformers.model.parts import skeleton
 from corequant_transformers.model.shards import FileWeights
 from corequant_transformers.model.surroundings import quiet_transformers, undisturbed
@@ -240,8 +240,9 @@ class Source:
         where, options = self._location()
         # A directory's digests are compared by the quantizer that Transformers calls.
         with _LOADING, comparing(not self._compared), _as_checkpoint_error(self.path):
-            loaded: Any = loader_of(self.config()).from_pretrained(
+            loaded: Any = load_model(
                 where,
+                self.config(),
                 dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -276,7 +277,9 @@ class Source:
             weights.fill(model, keys, dtype)
         model.tie_weights(missing_keys=set(weights.shared), recompute_mapping=False)
         model.config.name_or_path, model.config.dtype = str(self.path), dtype
-        model.generation_config = read_generation(self.path) or model.generation_config
+        model.generation_config = read_generation(self.path) or getattr(
+            model, "generation_config", None
+        )
         return model.eval().requires_grad_(False)
 
     def skeleton(self) -> Any:

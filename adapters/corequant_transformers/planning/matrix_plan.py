@@ -275,6 +275,8 @@ def plan_stream(a: Architecture, recipe: Recipe, sizes: Dimensions) -> Stream:
     """
     if recipe.rotation == "heads":
         return Stream(Side(), Side(), Side(), online=False)
+    if a.enclosed:
+        return _stream_of_enclosed(a, recipe, sizes)
     signs = RESIDUAL if recipe.random_signs else None
     if recipe.rotation != "online":
         width = check_rotation("residual rotation", None, "hidden_size", sizes.hidden)
@@ -303,6 +305,20 @@ def plan_stream(a: Architecture, recipe: Recipe, sizes: Dimensions) -> Stream:
         )
     side = Side(permutation=RESIDUAL if permuted else None, factors=signs)
     return Stream(side, side, replace(side, rotation=width), online=True, notes=notes)
+
+
+def _stream_of_enclosed(a: Architecture, recipe: Recipe, sizes: Dimensions) -> Stream:
+    plain = Side()
+    why = "the residual stream stays as it is, since what surrounds the blocks is left alone"
+    if recipe.rotation == "offline":
+        note = f"{why}; the inputs of the layers that read it are not rotated"
+        return Stream(plain, plain, plain, online=False, notes=(note,))
+    given = recipe.block_size if recipe.rotation == "online" else None
+    block = given if isinstance(given, int) else None
+    what = "residual rotation" if block is None else "block_size"
+    width = check_rotation(what, block, "hidden_size", sizes.hidden)
+    note = f"{why}; the inputs of the layers that read it are rotated at run time"
+    return Stream(plain, plain, Side(rotation=width), online=True, notes=(note,))
 
 
 def _unmerged(a: Architecture) -> str:

@@ -250,7 +250,7 @@ def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
     pairs = [(architecture.block.format(i), block) for i, block in enumerate(blocks)]
     inner = [f"{path}.{norm}" for path, block in pairs for norm in block.norms]
     left = tuple(f"{path}.{name}" for path, block in pairs for name in block.inner)
-    norms = (architecture.final_norm, *inner)
+    norms = () if architecture.enclosed else (architecture.final_norm, *inner)
     check_rules(recipe, matrices)
     _check_groups(matrices)
     conflict = fusion_conflict(matrices)
@@ -265,7 +265,7 @@ def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
         notes,
         tied,
         writers=architecture.writers,
-        written=matrices[0].input,
+        written=Side() if architecture.enclosed else matrices[0].input,
         inner=left,
     )
 

@@ -61,6 +61,8 @@ def plan_matrices(
         groups = evaluate(block.qkv_groups, config, i)
         matrices += _attention(block, own[i], i, stream, recipe, groups)
         matrices += _mlps(block, own[i], i, stream, sparse[i], lengths[i], recipe)
+    if a.enclosed:
+        return tuple(matrices), stream.notes
     head = MatrixPlan(
         a.head,
         (sizes.vocabulary, sizes.hidden),
@@ -82,6 +84,9 @@ def _vocabulary_settings(recipe: Recipe, path: str, spec: QuantSpec | None) -> L
 def _embeddings(
     a: Architecture, sizes: Dimensions, stream: Stream, recipe: Recipe
 ) -> Iterator[MatrixPlan]:
+    if a.enclosed:
+        _check_enclosed(a, recipe)
+        return
     tables = (
         (
             a.embedding,
@@ -103,6 +108,15 @@ def _embeddings(
                 input=written,
                 settings=settings,
                 role="embedding",
+            )
+
+
+def _check_enclosed(a: Architecture, recipe: Recipe) -> None:
+    for name, spec in (("embeddings", recipe.embeddings), ("head", recipe.head)):
+        if spec is not None:
+            raise RecipeError(
+                f"{name} must be None for {a.model_type!r}, of which only the blocks are "
+                f"quantized, got {spec}"
             )
 
 

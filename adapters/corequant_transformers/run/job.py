@@ -267,8 +267,7 @@ class Job:
 
     def _plan_with(self, index: int, size: int) -> ModelPlan:
         sizes = [size if i == index else width_of(self.plan, i) for i in self.parts.blocks]
-        recipe = replace(self.plan.recipe, block_size=tuple(sizes))
-        return self._replanned(recipe)
+        return self._replanned(replace(self.plan.recipe, block_size=tuple(sizes)))
 
     def _replanned(self, recipe: Recipe) -> ModelPlan:
         # The skeleton's matrices are not tied any more.
@@ -300,12 +299,10 @@ class Job:
 
     def _do_outside(self, step: str) -> None:
         with self.parts.open(OUTSIDE) as model:
-            plan = part_plan(self.plan, OUTSIDE)
-            changed, error = transform_writers(model, plan, self.choices)
-            round_unquantized(model, plan, OUTSIDE, changed)
+            changed, error = transform_writers(model, part_plan(self.plan, OUTSIDE), self.choices)
+            round_unquantized(model, self.plan, OUTSIDE, changed)
             tensors = part_tensors(model, self.plan, OUTSIDE)
-        report = {"changed": len(changed), "error": error}
-        self.ledger.commit(step, report, tensors, {})
+        self.ledger.commit(step, {"changed": len(changed), "error": error}, tensors, {})
 
     @torch.no_grad()
     def _do_entry(self, step: str) -> None:
@@ -400,6 +397,11 @@ class Job:
 
     @torch.no_grad()
     def _do_exit(self, step: str) -> None:
+        if self.plan.architecture.enclosed:
+            # What is behind the blocks was kept with what is before them.
+            error = self.ledger.report(self.quantizing_steps[-2])["error"]
+            self.ledger.commit(step, {"changed": 0, "error": error, "matrices": []}, {}, {})
+            return
         state = self.ledger.state()
         ids = torch.from_numpy(self._verified)[None].to(self.parts.device)
         with self.parts.open(EXIT) as model:

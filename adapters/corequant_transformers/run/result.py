@@ -28,7 +28,9 @@ def assemble(job: Job, origin: Any) -> Any:
     # What the float model says about generating text.
     if isinstance(origin, Source):
         if not origin.is_gguf:
-            model.generation_config = read_generation(origin.path) or model.generation_config
+            model.generation_config = read_generation(origin.path) or getattr(
+                model, "generation_config", None
+            )
     elif getattr(origin, "generation_config", None) is not None:
         model.generation_config = copy.deepcopy(origin.generation_config)
     return model

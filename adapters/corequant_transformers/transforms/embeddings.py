@@ -68,6 +68,12 @@ def transform_entry(
         If one that should change doesn't.
     """
     model, rows = parts.model, part_plan(plan, ENTRY)
+    if plan.architecture.enclosed:
+        model.double()
+        with KeepFloat64():
+            same = enter(parts, tokens)
+        model.float()
+        return same, same, 0
     path = plan.architecture.embedding
     matrix = next(m for m in rows.matrices if m.name == path)
     table = model.get_submodule(path)

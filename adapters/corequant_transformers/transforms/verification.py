@@ -376,8 +376,9 @@ def _run(
             block = model.get_submodule(plan.architecture.block.format(i))
             stack.callback(block.register_forward_hook(record).remove)
         ids = torch.from_numpy(tokens).to(device_of(model))
-        logits = model(input_ids=ids, use_cache=False).logits
-    return logits, blocks
+        output = model(input_ids=ids, use_cache=False)
+    # A model without a head gives its last hidden states.
+    return getattr(output, "logits", output[0]), blocks
 
 
 class KeepFloat64(TorchFunctionMode):
