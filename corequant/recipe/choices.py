@@ -13,6 +13,7 @@ __all__ = [
     "DTYPES",
     "FACTORS",
     "PERMUTATIONS",
+    "RARE_EXPERTS",
     "REFERENCES",
     "ROTATIONS",
     "ROUNDINGS",
@@ -38,6 +39,9 @@ REFERENCES = ("block", "model")
 SAMPLINGS = ("consecutive", "random")
 """Names that ``Recipe.sampling`` takes."""
 
+RARE_EXPERTS = ("shared", "nearest")
+"""Names that ``Recipe.rare_experts`` takes."""
+
 ROUNDINGS = tuple(rounding_methods())
 """Names that ``Recipe.rounding`` takes."""
 
@@ -49,6 +53,7 @@ CHOICES = {
     "rounding": ROUNDINGS,
     "reference": REFERENCES,
     "sampling": SAMPLINGS,
+    "rare_experts": RARE_EXPERTS,
 }
 """Names that each field takes, in the order in which they are checked."""
 

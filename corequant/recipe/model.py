@@ -28,6 +28,7 @@ from corequant.specs import QuantSpec
 __all__ = ["Recipe"]
 
 _LEAST = {"samples": 1, "sequence_length": 2, "seed": 0, "steps": 0, "sign_trials": 1}
+_LEAST |= {"expert_tokens": 1}
 _WEIGHTS = QuantSpec.parse("int4:channel:symmetric:mse")
 _ACTIVATIONS = QuantSpec.parse("int4:token:asymmetric")
 
@@ -125,6 +126,11 @@ class Recipe:
         and places in them, by ``seed``.
     seed : int
         Random seed.
+    expert_tokens : int
+        Number of calibration tokens below which an expert is rare.
+    rare_experts : str
+        What rare experts are permuted and rounded for: one of ``RARE_EXPERTS``. ``shared`` is all
+        tokens of their layer; ``nearest`` keeps their channels in place and rounds to nearest.
     layers : tuple of LayerRule
         Rules for some layers: a pattern and the quantizers of weights and activations, such as
         down_proj=int8:channel,int8 or model.layers.0=int8:channel. Several may be given, as strings
@@ -178,6 +184,8 @@ class Recipe:
     sequence_length: int = 2048
     sampling: str = "consecutive"
     seed: int = 0
+    expert_tokens: int = 32
+    rare_experts: str = "shared"
     layers: tuple[LayerRule, ...] = ()
     keep: tuple[str, ...] = ()
 
@@ -212,6 +220,8 @@ class Recipe:
             sequence_length: int = ...,
             sampling: str = ...,
             seed: int = ...,
+            expert_tokens: int = ...,
+            rare_experts: str = ...,
             layers: Sequence[LayerRule | str | Mapping[str, Any]] = ...,
             keep: Sequence[str] = ...,
         ) -> None: ...

@@ -218,8 +218,8 @@ def test_the_report_counts_tokens_of_every_expert(kind, tokens):
 @pytest.mark.parametrize(
     "recipe",
     [
-        Recipe(block_size=16, permutation="auto", factors="scales"),
-        Recipe(block_size="auto", permutation="massdiff"),
+        Recipe(block_size=16, permutation="auto", factors="scales", rare_experts="nearest"),
+        Recipe(block_size="auto", permutation="massdiff", rare_experts="nearest"),
     ],
 )
 def test_an_expert_that_no_token_reaches_keeps_its_channels_in_place(recipe, tokens):

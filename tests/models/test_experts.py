@@ -79,19 +79,19 @@ def test_the_float_network_is_asked_about_the_tokens_that_an_expert_gets(tokens,
 def test_an_expert_that_no_token_visits_is_rounded_to_nearest_and_named(tokens):
     model = cqhf.tiny_model("mixtral")
     model.model.layers[0].mlp.gate.register_forward_hook(without_expert_2)
-    rows = run(model, tokens).report["matrices"]
+    rows = run(model, tokens, rare_experts="nearest").report["matrices"]
     idle = [r for r in rows if r["tokens"] == 0]
     path = "model.layers.0.mlp.experts.2"
     expected = {f"{path}.{part}" for part in ("gate_proj", "up_proj", "down_proj")}
     assert {r["name"] for r in idle} == expected
-    assert all(r["unrouted"] and r["method"] == "nearest" for r in idle)
+    assert all(r["unrouted"] and r["rare"] == r["method"] == "nearest" for r in idle)
     assert not any("unrouted" in r for r in rows if r["tokens"])
 
 
 def test_an_expert_that_no_token_visits_keeps_within_an_accumulator(tokens):
     model = cqhf.tiny_model("mixtral")
     model.model.layers[0].mlp.gate.register_forward_hook(without_expert_2)
-    made = run(model, tokens, rounding="gptq", accumulator="16x10")
+    made = run(model, tokens, rounding="gptq", accumulator="16x10", rare_experts="nearest")
     bound = AccumulatorSpec(10, 16, made.plan.recipe.activations.format)
     layer = made.model.get_submodule("model.layers.0.mlp.experts.2.down_proj")
     assert cq.certify(layer.quantized, bound).safe

@@ -20,15 +20,24 @@ _LOSSES = (
     "may be negative; lower is better."
 )
 
+_RARE = {"shared": "for all tokens of their layer", "nearest": "to nearest"}
+
+
+def _rare(row: dict[str, Any]) -> str | None:
+    """Return how an expert with few tokens was rounded; older reports name those without any."""
+    found: str | None = row.get("rare", "nearest" if row.get("unrouted") else None)
+    return found
+
 
 def _roundings(rows: list[dict[str, Any]]) -> None:
     """Print how each layer was rounded, for methods that use its inputs."""
-    idle = [row["name"] for row in rows if row.get("unrouted")]
-    if idle:
-        console().print(
-            f"{len(idle)} layers of experts without calibration tokens were rounded to nearest, "
-            f"the first of them {marked(idle[0])}"
-        )
+    for how, words in _RARE.items():
+        found = [row["name"] for row in rows if _rare(row) == how]
+        if found:
+            console().print(
+                f"{len(found)} layers of experts with few calibration tokens were rounded {words}, "
+                f"the first of them {marked(found[0])}"
+            )
     seen = [row for row in rows if row.get("loss") is not None]
     if not seen:
         return
@@ -76,8 +85,9 @@ def inspection(
     if regions:
         grid = table("region", "tokens", "largest block mass / mean", "after permutation")
         for row in regions:
-            if row.get("unrouted"):
-                grid.add_row(marked(row["name"]), "0", "no tokens routed to this expert", "")
+            if row.get("mean_block_mass") is None:
+                few = marked(row.get("tokens", 0))
+                grid.add_row(marked(row["name"]), few, "too few tokens routed to this expert", "")
                 continue
             mean = row["mean_block_mass"] or math.nan
             grid.add_row(

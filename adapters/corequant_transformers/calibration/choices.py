@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,9 @@ class Calibration:
     held_out : mapping of str to ActivationStats
         The same on the last window, which ``statistics`` has not seen then, for choices that are
         judged by tokens; empty where the recipe needs none.
+    routed : mapping of str to int
+        Tokens that reached rare experts whose statistics are those of all tokens of their layer, by
+        the region's name.
     draw : int
         Index of the draw of the residual stream's signs that is taken.
     draw_losses : tuple of float
@@ -67,6 +70,7 @@ class Calibration:
     draw: int = 0
     draw_losses: tuple[float, ...] = ()
     data: Mapping[str, Any] | None = None
+    routed: Mapping[str, int] = field(default_factory=dict)
 
 
 def needs_second_order(region: Region) -> bool:
@@ -172,12 +176,16 @@ def choose(
         Returns the untransformed weight (out_features, in_features) of a region's matrix.
     """
     region = plan.regions[index]
-    count = calibration.statistics[region.name].count
+    seen = calibration.statistics[region.name].count
+    count = calibration.routed.get(region.name, seen)
     row: dict[str, Any] = {"name": region.name, "tokens": count}
     order, permutation, factors = identity_permutation(region.width), None, None
+    if region.expert and count < plan.recipe.expert_tokens:
+        row["rare"] = "shared" if region.name in calibration.routed else "nearest"
     if not count:
-        # An expert that no token was routed to tells nothing; what is neutral is exact too.
         row["unrouted"] = True
+    if not seen or row.get("rare") == "nearest":
+        # It tells too little; what is neutral is exact too.
         if region.permuted:
             permutation = order
             row["permutation"] = "identity"

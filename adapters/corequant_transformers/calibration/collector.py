@@ -12,8 +12,9 @@ import torch
 
 from corequant.calibration import ActivationStats
 from corequant.errors import NonFiniteError
-from corequant_transformers.calibration.choices import needs_second_order, needs_tokens
+from corequant_transformers.calibration.choices import Calibration, needs_second_order, needs_tokens
 from corequant_transformers.model.forward import Windows, run_block
+from corequant_transformers.model.layouts import ExpertList
 from corequant_transformers.model.parts import Parts, part_of
 from corequant_transformers.planning.matrix_plan import Region
 from corequant_transformers.planning.model_plan import ModelPlan
@@ -43,6 +44,9 @@ class Collector:
     ----------
     statistics, held_out : dict of str to ActivationStats
         By the name of the region.
+    routed : dict of str to int
+        Tokens that reached rare experts whose statistics are those of all tokens of their layer, by
+        the name of the region.
     position : int
         The window that is run.
     """
@@ -58,6 +62,7 @@ class Collector:
         self._judging = windows - 1 if self._kept and windows > 1 else windows
         self.statistics: dict[str, ActivationStats] = {}
         self.held_out: dict[str, ActivationStats] = {}
+        self.routed: dict[str, int] = {}
         self.position = 0
 
     def begin(self, region: Region) -> None:
@@ -80,6 +85,16 @@ class Collector:
         """Drop what is not needed any more."""
         for held in self._kinds().values():
             held.pop(region, None)
+
+    def found(self, tokens: npt.NDArray[np.int64]) -> Calibration:
+        """Return what was found on token windows."""
+        return Calibration(tokens, self.statistics, self.held_out, routed=self.routed)
+
+    def restart(self, rare: Iterable[str]) -> None:
+        """Forget what regions of experts have seen, but for the number of their tokens."""
+        for region in rare:
+            self.routed[region] = self.statistics[region].count
+            self.forget(region)
 
     def _kinds(self) -> dict[str, dict[str, ActivationStats]]:
         return {"statistics": self.statistics, "held_out": self.held_out}
@@ -161,7 +176,8 @@ def collect_block(
     index : int
     collector : Collector
     hidden : Windows
-        Input of the block; overwritten by its output.
+        Input of the block, and where its output goes: elsewhere, as of a ``Crossing``, since rare
+        experts are shown the input once more.
     arguments : dict
         Arguments of the block besides its hidden states.
     progress : callable
@@ -178,6 +194,28 @@ def collect_block(
             collector.position = k
             hidden[k] = run_block(parts.block(index), hidden[k : k + 1], arguments)
             progress("calibrate", index * len(hidden) + k + 1, len(parts.blocks) * len(hidden))
+    experts = {m.name: m.expert for m in plan.matrices if m.block == index}
+    rare = {
+        region: experts[reader]
+        for region, reader in readers
+        if plan.recipe.rare_experts == "shared"
+        and experts[reader] is not None
+        and region.name == reader
+        and collector.statistics[region.name].count < plan.recipe.expert_tokens
+    }
+    if not rare:
+        return
+    # They are shown all tokens; nothing is written this time.
+    collector.restart(region.name for region in rare)
+    lists = [m for m in parts.block(index).modules() if isinstance(m, ExpertList)]
+    with collector.watching(parts.model, [(region, region.name) for region in rare]):
+        for module in lists:
+            module.shared.update(e for e in rare.values() if e is not None)
+        for k in range(len(hidden)):
+            collector.position = k
+            run_block(parts.block(index), hidden[k : k + 1], arguments)
+        for module in lists:
+            module.shared.clear()
 
 
 def _tokens(x: torch.Tensor, region: Region) -> torch.Tensor:

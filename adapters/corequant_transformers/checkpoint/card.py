@@ -90,6 +90,7 @@ _LOADERS = {
 _ROTATING = "import corequant_transformers  # lets Transformers rotate at run time\n"
 _SERVED = "\nvLLM reads it, too: `vllm serve .`\n"
 _SERVABLE = {"pack-quantized", "int-quantized"}
+_RARE = {"shared": "for all tokens of their layer", "nearest": "to nearest"}
 
 
 @dataclass(frozen=True)
@@ -234,6 +235,14 @@ class _Card:
             loss, nearest = row.get("loss"), row.get("loss_nearest")
             if loss is not None and nearest:
                 ratios.setdefault(str(row.get("method")), []).append(loss / nearest)
+        for how, words in _RARE.items():
+            rare = [row for row in rows if row.get("rare") == how] if isinstance(rows, list) else []
+            if rare:
+                yield (
+                    f"{len(rare)} layers of experts that fewer than "
+                    f"{self.plan.recipe.expert_tokens} calibration tokens reached were rounded "
+                    f"{words}."
+                )
         for method, values in sorted(ratios.items()):
             yield (
                 f"Rounding by `{method}` left {statistics.median(values):.2g} of the squared error "

@@ -92,7 +92,7 @@ def _check_data(file: Path, data: Any) -> None:
 
 
 def _is_idle(row: dict[str, Any]) -> bool:
-    return bool(row.get("unrouted"))
+    return row.get("rare") == "nearest" or (bool(row.get("unrouted")) and "rare" not in row)
 
 
 def _is_plain(row: dict[str, Any]) -> bool:

@@ -158,7 +158,9 @@ def inspect(
     windows = check_tokens(tokens)
     if len(windows) < 2:
         raise CalibrationError(f"inspecting needs at least 2 windows, got {len(windows)}")
-    recipe = Recipe(block_size=block_size, permutation="auto")
+    recipe = Recipe(
+        block_size=block_size, permutation="auto", rare_experts="nearest", expert_tokens=1
+    )
     data = calibrate(model, recipe, windows, progress=progress)
     plan = plan_model(unwrap(model).config, recipe)
     widths = {m.shape[1] for m in plan.mlp_outputs}

@@ -48,10 +48,17 @@ class ExpertList(torch.nn.Module):
     fused : torch.nn.Module
         With the parameters that ``description`` names, and the activation function ``act_fn``.
     description : Experts
+
+    Attributes
+    ----------
+    shared : set of int
+        Experts that read all tokens, whichever they are given; what they make of the others is
+        dropped.
     """
 
     def __init__(self, fused: Any, description: Experts) -> None:
         super().__init__()
+        self.shared: set[int] = set()
         self.act_fn: Any = fused.act_fn
         self.description = description
         gate_up = getattr(fused, description.fused_gate_up)
@@ -75,12 +82,13 @@ class ExpertList(torch.nn.Module):
         """
         names = self.description
         total = torch.zeros_like(hidden_states)
-        for index in torch.unique(chosen).tolist():
+        for index in sorted({*torch.unique(chosen).tolist(), *self.shared}):
             expert: Any = self.get_submodule(str(index))
             token, position = torch.where(chosen == index)
-            x = hidden_states[token]
+            x = hidden_states if index in self.shared else hidden_states[token]
             inner = self.act_fn(expert[names.gate](x)) * expert[names.up](x)
-            y = expert[names.down](inner) * weights[token, position, None]
+            y = expert[names.down](inner)
+            y = (y[token] if index in self.shared else y) * weights[token, position, None]
             total.index_add_(0, token, y.to(total.dtype))
         return total
 

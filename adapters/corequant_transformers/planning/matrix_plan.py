@@ -190,6 +190,8 @@ class Region:
         What happens to them.
     settings : LayerSettings
         How the matrix that reads them is quantized; of several the first.
+    expert : bool
+        Whether a single expert reads them.
     """
 
     name: str
@@ -197,6 +199,7 @@ class Region:
     width: int
     side: Side
     settings: LayerSettings
+    expert: bool = False
 
     @property
     def permuted(self) -> bool:
@@ -224,7 +227,8 @@ def _region(name: str, readers: list[MatrixPlan]) -> Region:
         seen.setdefault(matrix.reads or matrix.name, matrix.name)
     first = readers[0]
     width = first.shape[1] // first.input.repeat
-    return Region(name, tuple(seen.values()), width, first.input, first.settings)
+    expert = first.expert is not None and first.name == name
+    return Region(name, tuple(seen.values()), width, first.input, first.settings, expert)
 
 
 # ---- the residual stream

@@ -255,7 +255,8 @@ def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
     _check_groups(matrices)
     conflict = fusion_conflict(matrices)
     fused = () if conflict is None else (f"{conflict}: it can't load an export of this",)
-    notes = (*notes, *untied, *fused, *_notes_outside(architecture))
+    rare = _rare_experts(recipe, sizes, matrices)
+    notes = (*notes, *untied, *fused, *rare, *_notes_outside(architecture))
     return ModelPlan(
         architecture,
         sizes,
@@ -277,6 +278,19 @@ def _notes_outside(a: Architecture) -> Iterator[str]:
             f"{', '.join(w.weight for w in a.writers)}, which follow the residual stream that "
             "they write; calibration reads text alone"
         )
+
+
+def _rare_experts(
+    recipe: Recipe, sizes: Dimensions, matrices: Iterable[MatrixPlan]
+) -> Iterator[str]:
+    """Yield what happens to experts with few tokens, where anything looks at tokens."""
+    rows = [m for m in matrices if m.expert is not None and m.quantized]
+    if any(m.options.needs_moments or m.region == m.name for m in rows):
+        count = f"an expert that fewer than {recipe.expert_tokens} calibration tokens reach"
+        if recipe.rare_experts == "shared":
+            yield f"{count} is permuted and rounded for all tokens of its layer"
+        else:
+            yield f"{count} keeps its channels in place and is rounded to nearest"
 
 
 def _additions_per_channel(block_size: int) -> int:

@@ -99,6 +99,7 @@ def round_block(
     *,
     executor: Executor | None = None,
     progress: Callable[[int], None] = lambda done: None,
+    rare: tuple[int, str] = (1, "nearest"),
 ) -> RoundedBlock:
     """Round the layers of one decoder block.
 
@@ -119,6 +120,9 @@ def round_block(
         Rounds the layers of a group at the same time, to the same codes.
     progress : callable
         Called after each group with the number of groups that are done.
+    rare : tuple of (int, str)
+        Tokens below which an expert is rare, and how it is rounded then: ``shared``, for all tokens
+        of its layer, or ``nearest``, to nearest.
 
     Returns
     -------
@@ -129,8 +133,7 @@ def round_block(
     ArchitectureError
         If layers don't run in the order of the rows, or those of a group read different inputs.
     CalibrationError
-        If no token reaches a layer that is not an expert's. An expert that no token visits is
-        rounded to nearest, and its rows say so.
+        If no token reaches a layer that is not an expert's.
     HessianError, NonFiniteError
         If the inputs' moments can't be used; names the layer and the window.
     """
@@ -145,6 +148,10 @@ def round_block(
         for index, group in enumerate(groups):
             started = time.monotonic()
             moments = networks.moments(index)
+            tokens, how = moments.count, None
+            if group[0].expert is not None and tokens < rare[0]:
+                how = rare[1]
+                moments = networks.rare_moments(index, how)
             weights = _weights(block, path, group)
             found = round_on_inputs(group, weights, moments, shared, executor)
             seconds = time.monotonic() - started
@@ -153,7 +160,7 @@ def round_block(
                 layer = quantized_layer(block.get_submodule(name), row, found[row.name])
                 networks.place(name, layer)
                 layers[row.name] = layer
-                table.append(_report(row, found[row.name], moments.count, seconds / len(group)))
+                table.append(_report(row, found[row.name], tokens, how, seconds / len(group)))
             del moments
             progress(index + 1)
         networks.finish()
@@ -216,6 +223,8 @@ class _Networks:
         self._quantized = copy.deepcopy(block)
         self._rounded = passes(self._quantized, hidden.quantized, inputs)
         self._reference: BlockPasses | None = None
+        networks = (self._quantized, block) if compares else (self._quantized,)
+        self._experts = [m for n in networks for m in n.modules() if isinstance(m, ExpertList)]
         if compares:
             states = hidden.quantized if hidden.float_states is None else hidden.float_states
             self._reference = passes(block, states, RoundedInputs(path, {}))
@@ -244,6 +253,19 @@ class _Networks:
                 f"got none in {count} calibration windows"
             )
         return moments
+
+    def rare_moments(self, index: int, how: str) -> InputMoments:
+        """Return what a group of an expert with few tokens is rounded for: all tokens, or none."""
+        row = self._groups[index][0]
+        if how == "nearest" or row.expert is None:
+            return InputMoments(row.shape[1], cross=self._reference is not None)
+        for experts in self._experts:
+            experts.shared.add(row.expert)
+        try:
+            return self.moments(index)
+        finally:
+            for experts in self._experts:
+                experts.shared.discard(row.expert)
 
     def place(self, name: str, layer: QuantizedLinear) -> None:
         """Use a rounded layer in the quantized network."""
@@ -308,12 +330,15 @@ def _weights(
     return weights
 
 
-def _report(row: MatrixPlan, rounded: RoundedTensor, tokens: int, seconds: float) -> dict[str, Any]:
+def _report(
+    row: MatrixPlan, rounded: RoundedTensor, tokens: int, rare: str | None, seconds: float
+) -> dict[str, Any]:
     report = rounded.report
     damping = report.damping
     return {
         "name": row.name,
         **({} if tokens else {"unrouted": True}),
+        **({"rare": rare} if rare else {}),
         "method": report.method,
         "loss_nearest": report.nearest_loss,
         "loss": report.loss,

@@ -209,7 +209,7 @@ class Job:
         self.ledger.commit(step, report, tensors, {**following, **self._collector.state()})
 
     def _found(self) -> Calibration:
-        return Calibration(self.tokens, self._collector.statistics, self._collector.held_out)
+        return self._collector.found(self.tokens)
 
     def _first_states(self) -> dict[str, Windows]:
         if self.calibration is not None:
@@ -378,6 +378,7 @@ class Job:
             self._arguments[torch.float32][index],
             executor=self.executor,
             progress=lambda done: self.progress("round", before + done, total),
+            rare=(self.plan.recipe.expert_tokens, self.plan.recipe.rare_experts),
         )
         for name, layer in rounded.layers.items():
             model.set_submodule(name, layer)
