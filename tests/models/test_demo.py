@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -13,6 +14,7 @@ from corequant.recipe import PRESETS, Recipe
 from corequant_cli.app import _EPILOGS, _EXAMPLES, app
 from corequant_cli.commands import demonstration
 from corequant_cli.tables import console
+from corequant_transformers.calibration.data.documents import carried_documents
 from tests.models.test_gguf_files import tokenizer_of, write_model
 
 
@@ -51,10 +53,36 @@ def test_the_demo(narrow, tmp_path, monkeypatch):
         assert layer.quantized.spec == Recipe.preset(recipe).weights
 
 
-def test_the_demos_best_is_the_last_and_needs_all_that_is_calibrated():
+@pytest.mark.parametrize("best", [1, 2])
+def test_the_demo_saves_the_w4a4_model_that_is_closest(best, tmp_path, monkeypatch):
+    """Whichever of them that is."""
+    write_model(tmp_path / "model")
+    tokenizer_of("gpt-2").save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(demonstration, "fetch_model", lambda: tmp_path / "model")
+    monkeypatch.setattr(demonstration, "LENGTH", 32)
+    monkeypatch.setattr(demonstration, "SAMPLES", 2)
+    everything, real = demonstration.variants(), demonstration.evaluate
+    made = (everything[0], *everything[2:4])
+    monkeypatch.setattr(demonstration, "variants", lambda: made)
+    calls = iter(range(len(made)))
+
+    def evaluate(*arguments, **options):
+        found = real(*arguments, **options)
+        kl = 0.01 if next(calls) == best else 0.02
+        return replace(found, divergence=replace(found.divergence, kl=kl))
+
+    monkeypatch.setattr(demonstration, "evaluate", evaluate)
+    result = demonstration.run(tmp_path / "out", carried_documents(), windows=1)
+    assert [row.rounding for row in result.rows] == ["", *(v.recipe.rounding for v in made)]
+    written = Recipe.from_toml((tmp_path / "out" / "w4a4" / "recipe.toml").read_text())
+    assert replace(written, dtype="auto") == made[best].recipe
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["w4a16", "w4a4"]
+
+
+def test_the_demos_best_needs_all_that_is_calibrated():
     made = demonstration.variants()
     assert made[-1].recipe == Recipe.preset("w4a4")
-    assert [v.folder for v in made if v.folder] == ["w4a16", "w4a4"]
+    assert {v.folder for v in made} == {"w4a16", "w4a8", "w4a4"}
 
 
 def test_presets_are_listed(narrow):

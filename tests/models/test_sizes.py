@@ -91,3 +91,19 @@ def test_the_command_tells_sizes_and_ties(tmp_path):
     sizes = found["sizes"]
     assert 60_000 < sizes["corequant"] < sizes["compressed-tensors"] < 62_000
     assert sizes["gguf"] is None
+
+
+@pytest.mark.parametrize(
+    ("weights", "bits"),
+    [
+        ("int4:group16:symmetric:exact:bfloat16", 4 + 16 / 16),
+        ("int4:group16:symmetric:mse:float16", 4 + 16 / 16),
+        ("int4:group16:symmetric:mse", 4 + 32 / 16),
+        ("int4:group16:asymmetric:mse:float16", 4 + 20 / 16),
+        ("mxfp4", 4 + 8 / 32),
+    ],
+)
+def test_the_plan_counts_scales_as_they_are_stored(weights, bits):
+    recipe = Recipe(rotation="heads", weights=weights, activations="none")
+    cost = cqhf.plan(cqhf.tiny_model("llama", hidden_size=64), recipe).cost()
+    assert 32 * cost["quantized_mib"] / cost["float_mib"] == pytest.approx(bits, rel=1e-9)

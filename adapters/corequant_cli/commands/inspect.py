@@ -16,9 +16,14 @@ from corequant_cli.commands.arguments import (
     print_json,
     read_data,
 )
+from corequant_cli.commands.panels import QUALITY, WHAT, WHERE
 from corequant_cli.tables import console, data, inspections
 
 __all__ = ["inspect"]
+
+
+def _number(text: str, least: int) -> Any:
+    return typer.Option(help=text, min=least, metavar="<int>", rich_help_panel=QUALITY)
 
 
 def inspect(
@@ -33,7 +38,11 @@ def inspect(
     ],
     against: Annotated[
         Path | None,
-        typer.Option(help="Float model that a quantized one was made from: measure each layer."),
+        typer.Option(
+            help="Float model that a quantized one was made from: measure each layer.",
+            metavar="<path>",
+            rich_help_panel=WHAT,
+        ),
     ] = None,
     text: Annotated[
         list[Path] | None,
@@ -41,30 +50,27 @@ def inspect(
             help="Text to run on, as for quantize --calibration; by default the text that the "
             "package carries.",
             metavar="<path>",
+            rich_help_panel=WHAT,
         ),
     ] = None,
-    keep: Annotated[int, typer.Option(help="Number of layers to name.", min=1)] = 3,
-    block_size: Annotated[int, typer.Option(help="Block length to analyze a float model by.")] = 16,
+    keep: Annotated[int, _number("Number of layers to name.", 1)] = 3,
+    block_size: Annotated[int, _number("Block length to analyze a float model by.", 1)] = 16,
     windows: Annotated[
         int | None,
-        typer.Option(
-            help="Number of windows of text, at least 2, of which a float model's last is held "
-            "out; 3 for a float model, 2 with --against.",
-            min=2,
-            show_default=False,
+        _number(
+            "Number of windows of text, of which a float model's last is held out; 3 for a float "
+            "model, 2 with --against.",
+            2,
         ),
     ] = None,
     sequence_length: Annotated[
         int | None,
-        typer.Option(
-            help="Tokens per window; 2048 for a float model, 256 with --against.",
-            min=2,
-            show_default=False,
-        ),
+        _number("Tokens per window; 2048 for a float model, 256 with --against.", 2),
     ] = None,
-    report: Annotated[Path, typer.Option(help="HTML report on a float model.")] = Path(
-        "inspection.html"
-    ),
+    report: Annotated[
+        Path,
+        typer.Option(help="HTML report on a float model.", metavar="<path>", rich_help_panel=WHERE),
+    ] = Path("inspection.html"),
     verify: Verify = True,
     as_json: Json = False,
 ) -> None:

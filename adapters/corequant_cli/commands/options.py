@@ -127,6 +127,8 @@ def _parameters() -> list[inspect.Parameter]:
         plain = len(kinds) == 1 and kinds[0] in (bool, int, float) and name not in _NUMBERS
         kind = kinds[0] if plain else str
         metavar = "<spec>" if QuantSpec in kinds else _METAVARS.get(name)
+        if metavar is None and kind is str:
+            metavar = "<name>"
         style: dict[str, Any] = {
             "help": texts.get(name),
             "rich_help_panel": _PANELS.get(name, EXPERT),
@@ -148,7 +150,9 @@ def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
 def _texts() -> dict[str, str]:
     """Return the first sentence about each field in ``Recipe``'s docstring."""
     entries = re.findall(r"^(\w+) : .+\n((?: {4}.+\n)+)", inspect.getdoc(Recipe) or "", re.M)
-    return {name: re.sub(r"``(\w+)``", _plain, _first(text)) for name, text in entries}
+    texts = {name: re.sub(r"``(\w+)``", _plain, _first(text)) for name, text in entries}
+    # A command line has no None.
+    return {name: re.sub(r"\bNone\b", "none", text) for name, text in texts.items()}
 
 
 def _first(text: str) -> str:

@@ -21,7 +21,14 @@ _OTHERS = "Options"
 
 
 class PanelCommand(TyperCommand):
-    """A command whose options are shown by panel."""
+    """A command whose options are shown by panel, and whose arguments are words in capitals."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return what stands in the usage after the command."""
+        arguments = [p for p in self.get_params(ctx) if p.param_type_name == "argument"]
+        names = [_argument(p) for p in arguments]
+        shown = [n if p.required else f"[{n}]" for n, p in zip(names, arguments, strict=True)]
+        return [self.options_metavar or "", *shown]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write a section for each panel; arguments come first."""
@@ -30,10 +37,9 @@ class PanelCommand(TyperCommand):
             record = parameter.get_help_record(ctx)
             if record is None:
                 continue
-            panel = getattr(parameter, "rich_help_panel", None)
-            if panel is None:
-                argument = parameter.param_type_name == "argument"
-                panel = "Arguments" if argument else _OTHERS
+            panel = getattr(parameter, "rich_help_panel", None) or _OTHERS
+            if parameter.param_type_name == "argument":
+                panel, record = "Arguments", (_argument(parameter), _told(parameter, record[1]))
             sections.setdefault(panel, []).append(record)
         order = ["Arguments", *_ORDER, _OTHERS]
         for panel in sorted(sections, key=order.index):
@@ -66,6 +72,15 @@ class PanelGroup(TyperGroup):
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write the epilog line by line, as it is."""
         _write_epilog(self.epilog, formatter)
+
+
+def _argument(parameter: Any) -> str:
+    return str(parameter.metavar or parameter.name.upper())
+
+
+def _told(parameter: Any, text: str) -> str:
+    """Return an argument's help; the usage says already whether it is required."""
+    return text.removesuffix("[required]").rstrip()
 
 
 def _write_epilog(text: str | None, formatter: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from corequant.recipe import DEFAULT_PRESET, READERS, Preset
@@ -21,11 +21,16 @@ _FIGURES = (
 """Keys of a preset's ``measured``, their columns, and how they are written."""
 
 
+_LISTING: dict[str, Any] = {"box": None, "show_header": False, "padding": (0, 2, 0, 0)}
+
+
 def presets(rows: Mapping[str, Preset]) -> None:
     """Print what each preset is for, and what was measured."""
+    listed = table(column("", no_wrap=True, style="bold"), column(""), **_LISTING)
     for name, found in rows.items():
         default = " (the default)" if name == DEFAULT_PRESET else ""
-        console().print(f"[bold]{name}[/bold]{default}: {found.description}; for {_readers(found)}")
+        listed.add_row(name, f"{found.description}{default}; for {_readers(found)}")
+    console().print(listed)
     heads = [column(title, justify="right") for _, title, _ in _FIGURES]
     grid = table(column("preset", no_wrap=True), *heads, box=None, padding=(0, 2, 0, 0))
     measured = {name: found.measured for name, found in rows.items() if found.measured}
@@ -39,6 +44,11 @@ def presets(rows: Mapping[str, Preset]) -> None:
             "divergence from the float model, in nats; bits = bits per quantized weight with its "
             "scales; MB on disk; minutes and MiB of memory to quantize."
         )
+    console().print(
+        "\n'corequant presets NAME' shows a recipe, and 'corequant quantize MODEL -o OUT --preset "
+        "NAME' carries it out.",
+        highlight=False,
+    )
 
 
 def preset(found: Preset, recipe: str) -> None:
@@ -66,11 +76,9 @@ def formats(values: Mapping[str, Any]) -> None:
     for name, form in values["formats"].items():
         kinds.setdefault(form["kind"], []).append(name)
     console().print("[bold]Number formats[/bold]")
-    for kind, names in kinds.items():
-        console().print(f"  {kind}: {', '.join(names)}", highlight=False)
+    console().print(_words(kinds))
     console().print("\n[bold]A quantizer[/bold] is a format and parts, as in int4:group32:mse")
-    for what, words in values["parts"].items():
-        console().print(f"  {what}: {', '.join(words)}", highlight=False)
+    console().print(_words(values["parts"]))
     console().print()
     others = [reader for reader in READERS if reader != "corequant"]
     heads = [column(reader, justify="center") for reader in others]
@@ -83,6 +91,14 @@ def formats(values: Mapping[str, Any]) -> None:
         "transformers and vllm; always 8 bits in groups of 32 in llama.cpp. 'corequant presets' "
         "lists whole recipes."
     )
+
+
+def _words(rows: Mapping[str, Sequence[str]]) -> Any:
+    """Return a list of words for each of several names, beside each other."""
+    grid = table(column(""), column(""), **_LISTING)
+    for name, words in rows.items():
+        grid.add_row(name, marked(", ".join(words)))
+    return grid
 
 
 def _readers(found: Preset) -> str:

@@ -28,19 +28,22 @@ def quantized(result: Any, output: Path) -> None:
 
 def demo(result: Any) -> None:
     """Print the demo's table, which of its rows is for what, and what two models say."""
-    numbers = [column(name, justify="right") for name in ("perplexity", "KL", "±", "MB")]
-    grid = table(column("SmolLM2-135M", overflow="fold"), *numbers, box=None, padding=(0, 1, 0, 0))
+    heads = [column(name, justify="right") for name in ("perplexity", "KL", "±", "MB")]
+    titles = (column("SmolLM2-135M", overflow="fold"), column("rounded by"))
+    grid = table(*titles, *heads, box=None, padding=(0, 1, 0, 0))
     for row in result.rows:
         far = ("", "") if row.kl is None else (f"{row.kl:.3f}", f"{row.kl_se:.3f}")
-        grid.add_row(row.name, f"{row.perplexity:.2f}", *far, f"{row.megabytes:.0f}")
+        grid.add_row(row.name, row.rounding, f"{row.perplexity:.2f}", *far, f"{row.megabytes:.0f}")
     console().print(grid)
     console().print(
-        f"\nOn {result.tokens} tokens. KL: how far next-token probabilities are from the float "
-        "model's, in nats per token. W4A16: 4-bit weights, 16-bit activations, and so on.\n"
-        "\n[bold]W4A16[/bold] for small files: runs everywhere, nearly as good as float. "
-        "[bold]W4A8[/bold] for speed where 8-bit products are fast. [bold]W4A4[/bold] where "
-        "hardware multiplies 4-bit numbers: a permutation (MassDiff) makes cheap rotations of "
-        "small blocks do, and scales and a choice of permutations the rest."
+        f"\nOn {result.tokens} tokens. KL: how far the probabilities of the next token are from "
+        "the float model's, in nats per token; ± its standard error. W4A8: 4-bit weights, 8-bit "
+        "activations.\n"
+        "\n[bold]W4A16[/bold] for small files: close to float, and it runs everywhere. "
+        "[bold]W4A8[/bold] for speed where products of 8-bit numbers are fast. [bold]W4A4[/bold] "
+        "for hardware that multiplies 4-bit numbers. There a permutation of channels (MassDiff) "
+        "makes up for small rotations, whose blocks are of 16 or 32 channels; the preset chooses "
+        "among permutations, scales channels and rounds by Qronos."
     )
     for folder, text in result.spoken.items():
         console().print(f"\n{marked(folder)}, saved and loaded again, says:")

@@ -10,6 +10,9 @@ from corequant_cli.tables.console import column, console, marked, table
 
 __all__ = ["fates", "plan_dict", "plan_table", "sizes"]
 
+_NAME = 24
+"""Columns of a terminal that names of matrices take at most."""
+
 
 def fates(rows: list[dict[str, Any]]) -> None:
     """Print a line for each tensor of the model."""
@@ -58,29 +61,32 @@ def plan_dict(plan: Any) -> dict[str, Any]:
 def plan_table(plan: Any) -> None:
     """Print what is done to each kind of matrix."""
     sizes, kind = plan.dimensions, marked(plan.architecture.model_type)
+    console().print(
+        f"[bold]{kind}[/bold]: {sizes.blocks} blocks, hidden {sizes.hidden}, intermediate "
+        f"{sizes.intermediate}, head {sizes.head_dim}\n"
+    )
+    blocks = _kinds_of_blocks(plan)
+    shown = list(_examples(plan, blocks))
+    width = min(max(len(_own_name(plan, m)) for m, _ in shown), _NAME)
     grid = table(
-        column("matrix", no_wrap=True), "shape", "folds", "reads", "writes", "rounded",
-        title=f"{kind}: {sizes.blocks} blocks, hidden {sizes.hidden}, "
-        f"intermediate {sizes.intermediate}, head {sizes.head_dim}",
+        column("matrix", overflow="fold", width=width), column("shape", no_wrap=True), "reads",
+        "writes", column("rounded", no_wrap=True), box=None, padding=(0, 1, 0, 0),
     )  # fmt: skip
     schemes = Counter((m.weights, m.activations) for m in plan.quantized)
     names = _names_of({weights for weights, _ in schemes})
-    blocks = _kinds_of_blocks(plan)
-    for m, title in _examples(plan, blocks):
+    for m, title in shown:
         if title and len(blocks) > 1:
-            grid.add_section()
-            grid.add_row(title)
-        path = "" if m.block is None else plan.architecture.block.format(m.block) + "."
+            grid.add_row(f"[italic]{title}[/italic]")
         rounded = names[m.weights] if m.quantized and len(schemes) > 1 else "yes"
         grid.add_row(
-            marked(m.name.removeprefix(path)),
+            marked(_own_name(plan, m)),
             "×".join(map(str, m.shape)),
-            "norm" if plan.folds_norm(m) else "",
-            _side(m.input, "online " if m.online else ""),
+            _read(m, folds=plan.folds_norm(m)),
             ", ".join(filter(None, dict.fromkeys(_side(p.output, "") for p in m.row_slices))),
             rounded if m.quantized else "",
         )
     console().print(grid)
+    console().print()
     for note in plan.notes:
         console().print(f"note: {marked(note)}")
     cost = plan.cost()
@@ -88,17 +94,28 @@ def plan_table(plan: Any) -> None:
         layers = f"{count} × " if len(schemes) > 1 else ""
         console().print(f"{layers}weights {weights}, activations {activations or 'float'}")
     console().print(f"everything else {plan.recipe.dtype}, {_vocabulary(plan)}")
+    if cost["online_rotations"]:
+        console().print(
+            f"rotations at run time: {cost['online_rotations']}, "
+            f"{cost['online_additions_per_token']:,} additions per token "
+            f"({cost['online_share']:.2%} of the linear layers' multiplications), "
+            f"{cost['online_bytes_per_token'] / 1024:.0f} KiB read and written"
+        )
+        sizes_of = ", ".join(map(str, cost["block_sizes"]))
+        console().print(f"valid block sizes for {_widths(plan)}: {sizes_of}")
+    else:
+        console().print("no rotations at run time")
+    bits = 32 * cost["quantized_mib"] / cost["float_mib"]
     console().print(
-        f"online rotations: {cost['online_rotations']}, "
-        f"{cost['online_additions_per_token']:,} additions per token "
-        f"({cost['online_share']:.2%} of the linear layers' multiplications), "
-        f"{cost['online_bytes_per_token'] / 1024:.0f} KiB read and written\n"
-        f"quantized weights: {cost['quantized_mib']:.1f} MiB of {cost['float_mib']:.1f} MiB float; "
-        f"peak memory about {cost['peak_mib']:.0f} MiB"
+        f"quantized weights: {cost['quantized_mib'] * 2**20 / 1e6:.1f} MB, {bits:.2f} bits each "
+        f"with their scales; quantizing takes about {cost['peak_mib']:.0f} MiB of memory"
     )
-    console().print(
-        f"valid block sizes for {_widths(plan)}: " + ", ".join(map(str, cost["block_sizes"]))
-    )
+
+
+def _own_name(plan: Any, m: Any) -> str:
+    """Return a matrix's name, within its block if it is in one."""
+    path = "" if m.block is None else plan.architecture.block.format(m.block) + "."
+    return str(m.name.removeprefix(path))
 
 
 def _vocabulary(plan: Any) -> str:
@@ -171,6 +188,12 @@ def _widths(plan: Any) -> str:
     if plan.recipe.rotation == "online":
         return "all rotated widths"
     return f"intermediate {plan.dimensions.intermediate}"
+
+
+def _read(m: Any, *, folds: bool) -> str:
+    """Say what is merged into a matrix on the side of its inputs."""
+    side = _side(m.input, "online " if m.online else "")
+    return ", ".join(filter(None, ["norm" if folds else "", side]))
 
 
 def _side(side: Any, prefix: str) -> str:

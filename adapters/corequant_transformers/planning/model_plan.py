@@ -19,6 +19,7 @@ from corequant.errors import BlockSizeError
 from corequant.hadamard import hadamard_factors, valid_block_sizes
 from corequant.recipe import Recipe
 from corequant.rotation import random_signs
+from corequant.specs import ScaleFormat
 from corequant_transformers.architectures.description import Architecture
 from corequant_transformers.architectures.dimensions import Dimensions, dimensions_of
 from corequant_transformers.architectures.known import architecture_of, decoder_config
@@ -299,11 +300,15 @@ def _additions_per_channel(block_size: int) -> int:
 
 
 def _stored_bytes(matrix: MatrixPlan) -> float:
-    """Return the bytes of a quantized matrix: codes, and scales in float32."""
+    """Return the bytes of a quantized matrix: codes, scales and zero points."""
     spec, (rows, columns) = matrix.weights, matrix.shape
     # A whole tensor's single scale is not worth a special case.
-    scales = columns / (spec.group_size or columns)
-    return rows * (columns * spec.format.bits / 8 + 4 * scales)
+    groups = columns / (spec.group_size or columns)
+    # NumPy has no bfloat16.
+    own = spec.scale_format is ScaleFormat.BFLOAT16
+    scale = 2 if own else np.dtype(spec.scale_format.dtype).itemsize
+    zero_point = 0 if spec.symmetric else spec.format.bits / 8
+    return rows * (columns * spec.format.bits / 8 + groups * (scale + zero_point))
 
 
 def _check_groups(matrices: Iterable[MatrixPlan]) -> None:
