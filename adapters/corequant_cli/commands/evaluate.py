@@ -26,6 +26,41 @@ from corequant_cli.tables import console, data, evaluations
 
 __all__ = ["evaluate"]
 
+Against = Annotated[
+    Path | None,
+    typer.Option(
+        help="Float model to compare with: as MODEL, usually what it was made from.",
+        metavar="<path>",
+        rich_help_panel=WHAT,
+    ),
+]
+Tasks = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="<path>",
+        rich_help_panel=WHAT,
+        help="JSON lines of zero-shot questions, multiple choice or minimal pairs; may be "
+        "repeated.",
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        help="Questions of each task, the first ones; all by default.",
+        min=1,
+        metavar="<int>",
+        rich_help_panel=WHAT,
+    ),
+]
+Windows = Annotated[
+    int | None,
+    typer.Option(
+        help="Number of windows to evaluate; all by default.",
+        min=1,
+        metavar="<int>",
+        rich_help_panel=WHAT,
+    ),
+]
 Record = Annotated[
     bool,
     typer.Option(
@@ -38,41 +73,10 @@ Record = Annotated[
 def evaluate(
     model: AnyModel,
     text: TextFiles = None,
-    against: Annotated[
-        Path | None,
-        typer.Option(
-            help="Float model to compare with: as MODEL, usually what it was made from.",
-            metavar="<path>",
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
-    tasks: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="<path>",
-            rich_help_panel=WHAT,
-            help="JSON lines of zero-shot questions, multiple choice or minimal pairs; may be "
-            "repeated.",
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            help="Questions of each task, the first ones; all by default.",
-            min=1,
-            metavar="<int>",
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
-    windows: Annotated[
-        int | None,
-        typer.Option(
-            help="Number of windows to evaluate; all by default.",
-            min=1,
-            metavar="<int>",
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
+    against: Against = None,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    windows: Windows = None,
     sequence_length: Length = 2048,
     device: Device = "cpu",
     verify: Verify = True,

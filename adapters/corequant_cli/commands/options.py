@@ -17,9 +17,9 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from corequant import recipe as recipes
 from corequant.errors import CalibrationError, RecipeError
 from corequant.recipe import DEFAULT_PRESET, PRESETS, READERS, Recipe, check_reader, find_preset
+from corequant.recipe import choices as fixed
 from corequant.specs import QuantSpec
 from corequant.storage.files import read_text
 from corequant_cli.commands.panels import EXPERT, QUALITY, WHAT
@@ -168,7 +168,7 @@ def _plain(quoted: re.Match[str]) -> str:
     word = quoted[1]
     if word in _FIELDS:
         return _flag(word)
-    return ", ".join(getattr(recipes, word)) if word.isupper() else word
+    return ", ".join(getattr(fixed, word)) if word.isupper() else word
 
 
 def _given(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
