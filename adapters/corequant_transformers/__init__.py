@@ -15,6 +15,7 @@ from corequant_transformers.exports.arrival import install_when_imported
 if TYPE_CHECKING:
     from corequant_transformers.architectures.description import Architecture, Experts, Variant
     from corequant_transformers.architectures.known import register
+    from corequant_transformers.architectures.mixer import Mixer
     from corequant_transformers.architectures.where import Where
     from corequant_transformers.calibration.choices import Calibration
     from corequant_transformers.calibration.data.documents import Documents, read_documents
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 _PARTS = {
     "architectures.description": "Architecture Experts Variant",
     "architectures.known": "register",
+    "architectures.mixer": "Mixer",
     "architectures.where": "Where",
     "calibration.choices": "Calibration",
     "calibration.data.documents": "Documents read_documents",
@@ -86,6 +88,7 @@ __all__ = [
     "Inspection",
     "LayerError",
     "LayerErrors",
+    "Mixer",
     "Quantized",
     "RunComparison",
     "Sample",

@@ -309,7 +309,7 @@ def test_the_documented_table_is_complete():
     known = {architecture.model_type: architecture for architecture in described()}
     assert set(names) == set(known)
     for kind, row in names.items():
-        assert row.endswith("at run time |" if known[kind].post_norms else "merged |")
+        assert row.endswith("merged |" if known[kind].merges else "at run time |")
 
 
 @pytest.mark.parametrize(

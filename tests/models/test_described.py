@@ -17,6 +17,7 @@ HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 ALONE = {"num_attention_heads": 3, "num_key_value_heads": 1}
 """As many channels in all heads as in the stream."""
+MAMBA = {"mamba_n_heads": 6, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 16}
 VARIANTS = {
     "granite": {
         "embedding_multiplier": 3.0,
@@ -44,6 +45,33 @@ VARIANTS = {
     "olmo": {"head_dim": 12},
     "bitnet": ALONE,
     "mpt": {"max_seq_len": 64},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "mamba2": {"num_heads": 6, "head_dim": 16, "n_groups": 2, "state_size": 16},
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 96, "ssm_multipliers": [0.5, 2.0, 0.7, 1.5, 0.3]},
+    "granitemoehybrid": MAMBA
+    | {
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_local_experts": 0,
+        "shared_intermediate_size": 96,
+        "residual_multiplier": 0.7,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "full_attention", "mlp"],
+        "num_hidden_layers": 3,
+        "mamba_num_heads": 6,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "ssm_state_size": 16,
+    },
+    "minimax": {"layer_types": ["linear_attention", "full_attention"], "block_size": 16}
+    | {"linear_attn_alpha_factor": 0.7, "full_attn_beta_factor": 1.3},
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_num_value_heads": 4,
+        "linear_value_head_dim": 16,
+    },
     "mistral": {"sliding_window": 8},
     "starcoder2": {"sliding_window": 8},
     "qwen2": {**SLIDING, "use_sliding_window": True},

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from corequant.errors import ArchitectureError
+from corequant_transformers.architectures.mixer import Mixer
 from corequant_transformers.architectures.where import Where, holds
 from corequant_transformers.architectures.writer import Writer
 
@@ -119,7 +120,9 @@ class Architecture:
     attention_norm : str, optional
         The norm that query, key and value read; None if they read the stream itself.
     query, key, value, attention_output : str
-        The output projection writes the residual.
+        The output projection writes the residual; it is None in a block without attention.
+    query_gate : bool
+        Whether query has as many rows again, which gate what attention gives.
     qkv_order : tuple of str
         Order of query, key and value in one matrix.
     qkv_groups : str
@@ -139,11 +142,16 @@ class Architecture:
     gate : str, optional
         None for an MLP without a gate, where down reads ``act(up)``.
     up, down : str
-        With a gate, down reads ``act(gate) * up``; it writes the residual.
+        With a gate, down reads ``act(gate) * up``; it writes the residual, and is None in a block
+        without an MLP.
     mlp_inner_norm : str, optional
         An RMSNorm that down reads.
     mlp_post_norm : str, optional
         An RMSNorm between down and the residual.
+    residual_normed : bool
+        Whether parts add to what their norm gives, rather than to what it reads.
+    mixers : tuple of Mixer
+        Parts that come before attention, or take its place.
     experts : Experts, optional
         Description of a model's routed experts.
     transposed : bool
@@ -215,7 +223,8 @@ class Architecture:
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
-    attention_output: str = "self_attn.o_proj"
+    attention_output: str | None = "self_attn.o_proj"
+    query_gate: bool = False
     qkv_order: tuple[str, ...] = ("query", "key", "value")
     qkv_groups: str = "1"
     linear_values: bool = True
@@ -224,9 +233,11 @@ class Architecture:
     mlp_norm: str | None = "post_attention_layernorm"
     gate: str | None = "mlp.gate_proj"
     up: str = "mlp.up_proj"
-    down: str = "mlp.down_proj"
+    down: str | None = "mlp.down_proj"
     mlp_inner_norm: str | None = None
     mlp_post_norm: str | None = None
+    residual_normed: bool = False
+    mixers: tuple[Mixer, ...] = ()
     experts: Experts | None = None
     transposed: bool = False
     linear_classes: tuple[str, ...] = ()
@@ -260,7 +271,7 @@ class Architecture:
                 "a LayerNorm between a writer and the residual can't be centered: "
                 f"attention_post_norm and mlp_post_norm must be RMSNorms, got norm={self.norm!r}"
             )
-        if self.subtracts_mean and None in (self.attention_norm, self.mlp_norm):
+        if self.subtracts_mean and None in self._read_norms:
             raise ArchitectureError(
                 f"with norm={self.norm!r}, the residual is centered, so attention_norm and "
                 "mlp_norm must read it first, got None"
@@ -328,8 +339,25 @@ class Architecture:
     @property
     def norms(self) -> tuple[str, ...]:
         """The norms of a block whose channels are those of the residual stream."""
-        before = (self.attention_norm, self.mlp_norm)
-        return tuple(dict.fromkeys(n for n in (*before, *self.post_norms) if n is not None))
+        found = (*self._read_norms, *self.post_norms)
+        return tuple(dict.fromkeys(n for n in found if n is not None))
+
+    @property
+    def _read_norms(self) -> tuple[str | None, ...]:
+        """The norms that parts read; None for one that reads the stream itself."""
+        attention = () if self.attention_output is None else (self.attention_norm,)
+        mlp = () if self.down is None and self.experts is None else (self.mlp_norm,)
+        return (*attention, *mlp, *(mixer.norm for mixer in self.mixers))
+
+    @property
+    def untouched(self) -> tuple[str, ...]:
+        """The modules and parameters of a block that nothing is done to."""
+        return (*self.inner, *(name for mixer in self.mixers for name in mixer.inner))
+
+    @property
+    def merges(self) -> bool:
+        """Whether a rotation of the residual stream can be merged."""
+        return not self.post_norms and not self.residual_normed
 
     @property
     def post_norms(self) -> tuple[str, ...]:

@@ -108,18 +108,18 @@ def dimensions_in(
         As ``dimensions_of``.
     """
     a = architecture
-    heads = evaluate(a.heads, config, block)
-    kv_heads = evaluate(a.kv_heads, config, block, heads)
-    if heads % kv_heads:
-        raise ArchitectureError(f"{a.kv_heads} must divide {a.heads}={heads}, got {kv_heads}")
-    usual = None if a.usual_expansion is None else a.usual_expansion * sizes.hidden
-    return replace(
-        sizes,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=evaluate(a.head_dim, config, block, sizes.hidden // heads),
-        intermediate=evaluate(a.intermediate_size, config, block, usual),
-    )
+    if a.attention_output is not None:
+        heads = evaluate(a.heads, config, block)
+        kv_heads = evaluate(a.kv_heads, config, block, heads)
+        if heads % kv_heads:
+            raise ArchitectureError(f"{a.kv_heads} must divide {a.heads}={heads}, got {kv_heads}")
+        head_dim = evaluate(a.head_dim, config, block, sizes.hidden // heads)
+        sizes = replace(sizes, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    width = 0
+    if a.down is not None:
+        usual = None if a.usual_expansion is None else a.usual_expansion * sizes.hidden
+        width = evaluate(a.intermediate_size, config, block, usual)
+    return replace(sizes, intermediate=width)
 
 
 def evaluate(expression: str, config: Any, block: int = 0, default: int | None = None) -> int:

@@ -23,7 +23,12 @@ from corequant_transformers.files.atomic import read_json, read_tensors
 from corequant_transformers.files.digests import check_digests, checking, is_read, warn_of_none
 from corequant_transformers.files.hub import locate
 from corequant_transformers.files.marks import WEIGHTS, check_settings
-from corequant_transformers.model.configs import as_config_errors, check_config, settle_config
+from corequant_transformers.model.configs import (
+    as_config_errors,
+    check_config,
+    config_of,
+    settle_config,
+)
 from corequant_transformers.model.layouts import standardize
 from corequant_transformers.model.parts import skeleton
 from corequant_transformers.model.sources import files_to_copy, read_generation
@@ -150,7 +155,7 @@ def read_plan(folder: Path) -> tuple[ModelPlan, Any]:
     values = read_json(folder / "float_config.json")
     check_config(values, folder / "float_config.json")
     try:
-        config = transformers.AutoConfig.for_model(**values)
+        config = config_of(values)
     except Exception as error:
         # Transformers validates configs with errors of several kinds.
         raise CheckpointError(f"{folder / 'float_config.json'}: {error}") from error

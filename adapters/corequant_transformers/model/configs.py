@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from codecs import BOM_UTF8
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -17,7 +18,7 @@ from corequant.errors import CheckpointError, CorequantError
 from corequant.storage.files import open_regular
 from corequant_transformers.architectures.dimensions import MOST_BLOCKS
 
-__all__ = ["as_config_errors", "check_config", "check_unmarked", "settle_config"]
+__all__ = ["as_config_errors", "check_config", "check_unmarked", "config_of", "settle_config"]
 
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 """Such as models are published in; Transformers takes the name of any other dtype of torch."""
@@ -42,6 +43,30 @@ _NAMES = ("model_type", "transformers_version", "_name_or_path")
 
 _ELSEWHERE = ("configuration_files", "fusion_config")
 """Fields that have Transformers read another file for a config, or change a model's class."""
+
+
+def config_of(values: Mapping[str, Any]) -> Any:
+    """Return the config of a model from the values of its ``config.json``.
+
+    Parameters
+    ----------
+    values : mapping
+        Checked already. What JSON has no number for is an object: ``{"__float__": "Infinity"}``.
+
+    Raises
+    ------
+    Exception
+        Whatever Transformers raises.
+    """
+    return transformers.AutoConfig.for_model(**{k: _decoded(v) for k, v in values.items()})
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {k: _decoded(v) for k, v in value.items()}
+    return [_decoded(v) for v in value] if isinstance(value, list) else value
 
 
 def check_unmarked(path: Path) -> None:

@@ -107,6 +107,7 @@ def skeleton(model: Any) -> Any:
     result = build(model)
     for owner, module in _with_owners(result):
         module._buffers.update(_computed_buffers(owner, module))
+    _compute_buffers_from_above(result)
     return result.eval().requires_grad_(False)
 
 
@@ -126,14 +127,35 @@ def _computed_buffers(model: Any, module: torch.nn.Module) -> dict[str, torch.Te
         return {}
     fresh: Any = copy.copy(module)
     made = {
-        name: torch.empty_like(
-            b, device="cpu", dtype=torch.float32 if b.is_floating_point() else b.dtype
+        name: (
+            torch.full_like(b, torch.nan, device="cpu", dtype=torch.float32)
+            if b.is_floating_point()
+            else torch.empty_like(b, device="cpu")
         )
         for name, b in own.items()
     }
     fresh.__dict__["_buffers"] = {**module._buffers, **made}
     model._init_weights(fresh)
     return {name: fresh._buffers[name] for name in own}
+
+
+def _compute_buffers_from_above(model: Any) -> None:
+    """Compute in place the buffers that a module around theirs computes when a model is loaded."""
+    absent = {
+        path
+        for path, module in model.named_modules()
+        for b in module._buffers.values()
+        if b is not None and b.is_floating_point() and not b.is_meta and bool(b.isnan().any())
+    }
+    if not absent:
+        return
+    around = {id(model)}
+    for path, module in model.named_modules():
+        if any(name.startswith(f"{path}.") for name in absent):
+            around.add(id(module))
+    for owner, module in _with_owners(model):
+        if id(module) in around:
+            owner._init_weights(module)
 
 
 def _settle_buffers(model: Any) -> None:

@@ -17,7 +17,12 @@ import torch
 import transformers
 
 from corequant.errors import ArchitectureError
-from corequant_transformers.model.configs import as_config_errors, check_config, settle_config
+from corequant_transformers.model.configs import (
+    as_config_errors,
+    check_config,
+    config_of,
+    settle_config,
+)
 from corequant_transformers.model.parts import is_rounded, skeleton
 from corequant_transformers.model.replicas import is_own, replicate
 
@@ -51,7 +56,7 @@ def rebuild(text: str) -> Any:
     values = json.loads(text)
     check_config(values, _CONFIG)
     with as_config_errors(_CONFIG, values):
-        config = transformers.AutoConfig.for_model(**values)
+        config = config_of(values)
         return skeleton(settle_config(config, _CONFIG))
 
 

@@ -111,8 +111,9 @@ class MatrixPlan:
     block, expert : int, optional
         Index of the decoder block and of the expert that it belongs to.
     role : str
-        ``embedding``, ``attention_input``, ``attention_output``, ``router``, ``mlp_input``,
-        ``mlp_output`` or ``head``.
+        ``embedding``, ``mixer_input``, ``steering``, ``mixer_inner``, ``mixer_output``,
+        ``attention_input``, ``attention_output``, ``router``, ``mlp_input``, ``mlp_output`` or
+        ``head``.
     """
 
     name: str
@@ -285,7 +286,7 @@ def plan_stream(a: Architecture, recipe: Recipe, sizes: Dimensions) -> Stream:
     if recipe.rotation != "online":
         width = check_rotation("residual rotation", None, "hidden_size", sizes.hidden)
         side = Side(factors=signs, rotation=width)
-        if not a.post_norms:
+        if a.merges:
             return Stream(replace(side, centered=a.subtracts_mean), side, side, online=False)
         # RMSNorm without its gain g commutes with a rotation R, since |x R| = |x|; but (x R) ∘ g is
         # (x ∘ g) R for equal gains only. Signs and permutations are no obstacle.
@@ -326,6 +327,11 @@ def _stream_of_enclosed(a: Architecture, recipe: Recipe, sizes: Dimensions) -> S
 
 
 def _unmerged(a: Architecture) -> str:
+    if a.residual_normed:
+        return (
+            "the residual rotation can't be merged: parts add to what their norms give, whose "
+            "gains don't commute with a rotation"
+        )
     return (
         f"the residual rotation can't be merged: the gains of {' and '.join(a.post_norms)} stand "
         "between the writers and the residual stream and don't commute with a rotation"

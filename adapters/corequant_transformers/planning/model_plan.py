@@ -161,12 +161,12 @@ class ModelPlan:
         return _BASE + self.whole_bytes + max(parts)
 
     def _possible_block_sizes(self) -> list[int]:
-        rotated = self.mlp_outputs
+        rotated = self.mlp_outputs or self.online
         if self.recipe.rotation == "online":
             rotated = self.online
         else:
             rotated = tuple(m for m in rotated if m.quantized) or rotated
-        return list(valid_block_sizes(math.gcd(*(m.shape[1] for m in rotated))))
+        return list(valid_block_sizes(math.gcd(*(m.shape[1] for m in rotated)) or 1))
 
     def share(self, matrix: MatrixPlan) -> float:
         """Return the share of the tokens that a matrix sees."""
@@ -250,7 +250,7 @@ def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
     blocks = tuple(architecture.in_block(inner_config, i) for i in range(sizes.blocks))
     pairs = [(architecture.block.format(i), block) for i, block in enumerate(blocks)]
     inner = [f"{path}.{norm}" for path, block in pairs for norm in block.norms]
-    left = tuple(f"{path}.{name}" for path, block in pairs for name in block.inner)
+    left = tuple(f"{path}.{name}" for path, block in pairs for name in block.untouched)
     norms = () if architecture.enclosed else (architecture.final_norm, *inner)
     check_rules(recipe, matrices)
     _check_groups(matrices)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,8 @@ from corequant_transformers.planning.matrix_plan import (
     check_rotation,
     plan_stream,
 )
+from corequant_transformers.planning.mixer_rows import mixer_rows
+from corequant_transformers.planning.readers import inside, reader_rows
 
 __all__ = ["plan_matrices"]
 
@@ -53,13 +55,15 @@ def plan_matrices(
     for block, is_sparse in zip(blocks, sparse, strict=True):
         _check_factors(block, recipe, is_sparse)
     pairs = zip(own, sparse, strict=True)
-    widths = [each.expert_intermediate if s else each.intermediate for each, s in pairs]
+    widths = [(each.expert_intermediate if s else each.intermediate) or None for each, s in pairs]
     lengths = _block_sizes(recipe, widths)
     stream = plan_stream(a, recipe, sizes)
     matrices = list(_embeddings(a, sizes, stream, recipe))
     for i, block in enumerate(blocks):
-        groups = evaluate(block.qkv_groups, config, i)
-        matrices += _attention(block, own[i], i, stream, recipe, groups)
+        matrices += mixer_rows(block, config, own[i], i, stream, recipe)
+        if block.attention_output is not None:
+            groups = evaluate(block.qkv_groups, config, i)
+            matrices += _attention(block, own[i], i, stream, recipe, groups)
         matrices += _mlps(block, own[i], i, stream, sparse[i], lengths[i], recipe)
     if a.enclosed:
         return tuple(matrices), stream.notes
@@ -126,6 +130,7 @@ def _attention(
     path = a.block.format(block)
     name = f"{path}.{a.attention_output}"
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    gates = queries if a.query_gate else 0
     online = recipe.rotation == "online"
     width: int | None
     if online:
@@ -144,8 +149,8 @@ def _attention(
         online = False
     else:
         # A block that holds whole heads leaves nothing to balance inside them.
-        inside = width < sizes.head_dim and sizes.head_dim % width == 0
-        moved = inside and a.linear_values and settings.permutation != "identity"
+        within = width < sizes.head_dim and sizes.head_dim % width == 0
+        moved = within and a.linear_values and settings.permutation != "identity"
         region = name if moved else None
         group = sizes.heads // sizes.kv_heads if region else 1
         heads = sizes.kv_heads if region else 1
@@ -154,19 +159,19 @@ def _attention(
         value = Side(permutation=region, rotation=None if online else width, heads=heads)
         read = Side(permutation=region, rotation=width, heads=heads, repeat=group)
     known = {
-        "query": (a.query, RowSlice(queries)),
+        "query": (a.query, RowSlice(queries + gates)),
         "key": (a.key, RowSlice(keys)),
         "value": (a.value, RowSlice(keys, value)),
     }
     projections = [known[which] for which in a.qkv_order]
-    yield from _readers(
+    yield from reader_rows(
         path, a.attention_norm, projections, recipe, sizes, stream, groups,
         block=block, role="attention_input",
     )  # fmt: skip
     yield MatrixPlan(
         name,
         (sizes.hidden, queries),
-        _inside(path, a.attention_inner_norm),
+        inside(path, a.attention_inner_norm),
         own_norm=a.attention_inner_norm is not None,
         input=read,
         output=stream.written,
@@ -178,59 +183,29 @@ def _attention(
     )
 
 
-def _readers(
-    path: str,
-    norm: str | None,
-    projections: Iterable[tuple[str, RowSlice]],
-    recipe: Recipe,
-    sizes: Dimensions,
-    stream: Stream,
-    groups: int = 1,
-    **where: Any,
-) -> Iterator[MatrixPlan]:
-    """Yield linear readers of the stream; those with one path are slices of one matrix."""
-    fused: dict[str, list[RowSlice]] = {}
-    for name, rows in projections:
-        fused.setdefault(name, []).append(rows)
-    expert = where.get("expert")
-    reads = f"{path}.{where['role']}" + ("" if expert is None else f".{expert}")
-    for name, slices in fused.items():
-        settings = recipe.settings_of(f"{path}.{name}")
-        kept = settings.weights is None
-        yield MatrixPlan(
-            f"{path}.{name}",
-            (sum(each.rows for each in slices), sizes.hidden),
-            _inside(path, norm),
-            input=stream.final if kept else stream.read,
-            output=slices[0].output if len(slices) == 1 else Side(),
-            online=stream.online and not kept,
-            settings=settings,
-            slices=tuple(slices) if len(slices) > 1 else (),
-            groups=groups if len(slices) > 1 else 1,
-            reads=reads,
-            **where,
-        )
-
-
 def _mlps(
     a: Architecture,
     sizes: Dimensions,
     block: int,
     stream: Stream,
     sparse: bool,
-    block_size: int,
+    block_size: int | None,
     recipe: Recipe,
 ) -> Iterator[MatrixPlan]:
     path = a.block.format(block)
     e = a.experts
+    if block_size is None:
+        return
     if e is None or not sparse:
+        if a.down is None:
+            return
         layers = (a.gate, a.up, a.down)
         yield from _mlp(a, sizes, layers, sizes.intermediate, stream, block_size, recipe, block)
         return
     yield MatrixPlan(
         f"{path}.{e.router}",
         (sizes.experts, sizes.hidden),
-        _inside(path, a.mlp_norm),
+        inside(path, a.mlp_norm),
         input=stream.final,
         reads=f"{path}.mlp_input",
         block=block,
@@ -269,13 +244,13 @@ def _mlp(
     if gate is not None:
         projections.insert(0, (gate, RowSlice(width, inner)))
     where: dict[str, Any] = {"block": block, "expert": expert}
-    yield from _readers(
+    yield from reader_rows(
         path, a.mlp_norm, projections, recipe, sizes, stream, role="mlp_input", **where
     )
     yield MatrixPlan(
         name,
         (sizes.hidden, width),
-        _inside(path, None if expert is not None else a.mlp_inner_norm),
+        inside(path, None if expert is not None else a.mlp_inner_norm),
         own_norm=expert is None and a.mlp_inner_norm is not None,
         input=replace(linear, rotation=block_size if online else None),
         output=stream.written,
@@ -294,12 +269,8 @@ def _is_sparse(a: Architecture, config: Any, block: int) -> bool:
     return holds(a.experts.where, config, block)
 
 
-def _inside(path: str, name: str | None) -> str | None:
-    return None if name is None else f"{path}.{name}"
-
-
 def _check_factors(a: Architecture, recipe: Recipe, sparse: bool) -> None:
-    if recipe.factors == "none" or sparse:
+    if recipe.factors == "none" or sparse or a.down is None:
         return
     if a.gate is None:
         raise RecipeError(
@@ -314,8 +285,8 @@ def _check_factors(a: Architecture, recipe: Recipe, sparse: bool) -> None:
         )
 
 
-def _block_sizes(recipe: Recipe, widths: list[int]) -> list[int]:
-    """Return each layer's block size; an automatic one counts as the full vector until chosen."""
+def _block_sizes(recipe: Recipe, widths: list[int | None]) -> list[int | None]:
+    """Return each MLP's block size; an automatic one counts as the full vector until chosen."""
     given = recipe.block_size
     if recipe.rotation in ("offline", "heads"):
         return widths
@@ -330,4 +301,6 @@ def _block_sizes(recipe: Recipe, widths: list[int]) -> list[int]:
             f"got {len(wanted)}"
         )
     pairs = zip(wanted, widths, strict=True)
-    return [check_rotation("block_size", b, "intermediate_size", width) for b, width in pairs]
+    return [
+        width and check_rotation("block_size", b, "intermediate_size", width) for b, width in pairs
+    ]

@@ -59,7 +59,7 @@ def check_rules(recipe: Recipe, matrices: Sequence[MatrixPlan]) -> None:
 
 
 def _is_layer(matrix: MatrixPlan) -> bool:
-    return matrix.block is not None and matrix.role != "router"
+    return matrix.block is not None and matrix.role not in ("router", "steering")
 
 
 def _check_matches(rule: str, pattern: str, names: Sequence[str]) -> list[str]:

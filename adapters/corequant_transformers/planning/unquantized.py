@@ -42,7 +42,7 @@ def settle_dtype(recipe: Recipe, model: Any) -> Recipe:
 
 def folds_gains(a: Architecture, recipe: Recipe) -> bool:
     """Return whether the gains of the residual stream's norms are folded into the weights."""
-    return recipe.rotation in ("merged", "offline") and not a.post_norms and not a.enclosed
+    return recipe.rotation in ("merged", "offline") and a.merges and not a.enclosed
 
 
 def tie(

@@ -205,6 +205,8 @@ class _Head(torch.nn.Module):
     def __init__(self, pieces: Pieces) -> None:
         super().__init__()
         self._rows = pieces
+        # Models ask for its dtype.
+        self.weight = torch.empty(0, dtype=torch.float64)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x Wᵀ + b``."""
