@@ -16,6 +16,7 @@ from corequant.recipe import Recipe
 from corequant_transformers.architectures.described import described
 from corequant_transformers.architectures.description import NORMS, Architecture, Experts
 from corequant_transformers.architectures.known import architecture_of
+from corequant_transformers.architectures.multimodal import COMPOSITES
 from corequant_transformers.model.layouts import standardize
 from corequant_transformers.model.parts import untie
 from corequant_transformers.planning.model_plan import plan_model
@@ -307,9 +308,9 @@ def test_the_documented_table_is_complete():
     rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line[:3] == "| `"]
     names = {name: row for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
     known = {architecture.model_type: architecture for architecture in described()}
-    assert set(names) == set(known)
-    for kind, row in names.items():
-        assert row.endswith("merged |" if known[kind].merges else "at run time |")
+    assert set(names) == {*known, *COMPOSITES}
+    for kind, a in known.items():
+        assert names[kind].endswith("merged |" if a.merges and not a.enclosed else "at run time |")
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ OTHERS = (
 )
 """Further variants that the same descriptions cover."""
 
-KINDS = [architecture.model_type for architecture in described()]
+KINDS = [a.model_type for a in described() if not a.enclosed]
 
 
 def logits(model, tokens):
