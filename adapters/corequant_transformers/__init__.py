@@ -14,6 +14,7 @@ from corequant_transformers.exports.arrival import install_when_imported
 
 if TYPE_CHECKING:
     from corequant_transformers.architectures.description import Architecture, Experts, Variant
+    from corequant_transformers.architectures.files import read_architecture
     from corequant_transformers.architectures.known import register
     from corequant_transformers.architectures.mixer import Mixer
     from corequant_transformers.architectures.where import Where
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 # Imported when first asked for: torch and Transformers take seconds.
 _PARTS = {
     "architectures.description": "Architecture Experts Variant",
+    "architectures.files": "read_architecture",
     "architectures.known": "register",
     "architectures.mixer": "Mixer",
     "architectures.where": "Where",
@@ -114,6 +116,7 @@ __all__ = [
     "load_tokenizer",
     "plan",
     "quantize",
+    "read_architecture",
     "read_documents",
     "read_task",
     "register",

@@ -16,8 +16,6 @@ import torch
 from corequant.errors import BackendError, CheckpointError, OutputError
 from corequant.recipe import Recipe
 from corequant.storage.files import read_text
-from corequant_transformers.architectures.known import UnknownArchitectureError
-from corequant_transformers.architectures.unknown import undescribed
 from corequant_transformers.calibration.choices import Calibration, check_calibration
 from corequant_transformers.calibration.data.given import (
     CalibrationData,
@@ -25,6 +23,7 @@ from corequant_transformers.calibration.data.given import (
     needs_tokenizer,
     take_windows,
 )
+from corequant_transformers.checkpoint.origin import report_description
 from corequant_transformers.checkpoint.quantized import Quantized
 from corequant_transformers.exports.destination import Destination
 from corequant_transformers.model.forward import check_ids, check_positions
@@ -37,11 +36,12 @@ from corequant_transformers.model.loaders import own_config
 from corequant_transformers.model.origins import origin_of
 from corequant_transformers.model.parts import ModelWeights, Parts, is_tied, outside_bytes, skeleton
 from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
+from corequant_transformers.model.recognition import plan_for
 from corequant_transformers.model.replicas import check_given, check_plain, unwrap
 from corequant_transformers.model.sources import Source, read_generation
 from corequant_transformers.model.surroundings import check_device, device_of, undisturbed
 from corequant_transformers.planning.memory import peak_rss_mib
-from corequant_transformers.planning.model_plan import ModelPlan, plan_model
+from corequant_transformers.planning.model_plan import ModelPlan
 from corequant_transformers.planning.unquantized import settle_dtype
 from corequant_transformers.run.job import Job
 from corequant_transformers.run.ledger import Ledger, MemoryLedger
@@ -49,6 +49,8 @@ from corequant_transformers.run.output import begin_run, describe_run, has_run, 
 from corequant_transformers.run.pace import Pace
 from corequant_transformers.run.result import assemble
 from corequant_transformers.run.steps import steps_of
+from corequant_transformers.transforms.rehearsal import rehearse
+from corequant_transformers.transforms.verification import Verification
 
 __all__ = ["Calibration", "Quantized", "calibrate", "plan", "quantize"]
 
@@ -92,12 +94,12 @@ def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
             f"{where} has a quantization_config, so it is quantized already; quantize the float "
             "model instead"
         )
-    try:
-        own = config if source else next(cast(Any, model).parameters(), config)
-        table = plan_model(config, settle_dtype(recipe, own))
-    except UnknownArchitectureError as error:
-        names = source.tensor_names() if source else list(cast(Any, model).state_dict())
-        raise undescribed(error, names) from None
+    own = config if source else next(cast(Any, model).parameters(), config)
+    recipe = settle_dtype(recipe, own)
+    if source:
+        table = plan_for(source.skeleton, recipe, config, source.tensor_names)
+    else:
+        table = plan_for(model, recipe)
     if source is None:
         check_untouched(model)
         _check_structure(model, table)
@@ -157,7 +159,7 @@ def calibrate(
     """
     model = check_given(model)
     taken = take_windows(calibration, recipe, tokenizer)
-    table = plan_model(own_config(model), recipe)
+    table = plan_for(model, recipe)
     _check_structure(model, table)
     _check_windows(table, taken.tokens)
     parts = Parts(skeleton(model), table, ModelWeights(model), device_of(model))
@@ -292,10 +294,20 @@ def quantize(
     _check_windows(table, taken.tokens)
     if taken.calibration is not None:
         check_calibration(table, taken.calibration)
+    rehearsed = rehearse(source or model, table, where, progress)
     # What the plan foresees may be kept; a limit counts what was freed, too.
     spare = table.peak_bytes() if memory is None else 0
     task = _Task(
-        source or model, table, taken, tokenizer, where, executor, spare, progress, started
+        source or model,
+        table,
+        taken,
+        tokenizer,
+        where,
+        executor,
+        spare,
+        progress,
+        started,
+        rehearsed,
     )
     if goal is None or source is None or taken.calibration is not None:
         job, float_config = task.run(MemoryLedger())
@@ -305,7 +317,7 @@ def quantize(
             goal.save(result, source)
             progress("save", 1, 1)
         return result
-    manifest = describe_run(source, recipe, taken.tokens, where)
+    manifest = describe_run(source, recipe, taken.tokens, where, table)
     with begin_run(goal.output, manifest, resume=resume, check=goal.check) as run:
         job, float_config = task.run(run, Pace(steps_of(table), run.log, events).step)
         result = task.result(job, float_config, path=Path(goal.output).absolute())
@@ -328,6 +340,7 @@ class _Task:
     spare: int
     progress: Progress
     started: float
+    rehearsed: Verification | None = None
 
     def run(
         self, ledger: Ledger, after: Callable[[str, float], None] = lambda step, s: None
@@ -372,6 +385,7 @@ class _Task:
             "recipe": job.plan.recipe.to_dict(),
             "verification": found["verification"].to_dict(),
             "notes": list(job.plan.notes),
+            **report_description(job.plan, self.rehearsed),
             "calibration_tokens": int(job.tokens.size),
             "calibration": dict(self.taken.data),
             "signs": found["signs"],

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from corequant.errors import CorequantError
+from corequant_cli.commands.architectures import takes_architecture
 from corequant_cli.commands.arguments import (
     AnyModel,
     Device,
@@ -70,6 +71,7 @@ Record = Annotated[
 ]
 
 
+@takes_architecture
 def evaluate(
     model: AnyModel,
     text: TextFiles = None,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from corequant_cli.commands.architectures import takes_architecture
 from corequant_cli.commands.arguments import Json, Verify, load_adapter, output_path, print_json
 from corequant_cli.commands.panels import WHAT, WHERE
 from corequant_cli.tables.console import plain
@@ -14,6 +15,7 @@ from corequant_cli.tables.console import plain
 __all__ = ["export"]
 
 
+@takes_architecture
 def export(
     model: Annotated[Path, typer.Argument(help="Directory written by quantize.")],
     output: Annotated[

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from corequant_cli.commands.architectures import takes_architecture
 from corequant_cli.commands.arguments import (
     Json,
     Verify,
@@ -26,6 +27,7 @@ def _number(text: str, least: int) -> Any:
     return typer.Option(help=text, min=least, metavar="<int>", rich_help_panel=QUALITY)
 
 
+@takes_architecture
 def inspect(
     models: Annotated[
         list[Path],

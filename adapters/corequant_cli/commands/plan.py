@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from corequant.recipe import Recipe
+from corequant_cli.commands.architectures import takes_architecture
 from corequant_cli.commands.arguments import (
     CalibrationFiles,
     Json,
@@ -17,6 +18,7 @@ from corequant_cli.tables import data, plans
 __all__ = ["plan"]
 
 
+@takes_architecture
 @takes_recipe
 def plan(
     model: Model,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from corequant.recipe import Recipe
+from corequant_cli.commands.architectures import takes_architecture
 from corequant_cli.commands.arguments import (
     CalibrationFiles,
     Device,
@@ -25,6 +26,7 @@ from corequant_cli.tables import console, data, models, plans
 __all__ = ["quantize"]
 
 
+@takes_architecture
 @takes_recipe
 def quantize(
     model: Model,

@@ -9,11 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from corequant.errors import ArchitectureError
 from corequant_transformers.architectures.mixer import Mixer
+from corequant_transformers.architectures.serialization import (
+    FIELDS_OF,
+    from_plain,
+    from_toml,
+    to_plain,
+    to_toml,
+)
 from corequant_transformers.architectures.where import Where, holds
 from corequant_transformers.architectures.writer import Writer
 
@@ -81,7 +88,7 @@ class Variant:
     """
 
     where: tuple[Where, ...]
-    changes: Mapping[str, Any]
+    changes: Mapping[str, Any] = field(metadata={FIELDS_OF: lambda: Architecture})
 
     def __hash__(self) -> int:
         """Hash by the conditions; changes compare equal or not."""
@@ -335,6 +342,24 @@ class Architecture:
             if holds(variant.where, config, block):
                 found = replace(found, **variant.changes)
         return replace(found, variants=()) if self.variants else self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values: the fields that aren't Llama's, None as ``"none"``."""
+        return to_plain(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Architecture:
+        """Build a description from plain values; an unknown or wrong field is an error."""
+        return from_plain(cls, values)
+
+    def to_toml(self, *, whole: bool = False) -> str:
+        """Write the description as TOML, ``whole`` with the fields that are Llama's."""
+        return to_toml(self, whole=whole)
+
+    @classmethod
+    def from_toml(cls, text: str) -> Architecture:
+        """Read what ``to_toml`` writes; anything else is an ArchitectureError."""
+        return from_toml(cls, text)
 
     @property
     def norms(self) -> tuple[str, ...]:

@@ -53,15 +53,21 @@ class Dimensions:
     expert_intermediate: int = 0
 
 
-def dimensions_of(config: Any) -> Dimensions:
+def dimensions_of(config: Any, architecture: Architecture | None = None) -> Dimensions:
     """Read the sizes from a Transformers config.
+
+    Parameters
+    ----------
+    config : transformers.PreTrainedConfig
+    architecture : Architecture, optional
+        Its description; by default that of its model type.
 
     Raises
     ------
     ArchitectureError
         If one is missing, not positive or contradicts another.
     """
-    architecture = architecture_of(config)
+    architecture = architecture_of(config) if architecture is None else architecture
     # What is tied outside of the blocks stays so by itself.
     tied = not architecture.enclosed and bool(getattr(config, "tie_word_embeddings", False))
     config = decoder_config(config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from corequant.errors import ArchitectureError
@@ -15,9 +17,13 @@ __all__ = [
     "UnknownArchitectureError",
     "architecture_of",
     "decoder_config",
+    "forget",
     "is_composite",
     "is_enclosed",
+    "is_shipped",
+    "known_architectures",
     "register",
+    "resolved",
 ]
 
 
@@ -25,7 +31,21 @@ class UnknownArchitectureError(ArchitectureError):
     """A model type without a description."""
 
 
-_KNOWN = {architecture.model_type: architecture for architecture in described()}
+_SHIPPED = {architecture.model_type: architecture for architecture in described()}
+_KNOWN = dict(_SHIPPED)
+
+
+def known_architectures() -> Mapping[str, Architecture]:
+    """Return all descriptions by their model types (read-only)."""
+    return MappingProxyType(_KNOWN)
+
+
+def is_shipped(architecture: Architecture, config: Any) -> bool:
+    """Return whether a description of a config is the one that comes with the package."""
+    try:
+        return _look_up(config, _SHIPPED) == architecture
+    except ArchitectureError:
+        return False
 
 
 def decoder_config(config: Any) -> Any:
@@ -53,6 +73,13 @@ def register(architecture: Architecture) -> None:
     _KNOWN[architecture.model_type] = architecture
 
 
+def forget(kind: str) -> None:
+    """Make a model type unknown again, or known as the package describes it."""
+    _KNOWN.pop(kind, None)
+    if kind in _SHIPPED:
+        _KNOWN[kind] = _SHIPPED[kind]
+
+
 def architecture_of(config: Any) -> Architecture:
     """Return the description for a Transformers config.
 
@@ -62,21 +89,37 @@ def architecture_of(config: Any) -> Architecture:
         If the model type is unknown, or the config asks for something that its description
         doesn't cover; the message says what would have to be described.
     """
-    kind = getattr(config, "model_type", None)
+    return _look_up(config, _KNOWN)
+
+
+def _look_up(config: Any, known: Mapping[str, Architecture]) -> Architecture:
+    kind: Any = getattr(config, "model_type", None)
     if kind in COMPOSITES:
         composite = COMPOSITES[kind]
         inner, own = composite.decoder(config), composite.own
         is_own = own is not None and getattr(inner, "model_type", None) == own.model_type
-        return composite.around(own.resolved(inner) if own and is_own else architecture_of(inner))
-    if kind not in _KNOWN:
+        return composite.around(own.resolved(inner) if own and is_own else _look_up(inner, known))
+    if kind not in known:
         raise UnknownArchitectureError(
-            f"model_type must be one of {', '.join(sorted(_KNOWN))}, got {kind!r}; to describe "
+            f"model_type must be one of {', '.join(sorted(known))}, got {kind!r}; to describe "
             "another, call corequant_transformers.register(Architecture(...)) with the paths of "
             "its embedding, final norm and head, in each block of the norms, of query, key, "
             "value and output projections, and of the MLP's gate, up and down projections or its "
             "experts, as far as they differ from Llama's"
         )
-    architecture = _KNOWN[kind].resolved(config)
+    return resolved(known[kind], config)
+
+
+def resolved(architecture: Architecture, config: Any) -> Architecture:
+    """Return what a description says about a config that it holds for.
+
+    Raises
+    ------
+    ArchitectureError
+        If it doesn't hold for the config.
+    """
+    kind, config = architecture.model_type, decoder_config(config)
+    architecture = architecture.resolved(config)
     for name, wanted in architecture.requires:
         found = field_of(config, name)
         value = getattr(config, wanted) if isinstance(wanted, str) else wanted
@@ -86,4 +129,5 @@ def architecture_of(config: Any) -> Architecture:
                 f"the description of {kind!r} holds for configs whose {name} is {other}, "
                 f"got {found!r}"
             )
-    return placed(architecture, config) if architecture.enclosed else architecture
+    is_placed = not architecture.enclosed or architecture.trunk
+    return architecture if is_placed else placed(architecture, config)

@@ -18,14 +18,21 @@ from corequant.quantization import QuantizedTensor
 from corequant.recipe import Recipe
 from corequant.storage.arrays import from_arrays
 from corequant.storage.tensor_file import RawTensor, TensorFile
+from corequant_transformers.checkpoint.origin import read_description
 from corequant_transformers.checkpoint.saving import Saving
 from corequant_transformers.checkpoint.tensors import array_of
 from corequant_transformers.files.comparison import Comparison
 from corequant_transformers.files.marks import WEIGHTS
-from corequant_transformers.model.layouts import check_blocks, check_places, standardize
+from corequant_transformers.model.layouts import (
+    check_blocks,
+    check_description,
+    check_places,
+    standardize,
+)
 from corequant_transformers.model.parts import codes_of_embedding, tie
 from corequant_transformers.model.quantized_embedding import QuantizedEmbedding, without_rows
 from corequant_transformers.model.quantized_linear import QuantizedLinear
+from corequant_transformers.model.recognition import keep_architecture
 from corequant_transformers.model.surroundings import check_finite
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import plan_model
@@ -121,8 +128,8 @@ class Assembly:
     ----------
     model : transformers.PreTrainedModel
         As its class makes it, on the meta device; changed in place.
-    recipe : mapping
-        As plain values.
+    settings : mapping
+        Fields of its ``quantization_config``.
     files : sequence of str, optional
         Files of weights that Transformers found.
 
@@ -134,7 +141,9 @@ class Assembly:
         If files are missing or don't belong to the model.
     """
 
-    def __init__(self, model: Any, recipe: Mapping[str, Any], files: Sequence[str] | None) -> None:
+    def __init__(
+        self, model: Any, settings: Mapping[str, Any], files: Sequence[str] | None
+    ) -> None:
         names = [Path(file).name for file in files or ()]
         if names != [WEIGHTS] or files is None:
             raise CheckpointError(
@@ -143,8 +152,9 @@ class Assembly:
             )
         self._file = Path(files[0])
         self._comparison = Comparison(files, required=True)
+        described = read_description(settings, model.config, self._file.with_name("config.json"))
         try:
-            plan = plan_model(model.config, Recipe.from_dict(recipe))
+            plan = plan_model(model.config, Recipe.from_dict(settings["recipe"]), described)
         except (RecipeError, TypeError) as error:
             raise CheckpointError(
                 f"recipe of {self._file.with_name('config.json')}: {error}"
@@ -158,6 +168,7 @@ class Assembly:
         check_places(model, plan.architecture)
         check_blocks(model, plan.architecture, plan.dimensions.blocks)
         standardize(model, plan)
+        check_description(model, plan)
         restructure(model, plan)
         self._plan = plan
         self._place_layers(model)
@@ -226,4 +237,5 @@ class Assembly:
         for matrix in self._plan.quantized:
             check_finite(f"{matrix.name}.weight", model.get_submodule(matrix.name).weight)
         model.requires_grad_(False)
+        keep_architecture(model, self._plan.architecture)
         model.save_pretrained = Saving.of(model, self._plan, self._file.parent)

@@ -93,8 +93,8 @@ class CorequantQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
                 "tp_plan and distributed_config must be left out: a model that corequant quantized "
                 "isn't spread over processes"
             )
-        recipe = self.quantization_config.to_dict()["recipe"]
-        self._assembly = Assembly(model, recipe, kwargs.get("checkpoint_files"))
+        settings = self.quantization_config.to_dict()
+        self._assembly = Assembly(model, settings, kwargs.get("checkpoint_files"))
         model.config.transformers_weights = GUARD
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

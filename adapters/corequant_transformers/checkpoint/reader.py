@@ -17,6 +17,7 @@ from corequant.recipe import Recipe
 from corequant.storage.arrays import from_arrays
 from corequant.storage.files import open_regular, read_text
 from corequant.storage.tensor_file import RawTensor, TensorFile
+from corequant_transformers.checkpoint.origin import read_description
 from corequant_transformers.checkpoint.saving import Saving
 from corequant_transformers.checkpoint.tensors import place_tensors
 from corequant_transformers.files.atomic import read_json, read_tensors
@@ -29,8 +30,9 @@ from corequant_transformers.model.configs import (
     config_of,
     settle_config,
 )
-from corequant_transformers.model.layouts import standardize
+from corequant_transformers.model.layouts import check_description, standardize
 from corequant_transformers.model.parts import skeleton
+from corequant_transformers.model.recognition import keep_architecture
 from corequant_transformers.model.sources import files_to_copy, read_generation
 from corequant_transformers.model.surroundings import quiet_transformers, undisturbed
 from corequant_transformers.planning.matrix_plan import MatrixPlan
@@ -82,10 +84,12 @@ def _load(folder: Path) -> Any:
     with as_config_errors(file, read_json(file)):
         model = skeleton(config)
     standardize(model, plan)
+    check_description(model, plan)
     restructure(model, plan)
     tensors = _read_tensors(folder / WEIGHTS)
     model.generation_config = read_generation(folder) or getattr(model, "generation_config", None)
     place_tensors(model, plan, tensors, folder / WEIGHTS)
+    keep_architecture(model, plan.architecture)
     model.save_pretrained = Saving.of(model, plan, folder)
     return model
 
@@ -160,7 +164,8 @@ def read_plan(folder: Path) -> tuple[ModelPlan, Any]:
         # Transformers validates configs with errors of several kinds.
         raise CheckpointError(f"{folder / 'float_config.json'}: {error}") from error
     settle_config(config, folder / "float_config.json")
-    table = plan_model(config, read_recipe(folder))
+    described = read_description(own["quantization_config"], config, folder / "config.json")
+    table = plan_model(config, read_recipe(folder), described)
     tied = own.get("tie_word_embeddings") is True and not table.architecture.enclosed
     if tied and not table.tied:
         raise CheckpointError(

@@ -20,6 +20,7 @@ import safetensors.torch
 
 from corequant.storage.files import json_text, version_of
 from corequant_transformers.checkpoint.card import own_card
+from corequant_transformers.checkpoint.origin import written_description
 from corequant_transformers.checkpoint.tensors import check_writable, model_tensors
 from corequant_transformers.files.atomic import compare
 from corequant_transformers.files.digests import (
@@ -177,6 +178,7 @@ def _config(name: str, plan: ModelPlan, float_config: str, dtype: str) -> str:
             "load_with": "corequant_transformers.load",
             "digests": DIGESTS,
             "recipe": plan.recipe.to_dict(),
+            **written_description(plan),
         },
     )
     return json_text(values)

@@ -14,15 +14,14 @@ import torch
 from corequant.errors import ArchitectureError
 from corequant_torch.cpu.onednn import QuickForward
 from corequant_transformers.architectures.dimensions import dimensions_of
-from corequant_transformers.architectures.known import architecture_of
 from corequant_transformers.calibration.data.given import TextData, text_windows
 from corequant_transformers.checkpoint.reader import is_quantized, load
 from corequant_transformers.evaluation.divergence import Divergence, compare_positions, summarize
 from corequant_transformers.evaluation.perplexity import perplexity_with_error, window_losses
 from corequant_transformers.model.forward import check_ids, check_positions
 from corequant_transformers.model.layouts import check_places
-from corequant_transformers.model.loaders import own_config
 from corequant_transformers.model.logits import window_logits
+from corequant_transformers.model.recognition import architecture_in, keep_architecture
 from corequant_transformers.model.replicas import check_given, replicate
 from corequant_transformers.model.sources import Source
 from corequant_transformers.model.surroundings import device_of, undisturbed
@@ -166,20 +165,21 @@ def replica_of(model: Any) -> Any:
     ArchitectureError
         If the model's architecture is unknown, or it lacks an embedding or a head.
     """
-    architecture = architecture_of(own_config(model))
+    architecture = architecture_in(model)
     if architecture.enclosed:
         raise ArchitectureError(
             f"model must predict the next token to be measured on text, got {type(model).__name__}"
         )
     check_places(model, architecture)
     own = replicate(model)
+    keep_architecture(own, architecture)
     own.config.return_dict = True
     return own
 
 
 def check_vocabulary(model: Any, tokens: Tokens) -> None:
     """Raise CalibrationError for tokens (windows, length) that a model has no row for."""
-    embedding = model.get_submodule(architecture_of(model.config).embedding)
+    embedding = model.get_submodule(architecture_in(model).embedding)
     check_ids(tokens, len(getattr(embedding, "weight", ())) or model.config.vocab_size)
 
 
@@ -202,8 +202,9 @@ def reference_model(against: Any, device: torch.device | str = "cpu") -> Any:
 def _prepared(model: Any, tokens: Tokens) -> Any:
     """Return a replica to run on token windows, if the model can read them."""
     own = replica_of(model)
-    check_positions(architecture_of(model.config), dimensions_of(model.config), tokens)
-    check_vocabulary(model, tokens)
+    architecture = architecture_in(own)
+    check_positions(architecture, dimensions_of(own.config, architecture), tokens)
+    check_vocabulary(own, tokens)
     return own
 
 

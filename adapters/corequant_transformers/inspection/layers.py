@@ -237,7 +237,9 @@ def _check_same_model(
     plan: ModelPlan, model: Any, tokens: npt.NDArray[np.int64], where: str
 ) -> None:
     """Raise unless a float model has the matrices of a plan, and can read tokens."""
-    theirs = {m.name: m.shape for m in plan_model(model.config, plan.recipe).matrices}
+    theirs = {
+        m.name: m.shape for m in plan_model(model.config, plan.recipe, plan.architecture).matrices
+    }
     for matrix in plan.matrices:
         found = theirs.get(matrix.name)
         if found != matrix.shape:

@@ -25,10 +25,10 @@ from corequant.recipe import Recipe
 from corequant.rotation import block_hadamard
 from corequant.selection import rotation_error
 from corequant_transformers.model.forward import check_tokens
+from corequant_transformers.model.recognition import plan_for
 from corequant_transformers.model.replicas import unwrap
 from corequant_transformers.model.surroundings import undisturbed
 from corequant_transformers.pipeline import calibrate
-from corequant_transformers.planning.model_plan import plan_model
 
 __all__ = ["Inspection", "LayerInspection", "inspect"]
 
@@ -162,7 +162,7 @@ def inspect(
         block_size=block_size, permutation="auto", rare_experts="nearest", expert_tokens=1
     )
     data = calibrate(model, recipe, windows, progress=progress)
-    plan = plan_model(unwrap(model).config, recipe)
+    plan = plan_for(unwrap(model), recipe)
     widths = {m.shape[1] for m in plan.mlp_outputs}
     sizes = tuple(b for b in (16, 32, 64, 128, 256) if all(w % b == 0 and b < w for w in widths))
     layers = []

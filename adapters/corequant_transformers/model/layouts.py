@@ -25,6 +25,7 @@ from corequant_transformers.planning.model_plan import ModelPlan
 __all__ = [
     "ExpertList",
     "check_blocks",
+    "check_description",
     "check_modules",
     "check_places",
     "check_untouched",
@@ -193,6 +194,19 @@ def check_modules(plan: ModelPlan, shapes: dict[str, tuple[int, ...]]) -> None:
             raise ArchitectureError(
                 f"the model has {name}, which the description of {kind!r} says nothing about"
             )
+
+
+def check_description(model: Any, plan: ModelPlan) -> None:
+    """Raise ArchitectureError unless a description that a directory brings fits its model.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        In the layout of ``standardize``.
+    plan : ModelPlan
+    """
+    if not plan.is_shipped:
+        check_modules(plan, {name: tuple(t.shape) for name, t in model.state_dict().items()})
 
 
 def check_untouched(model: Any) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from corequant_transformers.architectures.known import architecture_of
+from corequant_transformers.model.recognition import architecture_in
 from corequant_transformers.model.replicas import standing_in
 
 __all__ = ["chosen_logits", "placed", "read_ahead", "window_logits"]
@@ -115,13 +115,13 @@ def read_ahead(model: Any, ids: torch.Tensor, times: int = 1) -> dict[str, Any]:
 
 def placed(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Return token ids on the device of a model's head."""
-    head: Any = model.get_submodule(architecture_of(model.config).head).weight
+    head: Any = model.get_submodule(architecture_in(model).head).weight
     # Layers of torch's own quantization have a method of that name, and run on the CPU.
     return ids.to(getattr(head, "device", "cpu"))
 
 
 def _trunk(model: Any) -> Any:
-    architecture = architecture_of(model.config)
+    architecture = architecture_in(model)
     return model.get_submodule(architecture.embedding.rpartition(".")[0])
 
 

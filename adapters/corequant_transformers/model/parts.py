@@ -22,6 +22,7 @@ from corequant.quantization import QuantizedTensor
 from corequant_transformers.model.layouts import check_modules, standardize, standardized
 from corequant_transformers.model.loaders import make_model, own_config
 from corequant_transformers.model.quantized_weight import QuantizedWeight
+from corequant_transformers.model.recognition import keep_architecture
 from corequant_transformers.model.replicas import replicate
 from corequant_transformers.model.surroundings import check_finite, quiet_transformers
 from corequant_transformers.planning.memory import trim_memory
@@ -254,6 +255,7 @@ class Parts:
         self.weights = weights
         self.plan = plan
         self.device = torch.device(device)
+        keep_architecture(model, plan.architecture)
         _move_buffers(model, self.device)
         if not plan.architecture.enclosed:
             untie(model, plan)

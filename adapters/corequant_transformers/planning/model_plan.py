@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,12 @@ from corequant.rotation import random_signs
 from corequant.specs import ScaleFormat
 from corequant_transformers.architectures.description import Architecture
 from corequant_transformers.architectures.dimensions import Dimensions, dimensions_of
-from corequant_transformers.architectures.known import architecture_of, decoder_config
+from corequant_transformers.architectures.known import (
+    architecture_of,
+    decoder_config,
+    is_shipped,
+    resolved,
+)
 from corequant_transformers.architectures.writer import Writer
 from corequant_transformers.planning.matrix_plan import (
     RESIDUAL,
@@ -35,7 +40,7 @@ from corequant_transformers.planning.rows import plan_matrices
 from corequant_transformers.planning.rules import check_rules, fusion_conflict
 from corequant_transformers.planning.unquantized import folds_gains, settle_dtype, tie
 
-__all__ = ["VERIFIED_TOKENS", "ModelPlan", "plan_model"]
+__all__ = ["VERIFIED_TOKENS", "ModelPlan", "plan_model", "replan"]
 
 VERIFIED_TOKENS = 128
 """Tokens of the first window on which the transformed model is compared with the float one."""
@@ -70,6 +75,8 @@ class ModelPlan:
         Whether embedding and head are one matrix, before and after their transforms.
     inner : tuple of str
         Paths of the modules and parameters that nothing is done to.
+    is_shipped : bool
+        Whether the description comes with the package.
     whole_bytes : int
         Bytes of the float32 model, where its file can't be read a part at a time.
     outside_bytes : int
@@ -92,6 +99,7 @@ class ModelPlan:
     writers: tuple[Writer, ...] = ()
     written: Side = field(default_factory=Side)
     inner: tuple[str, ...] = ()
+    is_shipped: bool = True
 
     def draw_signs(self, draw: int = 0) -> dict[str, npt.NDArray[np.float64]]:
         """Return the residual stream's random signs by their name.
@@ -218,13 +226,15 @@ class ModelPlan:
         return tuple(m for m in self.matrices if m.online)
 
 
-def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
+def plan_model(config: Any, recipe: Recipe, architecture: Architecture | None = None) -> ModelPlan:
     """Decide what is done to every matrix, and refuse what can't be done.
 
     Parameters
     ----------
     config : transformers.PreTrainedConfig
     recipe : Recipe
+    architecture : Architecture, optional
+        Description of the model; by default that of its type.
 
     Returns
     -------
@@ -243,8 +253,11 @@ def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
         If ``recipe`` is no Recipe.
     """
     recipe = settle_dtype(recipe, config)
-    architecture, sizes = architecture_of(config), dimensions_of(config)
-    inner_config = decoder_config(config)
+    if architecture is None:
+        architecture = architecture_of(config)
+    else:
+        architecture = resolved(architecture, config)
+    sizes, inner_config = dimensions_of(config, architecture), decoder_config(config)
     matrices, notes = plan_matrices(architecture, inner_config, sizes, recipe)
     tied, untied = tie(architecture, sizes, recipe, matrices)
     blocks = tuple(architecture.in_block(inner_config, i) for i in range(sizes.blocks))
@@ -269,7 +282,22 @@ def plan_model(config: Any, recipe: Recipe) -> ModelPlan:
         writers=architecture.writers,
         written=Side() if architecture.enclosed else matrices[0].input,
         inner=left,
+        is_shipped=is_shipped(architecture, config),
     )
+
+
+def replan(plan: ModelPlan, config: Any, recipe: Recipe) -> ModelPlan:
+    """Return a model's plan for another recipe, as ``plan_model``.
+
+    Parameters
+    ----------
+    plan : ModelPlan
+        Its notes hold on, and whether matrices are tied: those of the config may not be any more.
+    config : transformers.PreTrainedConfig
+    recipe : Recipe
+    """
+    other = plan_model(config, recipe, plan.architecture)
+    return replace(other, tied=plan.tied, notes=plan.notes)
 
 
 def _notes_outside(a: Architecture) -> Iterator[str]:

@@ -35,7 +35,7 @@ from corequant_transformers.model.forward import (
 from corequant_transformers.model.parts import ENTRY, EXIT, OUTSIDE, Parts, part_plan
 from corequant_transformers.model.surroundings import to_host
 from corequant_transformers.planning.matrix_plan import Region
-from corequant_transformers.planning.model_plan import VERIFIED_TOKENS, ModelPlan, plan_model
+from corequant_transformers.planning.model_plan import VERIFIED_TOKENS, ModelPlan, replan
 from corequant_transformers.rounding.block import groups_of, round_block
 from corequant_transformers.rounding.layers import round_nearest
 from corequant_transformers.rounding.unquantized import check_tied, round_unquantized
@@ -270,8 +270,7 @@ class Job:
         return self._replanned(replace(self.plan.recipe, block_size=tuple(sizes)))
 
     def _replanned(self, recipe: Recipe) -> ModelPlan:
-        # The skeleton's matrices are not tied any more.
-        return replace(plan_model(self.parts.model.config, recipe), tied=self.plan.tied)
+        return replan(self.plan, self.parts.model.config, recipe)
 
     def _weight(self, name: str) -> npt.NDArray[Any]:
         return to_host(self.parts.model.get_submodule(name).weight)

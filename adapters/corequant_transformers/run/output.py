@@ -16,6 +16,7 @@ import torch
 from corequant.errors import OutputError
 from corequant.recipe import Recipe
 from corequant.storage.files import version_of
+from corequant_transformers.checkpoint.origin import written_description
 from corequant_transformers.checkpoint.quantized import Quantized
 from corequant_transformers.checkpoint.writer import writing
 from corequant_transformers.files.atomic import concatenate, file_sha256
@@ -24,6 +25,7 @@ from corequant_transformers.files.digests import pieces
 from corequant_transformers.files.marks import WEIGHTS
 from corequant_transformers.files.outputs import UNFINISHED, check_output, contents, real_path
 from corequant_transformers.model.sources import Source, place_of
+from corequant_transformers.planning.model_plan import ModelPlan
 from corequant_transformers.run.directory import LOG, RunDirectory, ended
 from corequant_transformers.run.job import Job
 
@@ -46,7 +48,11 @@ def has_run(output: str | Path) -> bool:
 
 
 def describe_run(
-    source: Source, recipe: Recipe, tokens: npt.NDArray[np.int64], device: torch.device
+    source: Source,
+    recipe: Recipe,
+    tokens: npt.NDArray[np.int64],
+    device: torch.device,
+    plan: ModelPlan,
 ) -> dict[str, Any]:
     """Return all that a run's result depends on: recipe, versions, fingerprints of model and data.
 
@@ -58,12 +64,15 @@ def describe_run(
     tokens : numpy.ndarray (windows, length), int64
     device : torch.device
         Device of sums of products, whose last bits differ between devices.
+    plan : ModelPlan
+        Its description is part of it, unless that comes with the package.
     """
     files = {place_of(file): file_sha256(file) for file in source.files()}
     data = hashlib.sha256(np.ascontiguousarray(tokens, "<i8").tobytes())
     return {
         "format": 2,
         "recipe": recipe.to_dict(),
+        **written_description(plan),
         "data": {"shape": list(tokens.shape), "sha256": data.hexdigest()},
         "model": files,
         "device": _name_of(device),

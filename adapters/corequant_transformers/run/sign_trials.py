@@ -55,7 +55,7 @@ class SignTrials:
         )
         recipe = replace(recipe, layers=rules)
         self.parts = parts
-        self.plan = plan_model(parts.model.config, recipe)
+        self.plan = plan_model(parts.model.config, recipe, plan.architecture)
         self.window = tokens[-1, :_JUDGED_TOKENS]
         self.arguments = block_arguments(parts, self.window, torch.float32)
 

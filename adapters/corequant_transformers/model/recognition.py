@@ -1,0 +1,237 @@
+"""Model types without a description whose modules are those of a described type.
+
+A type is recognized by its structure alone: a description has to place every parameter of the
+model, with its shape, and every norm has to behave as described. What lies between modules can't be
+seen that way; the verification in float64 decides about that, first on random weights
+(``transforms.rehearsal``), then on the model's own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING
+
+from corequant.errors import ArchitectureError, CorequantError
+from corequant.recipe import Recipe
+from corequant_transformers.architectures.description import Architecture
+from corequant_transformers.architectures.known import (
+    UnknownArchitectureError,
+    architecture_of,
+    known_architectures,
+)
+from corequant_transformers.architectures.unknown import undescribed
+from corequant_transformers.model.layouts import check_modules, check_places, standardized
+from corequant_transformers.model.loaders import own_config
+from corequant_transformers.planning.model_plan import ModelPlan, plan_model
+
+__all__ = ["Recognition", "architecture_in", "keep_architecture", "plan_for", "recognize"]
+
+_KEPT = "_corequant_architecture"
+_MOST_NAMED = 4
+_PLAINEST = Recipe(rotation="heads", permutation="identity", activations=None)
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """A description that fits a model whose type has none.
+
+    Attributes
+    ----------
+    architecture : Architecture
+        Under the model's own type.
+    like : tuple of str
+        The described types that it is the description of, the nearest first.
+    """
+
+    architecture: Architecture
+    like: tuple[str, ...]
+
+    @property
+    def note(self) -> str:
+        """What plan and report say about it."""
+        others = self.like[1 : 1 + _MOST_NAMED]
+        more = f" (as are those of {', '.join(map(repr, others))})" if others else ""
+        return (
+            f"the model type {self.architecture.model_type!r} has no description; its modules, "
+            f"their shapes and the kinds of its norms are those of {self.like[0]!r}{more}, whose "
+            "description is used; it is verified in float64 on random weights and on the model's "
+            "own"
+        )
+
+
+def plan_for(
+    model: Any, recipe: Recipe, config: Any = None, names: Callable[[], list[str]] | None = None
+) -> ModelPlan:
+    """Plan for a model whose type is described or recognized.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or callable
+        The model or its skeleton, or what makes it if it is needed.
+    recipe : Recipe
+    config : transformers.PreTrainedConfig, optional
+        The model's, of a model that isn't made yet.
+    names : callable, optional
+        Returns the names of the model's parameters, for an error message.
+
+    Raises
+    ------
+    ArchitectureError
+        If there is no description; says what one would have to say.
+    """
+    own = getattr(model, _KEPT, None)
+    config = own_config(model) if config is None else config
+    try:
+        return plan_model(config, recipe, own)
+    except UnknownArchitectureError as error:
+        made = model if isinstance(model, torch.nn.Module) else model()
+        found = _find(made, recipe)
+        if isinstance(found, Recognition):
+            table = plan_model(config, recipe, found.architecture)
+            return replace(table, notes=(found.note, *table.notes))
+        if found is not None:
+            raise found from None
+        raise undescribed(error, list(made.state_dict()) if names is None else names()) from None
+
+
+def architecture_in(model: Any) -> Architecture:
+    """Return the description of a model: its own, that of its type, or a recognized one.
+
+    Raises
+    ------
+    ArchitectureError
+        If there is none.
+    """
+    own: Architecture | None = getattr(model, _KEPT, None)
+    if own is not None:
+        return own
+    try:
+        return architecture_of(own_config(model))
+    except UnknownArchitectureError:
+        found = recognize(model)
+        if found is None:
+            raise
+        return found.architecture
+
+
+def keep_architecture(model: Any, architecture: Architecture) -> None:
+    """Have a quantized model know what it was described by; its modules no longer tell."""
+    model.__dict__[_KEPT] = architecture
+
+
+def recognize(model: Any) -> Recognition | None:
+    """Return the description of another model type that fits a model; None if none does.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Possibly a skeleton. It is only read.
+
+    Returns
+    -------
+    Recognition or None
+        Of several descriptions that fit, that of the type whose config has most fields in common.
+
+    Examples
+    --------
+    >>> import corequant_transformers as cqhf
+    >>> from corequant_transformers.model.recognition import recognize
+    >>> model = cqhf.tiny_model("gemma")
+    >>> model.config.model_type = "of somebody else"
+    >>> recognize(model).like[0]
+    'gemma'
+    """
+    found = _find(model, Recipe())
+    return found if isinstance(found, Recognition) else None
+
+
+def _find(model: Any, recipe: Recipe) -> Recognition | CorequantError | None:
+    """Return what fits; else why the recipe can't be carried out on what may fit; else None."""
+    kind = model.config.model_type
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    hindrance: CorequantError | None = None
+    fitting: list[tuple[float, Recognition]] = []
+    for architecture, types in _descriptions(set(names)):
+        candidate = replace(architecture, model_type=kind)
+        try:
+            if not _fits(model, plan_model(model.config, recipe, candidate)):
+                continue
+        except ArchitectureError:
+            continue
+        except CorequantError as error:
+            if hindrance is None and _could_fit(model, candidate):
+                hindrance = error
+            continue
+        nearest = sorted(types, key=lambda t: -_nearness(model.config, t))
+        found = Recognition(candidate, tuple(nearest))
+        fitting.append((_nearness(model.config, nearest[0]), found))
+    if not fitting:
+        return hindrance
+    return max(fitting, key=lambda pair: pair[0])[1]
+
+
+def _could_fit(model: Any, candidate: Architecture) -> bool:
+    """Return whether a description fits a model that a recipe can't be carried out on."""
+    try:
+        return _fits(model, plan_model(model.config, _PLAINEST, candidate))
+    except CorequantError:
+        return False
+
+
+def _descriptions(modules: set[str]) -> Iterator[tuple[Architecture, list[str]]]:
+    """Yield the descriptions that name modules of a model, each with the types that have it."""
+    found: dict[Architecture, list[str]] = {}
+    for kind, architecture in known_architectures().items():
+        if architecture.enclosed:
+            continue
+        outer = (architecture.embedding, architecture.head, architecture.block.format(0))
+        if modules.issuperset(outer):
+            found.setdefault(replace(architecture, model_type=""), []).append(kind)
+    yield from found.items()
+
+
+def _nearness(config: Any, kind: str) -> float:
+    """Return how many of two types' config fields are the same, from 0 to 1."""
+    if kind not in CONFIG_MAPPING:
+        return 0.0
+    own, theirs = set(vars(config)), set(vars(CONFIG_MAPPING[kind]()))
+    return len(own & theirs) / len(own | theirs)
+
+
+def _fits(model: Any, plan: ModelPlan) -> bool:
+    """Return whether a plan has a model's norms; ArchitectureError says it lacks parameters."""
+    check_places(model, plan.architecture)
+    with standardized(model, plan):
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        check_modules(plan, shapes)
+    return all(_behaves(model.get_submodule(name), plan) for name in plan.norms)
+
+
+# ---- norms, by what they compute
+
+
+def _behaves(norm: Any, plan: ModelPlan) -> bool:
+    """Return whether a norm computes what its described kind does."""
+    a = plan.architecture
+    generator = torch.Generator().manual_seed(0)
+    own = copy.deepcopy(norm).to_empty(device="cpu").double()
+    for parameter in own.parameters():
+        drawn = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data = 0.5 + drawn
+    width = plan.dimensions.hidden
+    # So large that no epsilon shows.
+    x = 1e4 * torch.randn(4, width, generator=generator, dtype=torch.float64)
+    weight, bias = getattr(own, "weight", None), getattr(own, "bias", None)
+    with torch.no_grad():
+        wanted = x - x.mean(-1, keepdim=True) if a.subtracts_mean else x
+        wanted = wanted * wanted.square().mean(-1, keepdim=True).rsqrt()
+        wanted = wanted if weight is None else wanted * (weight + a.gain_offset)
+        wanted = wanted if bias is None else wanted + bias
+        error = (own(x) - wanted).abs().max() / wanted.abs().max()
+    # Some compute in float32.
+    return bool(error < 1e-5)
