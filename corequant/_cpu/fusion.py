@@ -157,7 +157,9 @@ def _plan(name: str, block_size: int, d: int, signs: str) -> Plan | None:
     core, power = hadamard_factors(block_size)
     if core > 1 and power < lanes_of(name):
         return None
-    return fitted(plan_rows(name, core, power, False, signs, "ordinary"), d)
+    plan = fitted(plan_rows(name, core, power, False, signs, "across"), d)
+    # A row is rotated in the scratch, but fetched from the array, which gains in pages of any size.
+    return None if plan is None else replace(plan, whole_lines=False)
 
 
 @dataclass(frozen=True)

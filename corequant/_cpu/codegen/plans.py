@@ -181,9 +181,13 @@ def plan_rows(dtype: str, core: int, power: int, inverse: bool, signs: str, stor
     across, stores = stores == "across", stores.replace("across", "ordinary")
     vectors = max(1, power // lanes_of(dtype))
     passes = best.passes(vectors, dtype, stores)
-    tile = min(passes.tile, vectors) if core > 1 else passes.tile
     several = bool(passes.radices) or core > 1
     wide = dtype in ("float32", "float64")
+    if stores == "streamed" and dtype == "float16" and max(core, *passes.radices, 0) > 8:
+        # A vector is half a line; more than about eight lines don't wait for their other halves.
+        stores = "shifted"
+        passes = best.passes(vectors, dtype, stores)
+    tile = min(passes.tile, vectors) if core > 1 else passes.tile
     in_place = 0 < best.in_place <= core * vectors and several and wide and stores == "ordinary"
     # Vectors in a row of those that the last pass combines; a core gains less.
     row = vectors // 2 if core > 1 else vectors // (passes.radices or (1,))[-1]
@@ -197,7 +201,7 @@ def plan_rows(dtype: str, core: int, power: int, inverse: bool, signs: str, stor
         signs=signs,
         stores=stores,
         batch=_SHIFTED_BATCH if stores == "shifted" and core == 1 else 0,
-        ahead=best.fetched(core * vectors, in_place),
+        ahead=best.fetched(core * vectors, stores, across if in_place else None),
         paired_loads=best.paired_loads and dtype == "float32" and power > 1 and signs != "before",
         halved=passes.halved,
         in_place=in_place,
@@ -257,11 +261,12 @@ class Tuning:
     first, after one of ``tiles[0]`` vectors or, to save a pass, up to ``tiles[1]``. Small blocks
     fill a tile of ``single`` vectors; ``halved`` is for them alone. ``narrow`` takes the place of
     these numbers for 16-bit dtypes. ``in_place`` is the number of vectors from which a whole block
-    stays in the result; 0 for never. ``paused`` is that from which a block takes so long that the
-    processor stops fetching ahead; of blocks that stay in the result those of ``refetched`` do.
-    ``whole_lines`` is the number of vectors in a row from which the last pass goes along lines of
-    cache; 0 for never. ``columns_radix`` is the largest of rotations down columns. ``inserted`` has
-    permuted numbers put into vectors before they are written.
+    stays in the result; 0 for never. ``paused`` is that from which a streamed block takes so long
+    that the processor stops fetching ahead; an ordinary one does from twice as many on, and of
+    blocks that stay in the result those of ``refetched`` do. ``whole_lines`` is the number of
+    vectors in a row from which the last pass goes along lines of cache; 0 for never.
+    ``columns_radix`` is the largest of rotations down columns. ``inserted`` has permuted numbers
+    put into vectors before they are written.
     """
 
     single: int
@@ -298,9 +303,16 @@ class Tuning:
         tile = max(least, -(-vectors // self.radix**count))
         return Passes(tile, split(vectors // tile, count)[::-1])
 
-    def fetched(self, vectors: int, in_place: bool) -> int:
-        """Return the bytes that blocks of a number of vectors fetch ahead."""
-        pauses = vectors in self.refetched if in_place else 0 < self.paused <= vectors
+    def fetched(self, vectors: int, stores: str, in_place: bool | None) -> int:
+        """Return the bytes that blocks of a number of vectors fetch ahead.
+
+        ``in_place`` is None for blocks that leave the result between passes, and else whether the
+        result begins within a line: NumPy's arrays do, which are in large pages.
+        """
+        if in_place is not None:
+            pauses = in_place and vectors in self.refetched
+        else:
+            pauses = 0 < self.paused * (2 if stores == "ordinary" else 1) <= vectors
         return VECTOR_BYTES * vectors if pauses else self.ahead
 
 
