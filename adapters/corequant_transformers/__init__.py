@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from corequant_transformers.architectures.description import Architecture, Experts, Variant
     from corequant_transformers.architectures.files import read_architecture
     from corequant_transformers.architectures.known import register
+    from corequant_transformers.architectures.latent import Latent
     from corequant_transformers.architectures.mixer import Mixer
     from corequant_transformers.architectures.where import Where
     from corequant_transformers.calibration.choices import Calibration
@@ -49,6 +50,7 @@ _PARTS = {
     "architectures.description": "Architecture Experts Variant",
     "architectures.files": "read_architecture",
     "architectures.known": "register",
+    "architectures.latent": "Latent",
     "architectures.mixer": "Mixer",
     "architectures.where": "Where",
     "calibration.choices": "Calibration",
@@ -88,6 +90,7 @@ __all__ = [
     "Evaluation",
     "Experts",
     "Inspection",
+    "Latent",
     "LayerError",
     "LayerErrors",
     "Mixer",

@@ -17,6 +17,8 @@ HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 ALONE = {"num_attention_heads": 3, "num_key_value_heads": 1}
 """As many channels in all heads as in the stream."""
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 24, "q_lora_rank": 40}
+LATENT |= {"head_dim": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 16}
 MAMBA = {"mamba_n_heads": 6, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 16}
 VARIANTS = {
     "granite": {
@@ -45,6 +47,8 @@ VARIANTS = {
     "olmo": {"head_dim": 12},
     "bitnet": ALONE,
     "mpt": {"max_seq_len": 64},
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), LATENT | {"first_k_dense_replace": 2}),
+    **dict.fromkeys(("youtu", "minicpm3"), LATENT),
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "mamba2": {"num_heads": 6, "head_dim": 16, "n_groups": 2, "state_size": 16},
     "falcon_h1": MAMBA | {"mamba_d_ssm": 96, "ssm_multipliers": [0.5, 2.0, 0.7, 1.5, 0.3]},
@@ -100,6 +104,7 @@ OTHERS = (
     ("gpt_bigcode", {"multi_query": False}),
     ("mpt", {"attn_config": {"clip_qkv": 0.5}}),
     ("olmo", {"head_dim": 12, "clip_qkv": 0.5}),
+    ("deepseek_v2", LATENT | {"q_lora_rank": None, "first_k_dense_replace": 2}),
 )
 """Further variants that the same descriptions cover."""
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from corequant.errors import ArchitectureError
+from corequant_transformers.architectures.latent import Latent
 from corequant_transformers.architectures.mixer import Mixer
 from corequant_transformers.architectures.serialization import (
     FIELDS_OF,
@@ -128,6 +129,8 @@ class Architecture:
         The norm that query, key and value read; None if they read the stream itself.
     query, key, value, attention_output : str
         The output projection writes the residual; it is None in a block without attention.
+    latent : Latent, optional
+        What keys and values, and queries perhaps, are made of in place of ``key`` and ``value``.
     query_gate : bool
         Whether query has as many rows again, which gate what attention gives.
     qkv_order : tuple of str
@@ -231,6 +234,7 @@ class Architecture:
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
     attention_output: str | None = "self_attn.o_proj"
+    latent: Latent | None = None
     query_gate: bool = False
     qkv_order: tuple[str, ...] = ("query", "key", "value")
     qkv_groups: str = "1"

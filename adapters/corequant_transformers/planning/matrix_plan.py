@@ -112,8 +112,8 @@ class MatrixPlan:
         Index of the decoder block and of the expert that it belongs to.
     role : str
         ``embedding``, ``mixer_input``, ``steering``, ``mixer_inner``, ``mixer_output``,
-        ``attention_input``, ``attention_output``, ``router``, ``mlp_input``, ``mlp_output`` or
-        ``head``.
+        ``attention_input``, ``attention_inner``, ``attention_output``, ``router``, ``mlp_input``,
+        ``mlp_output`` or ``head``.
     """
 
     name: str

@@ -13,9 +13,9 @@ from corequant_transformers.architectures.description import Architecture
 from corequant_transformers.architectures.dimensions import (
     Dimensions,
     dimensions_in,
-    evaluate,
 )
 from corequant_transformers.architectures.where import holds
+from corequant_transformers.planning.attention_rows import attention_rows
 from corequant_transformers.planning.matrix_plan import (
     MatrixPlan,
     RowSlice,
@@ -62,8 +62,7 @@ def plan_matrices(
     for i, block in enumerate(blocks):
         matrices += mixer_rows(block, config, own[i], i, stream, recipe)
         if block.attention_output is not None:
-            groups = evaluate(block.qkv_groups, config, i)
-            matrices += _attention(block, own[i], i, stream, recipe, groups)
+            matrices += attention_rows(block, config, own[i], i, stream, recipe)
         matrices += _mlps(block, own[i], i, stream, sparse[i], lengths[i], recipe)
     if a.enclosed:
         return tuple(matrices), stream.notes
@@ -122,65 +121,6 @@ def _check_enclosed(a: Architecture, recipe: Recipe) -> None:
                 f"{name} must be None for {a.model_type!r}, of which only the blocks are "
                 f"quantized, got {spec}"
             )
-
-
-def _attention(
-    a: Architecture, sizes: Dimensions, block: int, stream: Stream, recipe: Recipe, groups: int
-) -> Iterator[MatrixPlan]:
-    path = a.block.format(block)
-    name = f"{path}.{a.attention_output}"
-    queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    gates = queries if a.query_gate else 0
-    online = recipe.rotation == "online"
-    width: int | None
-    if online:
-        given = recipe.block_size if isinstance(recipe.block_size, int) else None
-        width = check_rotation("block_size", given, "heads times head_dim", queries)
-    else:
-        width = check_rotation(
-            "head_block_size", recipe.head_block_size, "head_dim", sizes.head_dim
-        )
-    settings = recipe.settings_of(name)
-    value = read = Side()
-    if not a.linear_values and recipe.rotation in ("offline", "heads"):
-        width = None
-    if settings.weights is None or width is None:
-        # Nothing is done for the sake of an input that stays as it is.
-        online = False
-    else:
-        # A block that holds whole heads leaves nothing to balance inside them.
-        within = width < sizes.head_dim and sizes.head_dim % width == 0
-        moved = within and a.linear_values and settings.permutation != "identity"
-        region = name if moved else None
-        group = sizes.heads // sizes.kv_heads if region else 1
-        heads = sizes.kv_heads if region else 1
-        # What values are not linear in is rotated at run time alone.
-        online = online or not a.linear_values
-        value = Side(permutation=region, rotation=None if online else width, heads=heads)
-        read = Side(permutation=region, rotation=width, heads=heads, repeat=group)
-    known = {
-        "query": (a.query, RowSlice(queries + gates)),
-        "key": (a.key, RowSlice(keys)),
-        "value": (a.value, RowSlice(keys, value)),
-    }
-    projections = [known[which] for which in a.qkv_order]
-    yield from reader_rows(
-        path, a.attention_norm, projections, recipe, sizes, stream, groups,
-        block=block, role="attention_input",
-    )  # fmt: skip
-    yield MatrixPlan(
-        name,
-        (sizes.hidden, queries),
-        inside(path, a.attention_inner_norm),
-        own_norm=a.attention_inner_norm is not None,
-        input=read,
-        output=stream.written,
-        online=online,
-        settings=settings,
-        reads=name,
-        block=block,
-        role="attention_output",
-    )
 
 
 def _mlps(
