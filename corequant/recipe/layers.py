@@ -35,7 +35,8 @@ class LayerRule:
     """What differs for the layers that a pattern names.
 
     Written in one line it is ``pattern=weights,activations``, each also by its name, as in
-    ``down_proj=int8:channel,rounding=gptq``, or ``pattern=keep``; ``parse`` and ``str`` convert.
+    ``down_proj=int8:channel,rounding=gptq``, or ``pattern=keep``, and ends with ``,optional`` if it
+    is; ``parse`` and ``str`` convert.
 
     Attributes
     ----------
@@ -51,6 +52,8 @@ class LayerRule:
         Methods. Options of the recipe's own method that this one doesn't take are left out.
     keep : bool
         Leave the layers in float.
+    optional : bool
+        Accept a model that has no such layers, which is an error otherwise.
 
     Raises
     ------
@@ -73,6 +76,7 @@ class LayerRule:
     rounding: str | None = None
     permutation: str | None = None
     keep: bool = False
+    optional: bool = False
 
     if TYPE_CHECKING:
         # Fields have the types that are read; these are those that are accepted.
@@ -84,6 +88,7 @@ class LayerRule:
             rounding: str | None = ...,
             permutation: str | None = ...,
             keep: bool = ...,
+            optional: bool = ...,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -103,8 +108,9 @@ class LayerRule:
         for name in ("rounding", "permutation"):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name))
-        if not isinstance(self.keep, bool):
-            raise RecipeError(f"keep must be true or false, got {self.keep!r}")
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise RecipeError(f"{name} must be true or false, got {getattr(self, name)!r}")
         given = [name for name in _NAMES if getattr(self, name) is not None]
         if self.keep and given:
             raise RecipeError(f"keep leaves layers in float, so {given[0]} must be left out")
@@ -126,10 +132,10 @@ class LayerRule:
         """Return the rule in one line, for ``parse``."""
         values = self.to_dict()
         del values["pattern"]
-        if values.pop("keep", False):
-            return f"{self.pattern}=keep"
+        words = [name for name in _FLAGS if values.pop(name, False)]
         parts = [values.pop("weights")] if self.weights is not None else []
-        return f"{self.pattern}=" + ",".join([*parts, *(f"{k}={v}" for k, v in values.items())])
+        named = [f"{k}={v}" for k, v in values.items()]
+        return f"{self.pattern}=" + ",".join([*parts, *named, *words])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values: specs in string form, absent ones left out."""
@@ -140,11 +146,12 @@ class LayerRule:
             plain = own == ScaleFormat.FLOAT32.value and self.weights.format.name in text
             values["weights"] = f"{text}:{own}" if plain else text
         values["activations"] = None if self.activations is None else str(self.activations)
-        values["keep"] = self.keep or None
+        values |= {name: getattr(self, name) or None for name in _FLAGS}
         return {name: value for name, value in values.items() if value is not None}
 
 
 _NAMES = ("weights", "activations", "rounding", "permutation")
+_FLAGS = ("keep", "optional")
 
 
 def _read(text: str) -> dict[str, Any]:
@@ -155,6 +162,9 @@ def _read(text: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for part in _COMMA.split(found[2]):
         name, given, value = part.strip().partition("=")
+        if not given and name in _FLAGS and name not in values:
+            values[name] = True
+            continue
         if not given:
             # Without their names, in the order of the fields.
             value = name
@@ -162,8 +172,6 @@ def _read(text: str) -> dict[str, Any]:
         if name not in _NAMES or name in values or not value:
             raise RecipeError(f"a rule for layers must be {_FORM}, got {part!r} in {text!r}")
         values[name] = value
-    if values == {"weights": "keep"}:
-        values = {"keep": True}
     return {"pattern": found[1].strip(), **values}
 
 

@@ -45,6 +45,8 @@ _WITHOUT = ("heads", "offline")
 _OF_METHODS = {"damping", "correction", "refit", "reference", "steps"}
 """Fields that not every method of rounding takes."""
 
+_OF_WEIGHTS = {"layers", "refit"}
+"""Fields that are chosen for the preset's own weights."""
 
 _ADDED = {"layers", "keep"}
 """Fields of which more are added to the preset's."""
@@ -80,8 +82,9 @@ class Preset:
 
         A change that goes with another rotation brings it: ``block_size`` and ``factors`` make a
         rotation without any at run time ``merged``, and such a rotation removes both. Another
-        ``rounding`` leaves out what only the preset's method takes. Rules of ``layers`` and
-        patterns of ``keep`` are added to the preset's.
+        ``rounding`` leaves out what only the preset's method takes, other ``weights`` leave out the
+        rules and the ``refit`` of the preset's. Rules of ``layers`` and patterns of ``keep`` are
+        added to those that remain.
 
         Raises
         ------
@@ -96,9 +99,12 @@ class Preset:
         left = set(online) if changes.get("rotation") in _WITHOUT else set()
         if changes.get("rounding", values.get("rounding")) != values.get("rounding"):
             left |= _OF_METHODS
+        if "weights" in changes:
+            left |= _OF_WEIGHTS
+        values = {name: value for name, value in values.items() if name not in left}
         for name in _ADDED & set(changes):
             changes[name] = [*values.get(name, ()), *changes[name]]
-        return {**{k: v for k, v in values.items() if k not in left}, **changes}
+        return {**values, **changes}
 
     def _differences(self, reader: str | None) -> Mapping[str, Any]:
         reader = self.reader if reader is None else check_reader(reader)

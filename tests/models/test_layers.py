@@ -341,6 +341,18 @@ def test_rules_that_cannot_be_carried_out(fields, words):
         cqhf.plan(cqhf.tiny_model("llama"), Recipe(**fields))
 
 
+def test_an_optional_rule_may_name_nothing():
+    model = cqhf.tiny_model("llama")
+    rules = ("c_attn=int8,optional", "v_proj=int8,optional", "lm_head=int8,optional")
+    made = cqhf.plan(model, Recipe(layers=rules[:2]))
+    assert [m.weights.format.name for m in made.matrices if m.name.endswith("v_proj")] == [
+        "int8"
+    ] * 2
+    # A name that exists and cannot have the rule is an error all the same.
+    with pytest.raises(cq.RecipeError, match="there are .* and 'head', got 'lm_head'"):
+        cqhf.plan(model, Recipe(layers=rules))
+
+
 def test_a_group_that_does_not_divide_a_layer_is_named():
     with pytest.raises(cq.BlockSizeError, match=r"group size of weights .* 36 for .*down_proj"):
         cqhf.plan(cqhf.tiny_model("llama"), Recipe(layers=("down_proj=int4:group36",)))

@@ -184,6 +184,12 @@ def test_a_rounding_method_is_known_by_its_row(monkeypatch, rng):
         ),
         (r"re:.*\.(?=down)down_(?<=n_)proj{1,2}", "keep", {"keep": True}),
         ("re:(?!lm_head)x|y,z", "int3:group32", {"weights": "int3:group32"}),
+        (
+            "v_proj",
+            "int8,rounding=gptq,optional",
+            {"weights": "int8", "rounding": "gptq", "optional": True},
+        ),
+        ("v_proj", "keep,optional", {"keep": True, "optional": True}),
     ],
 )
 def test_a_rule_in_one_line(pattern, settings, fields):
@@ -227,7 +233,10 @@ def test_rules_as_tables():
         ({"layers": ["a=bits=4"]}, "got 'bits=4'"),
         ({"layers": ["a="]}, "got ''"),
         ({"layers": ["a=none"]}, "the rule for 'a': unknown format 'none'"),
-        ({"layers": ["a=keep,int8"]}, "unknown format 'keep'"),
+        ({"layers": ["a=keep,int8"]}, "the rule for 'a': keep leaves .* weights must be left out"),
+        ({"layers": ["a=keep,keep"]}, "unknown format 'keep'"),
+        ({"layers": ["a=optional"]}, "the rule for 'a': one of weights, .* or keep must be"),
+        ({"layers": [{"pattern": "a", "keep": True, "optional": 1}]}, "optional must be true or"),
         ({"layers": ["a=int4:token"]}, "the rule for 'a': weights can't be scaled by token"),
         ({"layers": ["a=int4,int8:channel"]}, "the rule for 'a': activations can't be scaled by"),
         ({"layers": ["a=rounding=up"]}, "the rule for 'a': rounding must be one of nearest"),
@@ -345,3 +354,6 @@ def test_rules_are_added_to_a_preset_s(monkeypatch):
     recipe = Recipe.preset("w4a16", layers=["layers.1=keep"], keep=["layers.2"])
     assert [rule.pattern for rule in recipe.layers] == ["down_proj", "layers.1"]
     assert recipe.keep == ("layers.0", "layers.2")
+    other = Recipe.preset("w4a16", layers=["layers.1=keep"], weights="int8:channel")
+    assert [rule.pattern for rule in other.layers] == ["layers.1"]
+    assert not other.refit

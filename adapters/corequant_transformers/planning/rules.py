@@ -43,7 +43,10 @@ def check_rules(recipe: Recipe, matrices: Sequence[MatrixPlan]) -> None:
             what = "layers must name linear layers of decoder blocks"
         if not rule.keep and any(is_match(rule.pattern, name) for name in set(names) - set(layers)):
             what = f"{what}, for embedding and head there are 'embeddings' and 'head'"
-        found = _check_matches(what, rule.pattern, names if rule.keep else layers)
+        among = names if rule.keep else layers
+        if rule.optional and not any(is_match(rule.pattern, name) for name in names):
+            continue
+        found = _check_matches(what, rule.pattern, among)
         outputs = {m.name for m in matrices if m.role in _OUTPUTS}
         if rule.permutation is not None and not outputs.intersection(found):
             raise RecipeError(
