@@ -190,7 +190,7 @@ def _killed_half_way(write):
     ],
 )
 def test_refused_before_any_work(reader, name, fields, error, words, source, tokens, tmp_path):
-    known = reader if reader in NAMES else "corequant"
+    known = "corequant" if reader == "vlm" else reader
     recipe = Recipe.preset(reader=known, **{**SMALL, **fields})
     with pytest.raises(error, match=words):
         cqhf.quantize(source, recipe, tokens, tmp_path / name, reader=reader, progress=_no_progress)

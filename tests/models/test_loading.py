@@ -207,7 +207,7 @@ def test_sequences_padded_on_the_left_are_continued_as_alone(folder):
 @pytest.mark.parametrize("name", Recipe.presets())
 def test_every_preset_loads_and_generates(name, tokens, tmp_path):
     """Three blocks; token by token what the model of ``load`` finds likeliest without a cache."""
-    model = cqhf.tiny_model("llama", hidden_size=64, num_hidden_layers=3)
+    model = cqhf.tiny_model("llama", hidden_size=64, intermediate_size=128, num_hidden_layers=3)
     cqhf.quantize(model, Recipe.preset(name), tokens, tmp_path / "out")
     model, own, expected = load(tmp_path / "out"), cqhf.load(tmp_path / "out"), ids
     assert_same(model, own)
