@@ -154,7 +154,7 @@ def _config(model_type: str, values: dict[str, Any], given: dict[str, Any]) -> A
             vision_config={**_VISION, **around["vision"]},
             **{"tie_word_embeddings": False, **around["own"], **own},
         )
-    known = {name for name in values if hasattr(usual, name) and not _is_computed(usual, name)}
+    known = {name for name in values if _has(usual, name) and not _is_computed(usual, name)}
     if "num_key_value_heads" in known:
         # Many models honour it although their configs don't have it unless it is given.
         known.add("head_dim")
@@ -167,3 +167,10 @@ def _config(model_type: str, values: dict[str, Any], given: dict[str, Any]) -> A
 
 def _is_computed(config: Any, name: str) -> bool:
     return isinstance(getattr(type(config), name, None), property)
+
+
+def _has(config: Any, name: str) -> bool:
+    try:
+        return hasattr(config, name)
+    except Exception:  # Transformers' own, for a field that differs between blocks
+        return True

@@ -12,11 +12,14 @@ import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from corequant_transformers.architectures.described import described
+from corequant_transformers.architectures.known import architecture_of
 
 HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 ALONE = {"num_attention_heads": 3, "num_key_value_heads": 1}
 """As many channels in all heads as in the stream."""
+GEMMA4 = SLIDING | {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+GEMMA4 |= {"global_head_dim": 8}
 LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 24, "q_lora_rank": 40}
 LATENT |= {"head_dim": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 16}
 MAMBA = {"mamba_n_heads": 6, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 16}
@@ -47,6 +50,9 @@ VARIANTS = {
     "olmo": {"head_dim": 12},
     "bitnet": ALONE,
     "mpt": {"max_seq_len": 64},
+    "gemma4_text": GEMMA4,
+    "llama4_text": {"intermediate_size_mlp": 96, "moe_layers": [], "attention_chunk_size": 8}
+    | {"layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0]},
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), LATENT | {"first_k_dense_replace": 2}),
     **dict.fromkeys(("youtu", "minicpm3"), LATENT),
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
@@ -104,6 +110,7 @@ OTHERS = (
     ("gpt_bigcode", {"multi_query": False}),
     ("mpt", {"attn_config": {"clip_qkv": 0.5}}),
     ("olmo", {"head_dim": 12, "clip_qkv": 0.5}),
+    ("gemma4_text", GEMMA4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 1}),
     ("deepseek_v2", LATENT | {"q_lora_rank": None, "first_k_dense_replace": 2}),
 )
 """Further variants that the same descriptions cover."""
@@ -179,3 +186,8 @@ def test_exact_with_rotations_at_run_time_alone(kind):
     model = cqhf.tiny_model(kind, **VARIANTS.get(kind, {}))
     result = cqhf.quantize(model, Recipe(rotation="online", block_size=4), tokens)
     assert result.verification.logits_error < 1e-10
+
+
+def test_what_can_not_be_described_is_refused_with_the_reason():
+    with pytest.raises(cq.ArchitectureError, match="its blocks mix several residual streams"):
+        architecture_of(SimpleNamespace(model_type="gemma3n_text"))

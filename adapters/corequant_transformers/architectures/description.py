@@ -128,7 +128,8 @@ class Architecture:
     attention_norm : str, optional
         The norm that query, key and value read; None if they read the stream itself.
     query, key, value, attention_output : str
-        The output projection writes the residual; it is None in a block without attention.
+        The output projection writes the residual; it is None in a block without attention. Value is
+        None where values are what key gives; they are not rotated then.
     latent : Latent, optional
         What keys and values, and queries perhaps, are made of in place of ``key`` and ``value``.
     query_gate : bool
@@ -232,7 +233,7 @@ class Architecture:
     attention_norm: str | None = "input_layernorm"
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
-    value: str = "self_attn.v_proj"
+    value: str | None = "self_attn.v_proj"
     attention_output: str | None = "self_attn.o_proj"
     latent: Latent | None = None
     query_gate: bool = False

@@ -194,7 +194,10 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
 def _positive(
     config: Any, name: str, default: int | None = None, most: int = _MOST_WIDE, block: int = 0
 ) -> int:
-    value = getattr(config, name, None)
+    try:
+        value = getattr(config, name, None)
+    except Exception:  # Transformers' own, for a field that differs between blocks
+        value = getattr(config.per_layer_config[block], name, None)
     if isinstance(value, list | tuple) and block < len(value):
         value = value[block]
     value = default if value is None else value

@@ -11,6 +11,7 @@ from corequant_transformers.architectures.described import described
 from corequant_transformers.architectures.description import Architecture
 from corequant_transformers.architectures.enclosed import placed
 from corequant_transformers.architectures.multimodal import COMPOSITES
+from corequant_transformers.architectures.refused import REASONS
 from corequant_transformers.architectures.where import field_of
 
 __all__ = [
@@ -99,6 +100,8 @@ def _look_up(config: Any, known: Mapping[str, Architecture]) -> Architecture:
         inner, own = composite.decoder(config), composite.own
         is_own = own is not None and getattr(inner, "model_type", None) == own.model_type
         return composite.around(own.resolved(inner) if own and is_own else _look_up(inner, known))
+    if kind in REASONS and kind not in known:
+        raise ArchitectureError(f"a model of the type {kind!r} can't be quantized: {REASONS[kind]}")
     if kind not in known:
         raise UnknownArchitectureError(
             f"model_type must be one of {', '.join(sorted(known))}, got {kind!r}; to describe "

@@ -267,7 +267,7 @@ def _no_embedding(parts: Parts, dtype: torch.dtype) -> Callable[..., torch.Tenso
 
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
         ids = [*args, *kwargs.values()][0]
-        return torch.zeros(*ids.shape, width, dtype=dtype, device=ids.device)
+        return torch.zeros(*ids.shape, width, dtype=dtype, device=parts.device)
 
     return forward
 

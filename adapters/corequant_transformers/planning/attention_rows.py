@@ -56,7 +56,9 @@ def attention_rows(
         "key": (a.key, RowSlice(keys)),
         "value": (a.value, RowSlice(keys, value)),
     }
-    projections = [known[which] for which in a.qkv_order]
+    projections = [
+        (name, rows) for name, rows in (known[which] for which in a.qkv_order) if name is not None
+    ]
     groups = evaluate(a.qkv_groups, config, block)
     yield from reader_rows(
         path, a.attention_norm, projections, recipe, sizes, stream, groups,
@@ -73,6 +75,7 @@ def _values(
     name = f"{path}.{a.attention_output}"
     queries = sizes.heads * sizes.head_dim
     online = recipe.rotation == "online"
+    linear = a.linear_values and (a.value is not None or a.latent is not None)
     width: int | None
     if online:
         given = recipe.block_size if isinstance(recipe.block_size, int) else None
@@ -83,7 +86,7 @@ def _values(
         )
     settings = recipe.settings_of(name)
     value = read = Side()
-    if not a.linear_values and recipe.rotation in ("offline", "heads"):
+    if not linear and recipe.rotation in ("offline", "heads"):
         width = None
     if settings.weights is None or width is None:
         # Nothing is done for the sake of an input that stays as it is.
@@ -91,12 +94,12 @@ def _values(
     else:
         # A block that holds whole heads leaves nothing to balance inside them.
         within = width < sizes.head_dim and sizes.head_dim % width == 0
-        moved = within and a.linear_values and settings.permutation != "identity"
+        moved = within and linear and settings.permutation != "identity"
         region = name if moved else None
         group = sizes.heads // sizes.kv_heads if region else 1
         heads = sizes.kv_heads if region else 1
         # What values are not linear in is rotated at run time alone.
-        online = online or not a.linear_values
+        online = online or not linear
         value = Side(permutation=region, rotation=None if online else width, heads=heads)
         read = Side(permutation=region, rotation=width, heads=heads, repeat=group)
     output = MatrixPlan(

@@ -18,6 +18,13 @@ DESCRIPTIONS = (
     Architecture("helium"),
     Architecture("arcee", gate=None),
     Architecture(
+        "llama4_text",
+        gate="feed_forward.gate_proj",
+        up="feed_forward.up_proj",
+        down="feed_forward.down_proj",
+        intermediate_size="intermediate_size_mlp",
+    ),
+    Architecture(
         "hunyuan_v1_dense", inner=("self_attn.query_layernorm", "self_attn.key_layernorm")
     ),
 )
