@@ -109,13 +109,8 @@ def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
     table = replace(table, outside_bytes=outside_bytes(bare, table))
     if not source.is_gguf:
         read_generation(source.path)
-        shared = source.weights(bare, table).shared
-        return replace(table, tied=table.tied and bool(shared))
-    shapes = [m.shape for m in table.matrices]
-    count = sum(rows * columns for rows, columns in shapes)
-    if table.dimensions.tied:
-        count -= table.dimensions.vocabulary * table.dimensions.hidden
-    return replace(table, whole_bytes=4 * count)
+    shared = source.weights(bare, table).shared
+    return replace(table, tied=table.tied and bool(shared))
 
 
 @undisturbed()
@@ -362,14 +357,11 @@ class _Task:
 
     def _parts(self) -> tuple[Parts, str]:
         given, options = self.given, (self.device, self.spare)
-        if isinstance(given, Source) and not given.is_gguf:
+        if isinstance(given, Source):
             bare = given.skeleton()
             weights = given.weights(bare, self.plan)
-            return Parts(bare, self.plan, weights, *options), read_text(given.config_file)
-        if isinstance(given, Source):
-            self.progress("load", 0, 1)
-            given = given.load()
-            self.progress("load", 1, 1)
+            text = _config_text(bare) if given.is_gguf else read_text(given.config_file)
+            return Parts(bare, self.plan, weights, *options), text
         parts = Parts(skeleton(given), self.plan, ModelWeights(given), *options)
         return parts, _config_text(given)
 

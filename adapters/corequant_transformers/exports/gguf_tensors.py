@@ -22,11 +22,13 @@ from corequant.quantization import QuantizedTensor, dequantize
 from corequant.storage.gguf import BLOCK_BYTES, decode_blocks, to_blocks
 from corequant.storage.tensor_file import RawTensor
 from corequant_transformers.checkpoint.reader import Stored
-from corequant_transformers.exports.gguf_metadata import PERMUTED, rope_factors
+from corequant_transformers.exports.gguf_metadata import rope_factors
+from corequant_transformers.model.gguf_files.dialects import Dialect
+from corequant_transformers.model.gguf_files.names import norm_offset, row_order, translate
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
 
-__all__ = ["Tensor", "difference", "float_type", "tensors_of"]
+__all__ = ["Names", "Tensor", "difference", "float_type", "tensors_of"]
 
 Array = npt.NDArray[Any]
 
@@ -74,7 +76,7 @@ def float_type(plan: ModelPlan, name: str, axes: int) -> str:
     return "F16" if axes == 2 and name not in routers else "F32"
 
 
-def tensors_of(stored: Stored, kinds: Mapping[str, str], arch: str) -> Iterator[Tensor]:
+def tensors_of(stored: Stored, kinds: Mapping[str, str], dialect: Dialect) -> Iterator[Tensor]:
     """Yield a file's tensors.
 
     Parameters
@@ -82,8 +84,7 @@ def tensors_of(stored: Stored, kinds: Mapping[str, str], arch: str) -> Iterator[
     stored : Stored
     kinds : mapping of str to str
         Block types of quantized matrices by their names.
-    arch : str
-        llama.cpp's name of the architecture.
+    dialect : Dialect
 
     Raises
     ------
@@ -91,7 +92,7 @@ def tensors_of(stored: Stored, kinds: Mapping[str, str], arch: str) -> Iterator[
         If llama.cpp has no tensor for one of the model's.
     """
     plan = stored.plan
-    names = _Names(plan, arch)
+    names = Names(plan, dialect)
     factors = rope_factors(stored.config)
     if factors is not None:
         yield Tensor("rope_freqs.weight", "F32", factors.shape, lambda: factors)
@@ -103,7 +104,7 @@ def tensors_of(stored: Stored, kinds: Mapping[str, str], arch: str) -> Iterator[
         shape: tuple[int, ...] = (height, BLOCK_BYTES[kind] * width // 32)
         if rows[0].expert is not None:
             shape = (len(rows), *shape)
-        yield Tensor(name, kind, shape, partial(_blocks, stored, rows, arch), tuple(rows))
+        yield Tensor(name, kind, shape, partial(_blocks, stored, rows, dialect), tuple(rows))
     floats: dict[str, list[str]] = {}
     for name in stored.rest():
         floats.setdefault(names.tensor(name), []).append(name)
@@ -111,23 +112,20 @@ def tensors_of(stored: Stored, kinds: Mapping[str, str], arch: str) -> Iterator[
         shape = stored.read(parts[0]).shape
         kind = float_type(plan, parts[0], len(shape))
         shape = (len(parts), *shape) if parts[0] in names.of_experts else shape
-        yield Tensor(name, kind, shape, partial(_floats, stored, parts, arch, shape))
+        yield Tensor(name, kind, shape, partial(_floats, stored, parts, dialect, shape))
 
 
-class _Names:
+class Names:
     """llama.cpp's names.
 
     Parameters
     ----------
     plan : ModelPlan
-    arch : str
+    dialect : Dialect
     """
 
-    def __init__(self, plan: ModelPlan, arch: str) -> None:
-        self._arch = arch
-        found = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
-        self._there = gguf.MODEL_TENSORS[found]
-        self._map = gguf.get_tensor_name_map(found, plan.dimensions.blocks)
+    def __init__(self, plan: ModelPlan, dialect: Dialect) -> None:
+        self._dialect, self._blocks = dialect, plan.dimensions.blocks
         kinds, e = gguf.MODEL_TENSOR, plan.architecture.experts
         self._experts = {}
         if e is not None:
@@ -141,6 +139,13 @@ class _Names:
         self.of_experts = {f"{m.name}.weight": m.block for m in rows}
 
     def tensor(self, name: str) -> str:
+        """Return a parameter's name in the file.
+
+        Raises
+        ------
+        ArchitectureError
+            If llama.cpp has no place for it.
+        """
         module = name.rpartition(".")[0]
         if module in self._routers:
             kind = gguf.MODEL_TENSOR.FFN_GATE_INP
@@ -148,60 +153,50 @@ class _Names:
         if name in self.of_experts:
             kind = self._experts[module.rpartition(".")[2]]
             return self._of_block(kind, self.of_experts[name], name)
-        found = self._map.get_name(name, try_suffixes=(".weight", ".bias"))
-        if found is None:
-            raise self._missing(name)
-        return str(found)
+        found = translate(self._dialect, [name], self._blocks)[name]
+        if found.endswith(".bias") and not self._dialect.takes_bias(found):
+            raise ArchitectureError(
+                f"llama.cpp's {self._dialect.name!r} has no bias {found}, which the model has as "
+                f"{name}"
+            )
+        return found
 
     def _of_block(self, kind: Any, block: int | None, name: str) -> str:
-        if kind not in self._there:
-            raise self._missing(name)
         return f"{gguf.TENSOR_NAMES[kind].format(bid=block)}.{name.rpartition('.')[2]}"
 
-    def _missing(self, name: str) -> ArchitectureError:
-        return ArchitectureError(f"llama.cpp's {self._arch!r} has no tensor for {name}")
 
-
-def _blocks(stored: Stored, rows: Sequence[MatrixPlan], arch: str) -> Array:
+def _blocks(stored: Stored, rows: Sequence[MatrixPlan], dialect: Dialect) -> Array:
     found = []
     for matrix in rows:
         _, blocks = to_blocks(stored.quantized(matrix))
-        order = _order(stored, matrix.name, arch)
+        order = _order(stored, matrix.name, dialect)
         found.append(blocks if order is None else np.ascontiguousarray(blocks[order]))
     return found[0] if rows[0].expert is None else np.stack(found)
 
 
-def _floats(stored: Stored, parts: Sequence[str], arch: str, shape: tuple[int, ...]) -> Array:
-    return np.stack([_float(stored, name, arch) for name in parts]).reshape(shape)
+def _floats(
+    stored: Stored, parts: Sequence[str], dialect: Dialect, shape: tuple[int, ...]
+) -> Array:
+    return np.stack([_float(stored, name, dialect) for name in parts]).reshape(shape)
 
 
-def _float(stored: Stored, name: str, arch: str) -> Array:
+def _float(stored: Stored, name: str, dialect: Dialect) -> Array:
     tensor = stored.read(name)
     dtype = float_type(stored.plan, name, len(tensor.shape))
+    numbers, offset = tensor.array(), norm_offset(stored.plan.architecture, name)
     try:
-        array = RawTensor.of(tensor.array(), dtype).array()
+        array = RawTensor.of(numbers + np.float32(offset) if offset else numbers, dtype).array()
     except ValueError as error:
         raise SpecError(f"{name} can't be stored as {dtype}: {error}") from None
-    order = _order(stored, name.rpartition(".")[0], arch)
+    order = _order(stored, name.rpartition(".")[0], dialect)
     return np.ascontiguousarray(array if order is None else array[order])
 
 
-def _order(stored: Stored, module: str, arch: str) -> npt.NDArray[np.int64] | None:
-    """Return the order of the rows of a query or key in the file, where it is another.
-
-    Transformers turns the first half of a head's channels against the second, llama.cpp's
-    ``llama`` neighbours against each other.
-    """
-    a, sizes = stored.plan.architecture, stored.plan.dimensions
-    heads = {a.query: sizes.heads, a.key: sizes.kv_heads}
-    suffix = next((s for s in heads if module.endswith(f".{s}")), None)
-    if suffix is None or arch not in PERMUTED:
-        return None
-    rows = np.arange(heads[suffix] * sizes.head_dim)
-    return rows.reshape(heads[suffix], 2, sizes.head_dim // 2).swapaxes(1, 2).reshape(-1)
+def _order(stored: Stored, module: str, dialect: Dialect) -> npt.NDArray[np.int64] | None:
+    return row_order(dialect, stored.plan.architecture, stored.plan.dimensions, module)
 
 
-def difference(part: Path, tensors: list[Tensor], stored: Stored, arch: str) -> str | None:
+def difference(part: Path, tensors: list[Tensor], stored: Stored, dialect: Dialect) -> str | None:
     """Read a file back, dequantize it, and return which bits aren't as they were meant.
 
     An error would hold the mapped file, which Windows can't remove then.
@@ -218,7 +213,7 @@ def difference(part: Path, tensors: list[Tensor], stored: Stored, arch: str) -> 
         for index, matrix in enumerate(t.matrices):
             own = data if single else data[index]
             if not _decodes(
-                own, t.kind, stored.quantized(matrix), _order(stored, matrix.name, arch)
+                own, t.kind, stored.quantized(matrix), _order(stored, matrix.name, dialect)
             ):
                 return f"{t.name} does not decode to what was quantized"
     return None

@@ -23,18 +23,22 @@ from corequant_transformers.checkpoint.reader import Stored
 from corequant_transformers.exports.gguf_metadata import (
     KeyValue,
     about,
-    architecture_name,
     hyperparameters,
     metadata_bytes,
     rope_factors,
     vocabulary,
 )
-from corequant_transformers.exports.gguf_tensors import difference, float_type, tensors_of
-from corequant_transformers.exports.own_class import check_layers
+from corequant_transformers.exports.gguf_tensors import (
+    Names,
+    difference,
+    float_type,
+    tensors_of,
+)
 from corequant_transformers.exports.prospect import Candidate, Prospect
 from corequant_transformers.files.atomic import replacing
 from corequant_transformers.files.digests import GGUF_DIGEST, GGUF_VERSION, seal_gguf
 from corequant_transformers.files.outputs import check_file_output
+from corequant_transformers.model.gguf_files.dialects import Dialect, dialect_of
 from corequant_transformers.model.sources import Source
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
@@ -53,8 +57,11 @@ def check(candidate: Candidate, source: str | Path | None = None) -> None:
     kinds = {m.name: _block_type(m) for m in candidate.plan.quantized}
     _check_recipe(candidate.plan)
     _check_experts(candidate.plan, kinds)
-    architecture_name(candidate.config)
-    check_layers(candidate)
+    dialect = dialect_of(candidate.config)
+    _check_norms(candidate.plan, dialect)
+    names = Names(candidate.plan, dialect)
+    for name in (*(f"{m.name}.weight" for m in candidate.plan.kept), *candidate.rest()):
+        names.tensor(name)
     _values(candidate, source)
 
 
@@ -105,13 +112,13 @@ def write(
     plan = stored.plan
     kinds = {m.name: _block_type(m) for m in plan.quantized}
     check(stored, source)
-    arch = architecture_name(stored.config)
+    dialect = dialect_of(stored.config)
     values = _values(stored, source)
     values += about(stored, values)
-    tensors = list(tensors_of(stored, kinds, arch))
+    tensors = list(tensors_of(stored, kinds, dialect))
     stored.check()
     with replacing(target, within) as part:
-        writer = gguf.GGUFWriter(part, arch)
+        writer = gguf.GGUFWriter(part, dialect.name)
         try:
             # First, where its reader looks for them.
             writer.add_string(GGUF_VERSION, version_of("corequant"))
@@ -132,7 +139,7 @@ def write(
         finally:
             writer.close()
         seal_gguf(part)
-        if (changed := difference(part, tensors, stored, arch)) is not None:
+        if (changed := difference(part, tensors, stored, dialect)) is not None:
             raise OutputError(changed)
         complete(part)
     return target
@@ -155,8 +162,8 @@ def expected_bytes(candidate: Prospect, source: str | Path | None) -> int:
     plan = candidate.plan
     found = [m.shape[0] * BLOCK_BYTES[_block_type(m)] * m.shape[1] // 32 for m in plan.kept]
     shapes = candidate.shapes()
-    if rope_factors(candidate.config) is not None:
-        shapes["rope_freqs"] = (plan.dimensions.head_dim // 2,)
+    if (factors := rope_factors(candidate.config)) is not None:
+        shapes["rope_freqs"] = factors.shape
     bytes_of = {"F16": 2, "F32": 4}
     found += [
         math.prod(shape) * bytes_of[float_type(plan, name, len(shape))]
@@ -188,6 +195,19 @@ def _check_recipe(plan: ModelPlan) -> None:
                 "llama.cpp rounds activations to 8 bits in groups of 32 whatever a file says, so "
                 f"activations must be none or int8:group32, got {spec} for {matrix.name}"
             )
+
+
+def _check_norms(plan: ModelPlan, dialect: Dialect) -> None:
+    if plan.architecture.norm == "layer" and plan.folds:
+        raise RecipeError(
+            f"llama.cpp's {dialect.name!r} computes LayerNorms, which become RMSNorms where the "
+            "residual rotation is merged; quantize with rotation 'heads'"
+        )
+    if dialect.tied and not plan.tied:
+        raise RecipeError(
+            f"llama.cpp's {dialect.name!r} has no head of its own, so that embedding and head must "
+            "stay one matrix; quantize with rotation 'heads'"
+        )
 
 
 def _check_experts(plan: ModelPlan, kinds: Mapping[str, str]) -> None:

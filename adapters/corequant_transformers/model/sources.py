@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from corequant.errors import CheckpointError, CorequantError
+from corequant.storage.gguf_file import GgufFile
 from corequant.storage.shard_index import check_homes, is_plain, read_index
 from corequant.storage.tensor_file import TensorFile
 from corequant_transformers.files.atomic import read_json
@@ -28,6 +29,8 @@ from corequant_transformers.model.configs import (
     check_unmarked,
     settle_config,
 )
+from corequant_transformers.model.gguf_files.configs import config_of
+from corequant_transformers.model.gguf_files.weights import GgufWeights
 from corequant_transformers.model.loaders import load_model
 from corequant_transformers.model.parts import skeleton
 from corequant_transformers.model.shards import FileWeights
@@ -80,6 +83,7 @@ class Source:
         self.is_gguf = self.path.suffix == ".gguf" and self.path.is_file()
         self.is_compressed = False
         self._compared = not verify
+        self._gguf: GgufFile | None = None
         self._index: Path | None = None
         self._shards: list[Path] = []
         if not self.is_gguf:
@@ -187,18 +191,30 @@ class Source:
             return str(self.path.parent), {"gguf_file": self.path.name}
         return str(self.path), {}
 
+    @property
+    def _gguf_file(self) -> GgufFile:
+        """A GGUF file's header, read once."""
+        self._location()
+        if self._gguf is None:
+            with _as_checkpoint_error(self.path):
+                self._gguf = GgufFile(self.path)
+        return self._gguf
+
     def config(self) -> Any:
         """Return the Transformers config.
 
         Raises
         ------
+        ArchitectureError
+            If a GGUF file has an architecture or a feature that isn't read.
         CheckpointError
             If it is malformed, or asks for code that isn't torch's own.
         """
-        where, options = self._location()
+        if self.is_gguf:
+            return settle_config(config_of(self._gguf_file), self.config_file)
         with _as_checkpoint_error(self.path):
             config = transformers.AutoConfig.from_pretrained(
-                where, local_files_only=True, trust_remote_code=False, **options
+                str(self.path), local_files_only=True, trust_remote_code=False
             )
         return settle_config(config, self.config_file)
 
@@ -235,19 +251,17 @@ class Source:
             If a file is truncated or malformed, weights are missing, or Transformers can't make a
             model from the config.
         """
-        if not self.is_gguf and not self.is_compressed:
+        if not self.is_compressed:
             return self._read_model(dtype)
-        where, options = self._location()
         # A directory's digests are compared by the quantizer that Transformers calls.
         with _LOADING, comparing(not self._compared), _as_checkpoint_error(self.path):
             loaded: Any = load_model(
-                where,
+                str(self.path),
                 self.config(),
                 dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
-                **options,
             )
         model, info = loaded
         missing = sorted(info["missing_keys"])
@@ -255,11 +269,6 @@ class Source:
             raise CheckpointError(
                 f"{self.path} lacks {len(missing)} weights, the first is {missing[0]}"
             )
-        if self.is_gguf:
-            # Transformers marks it as quantized although it decoded every weight to float.
-            model.is_quantized = False
-            model.hf_quantizer = None
-            model.config.__dict__.pop("quantization_config", None)
         return model.eval().requires_grad_(False)
 
     def _read_model(self, dtype: torch.dtype) -> Any:
@@ -277,9 +286,8 @@ class Source:
             weights.fill(model, keys, dtype)
         model.tie_weights(missing_keys=set(weights.shared), recompute_mapping=False)
         model.config.name_or_path, model.config.dtype = str(self.path), dtype
-        model.generation_config = read_generation(self.path) or getattr(
-            model, "generation_config", None
-        )
+        generation = None if self.is_gguf else read_generation(self.path)
+        model.generation_config = generation or getattr(model, "generation_config", None)
         return model.eval().requires_grad_(False)
 
     def skeleton(self) -> Any:
@@ -296,8 +304,10 @@ class Source:
         with as_config_errors(self.config_file, values):
             return skeleton(config)
 
-    def weights(self, model: Any, plan: ModelPlan | None = None) -> FileWeights:
-        """Return a directory's weights for a skeleton; see ``FileWeights``."""
+    def weights(self, model: Any, plan: ModelPlan | None = None) -> FileWeights | GgufWeights:
+        """Return the weights for a skeleton; see ``FileWeights`` and ``GgufWeights``."""
+        if self.is_gguf:
+            return GgufWeights(self._gguf_file, model, plan)
         return FileWeights(self.path, self.shards(), model, plan)
 
     def tensor_names(self) -> list[str]:

@@ -77,8 +77,6 @@ class ModelPlan:
         Paths of the modules and parameters that nothing is done to.
     is_shipped : bool
         Whether the description comes with the package.
-    whole_bytes : int
-        Bytes of the float32 model, where its file can't be read a part at a time.
     outside_bytes : int
         Bytes of the float32 modules outside of the decoder, which are read at once.
     writers : tuple of Writer
@@ -94,7 +92,6 @@ class ModelPlan:
     norms: tuple[str, ...]
     notes: tuple[str, ...] = ()
     tied: bool = False
-    whole_bytes: int = 0
     outside_bytes: int = 0
     writers: tuple[Writer, ...] = ()
     written: Side = field(default_factory=Side)
@@ -116,7 +113,7 @@ class ModelPlan:
         """Return what the plan costs: run-time additions and bytes, sizes in MiB, block sizes.
 
         ``peak_mib`` is the estimated peak memory of ``quantize`` for a model on disk, whatever its
-        depth unless it is a GGUF file, which is decoded as a whole.
+        depth.
         """
         rotations = [(self.share(m), m) for m in self.online]
         additions = sum(
@@ -143,7 +140,7 @@ class ModelPlan:
     def peak_bytes(self) -> int:
         """Return the estimated peak memory of quantizing a model on disk.
 
-        Depth has no part in it where the model is read a part at a time.
+        Depth has no part in it, since the model is read a part at a time.
         """
         recipe, sizes = self.recipe, self.dimensions
         blocks: dict[int, int] = {}
@@ -166,7 +163,7 @@ class ModelPlan:
             rounding += moments + window
         vocabulary = _VOCABULARY_BYTES * edge + logits
         parts = (running, rounding, vocabulary, 2 * self.outside_bytes)
-        return _BASE + self.whole_bytes + max(parts)
+        return _BASE + max(parts)
 
     def _possible_block_sizes(self) -> list[int]:
         rotated = self.mlp_outputs or self.online
