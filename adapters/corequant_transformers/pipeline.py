@@ -15,7 +15,6 @@ import torch
 
 from corequant.errors import BackendError, CheckpointError, OutputError
 from corequant.recipe import Recipe
-from corequant.storage.files import read_text
 from corequant_transformers.calibration.choices import Calibration, check_calibration
 from corequant_transformers.calibration.data.given import (
     CalibrationData,
@@ -38,7 +37,8 @@ from corequant_transformers.model.parts import ModelWeights, Parts, is_tied, out
 from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
 from corequant_transformers.model.recognition import plan_for
 from corequant_transformers.model.replicas import check_given, check_plain, unwrap
-from corequant_transformers.model.sources import Source, read_generation
+from corequant_transformers.model.source_files import read_generation
+from corequant_transformers.model.sources import Source
 from corequant_transformers.model.surroundings import check_device, device_of, undisturbed
 from corequant_transformers.planning.memory import peak_rss_mib
 from corequant_transformers.planning.model_plan import ModelPlan
@@ -360,8 +360,7 @@ class _Task:
         if isinstance(given, Source):
             bare = given.skeleton()
             weights = given.weights(bare, self.plan)
-            text = _config_text(bare) if given.is_gguf else read_text(given.config_file)
-            return Parts(bare, self.plan, weights, *options), text
+            return Parts(bare, self.plan, weights, *options), given.config_text()
         parts = Parts(skeleton(given), self.plan, ModelWeights(given), *options)
         return parts, _config_text(given)
 

@@ -32,7 +32,7 @@ from corequant_transformers.files.marks import CARD, FORMAT_VERSION, GUARD, METH
 from corequant_transformers.files.outputs import check_output, new_directory
 from corequant_transformers.model.layouts import standardize
 from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
-from corequant_transformers.model.sources import copy_files
+from corequant_transformers.model.source_files import copy_files
 from corequant_transformers.model.surroundings import quiet_transformers
 from corequant_transformers.planning.model_plan import ModelPlan
 from corequant_transformers.transforms.norms import restructure

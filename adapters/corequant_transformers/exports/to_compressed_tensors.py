@@ -30,7 +30,7 @@ from corequant_transformers.files.digests import write_digests
 from corequant_transformers.files.marks import CARD, GUARD
 from corequant_transformers.files.outputs import check_output, new_directory
 from corequant_transformers.model.loaders import class_name
-from corequant_transformers.model.sources import copy_files
+from corequant_transformers.model.source_files import copy_files
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
 

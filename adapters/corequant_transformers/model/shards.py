@@ -19,6 +19,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from corequant.errors import CheckpointError
+from corequant_transformers.model.scaled import FLOAT8, ScaledWeights
 from corequant_transformers.model.surroundings import quiet_transformers
 from corequant_transformers.planning.model_plan import ModelPlan
 
@@ -50,6 +51,8 @@ class FileWeights:
         A skeleton, before its head is untied from the embedding.
     plan : ModelPlan, optional
         Tells whether embedding and head share a matrix; by default the model does.
+    block : tuple of int, optional
+        Rows and columns that share a scale, where weights are float8; see ``block_of``.
 
     Raises
     ------
@@ -59,7 +62,12 @@ class FileWeights:
     """
 
     def __init__(
-        self, folder: Path, files: Sequence[Path], model: Any, plan: ModelPlan | None = None
+        self,
+        folder: Path,
+        files: Sequence[Path],
+        model: Any,
+        plan: ModelPlan | None = None,
+        block: tuple[int, int] | None = None,
     ) -> None:
         self._folder = folder
         self._tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
@@ -72,6 +80,9 @@ class FileWeights:
         self._places: dict[str, tuple[Path, str]] = {}
         """File and name of the tensors that each parameter is made of; several may make one."""
         self._sources: dict[str, list[str]] = {}
+        self._scaled = ScaledWeights(block)
+        self._scales: dict[str, str] = {}
+        """Names of the scales of float8 weights."""
         self._read_headers(files, model)
 
     def _read_headers(self, files: Sequence[Path], model: Any) -> None:
@@ -81,42 +92,50 @@ class FileWeights:
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         covered = set()
         strangers: list[str] = []
+        found: dict[str, tuple[Path, tuple[int, ...], str]] = {}
         for file in files:
             with _opened(file) as tensors:
                 for name in tensors.keys():
-                    if name in self._places:
+                    if name in found:
                         raise CheckpointError(
-                            f"the tensor {name} must be in one file, got {self._places[name][0]} "
+                            f"the tensor {name} must be in one file, got {found[name][0]} "
                             f"and {file}"
                         )
-                    key, pattern = rename_source_key(
-                        name, renamings, converters, model.base_model_prefix, state
-                    )
-                    if key not in state:
-                        strangers += [] if _is_ignored(name, model) else [name]
-                        continue
-                    if pattern is None and key in self._sources:
-                        raise CheckpointError(
-                            f"{key} of {type(model).__name__} must be in the files once, got "
-                            f"{self._sources[key][0]} and {name}"
-                        )
-                    self._places[name] = (file, name)
-                    self._sources.setdefault(key, []).append(name)
-                    shape = tuple(tensors.get_slice(name).get_shape())
-                    if pattern is None and shape != tuple(state[key].shape):
-                        raise CheckpointError(
-                            f"{name} of {file} must have shape {tuple(state[key].shape)}, "
-                            f"got {shape}"
-                        )
-                    kind = tensors.get_slice(name).get_dtype()
-                    if kind not in _FLOATS:
-                        raise CheckpointError(
-                            f"{name} of {file} must be one of {', '.join(_FLOATS)}, got {kind}: "
-                            "weights that were quantized already are not read as numbers"
-                        )
-                    covered.add(key)
-                    if pattern is not None:
-                        covered |= set(_targets(pattern, converters, key))
+                    cut = tensors.get_slice(name)
+                    found[name] = (file, tuple(cut.get_shape()), cut.get_dtype())
+        for name, (file, shape, kind) in found.items():
+            if self._scaled.is_scale(name, found):
+                self._places[name] = (file, name)
+                continue
+            key, pattern = rename_source_key(
+                name, renamings, converters, model.base_model_prefix, state
+            )
+            if key not in state:
+                strangers += [] if _is_ignored(name, model) else [name]
+                continue
+            if pattern is None and key in self._sources:
+                raise CheckpointError(
+                    f"{key} of {type(model).__name__} must be in the files once, got "
+                    f"{self._sources[key][0]} and {name}"
+                )
+            self._places[name] = (file, name)
+            self._sources.setdefault(key, []).append(name)
+            if pattern is None and shape != tuple(state[key].shape):
+                raise CheckpointError(
+                    f"{name} of {file} must have shape {tuple(state[key].shape)}, got {shape}"
+                )
+            scale = self._scaled.scale_of(name, found)
+            if kind in FLOAT8 and scale is not None:
+                self._scaled.check(name, shape, found[scale][1])
+                self._scales[name] = scale
+            elif kind not in _FLOATS:
+                raise CheckpointError(
+                    f"{name} of {file} must be one of {', '.join(_FLOATS)}, got {kind}: "
+                    "weights that were quantized already are not read as numbers"
+                )
+            covered.add(key)
+            if pattern is not None:
+                covered |= set(_targets(pattern, converters, key))
         self._share(covered)
         missing = sorted(set(state) - covered)
         if missing:
@@ -163,6 +182,11 @@ class FileWeights:
             model.get_parameter_or_buffer(key).requires_grad_(False)
 
     def _read(self, name: str) -> torch.Tensor:
+        weight = self._stored(name)
+        scale = self._scales.get(name)
+        return weight if scale is None else self._scaled.decode(weight, self._stored(scale))
+
+    def _stored(self, name: str) -> torch.Tensor:
         file, stored = self._places[name]
         with _opened(file) as tensors:
             tensor: torch.Tensor = tensors.get_tensor(stored)

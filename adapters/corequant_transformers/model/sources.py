@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ import torch
 import transformers
 
 from corequant.errors import CheckpointError, CorequantError
+from corequant.storage.files import read_text
 from corequant.storage.gguf_file import GgufFile
 from corequant.storage.shard_index import check_homes, is_plain, read_index
 from corequant.storage.tensor_file import TensorFile
 from corequant_transformers.files.atomic import read_json
-from corequant_transformers.files.companions import TEMPLATES, is_copied
 from corequant_transformers.files.comparison import comparing
 from corequant_transformers.files.digests import check_digests, is_read
 from corequant_transformers.files.hub import download_command, locate
@@ -33,23 +33,27 @@ from corequant_transformers.model.gguf_files.configs import config_of
 from corequant_transformers.model.gguf_files.weights import GgufWeights
 from corequant_transformers.model.loaders import load_model
 from corequant_transformers.model.parts import skeleton
+from corequant_transformers.model.scaled import block_of
 from corequant_transformers.model.shards import FileWeights
+from corequant_transformers.model.source_files import (
+    check_inside,
+    files_to_copy,
+    read_generation,
+)
 from corequant_transformers.model.surroundings import quiet_transformers, undisturbed
 from corequant_transformers.planning.model_plan import ModelPlan
 
-__all__ = [
-    "Source",
-    "check_inside",
-    "copy_files",
-    "files_to_copy",
-    "place_of",
-    "read_generation",
-]
+__all__ = ["Source"]
 
 _OWN_METHOD, _OWN_TYPE = "corequant", "corequant_"
 """``quant_method`` of directories that ``quantize`` writes, and how their model types began."""
 
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+_CONVERSION = (
+    'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+    "i, o = {0!r}, {1!r}; M.from_pretrained(i, dtype='auto').save_pretrained(o); "
+    'T.from_pretrained(i).save_pretrained(o)"'
+)
 _LOADING = threading.Lock()
 """Transformers exchanges the dtype by default and functions of torch while it loads."""
 
@@ -82,6 +86,7 @@ class Source:
         self._id = None if self.path == Path(path) else Path(path)
         self.is_gguf = self.path.suffix == ".gguf" and self.path.is_file()
         self.is_compressed = False
+        self._block: tuple[int, int] | None = None
         self._compared = not verify
         self._gguf: GgufFile | None = None
         self._index: Path | None = None
@@ -130,7 +135,8 @@ class Source:
                 "(adapter_config.json), which Transformers applies or not, depending on what is "
                 "installed; merge it into the weights, or move it elsewhere"
             )
-        self.is_compressed = config.get("quantization_config") is not None
+        self._block = block_of(settings, file)
+        self.is_compressed = settings is not None and self._block is None
         self._find_weights(config.get("transformers_weights"))
         for name in self._shards:
             check_inside(self.path, name)
@@ -173,8 +179,8 @@ class Source:
             )
         return (
             f"the model's file {single} is missing; {found[0]} may run code when it is read, so "
-            "convert it where you trust it: load it with Transformers and save it with "
-            "save_pretrained, which writes safetensors"
+            "convert it where you trust it, with a line that writes safetensors: "
+            + _CONVERSION.format(str(self.path), f"{self.path}-safetensors")
         )
 
     def shards(self) -> list[Path]:
@@ -216,7 +222,19 @@ class Source:
             config = transformers.AutoConfig.from_pretrained(
                 str(self.path), local_files_only=True, trust_remote_code=False
             )
+        if self._block is not None:
+            del config.quantization_config
         return settle_config(config, self.config_file)
+
+    def config_text(self) -> str:
+        """Return the float model's ``config.json``."""
+        if self.is_gguf:
+            return str(self.config().to_json_string(use_diff=False))
+        if self._block is None:
+            return read_text(self.config_file)
+        values = read_json(self.config_file)
+        values.pop("quantization_config")
+        return json.dumps(values, indent=2)
 
     @property
     def config_file(self) -> Path:
@@ -308,7 +326,7 @@ class Source:
         """Return the weights for a skeleton; see ``FileWeights`` and ``GgufWeights``."""
         if self.is_gguf:
             return GgufWeights(self._gguf_file, model, plan)
-        return FileWeights(self.path, self.shards(), model, plan)
+        return FileWeights(self.path, self.shards(), model, plan, self._block)
 
     def tensor_names(self) -> list[str]:
         """Return the names of the tensors in safetensors files; of other files, none.
@@ -338,82 +356,6 @@ class Source:
             If one isn't a regular file of the folder.
         """
         return [] if self.is_gguf else files_to_copy(self.path)
-
-
-def read_generation(folder: Path) -> Any:
-    """Return what a directory says about generating text; None where it says nothing.
-
-    Raises
-    ------
-    CheckpointError
-        If the file is malformed.
-    """
-    file = folder / "generation_config.json"
-    if not file.is_file():
-        return None
-    try:
-        with quiet_transformers():
-            return transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{file} can't be loaded: {error}") from error
-
-
-def files_to_copy(folder: Path) -> list[Path]:
-    """Return the files of a folder that belong to the tokenizer or to generation.
-
-    Raises
-    ------
-    CheckpointError
-        If one isn't a regular file of the folder: whatever it leads to would be copied.
-    """
-    # Folders may have such a name; their contents are neither read nor copied.
-    found = sorted(f for f in folder.iterdir() if is_copied(f.name) and not f.is_dir())
-    templates = folder / TEMPLATES
-    if templates.is_dir():
-        found += sorted(f for f in templates.iterdir() if f.suffix == ".jinja" and not f.is_dir())
-    for file in found:
-        if not file.name.isprintable():
-            raise CheckpointError(
-                f"{folder} must have files with printable names, got {file.name!r}"
-            )
-        check_inside(folder, file)
-    return found
-
-
-def place_of(file: Path) -> str:
-    """Return the name of one of a model's files within the model's folder."""
-    # A model's own folder may have any name.
-    inner = file.parent.name == TEMPLATES and not (file.parent / "config.json").exists()
-    return f"{TEMPLATES}/{file.name}" if inner else file.name
-
-
-def copy_files(files: Iterable[Path], folder: Path) -> None:
-    """Copy a model's files, as ``files_to_copy`` gives them, to their places in a new folder."""
-    for file in files:
-        target = folder / place_of(file)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, target)
-
-
-def check_inside(folder: Path, file: Path) -> None:
-    """Raise CheckpointError unless a regular file lies in a folder, or in its store of blobs.
-
-    A link may lead to ``../../blobs`` of a Hugging Face cache, nowhere else.
-    """
-    try:
-        found, there = file.is_file(), file.exists()
-        inside, real = folder.resolve(), file.resolve()
-        # Not resolved by itself: a folder of templates that is a link leads out.
-        own = inside / file.parent.relative_to(folder)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"the model's file {file} can't be read: {error}") from None
-    if not there:
-        raise CheckpointError(f"the model's file {file} is missing")
-    if not found:
-        raise CheckpointError(f"the model's file {file} must be a regular file")
-    blobs = inside.parent.parent / "blobs"
-    if real.parent != own and not (inside.parent.name == "snapshots" and real.parent == blobs):
-        raise CheckpointError(f"{file} must be a file of its own folder, it leads to {real}")
 
 
 @contextmanager

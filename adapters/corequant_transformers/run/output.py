@@ -24,7 +24,8 @@ from corequant_transformers.files.companions import TEMPLATES
 from corequant_transformers.files.digests import pieces
 from corequant_transformers.files.marks import WEIGHTS
 from corequant_transformers.files.outputs import UNFINISHED, check_output, contents, real_path
-from corequant_transformers.model.sources import Source, place_of
+from corequant_transformers.model.source_files import place_of
+from corequant_transformers.model.sources import Source
 from corequant_transformers.planning.model_plan import ModelPlan
 from corequant_transformers.run.directory import LOG, RunDirectory, ended
 from corequant_transformers.run.job import Job

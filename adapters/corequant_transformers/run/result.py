@@ -7,7 +7,8 @@ from typing import Any
 
 from corequant_transformers.checkpoint.tensors import place_tensors
 from corequant_transformers.model.layouts import standardize
-from corequant_transformers.model.sources import Source, read_generation
+from corequant_transformers.model.source_files import read_generation
+from corequant_transformers.model.sources import Source
 from corequant_transformers.run.job import Job
 from corequant_transformers.transforms.norms import restructure
 

@@ -227,7 +227,10 @@ DIALECTS = (
 """All model types whose GGUF files are read or written."""
 
 _BY_TYPE = {dialect.model_type: dialect for dialect in DIALECTS}
-_BY_NAME = {(dialect.name, dialect.windows == "listed"): dialect for dialect in reversed(DIALECTS)}
+_BY_NAME: dict[tuple[Any, bool, bool], Dialect] = {
+    (dialect.name, dialect.windows == "listed", dialect.experts): dialect
+    for dialect in reversed(DIALECTS)
+}
 
 
 def dialect_of(config: Any) -> Dialect:
