@@ -1,7 +1,7 @@
 """A tokenizer as GGUF files hold it: tokens, merges, and how a text is split.
 
 Those of ``tokenizer.json`` are translated if they are byte-level BPE, with llama.cpp's name for
-their way of splitting a text into words.
+their way of splitting a text into words, or SentencePiece's BPE.
 
 Source: gguf-py and conversion/base.py of llama.cpp.
 """
@@ -16,6 +16,7 @@ from typing import Any
 import gguf
 
 from corequant.errors import CheckpointError
+from corequant_transformers.exports.gguf_pieces import check_pieces, is_byte
 from corequant_transformers.files.atomic import read_json
 
 __all__ = ["KeyValue", "translated"]
@@ -24,6 +25,9 @@ _T = gguf.GGUFValueType
 
 KeyValue = tuple[str, Any, Any, Any]
 """Key, value, its type, and the type of an array's entries."""
+
+_UNMERGED = -1e6
+"""Score of a token that nothing is merged to, below that of any other."""
 
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -58,32 +62,64 @@ def translated(folder: Path, tokenizer: Any, size: int) -> Iterator[KeyValue]:
     file = folder / "tokenizer.json"
     values = read_json(file)
     model = values.get("model")
-    if not isinstance(model, dict) or model.get("type") != "BPE" or model.get("byte_fallback"):
+    if not isinstance(model, dict) or model.get("type") != "BPE":
         raise CheckpointError(
-            f"{file} must be byte-level BPE to be translated; a GGUF file of the same model, given "
-            "as source, is carried over whatever it is"
+            f"{file} must be BPE, byte-level or SentencePiece's, to be translated; a GGUF file of "
+            "the same model, given as source, is carried over whatever it is"
         )
-    splitting = _splitting(file, values.get("pre_tokenizer"))
-    _check_plain(file, values, splitting)
-    yield "tokenizer.ggml.model", "gpt2", _T.STRING, None
-    yield "tokenizer.ggml.pre", splitting, _T.STRING, None
+    pieces = bool(model.get("byte_fallback"))
+    if pieces:
+        prefix, scores = check_pieces(file, values)
+        yield "tokenizer.ggml.model", "llama", _T.STRING, None
+        yield "tokenizer.ggml.pre", "default", _T.STRING, None
+    else:
+        splitting = _splitting(file, values.get("pre_tokenizer"))
+        _check_plain(file, values, splitting)
+        prefix, scores = False, {}
+        yield "tokenizer.ggml.model", "gpt2", _T.STRING, None
+        yield "tokenizer.ggml.pre", splitting, _T.STRING, None
+    _check_added(file, values)
     added = {t["id"]: t for t in values.get("added_tokens", [])}
     names = {i: token for token, i in model["vocab"].items()}
     names |= {i: t["content"] for i, t in added.items()}
     if names and max(names) >= size:
         raise CheckpointError(f"{file} must have ids below {size}, got {max(names)}")
-    kinds = []
-    for i in range(size):
-        if i in added:
-            special = added[i]["special"]
-            kinds.append(gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED)
-        else:
-            kinds.append(gguf.TokenType.NORMAL if i in names else gguf.TokenType.UNUSED)
     tokens = [names.get(i, f"[PAD{i}]") for i in range(size)]
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    kinds = [_kind(i, names, added, model if pieces else {}) for i in range(size)]
     yield "tokenizer.ggml.tokens", tokens, _T.ARRAY, _T.STRING
     yield "tokenizer.ggml.token_type", [int(kind) for kind in kinds], _T.ARRAY, _T.INT32
-    yield "tokenizer.ggml.merges", merges, _T.ARRAY, _T.STRING
+    if pieces:
+        given = [float(scores.get(token, _UNMERGED)) for token in tokens]
+        yield "tokenizer.ggml.scores", given, _T.ARRAY, _T.FLOAT32
+    else:
+        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+        yield "tokenizer.ggml.merges", merges, _T.ARRAY, _T.STRING
+    yield from _special(tokenizer)
+    yield "tokenizer.ggml.add_space_prefix", prefix, _T.BOOL, None
+    template = tokenizer.chat_template
+    template = template.get("default") if isinstance(template, dict) else template
+    if template:
+        yield "tokenizer.chat_template", template, _T.STRING, None
+
+
+def _kind(
+    index: int, names: dict[int, str], added: dict[int, Any], pieces: dict[str, Any]
+) -> gguf.TokenType:
+    """Return llama.cpp's kind of a token."""
+    if index not in names:
+        return gguf.TokenType.UNUSED
+    if pieces and names[index] == pieces.get("unk_token"):
+        return gguf.TokenType.UNKNOWN
+    if index in added:
+        special = added[index]["special"]
+        return gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED
+    if pieces and is_byte(names[index]):
+        return gguf.TokenType.BYTE
+    return gguf.TokenType.NORMAL
+
+
+def _special(tokenizer: Any) -> Iterator[KeyValue]:
+    """Yield which tokens mean something, and which are put around a text."""
     for key, i in (
         ("bos", tokenizer.bos_token_id),
         ("eos", tokenizer.eos_token_id),
@@ -97,11 +133,6 @@ def translated(folder: Path, tokenizer: Any, size: int) -> Iterator[KeyValue]:
     ends = tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id
     yield "tokenizer.ggml.add_bos_token", begins, _T.BOOL, None
     yield "tokenizer.ggml.add_eos_token", ends, _T.BOOL, None
-    yield "tokenizer.ggml.add_space_prefix", False, _T.BOOL, None
-    template = tokenizer.chat_template
-    template = template.get("default") if isinstance(template, dict) else template
-    if template:
-        yield "tokenizer.chat_template", template, _T.STRING, None
 
 
 def _check_plain(file: Path, values: dict[str, Any], splitting: str) -> None:
@@ -125,6 +156,9 @@ def _check_plain(file: Path, values: dict[str, Any], splitting: str) -> None:
                 f"{name} of {file} must be null or false, since llama.cpp has nothing like it, got "
                 f"{str(model[name])[:40]!r}"
             )
+
+
+def _check_added(file: Path, values: dict[str, Any]) -> None:
     for token in values.get("added_tokens", []):
         for name in ("lstrip", "rstrip", "single_word"):
             if token.get(name):
