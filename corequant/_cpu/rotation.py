@@ -207,9 +207,10 @@ def _rotate_rows(
     source = address_of(x)
     target = source if out is x else address_of(out)
     stores = storing(x.nbytes, target)
-    if stores != "ordinary" and np.may_share_memory(x, out):
+    within = target % x.dtype.itemsize
+    if stores != "ordinary" and (within or np.may_share_memory(x, out)):
         stores = "ordinary"
-    if stores == "ordinary" and target % VECTOR_BYTES and target % x.dtype.itemsize == 0:
+    if stores == "ordinary" and target % VECTOR_BYTES and not within:
         stores = "across"
     rows = _rows(x.dtype, x.size, block_size, inverse, where, stores, threads)
     given = rows.settings

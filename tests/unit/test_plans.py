@@ -77,24 +77,45 @@ def test_plans_differ_in_speed_alone(dtype, vectors):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("core", [1, 12, 172])
-def test_a_last_pass_along_lines_writes_the_same_and_nothing_else(dtype, core):
+@pytest.mark.parametrize("stores", ["ordinary", "shifted"])
+def test_a_last_pass_along_lines_writes_the_same_and_nothing_else(dtype, core, stores):
     lanes, kind = lanes_of(dtype), np.dtype(dtype)
     plan = replace(
         plan_rows(dtype, core, 32 * lanes, False, "none", "ordinary"),
         **{"tile": 2, "radices": (4, 4), "halved": False, "in_place": True, "depth": 1},
     )
-    x = np.random.default_rng(core).normal(size=2 * plan.block).astype(dtype)
+    x = np.random.default_rng(core).normal(size=3 * plan.block).astype(dtype)
     expected = turned(plan, x, np.ones(plan.block))
+    along = replace(plan, whole_lines=True, stores=stores, in_place=stores == "ordinary", padding=0)
+    kernel, scratch = kernel_for(along), aligned(along.scratch + 64)
+    given = settings(3, 0.125, choices=kernel.choices.ctypes.data)
     for before in range(kind.itemsize, 64, 20 if kind.itemsize == 4 else 24):
         room = np.full(x.nbytes + 192, 7, np.uint8)
         start = -room.ctypes.data % 64 + 64 + before
         y = room[start : start + x.nbytes].view(dtype)
-        y[:] = x
-        kernel, scratch = kernel_for(replace(plan, whole_lines=True)), aligned(plan.scratch + 64)
-        given = settings(2, 0.125, choices=kernel.choices.ctypes.data)
-        kernel(y.ctypes.data, y.ctypes.data, given, scratch.ctypes.data)
+        source = x if stores == "shifted" else y
+        source[:] = x
+        kernel(source.ctypes.data, y.ctypes.data, given, scratch.ctypes.data)
         assert (y.view(np.uint8) == expected).all()
         assert (np.delete(room, slice(start, start + x.nbytes)) == 7).all()
+
+
+@pytest.mark.parametrize("core", [1, 12])
+def test_results_of_several_threads_meet_within_a_line(monkeypatch, rng, core):
+    """What one thread writes of a line must not undo what another one has written."""
+    block = core * 1024
+    x = rng.normal(size=(400, block)).astype(np.float32)
+    expected = cq.block_hadamard(x, block, threads=1)
+    room = np.full(x.size + 32, 7, np.float32)
+    start = -room.ctypes.data % 64 // 4 + 3
+    out = room[start : start + x.size].reshape(x.shape)
+    for streamed in (0, 1 << 40):
+        monkeypatch.setattr(arrays, "_STREAMED_BYTES", streamed)
+        out[...] = 0
+        cq.block_hadamard(x, block, out=out, threads=2)
+        np.testing.assert_array_equal(out, expected)
+        assert (room[:start] == 7).all()
+        assert (room[start + x.size :] == 7).all()
 
 
 @pytest.mark.parametrize("block", [4096, 28 * 512])
@@ -135,7 +156,8 @@ def test_passes_cover_every_block_size(monkeypatch, family, stores, dtype):
                 plan.in_place
                 and (stores in ("streamed", "shifted") or dtype in ("float16", "bfloat16"))
             )
-            assert plan.in_place or not plan.whole_lines
+            assert plan.in_place or plan.stores == "shifted" or not plan.whole_lines
+            assert not (plan.whole_lines and plan.batch)
             # Half lines of many rows would be flushed before their other halves come.
             half = dtype == "float16" and plan.stores == "streamed"
             assert not half or max(core, *plan.radices, 0) <= 8

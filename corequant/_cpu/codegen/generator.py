@@ -23,7 +23,7 @@ from corequant._cpu.codegen.plans import PAGE, Plan
 from corequant._cpu.codegen.shifted_stores import ShiftedStores
 from corequant._cpu.codegen.staggered import Step, staggered
 from corequant._cpu.codegen.vectors import VECTOR_BYTES, Vectors, counted, int64
-from corequant._cpu.codegen.whole_lines import Column, WholeLines
+from corequant._cpu.codegen.whole_lines import Column, StreamedLines, WholeLines
 
 __all__ = ["Body"]
 
@@ -81,6 +81,7 @@ class Body:
         self.steps = (src_step, dst_step)
         self.units, self.period, self.phase = units, period, phase
         self.factor = scale
+        self.columns: Callable[[int, int], Iterator[tuple[Any, Column]]]
 
     def emit(self) -> None:
         """Emit the loop over units."""
@@ -110,7 +111,10 @@ class Body:
 
     def _each_unit(self, moved: int) -> None:
         plan, b = self.plan, self.b
-        if plan.stores == "shifted":
+        shifted: Any = None
+        if plan.stores == "shifted" and plan.whole_lines:
+            shifted = StreamedLines(self.v, self.dst, self.scratch)
+        elif plan.stores == "shifted":
             after = plan.kept + mix_scratch(plan.core) + VECTOR_BYTES
             place = self.v.address(self.scratch, 0 if plan.joined else after)
             shifted = ShiftedStores(self.v, self.dst, place)
@@ -120,13 +124,17 @@ class Body:
             if plan.signs != "none" and not plan.strip:
                 self._next_signs()
             target = self.v.address(self.dst, offset)
-            if plan.stores == "shifted":
+            if isinstance(shifted, ShiftedStores):
                 target = shifted.place
             source = self.v.address(self.src, offset)
+            if isinstance(shifted, StreamedLines):
+                self.columns = partial(shifted.columns, unit, moved)
+            elif plan.whole_lines:
+                self.columns = partial(WholeLines(self.v, self.dst).columns, target)
             self._unit(self._array(source, 0), self._array(target, 1))
-            if plan.stores == "shifted":
+            if isinstance(shifted, ShiftedStores):
                 shifted.write(unit, moved)
-        if plan.stores == "shifted":
+        if shifted is not None:
             shifted.finish(self.units, moved)
 
     def _apart(self, scratch: Any) -> Any:
@@ -188,9 +196,9 @@ class Body:
         if not plan.whole_lines:
             final(whole, rest if early else source, target)
         elif plan.core > 1:
-            self._core_pass_on_lines(distance, whole, target)
+            self._core_pass_on_lines(distance, whole)
         else:
-            self._pass_on_lines(plan.radices[-1], distance // plan.radices[-1], whole, target)
+            self._pass_on_lines(plan.radices[-1], distance // plan.radices[-1], whole)
 
     def _first_pass(self, over: _Stretch, source: _Place, target: _Place) -> None:
         """Stages inside a vector, then between the vectors of a tile."""
@@ -275,31 +283,28 @@ class Body:
         fused = self._fused(v, "all", "most")
         return v.butterflies(vectors, fused, plain_last=self.plan.mixed == "most")
 
-    def _pass_on_lines(self, radix: int, distance: int, over: _Stretch, place: _Place) -> None:
-        """Do the last pass over the result along lines of cache."""
-        for number, column in self._columns(distance, place):
-            self._prefetch(over, number, distance * self.plan.tile)
+    def _pass_on_lines(self, radix: int, distance: int, over: _Stretch) -> None:
+        """Do the last pass along the result's lines of cache."""
+        count = distance * self.plan.tile
+        for number, column in self.columns(count * VECTOR_BYTES, count):
+            self._prefetch(over, number, count)
             turned = self._combined(self.v, [column.load(i) for i in range(radix)])
             for i, vector in enumerate(turned):
                 column.store(i, self._scaled(self.v, vector, 0, 0, 0))
 
-    def _core_pass_on_lines(self, distance: int, over: _Stretch, place: _Place) -> None:
-        """Do the core's stage, the last one, along lines of cache."""
+    def _core_pass_on_lines(self, distance: int, over: _Stretch) -> None:
+        """Do the core's stage, the last one, along the result's lines of cache."""
         plan = self.plan
         tables = self.v.address(self.scratch, plan.kept)
-        for number, column in self._columns(distance, place):
-            meanwhile = partial(self._prefetch, over, number, distance * plan.tile)
+        count = distance * plan.tile
+        for number, column in self.columns(count * VECTOR_BYTES, count):
+            meanwhile = partial(self._prefetch, over, number, count)
 
             def store(k: Any, mixed: Any, column: Column = column) -> None:
                 column.store(k, self._scaled(self.v, mixed, 0, 0, 0))
 
             parts = (column.load, store, meanwhile, tables, self.choices)
             mix(self.v, plan.core, plan.inverse, *parts)
-
-    def _columns(self, distance: int, place: _Place) -> Iterator[tuple[Any, Column]]:
-        """Repeat for the columns of the result's rows, ``distance`` chunks each."""
-        lines = WholeLines(self.v, self.dst)
-        return lines.columns(place.base, distance * place.step, distance * self.plan.tile)
 
     def _core_pass(self, distance: int, over: _Stretch, source: _Place, target: _Place) -> None:
         """Emit the core's stage, between K chunks, each p numbers from the next."""

@@ -74,7 +74,8 @@ class Plan:
     depth : int
         Tiles of the first pass that are under way at once.
     whole_lines : bool
-        Have the last pass go along lines of cache of a result that begins within one.
+        Have the last pass go along lines of cache of a result that begins within one. Shifted
+        stores then are its own.
     """
 
     dtype: str
@@ -189,8 +190,14 @@ def plan_rows(dtype: str, core: int, power: int, inverse: bool, signs: str, stor
         passes = best.passes(vectors, dtype, stores)
     tile = min(passes.tile, vectors) if core > 1 else passes.tile
     in_place = 0 < best.in_place <= core * vectors and several and wide and stores == "ordinary"
-    # Vectors in a row of those that the last pass combines; a core gains less.
-    row = vectors // 2 if core > 1 else vectors // (passes.radices or (1,))[-1]
+    # Vectors in a row of those that the last pass combines.
+    last = passes.radices[-1] if core == 1 and several else 1
+    row = vectors // last
+    least = best.whole_lines
+    along = across and in_place and 0 < least <= row // (1 if core == 1 else 2)
+    few = len(passes.radices) < 2 or last <= 8
+    direct = stores == "shifted" and several and wide and few and 0 < least // 2 <= row
+    whole_lines = (along or direct) and signs != "after"
     return Plan(
         dtype=dtype,
         core=core,
@@ -200,7 +207,7 @@ def plan_rows(dtype: str, core: int, power: int, inverse: bool, signs: str, stor
         radices=passes.radices,
         signs=signs,
         stores=stores,
-        batch=_SHIFTED_BATCH if stores == "shifted" and core == 1 else 0,
+        batch=_SHIFTED_BATCH if stores == "shifted" and core == 1 and not whole_lines else 0,
         ahead=best.fetched(core * vectors, stores, across if in_place else None),
         paired_loads=best.paired_loads and dtype == "float32" and power > 1 and signs != "before",
         halved=passes.halved,
@@ -209,7 +216,7 @@ def plan_rows(dtype: str, core: int, power: int, inverse: bool, signs: str, stor
         split=best.split and dtype == "bfloat16" and core == 1 and power > 1 and tile > 1,
         padding=best.padding,
         depth=best.depth,
-        whole_lines=across and in_place and 0 < best.whole_lines <= row and signs != "after",
+        whole_lines=whole_lines,
     )
 
 
@@ -264,7 +271,8 @@ class Tuning:
     stays in the result; 0 for never. ``paused`` is that from which a streamed block takes so long
     that the processor stops fetching ahead; an ordinary one does from twice as many on, and of
     blocks that stay in the result those of ``refetched`` do. ``whole_lines`` is the number of
-    vectors in a row from which the last pass goes along lines of cache; 0 for never.
+    vectors in a row from which the last pass goes along lines of cache, twice that before a core
+    and half of it on the way to streamed stores; 0 for never.
     ``columns_radix`` is the largest of rotations down columns. ``inserted`` has permuted numbers
     put into vectors before they are written.
     """
@@ -301,6 +309,8 @@ class Tuning:
         if not count:
             return Passes(max(single, vectors), halved=self.halved and vectors <= single)
         tile = max(least, -(-vectors // self.radix**count))
+        if stores == "shifted" and self.whole_lines and count == 1 and vectors >= 4 * most:
+            tile = most
         return Passes(tile, split(vectors // tile, count)[::-1])
 
     def fetched(self, vectors: int, stores: str, in_place: bool | None) -> int:
