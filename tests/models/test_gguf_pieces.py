@@ -52,7 +52,7 @@ def pieces(form):
         tokenizer.normalizer = replace
         tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "first", split=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "never", split=False)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
@@ -78,7 +78,7 @@ def test_llama_cpp_arrives_at_the_same_tokens(form, tmp_path):
     file = cqhf.export(own, tmp_path / "model.gguf", "gguf")
     written, tokenizer, loaded = fields(file), cqhf.load_tokenizer(own), cqhf.load(own)
     assert written["tokenizer.ggml.model"] == "llama"
-    assert written["tokenizer.ggml.add_space_prefix"] == (form != "gemma")
+    assert written["tokenizer.ggml.add_space_prefix"] == (form == "llama")
     assert written["tokenizer.ggml.add_bos_token"] is True
     texts = []
     for end in range(len(TEXT), 10, -1):
@@ -124,7 +124,7 @@ def test_llama_cpp_arrives_at_the_same_tokens(form, tmp_path):
                     "split": True,
                 },
             ),
-            "got prepend, words",
+            "got Metaspace always, words",
         ),
     ],
 )

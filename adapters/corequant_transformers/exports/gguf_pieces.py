@@ -102,8 +102,9 @@ def _prefix(file: Path, values: dict[str, Any]) -> bool:
     if isinstance(split, dict):
         scheme = split.get("prepend_scheme", "always" if split.get("add_prefix_space") else "never")
         if split.get("type") == "Metaspace" and split.get("replacement") == _SPACE:
-            # Cut before every space, where no token crosses it, or not at all.
-            found += ["prepend"] if scheme in ("always", "first") else []
+            # It puts none before a text that begins with one, which llama.cpp does, and may cut
+            # before every one.
+            found += [f"Metaspace {scheme}"] if scheme != "never" else []
             found += ["replace"] if not split.get("split", True) else ["words"]
         elif split.get("type") == "Split" and "replace" in found:
             # Of spaces, of which none is left.
