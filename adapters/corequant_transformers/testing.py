@@ -116,6 +116,13 @@ def tiny_model(model_type: str, *, seed: int = 0, **config: Any) -> Any:
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "n_shared_experts": 2,
+        "moe_num_shared_experts": 2,
+        "moe_layer_end_index": 1,
+        "shared_expert_intermediate_size": 64,
+        "shared_intermediate_size": 64,
+        "intermediate_size_mlp": 64,
         "cls_token_id": None,
         "sep_token_id": None,
         # Small enough to bend the values that such a model has.
@@ -134,6 +141,10 @@ def tiny_model(model_type: str, *, seed: int = 0, **config: Any) -> Any:
                 torch.nn.init.normal_(parameter, base, 0.3)
             else:
                 torch.nn.init.normal_(parameter, 0.0, parameter.shape[-1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            # What is added to routers' scores; zeros would hide whether it is kept.
+            if name.endswith("e_score_correction_bias"):
+                torch.nn.init.normal_(buffer, 0.0, 0.1)
         model.tie_weights()
     return model.eval().requires_grad_(False)
 

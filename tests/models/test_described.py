@@ -23,6 +23,7 @@ GEMMA4 |= {"global_head_dim": 8}
 LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 24, "q_lora_rank": 40}
 LATENT |= {"head_dim": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 16}
 MAMBA = {"mamba_n_heads": 6, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 16}
+GROUPED = {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
 VARIANTS = {
     "granite": {
         "embedding_multiplier": 3.0,
@@ -53,7 +54,9 @@ VARIANTS = {
     "gemma4_text": GEMMA4,
     "llama4_text": {"intermediate_size_mlp": 96, "moe_layers": [], "attention_chunk_size": 8}
     | {"layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0]},
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), LATENT | {"first_k_dense_replace": 2}),
+    # A dense block, then one with experts in two groups, of which a token chooses one.
+    "deepseek_v2": LATENT | GROUPED | {"topk_method": "group_limited_greedy"},
+    "deepseek_v3": LATENT | GROUPED,
     **dict.fromkeys(("youtu", "minicpm3"), LATENT),
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "mamba2": {"num_heads": 6, "head_dim": 16, "n_groups": 2, "state_size": 16},
@@ -83,6 +86,13 @@ VARIANTS = {
         "linear_value_head_dim": 16,
     },
     "mistral": {"sliding_window": 8},
+    "qwen2_moe": {"mlp_only_layers": [0], "norm_topk_prob": True},
+    "glm4_moe": {"use_qk_norm": True, "attention_bias": True, "n_group": 2, "topk_group": 1},
+    "dots1": {"first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True},
+    "ernie4_5_moe": {"use_bias": True},
+    "hunyuan_v1_moe": {"attention_bias": True},
+    "granitemoeshared": {"residual_multiplier": 0.7, "embedding_multiplier": 3.0},
+    "gpt_oss": {**SLIDING, "swiglu_limit": 0.5},
     "starcoder2": {"sliding_window": 8},
     "qwen2": {**SLIDING, "use_sliding_window": True},
     **dict.fromkeys(("ministral", "olmo3", "exaone4", "gemma2", "gemma3_text", "cohere2"), SLIDING),

@@ -12,8 +12,8 @@ import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import LayerSettings, Recipe
 from corequant.rounding import AccumulatorSpec, InputMoments, RoundingOptions
+from corequant_transformers.model.expert_list import ExpertList
 from corequant_transformers.model.forward import HiddenStates, block_arguments, run_block
-from corequant_transformers.model.layouts import ExpertList
 from corequant_transformers.model.parts import ModelWeights, Parts, skeleton
 from corequant_transformers.rounding.block import round_block
 from tests.models.test_architectures import without_expert_2
@@ -100,3 +100,37 @@ def test_an_expert_that_no_token_visits_keeps_within_an_accumulator(tokens):
     )
     assert row["unrouted"]
     assert row["bounded_share"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("activation", "must compute what the description of its experts says, .* differ by"),
+        ("bias", "got one that differs in extra_bias"),
+    ],
+)
+def test_experts_that_compute_something_else_are_refused(change, words, tokens, monkeypatch):
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    init = MixtralExperts.__init__
+
+    def begin(self, config):
+        init(self, config)
+        if change == "bias":
+            self.extra_bias = torch.nn.Parameter(torch.zeros(4))
+
+    monkeypatch.setattr(MixtralExperts, "__init__", begin)
+    if change == "activation":
+        monkeypatch.setattr(MixtralExperts, "forward", other_forward)
+    with pytest.raises(cq.ArchitectureError, match=words):
+        cqhf.quantize(cqhf.tiny_model("mixtral"), Recipe(block_size=16), tokens)
+
+
+def other_forward(self, hidden_states, chosen, weights):
+    total = torch.zeros_like(hidden_states)
+    for index in range(self.num_experts):
+        token, position = torch.where(chosen == index)
+        gate, up = (hidden_states[token] @ self.gate_up_proj[index].T).chunk(2, -1)
+        y = (torch.relu(gate) * up) @ self.down_proj[index].T
+        total.index_add_(0, token, y * weights[token, position, None])
+    return total

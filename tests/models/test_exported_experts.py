@@ -12,6 +12,7 @@ import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from corequant.storage.tensor_file import TensorFile
 from corequant_transformers.checkpoint.reader import Stored
+from tests.models.test_described import VARIANTS
 from tests.models.test_export import check_equal
 
 RECIPE = {"rotation": "offline", "weights": "int4:group16", "activations": "none"}
@@ -80,6 +81,24 @@ def test_files_hold_a_matrix_for_each_expert_under_its_published_name(kind, toke
 def test_transformers_loads_experts(kind, recipe, config, tokens, tmp_path):
     out = exported(tmp_path, tokens, kind, config, **recipe)
     check_equal(tmp_path / "own", out, tokens)
+
+
+@pytest.mark.parametrize(
+    "kind", ["qwen2_moe", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "minimax_m2"]
+)
+def test_experts_beside_shared_ones_and_corrected_scores(kind, tokens, tmp_path):
+    out = exported(tmp_path, tokens, kind, VARIANTS.get(kind, {}))
+    check_equal(tmp_path / "own", out, tokens)
+    found = TensorFile(out / "model.safetensors")
+    corrections = [n for n in found.names if n.endswith("e_score_correction_bias")]
+    assert bool(corrections) == (kind in ("glm4_moe", "ernie4_5_moe", "minimax_m2"))
+    assert all(found.read(n).array().any() for n in corrections)
+
+
+@pytest.mark.parametrize("kind", ["granitemoe", "gpt_oss"])
+def test_experts_that_are_one_tensor_in_published_models_are_refused(kind, tokens, tmp_path):
+    with pytest.raises(cq.ArchitectureError, match=f"of '{kind}' holds several experts' matrices"):
+        exported(tmp_path, tokens, kind)
 
 
 def test_experts_in_several_files(tokens, tmp_path):

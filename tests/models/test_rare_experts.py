@@ -13,7 +13,7 @@ import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from corequant.rounding import InputMoments
 from corequant_transformers.calibration import collector
-from corequant_transformers.model.layouts import ExpertList
+from corequant_transformers.model.expert_list import ExpertList
 
 EXPERTS = 16
 FEW = 2

@@ -37,6 +37,8 @@ class Dimensions:
         Rows of the embedding of positions; 0 without one.
     experts, experts_chosen, expert_intermediate : int
         Experts in a sparse block, how many of them a token visits, their width; 0 without any.
+    shared_intermediate : int
+        Width of the MLP beside them; 0 without one.
     """
 
     blocks: int
@@ -51,6 +53,7 @@ class Dimensions:
     experts: int = 0
     experts_chosen: int = 0
     expert_intermediate: int = 0
+    shared_intermediate: int = 0
 
 
 def dimensions_of(config: Any, architecture: Architecture | None = None) -> Dimensions:
@@ -90,7 +93,10 @@ def dimensions_of(config: Any, architecture: Architecture | None = None) -> Dime
         ),
         experts=(_positive(config, experts.count, most=_MOST_EXPERTS // blocks) if experts else 0),
         experts_chosen=_positive(config, experts.chosen) if experts else 0,
-        expert_intermediate=_positive(config, experts.intermediate_size) if experts else 0,
+        expert_intermediate=evaluate(experts.intermediate_size, config) if experts else 0,
+        shared_intermediate=(
+            evaluate(experts.shared_size, config) if experts and experts.shared_down else 0
+        ),
     )
     return dimensions_in(plain, architecture, config)
 

@@ -13,8 +13,8 @@ import torch
 from corequant.calibration import ActivationStats
 from corequant.errors import NonFiniteError
 from corequant_transformers.calibration.choices import Calibration, needs_second_order, needs_tokens
+from corequant_transformers.model.expert_list import ExpertList
 from corequant_transformers.model.forward import Windows, run_block
-from corequant_transformers.model.layouts import ExpertList
 from corequant_transformers.model.parts import Parts, part_of
 from corequant_transformers.planning.matrix_plan import Region
 from corequant_transformers.planning.model_plan import ModelPlan

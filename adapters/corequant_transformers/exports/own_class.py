@@ -60,17 +60,18 @@ def check_layers(candidate: Candidate) -> None:
                 f"{matrix.name} of {kind!r} is not a linear layer of its own in Transformers, and "
                 "compressed-tensors quantizes only these"
             )
-    expected = {k for k, _ in model.named_parameters(remove_duplicate=False)}
+    expected = set(model.state_dict())
     if plan.tied:
         expected.discard(f"{plan.architecture.head}.weight")
     if plan.architecture.enclosed:
         expected -= set(model.all_tied_weights_keys)
     if e is not None:
-        names = (e.fused_gate_up, e.fused_down)
+        biases = (e.fused_gate_up_bias, e.fused_down_bias)
+        names = [n for n in (e.fused_gate_up, e.fused_down, *biases) if n is not None]
         expected -= {f"{path}.{name}" for path in fused.values() for name in names}
-        expected |= {
-            f"{m.name}.weight" for m in plan.matrices if m.block in fused and m.expert is not None
-        }
+        kinds = ("weight", "bias") if any(biases) else ("weight",)
+        rows = [m for m in plan.matrices if m.block in fused and m.expert is not None]
+        expected |= {f"{m.name}.{kind}" for m in rows for kind in kinds}
     quantized = {f"{m.name}.weight" for m in plan.quantized}
     different = (expected - quantized) ^ set(candidate.rest())
     if different:

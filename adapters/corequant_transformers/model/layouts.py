@@ -19,11 +19,11 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from corequant.errors import ArchitectureError, CheckpointError
-from corequant_transformers.architectures.description import Architecture, Experts
+from corequant_transformers.architectures.description import Architecture
+from corequant_transformers.model.expert_list import ExpertList, linear_layer
 from corequant_transformers.planning.model_plan import ModelPlan
 
 __all__ = [
-    "ExpertList",
     "check_blocks",
     "check_description",
     "check_modules",
@@ -39,67 +39,6 @@ _RECOMPUTED: dict[type, str] = {
     SpectralNorm: "torch.nn.utils.remove_spectral_norm(layer, {!r})",
 }
 """Hooks that recompute a tensor before each call, and what makes it a parameter again."""
-
-
-class ExpertList(torch.nn.Module):
-    """Experts with linear layers of their own, called as Transformers calls its fused ones.
-
-    Parameters
-    ----------
-    fused : torch.nn.Module
-        With the parameters that ``description`` names, and the activation function ``act_fn``.
-    description : Experts
-
-    Attributes
-    ----------
-    shared : set of int
-        Experts that read all tokens, whichever they are given; what they make of the others is
-        dropped.
-    """
-
-    def __init__(self, fused: Any, description: Experts) -> None:
-        super().__init__()
-        self.shared: set[int] = set()
-        self.act_fn: Any = fused.act_fn
-        self.description = description
-        gate_up = getattr(fused, description.fused_gate_up)
-        down = getattr(fused, description.fused_down)
-        for index, (both, out) in enumerate(zip(gate_up, down, strict=True)):
-            gate, up = both.chunk(2)
-            layers = {description.gate: gate, description.up: up, description.down: out}
-            expert = torch.nn.ModuleDict({name: _linear(W) for name, W in layers.items()})
-            self.add_module(str(index), expert)
-
-    def forward(
-        self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Return what the chosen experts give, weighted and summed.
-
-        Parameters
-        ----------
-        hidden_states : torch.Tensor (tokens, hidden)
-        chosen, weights : torch.Tensor (tokens, experts per token)
-            Indices of experts, and their shares.
-        """
-        names = self.description
-        total = torch.zeros_like(hidden_states)
-        for index in sorted({*torch.unique(chosen).tolist(), *self.shared}):
-            expert: Any = self.get_submodule(str(index))
-            token, position = torch.where(chosen == index)
-            x = hidden_states if index in self.shared else hidden_states[token]
-            inner = self.act_fn(expert[names.gate](x)) * expert[names.up](x)
-            y = expert[names.down](inner)
-            y = (y[token] if index in self.shared else y) * weights[token, position, None]
-            total.index_add_(0, token, y.to(total.dtype))
-        return total
-
-
-def _linear(W: torch.Tensor, bias: torch.Tensor | None = None) -> torch.nn.Linear:
-    layer = torch.nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
-    layer.weight = torch.nn.Parameter(W.detach(), requires_grad=False)
-    if bias is not None:
-        layer.bias = torch.nn.Parameter(bias.detach(), requires_grad=False)
-    return layer
 
 
 def standardize(model: Any, plan: ModelPlan) -> dict[str, torch.nn.Module]:
@@ -139,7 +78,7 @@ def standardize(model: Any, plan: ModelPlan) -> dict[str, torch.nn.Module]:
             if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
                 continue
             replaced[matrix.name] = module
-            model.set_submodule(matrix.name, _linear(module.weight.T, module.bias))
+            model.set_submodule(matrix.name, linear_layer(module.weight.T, module.bias))
     return replaced
 
 

@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from corequant.quantization import QuantizedTensor
+from corequant_transformers.model.expert_list import ExpertList, check_experts
 from corequant_transformers.model.layouts import check_modules, standardize, standardized
 from corequant_transformers.model.loaders import make_model, own_config
 from corequant_transformers.model.quantized_weight import QuantizedWeight
@@ -299,11 +300,16 @@ class Parts:
             for path, module in closed.items():
                 self.model.set_submodule(path, copy.deepcopy(module))
             self.weights.fill(self.model, self.keys[part])
-            standardize(self.model, part_plan(self.plan, part))
+            replaced = standardize(self.model, part_plan(self.plan, part))
             for path in paths:
                 module = self.model.get_submodule(path).to(self.device)
                 for name, tensor in module.named_parameters():
                     check_finite(f"{path}.{name}", tensor)
+            for path, fused in replaced.items():
+                made = self.model.get_submodule(path)
+                if isinstance(made, ExpertList):
+                    check_experts(fused.to(self.device), made)
+            del replaced
             yield self.model
         finally:
             opened = [weakref.ref(self.model.get_submodule(path)) for path in paths]

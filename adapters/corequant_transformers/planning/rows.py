@@ -132,7 +132,6 @@ def _mlps(
     block_size: int | None,
     recipe: Recipe,
 ) -> Iterator[MatrixPlan]:
-    path = a.block.format(block)
     e = a.experts
     if block_size is None:
         return
@@ -142,19 +141,56 @@ def _mlps(
         layers = (a.gate, a.up, a.down)
         yield from _mlp(a, sizes, layers, sizes.intermediate, stream, block_size, recipe, block)
         return
-    yield MatrixPlan(
-        f"{path}.{e.router}",
-        (sizes.experts, sizes.hidden),
+    shared = list(_shared_expert(a, sizes, block, stream, block_size, recipe))
+    if e.shared_first:
+        yield from shared
+    yield _router(a, e.router, sizes.experts, sizes, block, stream)
+    for i in range(sizes.experts):
+        layers = (f"{e.path}.{i}.{e.gate}", f"{e.path}.{i}.{e.up}", f"{e.path}.{i}.{e.down}")
+        width = sizes.expert_intermediate
+        yield from _mlp(a, sizes, layers, width, stream, block_size, recipe, block, i)
+    if not e.shared_first:
+        yield from shared
+
+
+def _router(
+    a: Architecture, name: str, rows: int, sizes: Dimensions, block: int, stream: Stream
+) -> MatrixPlan:
+    path = a.block.format(block)
+    return MatrixPlan(
+        f"{path}.{name}",
+        (rows, sizes.hidden),
         inside(path, a.mlp_norm),
         input=stream.final,
         reads=f"{path}.mlp_input",
         block=block,
         role="router",
     )
-    for i in range(sizes.experts):
-        layers = (f"{e.path}.{i}.{e.gate}", f"{e.path}.{i}.{e.up}", f"{e.path}.{i}.{e.down}")
-        width = sizes.expert_intermediate
-        yield from _mlp(a, sizes, layers, width, stream, block_size, recipe, block, i)
+
+
+def _shared_expert(
+    a: Architecture,
+    sizes: Dimensions,
+    block: int,
+    stream: Stream,
+    block_size: int,
+    recipe: Recipe,
+) -> Iterator[MatrixPlan]:
+    """Yield the MLP beside routed experts."""
+    e, width = a.experts, sizes.shared_intermediate
+    if e is None or e.shared_up is None or e.shared_down is None:
+        return
+    if recipe.rotation in ("offline", "heads") or recipe.block_size is None:
+        size = width
+    elif isinstance(recipe.block_size, int):
+        size = check_rotation("block_size", block_size, "width of the shared expert", width)
+    else:
+        # What was chosen for the experts, where that fits.
+        size = block_size if width % block_size == 0 else width
+    layers = (e.shared_gate, e.shared_up, e.shared_down)
+    yield from _mlp(a, sizes, layers, width, stream, size, recipe, block)
+    if e.shared_router is not None:
+        yield _router(a, e.shared_router, 1, sizes, block, stream)
 
 
 def _mlp(
@@ -210,7 +246,17 @@ def _is_sparse(a: Architecture, config: Any, block: int) -> bool:
 
 
 def _check_factors(a: Architecture, recipe: Recipe, sparse: bool) -> None:
-    if recipe.factors == "none" or sparse or a.down is None:
+    if recipe.factors == "none":
+        return
+    if sparse:
+        if a.experts is not None and not a.experts.linear_up:
+            raise RecipeError(
+                f"factors must be none for {a.model_type!r}, got {recipe.factors!r}: signs and "
+                f"scales pass only through linear paths, and {a.experts.down} of its experts reads "
+                f"a function of {a.experts.up} that isn't linear"
+            )
+        return
+    if a.down is None:
         return
     if a.gate is None:
         raise RecipeError(

@@ -27,8 +27,8 @@ import torch
 from corequant.errors import CalibrationError, NonFiniteError
 from corequant.rounding import InputMoments, RoundedTensor
 from corequant.specs import QuantSpec
+from corequant_transformers.model.expert_list import ExpertList
 from corequant_transformers.model.forward import HiddenStates, Windows, run_block
-from corequant_transformers.model.layouts import ExpertList
 from corequant_transformers.model.quantized_linear import QuantizedLinear
 from corequant_transformers.model.surroundings import device_of, to_host
 from corequant_transformers.planning.matrix_plan import MatrixPlan

@@ -407,6 +407,7 @@ class KeepFloat64(TorchFunctionMode):
 _CASTS = {
     torch.Tensor.float,
     torch.Tensor.to,
+    torch.Tensor.type,
     torch.Tensor.softmax,
     torch.softmax,
     torch.nn.functional.softmax,

@@ -1,10 +1,10 @@
-"""DeepSeek, and others with latent attention; blocks with experts are those of ``Experts``."""
+"""DeepSeek, and others with latent attention."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from corequant_transformers.architectures.description import Architecture, Variant
+from corequant_transformers.architectures.description import Architecture, Experts, Variant
 from corequant_transformers.architectures.latent import Latent
 from corequant_transformers.architectures.where import Where
 
@@ -13,11 +13,19 @@ __all__ = ["DESCRIPTIONS"]
 _PLAIN_QUERIES = Variant(
     (Where("q_lora_rank", "equals", (None,)),), {"latent": Latent(query_down=None, query_up=None)}
 )
-_V3 = Architecture("deepseek_v3", latent=Latent(), variants=(_PLAIN_QUERIES,))
+_LATENT = Architecture("youtu", latent=Latent(), variants=(_PLAIN_QUERIES,))
+_EXPERTS = Experts(
+    shared_gate="mlp.shared_experts.gate_proj",
+    shared_up="mlp.shared_experts.up_proj",
+    shared_down="mlp.shared_experts.down_proj",
+    shared_size="moe_intermediate_size * n_shared_experts",
+    count="n_routed_experts",
+    where=(Where("first_k_dense_replace", "from"),),
+)
 
 DESCRIPTIONS = (
-    _V3,
-    replace(_V3, model_type="deepseek_v2"),
-    replace(_V3, model_type="youtu"),
-    replace(_V3, model_type="minicpm3"),
+    replace(_LATENT, model_type="deepseek_v3", experts=_EXPERTS),
+    replace(_LATENT, model_type="deepseek_v2", experts=_EXPERTS),
+    _LATENT,
+    replace(_LATENT, model_type="minicpm3"),
 )
