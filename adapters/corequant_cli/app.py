@@ -134,11 +134,9 @@ def run() -> int:
             return int(error.exit_code)
         raise
     if status == _INTERRUPTED:
-        print(
-            "corequant: interrupted; no partial output was left, and quantize can continue with "
-            "--resume",
-            file=sys.stderr,
-        )
+        # Of what takes long, this one keeps what it has done.
+        more = ", and it can continue with --resume" if "quantize" in sys.argv[1:2] else ""
+        print(f"corequant: interrupted; no partial output was left{more}", file=sys.stderr)
     return status
 
 

@@ -90,7 +90,10 @@ def test_without_calibration_it_says_what_is_used(command, tmp_path):  # noqa: F
     assert status == 0
     said = "calibrating on the public-domain text that corequant carries"
     assert f"no --calibration: {said}" in flat(errors)
-    assert "tokens from the public-domain text that corequant carries (JSON lines)" in flat(printed)
+    assert "tokens from the public-domain text that corequant carries; " in flat(printed)
+    lines = printed.splitlines()
+    assert f"how to load it: {out / 'README.md'}" in lines
+    assert f"how good it is: corequant evaluate {out} --against model --text FILE" in lines
     status, printed, errors = command("quantize", "model", "-o", tmp_path / "b", *SMALL, "--json")
     assert said not in flat(errors)
     name = json.loads(printed)["calibration"]["files"][0]["name"]
@@ -99,6 +102,27 @@ def test_without_calibration_it_says_what_is_used(command, tmp_path):  # noqa: F
         "inspect", "model", "--sequence-length", 32, "--report", tmp_path / "r.html"
     )
     assert "inspected on 3 windows of 32 tokens from the public-domain text" in flat(printed)
+
+
+def test_what_is_refused_at_once_is_one_line(command, tmp_path):  # noqa: F811
+    (tmp_path / "there").write_text("")
+    status, printed, errors = command("quantize", "model", "-o", tmp_path / "there", *SMALL)
+    assert (status, printed) == (1, "")
+    assert errors.startswith("corequant: output must be a new or empty directory")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "goes_on"), [("quantize", True), ("inspect", False)])
+def test_an_interrupt_says_what_can_go_on(name, goes_on, command, tmp_path, monkeypatch):  # noqa: F811
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("corequant_cli.tables.console.progress", interrupt)
+    given = {"quantize": ("-o", tmp_path / "out"), "inspect": ("--sequence-length", 32)}[name]
+    status, printed, errors = command(name, "model", *given)
+    assert (status, printed) == (130, "")
+    assert "interrupted; no partial output was left" in errors
+    assert ("--resume" in errors) is goes_on
 
 
 @pytest.mark.parametrize(

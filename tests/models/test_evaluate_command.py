@@ -190,7 +190,7 @@ def test_figures_of_other_texts_and_tasks_are_kept_apart(command, copy):
     assert last["perplexity"] == new["perplexity"]
     card = (copy / "README.md").read_text()
     assert card.count("## Evaluation") == 1
-    assert "| 7 questions of `tasks/choice`, against `float` | | ± |" in card
+    assert "On 7 questions of `tasks/choice`, against `float`:\n\n| | value | ± |" in card
     cqhf.check_digests(copy)
 
 

@@ -94,7 +94,10 @@ def inspect(
     if not all(quantized) and (against is not None or len(models) > 1):
         what = "--against needs" if len(models) == 1 else "two models are compared if both are"
         other = given[quantized.index(False)]
-        raise typer.BadParameter(f"{what} directories that quantize wrote, got {other}")
+        hint = ""
+        if len(models) == 2 and any(quantized):
+            hint = f"; to compare with a float model: --against {other}"
+        raise typer.BadParameter(f"{what} directories that quantize wrote, got {other}{hint}")
 
     def measure(model: Path) -> tuple[Any, Any]:
         shape = (sequence_length or 256, windows or 2)

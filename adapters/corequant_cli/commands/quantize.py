@@ -79,10 +79,9 @@ def quantize(
         else:
             plans.fates(fates)
         return
-    if not calibration and not as_json:
-        data.carried()
     limit = None if memory is None else cqhf.limit_memory(memory, cqhf.plan(model, recipe))
-    with console.progress() as progress:
+    note = "" if calibration or as_json else data.CARRIED
+    with console.progress(note) as progress:
         result = cqhf.quantize(
             model,
             recipe,
@@ -98,4 +97,4 @@ def quantize(
     if as_json:
         print_json({"output": str(output), "for": reader, **result.report})
     else:
-        models.quantized(result, output)
+        models.quantized(result, model, output, reader)

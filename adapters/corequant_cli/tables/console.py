@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["column", "console", "marked", "plain", "progress", "remaining", "table"]
+__all__ = ["column", "console", "counted", "marked", "plain", "progress", "remaining", "table"]
 
 
 # rich takes longer to import than the text of --help takes to print: it is imported when used.
@@ -31,6 +31,11 @@ def column(name: str, **options: Any) -> Any:
     from rich.table import Column
 
     return Column(name, **options)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is one."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def plain(value: Any) -> str:
@@ -63,8 +68,14 @@ def _escaped(character: str) -> str:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a callable ``(phase, done, total)`` that draws a bar for each phase on stderr."""
+def progress(note: str = "") -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a callable ``(phase, done, total)`` that draws a bar for each phase on stderr.
+
+    Parameters
+    ----------
+    note : str
+        Printed above the bars when the first of them begins.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -84,14 +95,22 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         console=Console(stderr=True),
     )
     tasks: dict[str, Any] = {}
-    with bars:
 
-        def report(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bars.add_task(phase, total=total)
-            bars.update(tasks[phase], completed=done, total=total)
+    def report(phase: str, done: int, total: int) -> None:
+        if not tasks:
+            # What is refused at once shows no empty bars.
+            if note:
+                bars.console.print(note)
+            bars.start()
+        if phase not in tasks:
+            tasks[phase] = bars.add_task(phase, total=total)
+        bars.update(tasks[phase], completed=done, total=total)
 
+    try:
         yield report
+    finally:
+        if tasks:
+            bars.stop()
 
 
 def remaining(event: dict[str, Any]) -> None:

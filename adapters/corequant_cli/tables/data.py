@@ -5,26 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from corequant_cli.tables.console import console, marked
+from corequant_cli.tables.console import console, counted, marked
 
-__all__ = ["carried", "taken"]
+__all__ = ["CARRIED", "taken"]
 
 _MOST_FILES = 3
 
 
-def carried() -> None:
-    """Say on stderr that the package's own text is used, before a run begins."""
-    from rich.console import Console
-
-    Console(stderr=True).print(
-        "no --calibration: calibrating on the public-domain text that corequant carries (English "
-        "prose); text like that of your use gives better results"
-    )
+CARRIED = (
+    "no --calibration: calibrating on the public-domain text that corequant carries (English "
+    "prose); text like that of your use gives better results"
+)
 
 
 def taken(verb: str, data: Mapping[str, Any]) -> None:
     """Print what windows were taken from, after a verb such as ``calibrated on``."""
-    what = f"{data['windows']} windows of {data['sequence_length']} tokens"
+    what = f"{counted(data['windows'], 'window')} of {data['sequence_length']} tokens"
     files = data.get("files") or []
     if not files:
         console().print(f"{verb} {what}")
@@ -47,4 +43,7 @@ def taken(verb: str, data: Mapping[str, Any]) -> None:
 
 
 def _file(file: Mapping[str, Any]) -> str:
-    return f"{marked(file['name'])} ({marked(file['format'])})"
+    from corequant_transformers.calibration.data.documents import CARRIED as OWN
+
+    name = marked(file["name"])
+    return name if name == OWN else f"{name} ({marked(file['format'])})"

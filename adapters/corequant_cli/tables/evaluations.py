@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from corequant_cli.tables.console import column, console, marked, table
+from corequant_cli.tables.console import column, console, counted, marked, table
 
 __all__ = ["evaluation", "recorded"]
 
@@ -16,7 +16,8 @@ def evaluation(model: Path, against: Path | None, measured: Any, tasks: list[Any
         value = _with_error(measured.perplexity, measured.perplexity_se, 3)
         console().print(
             f"perplexity [bold]{value}[/bold] over {measured.predicted} positions "
-            f"({measured.windows} windows of {measured.sequence_length}): {marked(model)}"
+            f"({counted(measured.windows, 'window')} of {measured.sequence_length}): "
+            f"{marked(model)}"
         )
     else:
         beside = "" if against is None else f" against {marked(against)}"
@@ -43,9 +44,10 @@ def _divergence(measured: Any) -> None:
     for row in figures(measured.to_dict()):
         grid.add_row(row.name, row.value, row.error)
     console().print(grid)
+    several = measured.perplexity_se is not None
     console().print(
-        f"{measured.windows} windows of {measured.sequence_length} tokens; ± is a standard error, "
-        "over windows",
+        f"{counted(measured.windows, 'window')} of {measured.sequence_length} tokens; "
+        + ("± is a standard error, over windows" if several else "more have a standard error, too"),
         highlight=False,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from corequant_cli.tables.data import taken
 __all__ = ["demo", "quantized"]
 
 
-def quantized(result: Any, output: Path) -> None:
-    """Print what ``quantize`` did."""
+def quantized(result: Any, model: Path, output: Path, reader: str) -> None:
+    """Print what ``quantize`` did, and what can be done with it."""
     found = result.verification
     taken("calibrated on", result.report["calibration"])
     console().print(
@@ -24,6 +25,17 @@ def quantized(result: Any, output: Path) -> None:
         f"saved to {marked(output)} in {result.report['seconds']} s, "
         f"peak memory {result.report['peak_rss_mib']} MiB"
     )
+    # Lines to copy are not broken.
+    whole: dict[str, Any] = {"highlight": False, "soft_wrap": True}
+    if output.is_dir():
+        console().print(f"how to load it: {marked(output / 'README.md')}", **whole)
+    if reader == "corequant":
+        said = f"corequant evaluate {_quoted(output)} --against {_quoted(model)} --text FILE"
+        console().print(f"how good it is: {marked(said)}", **whole)
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 def demo(result: Any) -> None:

@@ -142,11 +142,13 @@ def _on_text(values: Mapping[str, Any]) -> Iterator[str]:
     rows = list(figures(values))
     if not rows:
         return
-    windows = [values.get(key) for key in ("windows", "sequence_length")]
-    on = f"{windows[0]} windows of {windows[1]} tokens" if all(map(_is_number, windows)) else ""
+    count, length = (values.get(key) for key in ("windows", "sequence_length"))
+    on = ""
+    if _is_number(count) and _is_number(length):
+        on = f"{count} window{'' if count == 1 else 's'} of {length} tokens"
     text, against = (_name(values.get(key)) for key in ("text", "against"))
     yield _table(
-        f"on {on} of `{text}`" if on and text else on or "on text",
+        f"On {on} of `{text}`" if on and text else f"On {on or 'a text'}",
         f", against `{against}`" if against else "",
         rows,
     )
@@ -167,14 +169,14 @@ def _on_tasks(values: Mapping[str, Any]) -> Iterator[str]:
         count, title = values.get(f"{start}count"), _name(start[len(_TASK) : -1])
         against = _name(values.get(f"{start}against"))
         yield _table(
-            f"{count} questions of `{title}`" if _is_number(count) else f"`{title}`",
+            f"On {count} questions of `{title}`" if _is_number(count) else f"On `{title}`",
             f", against `{against}`" if against else "",
             rows,
         )
 
 
 def _table(title: str, more: str, rows: list[Figure]) -> str:
-    lines = [f"| {title}{more} | | ± |", "|---|--:|--:|"]
+    lines = [f"{title}{more}:", "", "| | value | ± |", "|---|--:|--:|"]
     # Markdown drops the spaces of what belongs to the figure above.
     names = ["&emsp;" * row.name.startswith("  ") + row.name.strip() for row in rows]
     lines += [f"| {n} | {r.value} | {r.error} |" for n, r in zip(names, rows, strict=True)]

@@ -52,7 +52,7 @@ class Destination:
         elif str(self.output).endswith(".gguf"):
             raise OutputError(
                 f"output must be a directory for {self.reader}, got {self.output}; a .gguf file is "
-                "written for llama.cpp"
+                "written for llama.cpp (--for llama.cpp, reader='llama.cpp')"
             )
         else:
             check_output(self.output, allow_full=begun)
