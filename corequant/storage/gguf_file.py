@@ -92,6 +92,9 @@ class GgufFile:
     fields : dict
         Values by key: numbers, booleans, texts, and arrays of these (lists of texts, NumPy arrays
         of numbers).
+    kinds : dict
+        The fields' types by key, as the format numbers them: of a value, or of an array and its
+        entries.
     tensors : dict of str to GgufTensor
         In the file's order.
 
@@ -119,11 +122,12 @@ class GgufFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.fields: dict[str, Any] = {}
+        self.kinds: dict[str, tuple[int, ...]] = {}
         self.tensors: dict[str, GgufTensor] = {}
         with open_regular(self.path) as file:
             reader = _Header(file, self.path)
             try:
-                reader.fill(self.fields, self.tensors)
+                reader.fill(self.fields, self.tensors, self.kinds)
             except (struct.error, UnicodeDecodeError, KeyError, OverflowError) as error:
                 raise reader.damaged(f"{type(error).__name__} {error}") from None
 
@@ -184,7 +188,12 @@ class _Header:
     def damaged(self, reason: str) -> CheckpointError:
         return CheckpointError(f"{self._path} is no GGUF file that can be read: {reason}")
 
-    def fill(self, fields: dict[str, Any], tensors: dict[str, GgufTensor]) -> None:
+    def fill(
+        self,
+        fields: dict[str, Any],
+        tensors: dict[str, GgufTensor],
+        kinds: dict[str, tuple[int, ...]],
+    ) -> None:
         if self._take(4) != _MAGIC:
             raise self.damaged("it doesn't begin with GGUF")
         version = self._number("<I")
@@ -195,7 +204,10 @@ class _Header:
             key = self._text()
             if key in fields:
                 raise self.damaged(f"the field {key} is there twice")
-            fields[key] = self._value(self._number("<I"))
+            code = self._number("<I")
+            inner = self._number("<I") if code == _ARRAY else 0
+            kinds[key] = (code, inner) if code == _ARRAY else (code,)
+            fields[key] = self._value(code, inner)
         found = [self._tensor() for _ in range(count)]
         step = int(fields.get(_ALIGNMENT, 32))
         if step < 1 or step & (step - 1):
@@ -245,12 +257,12 @@ class _Header:
     def _text(self) -> str:
         return self._take(self._number("<Q")).decode()
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, kind: int, inner: int) -> Any:
         if kind == _STRING:
             return self._take(self._number("<Q")).decode("utf-8", "surrogateescape")
         if kind != _ARRAY:
             return self._numbers(kind, 1)[0].item()
-        inner, count = self._number("<I"), self._number("<Q")
+        count = self._number("<Q")
         if inner in _NUMBERS:
             return self._numbers(inner, count)
         if inner == _ARRAY:

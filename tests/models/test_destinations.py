@@ -206,7 +206,7 @@ def _no_progress(*given):
     [
         ("opt", "transformers", "merging changed which tensors 'opt' has"),
         ("gpt2", "vllm", "not a linear layer of its own"),
-        ("gemma", "llama.cpp", "written for llama, mistral"),
+        ("helium", "llama.cpp", "written for llama, mistral"),
     ],
 )
 def test_architectures_are_refused_before_any_work(kind, reader, words, tokens, tmp_path):

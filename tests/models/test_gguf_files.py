@@ -287,7 +287,7 @@ def test_what_llama_cpp_lacks_is_refused_and_nothing_is_left(recipe, error, word
 @pytest.mark.parametrize(
     ("kind", "config", "words"),
     [
-        ("olmo2", {}, r"GGUF files are written for llama, .*, got 'olmo2'"),
+        ("helium", {}, r"GGUF files are written for llama, .*, got 'helium'"),
         ("mistral", {"sliding_window": 16}, "sliding_window must be null, got 16"),
         ("llama", {"hidden_act": "gelu"}, "computes silu, so hidden_act must be that, got 'gelu'"),
         ("qwen3", {"attention_bias": True}, "attention_bias must be false"),

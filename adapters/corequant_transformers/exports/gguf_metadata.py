@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant.errors import ArchitectureError, CheckpointError
+from corequant.storage.gguf_file import GgufFile
 from corequant_transformers.checkpoint.reader import Stored, load_tokenizer
 from corequant_transformers.exports.gguf_tokenizers import KeyValue, translated
 from corequant_transformers.exports.prospect import Candidate
@@ -204,11 +205,11 @@ def about(stored: Stored, known: Iterable[KeyValue]) -> Iterator[KeyValue]:
 def _carried(path: Path) -> Iterator[KeyValue]:
     try:
         check_digests(path)
-        fields = gguf.GGUFReader(path).fields
-    except Exception as error:
-        # Its reader raises errors of many kinds for broken files.
+        file = GgufFile(path)
+    except (OSError, CheckpointError) as error:
         raise CheckpointError(f"{path} can't be read: {error}") from error
-    for key, field in fields.items():
+    for key, value in file.fields.items():
         if key.startswith(("general.", "tokenizer.")) and key not in _NOT_CARRIED:
-            kind, *_ = field.types
-            yield key, field.contents(), kind, field.types[-1] if kind is _T.ARRAY else None
+            kind, *inner = map(_T, file.kinds[key])
+            plain = value.tolist() if isinstance(value, np.ndarray) else value
+            yield key, plain, kind, inner[0] if inner else None

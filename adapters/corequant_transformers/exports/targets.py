@@ -61,7 +61,7 @@ def export(
     source : str or Path, optional
         The model that was quantized, for ``gguf`` alone: a GGUF file's metadata and tokenizer are
         carried over, a directory's tokenizer is translated. By default the tokenizer in ``path``
-        is, which takes byte-level BPE.
+        is, which takes BPE, byte-level or SentencePiece's.
     shard_bytes : int
         Largest size of a file of weights for ``compressed-tensors``; a single tensor may be larger.
     verify : bool

@@ -59,10 +59,10 @@ def check(candidate: Candidate, source: str | Path | None = None) -> None:
     _check_experts(candidate.plan, kinds)
     dialect = dialect_of(candidate.config)
     _check_norms(candidate.plan, dialect)
+    _values(candidate, source)
     names = Names(candidate.plan, dialect)
     for name in (*(f"{m.name}.weight" for m in candidate.plan.kept), *candidate.rest()):
         names.tensor(name)
-    _values(candidate, source)
 
 
 def write(
