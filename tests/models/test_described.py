@@ -52,7 +52,7 @@ VARIANTS = {
     "bitnet": ALONE,
     "mpt": {"max_seq_len": 64},
     "gemma4_text": GEMMA4,
-    "llama4_text": {"intermediate_size_mlp": 96, "moe_layers": [], "attention_chunk_size": 8}
+    "llama4_text": {"intermediate_size_mlp": 64, "moe_layers": [1], "attention_chunk_size": 8}
     | {"layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0]},
     # A dense block, then one with experts in two groups, of which a token chooses one.
     "deepseek_v2": LATENT | GROUPED | {"topk_method": "group_limited_greedy"},

@@ -21,7 +21,8 @@ from tests.models.test_sequential import INT4, run
 
 
 @pytest.mark.parametrize(
-    ("kind", "rounding"), [("mixtral", "gptq"), ("mixtral", "qronos"), ("qwen3_moe", "gpfq")]
+    ("kind", "rounding"),
+    [("mixtral", "gptq"), ("mixtral", "qronos"), ("qwen3_moe", "gpfq"), ("llama4_text", "qronos")],
 )
 def test_experts_are_rounded_for_the_tokens_that_reach_them(kind, rounding, tokens):
     model = cqhf.tiny_model(kind)

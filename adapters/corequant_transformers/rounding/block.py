@@ -299,7 +299,20 @@ def _share_routes(
     def follow(name: str, module: torch.nn.Module, args: Any) -> tuple[Any, ...]:
         return (args[0], *routes[name, reference.window])
 
+    def note_output(name: str, module: torch.nn.Module, args: Any, output: Any) -> None:
+        routes[name, rounded.window] = output
+
+    def follow_output(name: str, module: torch.nn.Module, args: Any, output: Any) -> Any:
+        return routes[name, reference.window]
+
     for name in lists:
+        description: Any = block.get_submodule(name).description
+        if description.scaled_inputs:
+            # Shares have gone into what the experts read.
+            for network, after in ((quantized, note_output), (block, follow_output)):
+                router = network.get_submodule(description.router)
+                stack.callback(router.register_forward_hook(partial(after, name)).remove)
+            continue
         for network, hook in ((quantized, note), (block, follow)):
             experts = network.get_submodule(name)
             handle = experts.register_forward_pre_hook(partial(hook, name))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from corequant_transformers.architectures.description import Architecture
+from corequant_transformers.architectures.description import Architecture, Experts
+from corequant_transformers.architectures.where import Where
 
 __all__ = ["DESCRIPTIONS"]
 
@@ -23,6 +24,19 @@ DESCRIPTIONS = (
         up="feed_forward.up_proj",
         down="feed_forward.down_proj",
         intermediate_size="intermediate_size_mlp",
+        experts=Experts(
+            path="feed_forward.experts",
+            router="feed_forward.router",
+            transposed=True,
+            scaled_inputs=True,
+            shared_gate="feed_forward.shared_expert.gate_proj",
+            shared_up="feed_forward.shared_expert.up_proj",
+            shared_down="feed_forward.shared_expert.down_proj",
+            count="num_local_experts",
+            intermediate_size="intermediate_size",
+            shared_size="intermediate_size",
+            where=(Where("moe_layers", "lists"),),
+        ),
     ),
     Architecture(
         "hunyuan_v1_dense", inner=("self_attn.query_layernorm", "self_attn.key_layernorm")
