@@ -191,11 +191,15 @@ def test_conditions_on_blocks_and_models():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_exact_with_rotations_at_run_time_alone(kind):
+def test_rotations_at_run_time_alone_and_rounding_that_compares_networks(kind):
     tokens = np.random.default_rng(0).integers(0, 128, (1, 24))
     model = cqhf.tiny_model(kind, **VARIANTS.get(kind, {}))
-    result = cqhf.quantize(model, Recipe(rotation="online", block_size=4), tokens)
+    # It runs each block's layers in the order in which the plan has them.
+    recipe = Recipe(rotation="online", block_size=4, rounding="qronos")
+    result = cqhf.quantize(model, recipe, tokens)
     assert result.verification.logits_error < 1e-10
+    rows = [row for row in result.report["matrices"] if "loss" in row]
+    assert len(rows) == len([m for m in result.plan.quantized if m.block is not None])
 
 
 def test_what_can_not_be_described_is_refused_with_the_reason():
