@@ -205,3 +205,22 @@ def test_rotations_at_run_time_alone_and_rounding_that_compares_networks(kind):
 def test_what_can_not_be_described_is_refused_with_the_reason():
     with pytest.raises(cq.ArchitectureError, match="its blocks mix several residual streams"):
         architecture_of(SimpleNamespace(model_type="gemma3n_text"))
+
+
+@pytest.mark.parametrize("kind", ["olmo", "cohere", "mpt"])
+def test_norms_that_subtract_the_mean_are_not_exported_where_the_weights_do_it(kind, tmp_path):
+    # Such norms have no bias, so that the tensors alone would tell nothing.
+    tokens = np.random.default_rng(0).integers(0, 128, (1, 24))
+    model = cqhf.tiny_model(kind, **VARIANTS[kind])
+    recipe = Recipe(rotation="offline", weights="int8:channel", activations="none")
+    cqhf.quantize(model, recipe, tokens, tmp_path / "own")
+    with pytest.raises(cq.ArchitectureError, match=f"the norms of '{kind}' subtract the mean"):
+        cqhf.export(tmp_path / "own", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["nemotron_h", "mamba2"])
+def test_an_automatic_block_size_where_blocks_have_no_mlp(kind):
+    tokens = np.random.default_rng(0).integers(0, 128, (1, 24))
+    model = cqhf.tiny_model(kind, **VARIANTS[kind])
+    result = cqhf.quantize(model, Recipe(block_size="auto"), tokens)
+    assert result.verification.logits_error < 1e-10

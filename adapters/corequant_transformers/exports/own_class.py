@@ -79,19 +79,32 @@ def check_layers(candidate: Candidate) -> None:
             f"merging changed which tensors {kind!r} has, so that Transformers' own class can't "
             f"load it: {min(different)}"
         )
+    if plan.folds and plan.architecture.subtracts_mean:
+        # With the same tensors, the class would compute something else.
+        raise ArchitectureError(
+            f"the norms of {kind!r} subtract the mean in Transformers' own class, which is done in "
+            "the weights here, where the residual rotation is merged: other programs would "
+            "subtract that of the rotated channels; quantize with rotation 'heads'"
+        )
     _check_initialization(model, plan)
 
 
 def _check_initialization(model: Any, plan: ModelPlan) -> None:
     """Refuse a class that wants weights of layers which hold codes when a model is loaded."""
-    if not plan.architecture.enclosed:
-        return
     for matrix in plan.quantized:
-        path, _, name = matrix.name.rpartition(".")
-        parent = model.get_submodule(path)
-        del parent.get_submodule(name).weight
+        path = matrix.name.rpartition(".")[0]
         try:
-            model._init_weights(parent)
+            layer = model.get_submodule(matrix.name)
+        except AttributeError:
+            # One of the experts that are one parameter.
+            continue
+        if not isinstance(layer, torch.nn.Linear):
+            continue
+        del layer.weight
+        try:
+            model._init_weights(layer)
+            if plan.architecture.enclosed:
+                model._init_weights(model.get_submodule(path))
         except AttributeError:
             raise ArchitectureError(
                 f"{type(model).__name__} sets the weight of {matrix.name} while it is loaded, "

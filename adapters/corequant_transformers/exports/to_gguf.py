@@ -198,7 +198,7 @@ def _check_recipe(plan: ModelPlan) -> None:
 
 
 def _check_norms(plan: ModelPlan, dialect: Dialect) -> None:
-    if plan.architecture.norm == "layer" and plan.folds:
+    if plan.architecture.subtracts_mean and plan.folds:
         raise RecipeError(
             f"llama.cpp's {dialect.name!r} computes LayerNorms, which become RMSNorms where the "
             "residual rotation is merged; quantize with rotation 'heads'"

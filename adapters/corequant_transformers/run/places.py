@@ -17,7 +17,8 @@ def block_of(region: Region, plan: ModelPlan) -> int | None:
 
 
 def width_of(plan: ModelPlan, block: int) -> int:
-    """Return the width of what a block's MLP rotates at run time."""
+    """Return the width of what a block's MLP rotates at run time; 1 without an MLP."""
     outputs = [m for m in plan.mlp_outputs if m.block == block]
     # An MLP beside experts has a width of its own.
-    return next((m for m in outputs if m.expert is not None), outputs[0]).shape[1]
+    ordered = sorted(outputs, key=lambda m: m.expert is None)
+    return ordered[0].shape[1] if ordered else 1
