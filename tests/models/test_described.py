@@ -22,6 +22,13 @@ GEMMA4 = SLIDING | {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
 GEMMA4 |= {"global_head_dim": 8}
 LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 24, "q_lora_rank": 40}
 LATENT |= {"head_dim": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 16}
+DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_num_value_heads": 4,
+    "linear_value_head_dim": 16,
+}
 MAMBA = {"mamba_n_heads": 6, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 16}
 GROUPED = {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
 VARIANTS = {
@@ -78,13 +85,10 @@ VARIANTS = {
     },
     "minimax": {"layer_types": ["linear_attention", "full_attention"], "block_size": 16}
     | {"linear_attn_alpha_factor": 0.7, "full_attn_beta_factor": 1.3},
-    "qwen3_5_text": {
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 16,
-        "linear_num_value_heads": 4,
-        "linear_value_head_dim": 16,
-    },
+    "qwen3_5_text": DELTA_NET,
+    "qwen3_5_moe_text": DELTA_NET | {"shared_expert_intermediate_size": 64},
+    "qwen3_next": DELTA_NET
+    | {"shared_expert_intermediate_size": 64, "mlp_only_layers": [0], "decoder_sparse_step": 1},
     "mistral": {"sliding_window": 8},
     "qwen2_moe": {"mlp_only_layers": [0], "norm_topk_prob": True},
     "glm4_moe": {"use_qk_norm": True, "attention_bias": True, "n_group": 2, "topk_group": 1},
