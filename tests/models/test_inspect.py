@@ -10,6 +10,7 @@ import pytest
 import corequant as cq
 import corequant_transformers as cqhf
 from corequant_cli.app import run as command
+from corequant_transformers.inspection import html
 from tests.models.test_cli import folder, run  # noqa: F401
 
 
@@ -49,6 +50,14 @@ def test_report_that_cant_be_made(found, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(cq.BackendError, match=r'pip install "corequant\[plot\]"'):
         cqhf.write_report(found, tmp_path / "r.html")
+
+
+@pytest.mark.parametrize(("name", "axis"), [("_ranges", "x"), ("_bounds", "x"), ("_channels", "y")])
+def test_layers_are_whole_numbers(name, axis, found):
+    axes = getattr(html, name)(found).axes[0]
+    ticks = axes.get_xticks() if axis == "x" else axes.get_yticks()
+    assert len(ticks) > 1
+    assert not np.mod(ticks, 1).any()
 
 
 def test_too_few_windows():

@@ -162,6 +162,7 @@ def _ranges(found: Inspection) -> Figure:
         axes.plot(values, "o-", ms=4, label=name, color=_COLOURS[name])
     axes.axhline(1, color=_COLOURS["identity"], lw=1, label="identity, or permuted alone")
     axes.set(xlabel="layer", ylabel="range / identity", ylim=(0, None))
+    axes.locator_params(axis="x", integer=True)
     axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
@@ -193,6 +194,7 @@ def _bounds(found: Inspection) -> Figure:
     axes.plot(layers, pick["truth"], "o-", ms=4, color="#2166ac", label="truth")
     axes.set_yscale("log")
     axes.set(xlabel="layer", ylabel="largest magnitude")
+    axes.locator_params(axis="x", integer=True)
     axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
@@ -208,6 +210,7 @@ def _channels(found: Inspection) -> Figure:
     ticks = np.arange(0, int(np.log2(shown.max().clip(2))) + 1)
     bar.set_ticks(ticks.tolist(), labels=[str(2**t) for t in ticks.tolist()])
     axes.set(xlabel="channel, by magnitude", ylabel="layer")
+    axes.locator_params(axis="y", integer=True)
     return figure
 
 
