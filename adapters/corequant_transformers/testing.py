@@ -123,6 +123,10 @@ def tiny_model(model_type: str, *, seed: int = 0, **config: Any) -> Any:
         "shared_expert_intermediate_size": 64,
         "shared_intermediate_size": 64,
         "intermediate_size_mlp": 64,
+        "num_decoder_layers": 2,
+        "d_kv": 16,
+        "d_ff": 96,
+        "decoder_start_token_id": 0,
         "cls_token_id": None,
         "sep_token_id": None,
         # Small enough to bend the values that such a model has.

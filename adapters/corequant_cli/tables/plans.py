@@ -114,7 +114,7 @@ def plan_table(plan: Any) -> None:
 
 def _own_name(plan: Any, m: Any) -> str:
     """Return a matrix's name, within its block if it is in one."""
-    path = "" if m.block is None else plan.architecture.block.format(m.block) + "."
+    path = "" if m.block is None else plan.architecture.block_path(m.block) + "."
     return str(m.name.removeprefix(path))
 
 

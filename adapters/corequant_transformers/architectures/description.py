@@ -15,6 +15,7 @@ from typing import Any
 from corequant.errors import ArchitectureError
 from corequant_transformers.architectures.latent import Latent
 from corequant_transformers.architectures.mixer import Mixer
+from corequant_transformers.architectures.second import SecondStack
 from corequant_transformers.architectures.serialization import (
     FIELDS_OF,
     from_plain,
@@ -224,6 +225,12 @@ class Architecture:
         Path of an enclosed model without its head.
     stem : str
         Path of what makes the input of an enclosed model's first block.
+    second : SecondStack, optional
+        More blocks, which read what the described ones give as well, such as a decoder behind an
+        encoder.
+    hands_on : tuple of str
+        Arguments of a block that the block before it returns besides hidden states, in order. The
+        first block makes them.
     outside : tuple of str
         Modules beside the decoder that stay as they are, such as a vision tower.
     writers : tuple of Writer
@@ -297,6 +304,8 @@ class Architecture:
     nested: bool = True
     trunk: str = ""
     stem: str = ""
+    second: SecondStack | None = None
+    hands_on: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
     writers: tuple[Writer, ...] = ()
     variants: tuple[Variant, ...] = ()
@@ -398,6 +407,32 @@ class Architecture:
     def from_toml(cls, text: str) -> Architecture:
         """Read what ``to_toml`` writes; anything else is an ArchitectureError."""
         return from_toml(cls, text)
+
+    def block_path(self, block: int) -> str:
+        """Return the path of a block, in a description that was resolved for a config."""
+        if self.second is not None and block >= self.second.first:
+            return self.second.block.format(block - self.second.first)
+        return self.block.format(block)
+
+    def block_index(self, name: str) -> int | None:
+        """Return the index of the block that a parameter or module belongs to, by its name.
+
+        Examples
+        --------
+        >>> from corequant_transformers.architectures.description import Architecture
+        >>> Architecture("llama").block_index("model.layers.3.mlp.up_proj.weight")
+        3
+        """
+        stacks = [(self.block, 0)]
+        if self.second is not None:
+            stacks.append((self.second.block, self.second.first))
+        for block, first in stacks:
+            before, after = block.split("{}")
+            if name.startswith(before):
+                index, _, _ = name.removeprefix(before).removesuffix(after).partition(".")
+                if index.isdigit():
+                    return first + int(index)
+        return None
 
     @property
     def norms(self) -> tuple[str, ...]:

@@ -76,6 +76,8 @@ def dimensions_of(config: Any, architecture: Architecture | None = None) -> Dime
     config = decoder_config(config)
     hidden = _positive(config, "hidden_size")
     blocks = _positive(config, "num_hidden_layers", most=MOST_BLOCKS)
+    if architecture.second is not None:
+        blocks += _positive(config, architecture.second.blocks, most=MOST_BLOCKS)
     experts = architecture.experts
     plain = Dimensions(
         blocks=blocks,

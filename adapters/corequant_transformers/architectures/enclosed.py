@@ -49,6 +49,9 @@ def class_of(config: Any) -> Any:
 def placed(architecture: Architecture, config: Any) -> Architecture:
     """Return a description with the paths that its parts have in a model with such a config."""
     kind = class_of(config)
+    if architecture.second is not None:
+        second = replace(architecture.second, first=config.num_hidden_layers)
+        architecture = replace(architecture, second=second)
     if kind is _bare(config) or not architecture.nested:
         return architecture
     within = kind.base_model_prefix

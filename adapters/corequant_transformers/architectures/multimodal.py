@@ -1,4 +1,4 @@
-"""Language models that read images as well: LLaVA, Mistral 3, Gemma 3, Qwen-VL, Llama 4."""
+"""Language models that read images as well: LLaVA, Mistral 3, Gemma 3, Qwen-VL."""
 
 from __future__ import annotations
 
@@ -35,13 +35,6 @@ _DESCRIBED = (
             Writer("model.visual.deepstack_merger_list.{}.linear_fc2.weight"),
         ),
         Architecture("qwen3_vl_text"),
-    ),
-    Composite(
-        "llama4",
-        ("vision_model", "multi_modal_projector"),
-        (Writer("multi_modal_projector.linear_1.weight"),),
-        trunk="language_model.model",
-        head="language_model.lm_head",
     ),
 )
 

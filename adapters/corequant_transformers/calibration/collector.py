@@ -192,7 +192,7 @@ def collect_block(
     with collector.watching(parts.model, readers):
         for k in range(len(hidden)):
             collector.position = k
-            hidden[k] = run_block(parts.block(index), hidden[k : k + 1], arguments)
+            hidden[k] = run_block(parts.block(index), hidden[k : k + 1], arguments, k)
             progress("calibrate", index * len(hidden) + k + 1, len(parts.blocks) * len(hidden))
     experts = {m.name: m.expert for m in plan.matrices if m.block == index}
     rare = {

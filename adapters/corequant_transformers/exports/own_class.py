@@ -37,7 +37,7 @@ def fused_experts(model: Any, plan: ModelPlan) -> Iterator[tuple[int, str]]:
     for block in blocks:
         if a.experts is None or block is None:
             continue
-        path = f"{a.block.format(block)}.{a.experts.path}"
+        path = f"{a.block_path(block)}.{a.experts.path}"
         if hasattr(model.get_submodule(path), a.experts.fused_gate_up):
             yield block, path
 

@@ -27,6 +27,7 @@ from corequant_transformers.model.surroundings import device_of
 __all__ = [
     "Crossing",
     "HiddenStates",
+    "PerWindow",
     "Windows",
     "block_arguments",
     "check_ids",
@@ -74,6 +75,18 @@ class Crossing:
 
     def __setitem__(self, index: int, value: torch.Tensor) -> None:
         self.after[index] = value
+
+
+@dataclass(frozen=True, eq=False)
+class PerWindow:
+    """An argument of blocks that differs from window to window.
+
+    Attributes
+    ----------
+    states : Windows (windows, length, hidden)
+    """
+
+    states: Windows
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,13 +183,19 @@ def block_arguments(parts: Parts, window: Tokens, dtype: torch.dtype) -> list[di
         hidden states before, between or after them.
     """
     found: list[dict[str, Any]] = [{} for _ in parts.blocks]
-    parts.model.to(dtype)
     with ExitStack() as stack:
+        for index in first_blocks(parts):
+            stack.enter_context(parts.open(index))
+        parts.model.to(dtype)
         for path in _embeddings(parts):
             stack.enter_context(_stand_in(parts, path, _no_embedding(parts, dtype)))
         for path in _entry_norms(parts):
             stack.enter_context(_stand_in(parts, path, _same))
-        stack.enter_context(_blocks_pass(parts, lambda index, kwargs: found[index].update(kwargs)))
+        second = parts.plan.architecture.second
+        if second is not None:
+            stack.enter_context(_stand_in(parts, second.norm, _same))
+        notice = lambda index, kwargs: found[index].update(kwargs)  # noqa: E731
+        stack.enter_context(_blocks_pass(parts, notice, opening=True))
         try:
             _run_trunk(parts, window)
         except CorequantError:
@@ -191,11 +210,11 @@ def block_arguments(parts: Parts, window: Tokens, dtype: torch.dtype) -> list[di
 
 
 @torch.no_grad()
-def enter(parts: Parts, window: Tokens) -> torch.Tensor:
-    """Return what the first block reads (1, length, hidden); the entry must be open."""
+def enter(parts: Parts, window: Tokens, first: int = 0) -> torch.Tensor:
+    """Return what a stack's first block reads (1, length, hidden); the entry must be open."""
     seen: list[torch.Tensor] = []
     with ExitStack() as stack:
-        stack.enter_context(_blocks_pass(parts, lambda index, kwargs: None, seen))
+        stack.enter_context(_blocks_pass(parts, lambda index, kwargs: None, seen, first=first))
         _run_trunk(parts, window)
     return seen[0]
 
@@ -217,11 +236,37 @@ def leaving(parts: Parts, hidden: torch.Tensor) -> Iterator[Any]:
 
 
 @torch.no_grad()
-def run_block(block: Any, hidden: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
-    """Return what a decoder block makes of hidden states (1, length, hidden), where it is."""
-    output: Any = block(hidden.to(device_of(block)), **arguments)
+def run_block(
+    block: Any, hidden: torch.Tensor, arguments: Mapping[str, Any], window: int = 0
+) -> torch.Tensor:
+    """Return what a decoder block makes of hidden states (1, length, hidden), where it is.
+
+    Parameters
+    ----------
+    block : torch.nn.Module
+    hidden : torch.Tensor (1, length, hidden)
+    arguments : mapping
+        Its further arguments; of one that is ``PerWindow``, that of the window is taken.
+    window : int
+    """
+    device = device_of(block)
+    given = {
+        name: value.states[window : window + 1].to(device)
+        if isinstance(value, PerWindow)
+        else value
+        for name, value in arguments.items()
+    }
+    output: Any = block(hidden.to(device), **given)
     result: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return result
+
+
+def first_blocks(parts: Parts) -> list[int]:
+    """Return the blocks that make what others of their stack are handed on."""
+    a = parts.plan.architecture
+    if not a.hands_on:
+        return []
+    return [0, *([] if a.second is None else [a.second.first])]
 
 
 def _ids(parts: Parts, window: Tokens) -> torch.Tensor:
@@ -238,7 +283,13 @@ def _run_trunk(parts: Parts, window: Tokens) -> None:
     # What is behind an enclosed model's blocks has no weights here.
     final = nullcontext() if a.enclosed else _stand_in(parts, a.final_norm, _same)
     with suppress(_Through), final:
-        _trunk(parts)(input_ids=_ids(parts, window), use_cache=False)
+        _trunk(parts)(**_inputs(parts, window), use_cache=False)
+
+
+def _inputs(parts: Parts, window: Tokens) -> dict[str, torch.Tensor]:
+    ids, second = _ids(parts, window), parts.plan.architecture.second
+    # Text for both sides.
+    return {"input_ids": ids} | ({} if second is None else {second.ids: ids})
 
 
 def _trunk(parts: Parts) -> Any:
@@ -250,7 +301,7 @@ def _trunk(parts: Parts) -> Any:
 def _embeddings(parts: Parts) -> list[str]:
     a = parts.plan.architecture
     if a.enclosed:
-        return [a.stem]
+        return [a.stem, *([] if a.second is None else [a.second.stem])]
     return [m.name for m in part_plan(parts.plan, ENTRY).matrices]
 
 
@@ -278,6 +329,8 @@ def _stand_in(parts: Parts, path: str, forward: Callable[..., Any]) -> AbstractC
 
 def _takes_tuples(parts: Parts) -> bool:
     """Return whether the model takes hidden states out of a tuple that a block gives."""
+    if parts.plan.architecture.hands_on:
+        return True
     if parts.takes_tuples is None:
         seen: list[int] = []
 
@@ -294,7 +347,7 @@ def _takes_tuples(parts: Parts) -> bool:
             for path in _embeddings(parts):
                 stand_in = _no_embedding(parts, parts.model.dtype)
                 stack.enter_context(_stand_in(parts, path, stand_in))
-            after = (*_entry_norms(parts), *(a.block.format(i) for i in parts.blocks))
+            after = (*_entry_norms(parts), *(a.block_path(i) for i in parts.blocks))
             for path in (*after, a.final_norm) if a.final_norm else after:
                 stack.enter_context(_stand_in(parts, path, note))
             if a.enclosed:
@@ -315,9 +368,17 @@ def _blocks_pass(
     notice: Callable[[int, dict[str, Any]], None],
     entered: list[torch.Tensor] | None = None,
     result: torch.Tensor | None = None,
+    *,
+    opening: bool = False,
+    first: int = 0,
 ) -> Iterator[None]:
-    """Let all blocks hand on what they get, or the first one give ``result``."""
+    """Let all blocks hand on what they get, or the first one give ``result``.
+
+    What block ``first`` gets is entered; with ``opening``, blocks that make what others are handed
+    on are run.
+    """
     tuples = _takes_tuples(parts)
+    makers = first_blocks(parts) if opening else []
 
     def stand_in(index: int) -> Callable[..., Any]:
         names = [*inspect.signature(type(parts.block(index)).forward).parameters][2:]
@@ -328,18 +389,24 @@ def _blocks_pass(
                     f"decoder block {index} must name the arguments that it takes, {names}, got "
                     f"{len(args)} besides hidden states"
                 )
-            if index == 0 and entered is not None:
+            if index == first and entered is not None:
                 entered.append(hidden_states)
             notice(index, {**dict(zip(names, args, strict=False)), **kwargs})
             if parts.plan.architecture.enclosed and index == parts.blocks[-1]:
                 raise _Through
             output = result if result is not None else hidden_states
+            if index in makers:
+                made = type(parts.block(index)).forward(parts.block(index), output, *args, **kwargs)
+                return (output, *made[1:])
+            if parts.plan.architecture.hands_on:
+                given = {**dict(zip(names, args, strict=False)), **kwargs}
+                return (output, *(given.get(n) for n in parts.plan.architecture.hands_on))
             return (output, None) if tuples else output
 
         return forward
 
     with ExitStack() as stack:
         for index in parts.blocks:
-            path = parts.plan.architecture.block.format(index)
+            path = parts.plan.architecture.block_path(index)
             stack.enter_context(_stand_in(parts, path, stand_in(index)))
         yield

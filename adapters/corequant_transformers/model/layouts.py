@@ -67,7 +67,7 @@ def standardize(model: Any, plan: ModelPlan) -> dict[str, torch.nn.Module]:
     if experts is not None:
         blocks = dict.fromkeys(m.block for m in plan.matrices if m.expert is not None)
         for block in blocks:
-            path = f"{architecture.block.format(block)}.{experts.path}"
+            path = f"{architecture.block_path(block or 0)}.{experts.path}"
             fused = _find(model, path, architecture.model_type)
             if hasattr(fused, experts.fused_gate_up):
                 replaced[path] = fused
@@ -128,7 +128,7 @@ def check_modules(plan: ModelPlan, shapes: dict[str, tuple[int, ...]]) -> None:
         # What a description leaves out would not follow a rotation of the stream around it.
         beside = any(name.startswith(f"{path}.") for path in plan.architecture.outside)
         if plan.architecture.enclosed:
-            beside = not name.startswith(plan.architecture.block.partition("{}")[0])
+            beside = plan.architecture.block_index(name) is None
         if not beside and not {name, name.rpartition(".")[0]} & (described | set(plan.inner)):
             raise ArchitectureError(
                 f"the model has {name}, which the description of {kind!r} says nothing about"
@@ -236,7 +236,7 @@ def check_blocks(model: Any, architecture: Architecture, count: int) -> None:
     seen: dict[int, str] = {}
     places = dict(model.named_modules(remove_duplicate=False))
     for index in range(count):
-        path = architecture.block.format(index)
+        path = architecture.block_path(index)
         if path not in places:
             continue
         # A compiled block stands around another, which may be in both places.

@@ -278,7 +278,7 @@ class Parts:
 
     def block(self, index: int) -> Any:
         """Return a decoder block's module."""
-        return self.model.get_submodule(self.plan.architecture.block.format(index))
+        return self.model.get_submodule(self.plan.architecture.block_path(index))
 
     @contextmanager
     def open(self, part: Part) -> Iterator[Any]:
@@ -320,7 +320,7 @@ class Parts:
     def modules(self, part: Part) -> list[str]:
         """Return the paths of the modules that a part is made of."""
         if isinstance(part, int):
-            return [self.plan.architecture.block.format(part)]
+            return [self.plan.architecture.block_path(part)]
         if part == OUTSIDE:
             return list(self.plan.architecture.outside)
         return sorted({key.rpartition(".")[0] for key in self.keys[part]})
@@ -336,11 +336,9 @@ def part_plan(plan: ModelPlan, part: Part) -> ModelPlan:
 
 def part_of(name: str, plan: ModelPlan) -> Part:
     """Return the part that a parameter or, with a dot at its end, a module belongs to."""
-    before, after = plan.architecture.block.split("{}")
-    if name.startswith(before):
-        index, _, _ = name.removeprefix(before).removesuffix(after).partition(".")
-        if index.isdigit():
-            return int(index)
+    block = plan.architecture.block_index(name)
+    if block is not None:
+        return block
     for path in () if plan.architecture.enclosed else _exits(plan):
         if name.startswith(f"{path}."):
             return EXIT

@@ -189,7 +189,7 @@ def _descriptions(modules: set[str]) -> Iterator[tuple[Architecture, list[str]]]
     for kind, architecture in known_architectures().items():
         if architecture.enclosed:
             continue
-        outer = (architecture.embedding, architecture.head, architecture.block.format(0))
+        outer = (architecture.embedding, architecture.head, architecture.block_path(0))
         if modules.issuperset(outer):
             found.setdefault(replace(architecture, model_type=""), []).append(kind)
     yield from found.items()

@@ -20,7 +20,7 @@ from corequant_transformers.planning.matrix_plan import (
 )
 from corequant_transformers.planning.readers import inside, reader_rows
 
-__all__ = ["attention_rows"]
+__all__ = ["attention_rows", "cross_attention_rows"]
 
 
 def attention_rows(
@@ -47,7 +47,7 @@ def attention_rows(
     if a.latent is not None:
         yield from _latent_attention(a, a.latent, config, sizes, block, stream, recipe)
         return
-    path = a.block.format(block)
+    path = a.block_path(block)
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     gates = queries if a.query_gate else 0
     value, output = _values(a, sizes, block, stream, recipe)
@@ -67,11 +67,37 @@ def attention_rows(
     yield output
 
 
+def cross_attention_rows(
+    a: Architecture, config: Any, sizes: Dimensions, block: int, stream: Stream, recipe: Recipe
+) -> Iterator[MatrixPlan]:
+    """Yield the rows of a block's attention to what another stack of blocks gave, if it has one.
+
+    Parameters are those of ``attention_rows``. Keys and values read no stream of this stack's, so
+    that their inputs are named apart.
+    """
+    second = a.second
+    if second is None or block < second.first:
+        return
+    other = replace(
+        a,
+        query=second.query,
+        key=second.key,
+        value=second.value,
+        attention_output=second.output,
+        qkv_order=("query", "key", "value"),
+    )
+    path = a.block_path(block)
+    reads = dict.fromkeys((f"{path}.{second.key}", f"{path}.{second.value}"), f"{path}.memory")
+    for row in attention_rows(other, config, sizes, block, stream, recipe):
+        own = row.name if row.role == "attention_input" else row.reads
+        yield replace(row, reads=reads.get(row.name, own))
+
+
 def _values(
     a: Architecture, sizes: Dimensions, block: int, stream: Stream, recipe: Recipe
 ) -> tuple[Side, MatrixPlan]:
     """Return what happens to the values' channels, and the row of the output projection."""
-    path = a.block.format(block)
+    path = a.block_path(block)
     name = f"{path}.{a.attention_output}"
     queries = sizes.heads * sizes.head_dim
     online = recipe.rotation == "online"
@@ -127,7 +153,7 @@ def _latent_attention(
     stream: Stream,
     recipe: Recipe,
 ) -> Iterator[MatrixPlan]:
-    path = a.block.format(block)
+    path = a.block_path(block)
 
     def size(expression: str) -> int:
         return evaluate(expression, config, block)

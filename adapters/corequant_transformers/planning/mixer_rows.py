@@ -41,7 +41,7 @@ def mixer_rows(
     BlockSizeError
         If the recipe's block size doesn't fit a width; the message names the width.
     """
-    path = a.block.format(block)
+    path = a.block_path(block)
     for mixer in a.mixers:
         readers = [(name, RowSlice(evaluate(size, config, block))) for name, size in mixer.readers]
         yield from reader_rows(

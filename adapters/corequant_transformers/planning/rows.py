@@ -15,7 +15,7 @@ from corequant_transformers.architectures.dimensions import (
     dimensions_in,
 )
 from corequant_transformers.architectures.where import holds
-from corequant_transformers.planning.attention_rows import attention_rows
+from corequant_transformers.planning.attention_rows import attention_rows, cross_attention_rows
 from corequant_transformers.planning.matrix_plan import (
     MatrixPlan,
     RowSlice,
@@ -63,6 +63,7 @@ def plan_matrices(
         matrices += mixer_rows(block, config, own[i], i, stream, recipe)
         if block.attention_output is not None:
             matrices += attention_rows(block, config, own[i], i, stream, recipe)
+        matrices += cross_attention_rows(block, config, own[i], i, stream, recipe)
         matrices += _mlps(block, own[i], i, stream, sparse[i], lengths[i], recipe)
     if a.enclosed:
         return tuple(matrices), stream.notes
@@ -156,7 +157,7 @@ def _mlps(
 def _router(
     a: Architecture, name: str, rows: int, sizes: Dimensions, block: int, stream: Stream
 ) -> MatrixPlan:
-    path = a.block.format(block)
+    path = a.block_path(block)
     return MatrixPlan(
         f"{path}.{name}",
         (rows, sizes.hidden),
@@ -204,7 +205,7 @@ def _mlp(
     block: int,
     expert: int | None = None,
 ) -> Iterator[MatrixPlan]:
-    path = a.block.format(block)
+    path = a.block_path(block)
     gate, up, down = layers
     name = f"{path}.{down}"
     settings = recipe.settings_of(name)

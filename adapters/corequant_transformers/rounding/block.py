@@ -96,6 +96,7 @@ def round_block(
     rows: Sequence[MatrixPlan],
     hidden: HiddenStates,
     arguments: Mapping[str, Any],
+    float_arguments: Mapping[str, Any] | None = None,
     *,
     executor: Executor | None = None,
     progress: Callable[[int], None] = lambda done: None,
@@ -116,6 +117,8 @@ def round_block(
         Input of the block; overwritten by its output.
     arguments : mapping
         Its further arguments by name.
+    float_arguments : mapping, optional
+        Those in the float network, where it has states of its own; by default they are the same.
     executor : concurrent.futures.Executor, optional
         Rounds the layers of a group at the same time, to the same codes.
     progress : callable
@@ -138,13 +141,16 @@ def round_block(
         If the inputs' moments can't be used; names the layer and the window.
     """
     groups = groups_of(rows)
+    own = hidden.float_states is not None and float_arguments is not None
+    compared = float_arguments if own and float_arguments is not None else arguments
     shared = shared_global_scales(rows, _weights(block, path, rows))
     layers: dict[str, QuantizedLinear] = {}
     table: list[dict[str, Any]] = []
     with ExitStack() as stack:
         inputs = _rounded_inputs(path, groups, device_of(block))
         compares = any(row.options.needs_float for row in rows)
-        networks = _Networks(stack, block, path, groups, hidden, arguments, inputs, compares)
+        both = (arguments, compared)
+        networks = _Networks(stack, block, path, groups, hidden, both, inputs, compares)
         for index, group in enumerate(groups):
             started = time.monotonic()
             moments = networks.moments(index)
@@ -167,7 +173,7 @@ def round_block(
     if hidden.float_states is not None:
         for window in range(len(hidden.float_states)):
             state = hidden.float_states[window : window + 1]
-            hidden.float_states[window] = run_block(block, state, arguments)[0]
+            hidden.float_states[window] = run_block(block, state, compared, window)[0]
     return RoundedBlock(layers, table, hidden)
 
 
@@ -207,27 +213,32 @@ class _Networks:
         path: str,
         groups: Sequence[Sequence[MatrixPlan]],
         hidden: HiddenStates,
-        arguments: Mapping[str, Any],
+        arguments: tuple[Mapping[str, Any], Mapping[str, Any]],
         inputs: RoundedInputs,
         compares: bool,
     ) -> None:
         local = [[row.name.removeprefix(f"{path}.") for row in group] for group in groups]
 
-        def passes(module: torch.nn.Module, states: Windows, inputs: RoundedInputs) -> BlockPasses:
+        def passes(
+            module: torch.nn.Module,
+            states: Windows,
+            inputs: RoundedInputs,
+            given: Mapping[str, Any],
+        ) -> BlockPasses:
             def forward(window: int) -> torch.Tensor:
-                return run_block(module, states[window : window + 1], arguments)
+                return run_block(module, states[window : window + 1], given, window)
 
             return stack.enter_context(BlockPasses(module, local, forward, inputs))
 
         self._groups, self._hidden, self._inputs = groups, hidden, inputs
         self._quantized = copy.deepcopy(block)
-        self._rounded = passes(self._quantized, hidden.quantized, inputs)
+        self._rounded = passes(self._quantized, hidden.quantized, inputs, arguments[0])
         self._reference: BlockPasses | None = None
         networks = (self._quantized, block) if compares else (self._quantized,)
         self._experts = [m for n in networks for m in n.modules() if isinstance(m, ExpertList)]
         if compares:
             states = hidden.quantized if hidden.float_states is None else hidden.float_states
-            self._reference = passes(block, states, RoundedInputs(path, {}))
+            self._reference = passes(block, states, RoundedInputs(path, {}), arguments[1])
             _share_routes(stack, self._quantized, self._rounded, block, self._reference)
 
     def moments(self, index: int) -> InputMoments:

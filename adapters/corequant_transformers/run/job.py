@@ -28,7 +28,6 @@ from corequant_transformers.model.forward import (
     Crossing,
     HiddenStates,
     Windows,
-    block_arguments,
     enter,
     run_block,
 )
@@ -42,6 +41,7 @@ from corequant_transformers.rounding.unquantized import check_tied, round_unquan
 from corequant_transformers.run.ledger import Ledger
 from corequant_transformers.run.places import block_of, width_of
 from corequant_transformers.run.sign_trials import SignTrials
+from corequant_transformers.run.stacks import Stacks
 from corequant_transformers.run.steps import quantizes, steps_of
 from corequant_transformers.transforms.embeddings import transform_entry, transform_exit
 from corequant_transformers.transforms.matrices import Choices
@@ -108,13 +108,13 @@ class Job:
         self._permutations: dict[str, npt.NDArray[np.int64]] = {}
         self._factors: dict[str, npt.NDArray[np.float64]] = {}
         self._sizes: list[int] = []
-        self._arguments: dict[torch.dtype, list[dict[str, Any]]] = {}
         self._check_rounding()
         self._collector = Collector(plan, (tokens.shape[0], tokens.shape[1]))
         trials = calibration is None and plan.recipe.sign_trials > 1 and bool(plan.draw_signs())
         self._trials = SignTrials(parts, plan, tokens) if trials else None
         self._states = (*tokens.shape, plan.dimensions.hidden)
         self._verified = tokens[0, :VERIFIED_TOKENS]
+        self._stacks = Stacks(parts, tokens, self._verified)
 
     def _check_rounding(self) -> None:
         for matrix in self.plan.quantized:
@@ -132,10 +132,11 @@ class Job:
         NonFiniteError
             If weights or activations hold NaN or infinity.
         """
-        self._prepare_arguments()
+        self._stacks.prepare()
         with QuickForward():
             state = self._first_states()
             for index in self.parts.blocks:
+                state = self._stacks.arrive(index, state, self.ledger)
                 with self.parts.open(index):
                     state = self._measure(index, state)
             draw, losses = self._draw(state)
@@ -153,7 +154,7 @@ class Job:
         VerificationError
             If a transformed part doesn't compute what the float one does.
         """
-        self._prepare_arguments()
+        self._stacks.prepare()
         resumed = self.ledger.resume(self.steps)
         for step in self.steps[:resumed]:
             self._absorb(step)
@@ -167,12 +168,6 @@ class Job:
             self._absorb(step)
             self.after(step, time.monotonic() - started)
         return resumed
-
-    def _prepare_arguments(self) -> None:
-        self._arguments[torch.float32] = block_arguments(self.parts, self.tokens[0], torch.float32)
-        with KeepFloat64():
-            verified = block_arguments(self.parts, self._verified, torch.float64)
-        self._arguments[torch.float64] = verified
 
     def _absorb(self, step: str) -> None:
         """Take over what a step chose."""
@@ -198,8 +193,9 @@ class Job:
     # ---- calibrating
 
     def _do_calibrate(self, step: str, index: int) -> None:
-        state = self._first_states() if index == 0 else self.ledger.state()
         found = self.calibration
+        state = self._first_states() if index == 0 else self.ledger.state()
+        state = self._stacks.arrive(index, state, self.ledger) if found is None else state
         following: dict[str, Windows] = {}
         with self.parts.open(index):
             if found is None:
@@ -226,11 +222,12 @@ class Job:
     @torch.no_grad()
     def _measure(self, index: int, state: Mapping[str, Windows]) -> dict[str, Windows]:
         after = self.ledger.windows("hidden-next", self._states, torch.float32)
-        states, arguments = Crossing(state["hidden"], after), self._arguments[torch.float32]
+        states = Crossing(state["hidden"], after)
+        arguments = self._stacks.arguments(torch.float32, index, state, "hidden")
         collect_block(
-            self.parts, self.plan, index, self._collector, states, arguments[index], self.progress
+            self.parts, self.plan, index, self._collector, states, arguments, self.progress
         )
-        following: dict[str, Windows] = {"hidden": after}
+        following: dict[str, Windows] = {"hidden": after, **self._stacks.carried(state)}
         if self._trials is not None:
             draws = self.ledger.windows("draws-next", self._trials.shape, torch.float32)
             self._trials.advance(index, Crossing(state["draws"], draws))
@@ -335,7 +332,7 @@ class Job:
 
     @torch.no_grad()
     def _do_block(self, step: str, index: int) -> None:
-        state = self.ledger.state()
+        state = self._stacks.arrive(index, self.ledger.state(), self.ledger)
         shape = tuple(state["reference"].shape)
         following = {
             name: self.ledger.windows(f"{name}-next", shape, torch.float64)
@@ -343,25 +340,30 @@ class Job:
         }
         with self.parts.open(index) as model:
             model.double()
-            arguments = self._arguments[torch.float64][index]
             with KeepFloat64():
-                before = run_block(self.parts.block(index), state["reference"][0:1], arguments)
+                before = self._run_verified(index, state, "reference")
             changed = transform_checked(model, part_plan(self.plan, index), self.choices)
             with KeepFloat64():
-                after = run_block(self.parts.block(index), state["transformed"][0:1], arguments)
+                after = self._run_verified(index, state, "transformed")
             error = stream_error(before, after, self.plan, self.choices)
             check_block_error(index, error)
             following["reference"][0], following["transformed"][0] = before, after
             round_unquantized(model, self.plan, index)
-            hidden = self._read_quantized(state, following)
-            rows = self._round(index, hidden)
+            hidden = self._stacks.rounded(state, following, self.ledger)
+            rows = self._round(index, hidden, state)
             model.float()
             tensors = part_tensors(model, self.plan, index)
         self._report_progress(index + 2)
         report = {"changed": changed, "error": error, "matrices": rows}
-        self.ledger.commit(step, report, tensors, following)
+        self.ledger.commit(step, report, tensors, following | self._stacks.carried(state))
 
-    def _round(self, index: int, hidden: HiddenStates | None) -> list[dict[str, Any]]:
+    def _run_verified(self, index: int, state: Mapping[str, Windows], name: str) -> torch.Tensor:
+        arguments = self._stacks.arguments(torch.float64, index, state, name)
+        return run_block(self.parts.block(index), state[name][0:1], arguments)
+
+    def _round(
+        self, index: int, hidden: HiddenStates | None, state: Mapping[str, Windows]
+    ) -> list[dict[str, Any]]:
         """Round a transformed block in place and return rows for the report."""
         model, rows = self.parts.model, part_plan(self.plan, index)
         if hidden is None:
@@ -371,10 +373,13 @@ class Job:
         before, total = sum(counts[:index]), sum(counts)
         rounded = round_block(
             self.parts.block(index),
-            self.plan.architecture.block.format(index),
+            self.plan.architecture.block_path(index),
             rows.quantized,
             hidden,
-            self._arguments[torch.float32][index],
+            *(
+                self._stacks.arguments(torch.float32, index, state, n)
+                for n in ("quantized", "float")
+            ),
             executor=self.executor,
             progress=lambda done: self.progress("round", before + done, total),
             rare=(self.plan.recipe.expert_tokens, self.plan.recipe.rare_experts),
@@ -382,18 +387,6 @@ class Job:
         for name, layer in rounded.layers.items():
             model.set_submodule(name, layer)
         return rounded.rows
-
-    def _read_quantized(
-        self, state: Mapping[str, Windows], following: dict[str, Windows]
-    ) -> HiddenStates | None:
-        crossing = {}
-        for name in ("quantized", "float"):
-            if name in state:
-                following[name] = self.ledger.windows(f"{name}-next", self._states, torch.float32)
-                crossing[name] = Crossing(state[name], following[name])
-        if not crossing:
-            return None
-        return HiddenStates(crossing["quantized"], crossing.get("float"))
 
     @torch.no_grad()
     def _do_exit(self, step: str) -> None:

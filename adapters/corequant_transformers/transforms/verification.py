@@ -373,7 +373,7 @@ def _run(
     with ExitStack() as stack:
         stack.enter_context(KeepFloat64())
         for i in range(plan.dimensions.blocks):
-            block = model.get_submodule(plan.architecture.block.format(i))
+            block = model.get_submodule(plan.architecture.block_path(i))
             stack.callback(block.register_forward_hook(record).remove)
         ids = torch.from_numpy(tokens).to(device_of(model))
         output = model(input_ids=ids, use_cache=False)
