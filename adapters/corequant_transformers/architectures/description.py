@@ -15,7 +15,7 @@ from typing import Any
 from corequant.errors import ArchitectureError
 from corequant_transformers.architectures.latent import Latent
 from corequant_transformers.architectures.mixer import Mixer
-from corequant_transformers.architectures.second import SecondStack
+from corequant_transformers.architectures.second import SecondStack, index_of, path_of
 from corequant_transformers.architectures.serialization import (
     FIELDS_OF,
     from_plain,
@@ -410,29 +410,11 @@ class Architecture:
 
     def block_path(self, block: int) -> str:
         """Return the path of a block, in a description that was resolved for a config."""
-        if self.second is not None and block >= self.second.first:
-            return self.second.block.format(block - self.second.first)
-        return self.block.format(block)
+        return path_of(block, self.block, self.second)
 
     def block_index(self, name: str) -> int | None:
-        """Return the index of the block that a parameter or module belongs to, by its name.
-
-        Examples
-        --------
-        >>> from corequant_transformers.architectures.description import Architecture
-        >>> Architecture("llama").block_index("model.layers.3.mlp.up_proj.weight")
-        3
-        """
-        stacks = [(self.block, 0)]
-        if self.second is not None:
-            stacks.append((self.second.block, self.second.first))
-        for block, first in stacks:
-            before, after = block.split("{}")
-            if name.startswith(before):
-                index, _, _ = name.removeprefix(before).removesuffix(after).partition(".")
-                if index.isdigit():
-                    return first + int(index)
-        return None
+        """Return the index of the block that a parameter or module belongs to, by its name."""
+        return index_of(name, self.block, self.second)
 
     @property
     def norms(self) -> tuple[str, ...]:
