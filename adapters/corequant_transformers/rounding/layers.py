@@ -81,20 +81,29 @@ def round_nearest(
     executor : concurrent.futures.Executor, optional
         Rounds its matrices at the same time.
     """
+    grouped = [m for m in plan.quantized if m.weights.granularity is Granularity.TENSOR_GROUP]
+    shared = shared_global_scales(grouped, {m.name: _weight(model, m) for m in grouped})
+    if executor is None:
+        # One after the other: each rounded matrix takes the place of its float one at once.
+        return [_round_alone(model, m, shared.get(m.name)) for m in plan.quantized]
     weights = {m.name: _weight(model, m) for m in plan.quantized}
-    shared = shared_global_scales(plan.quantized, weights)
     tasks = {
         m.name: partial(
             round_to_nearest, weights[m.name], m.weights, global_scale=shared.get(m.name)
         )
         for m in plan.quantized
     }
-    if executor is None:
-        found = {name: task() for name, task in tasks.items()}
-    else:
-        waiting = {name: executor.submit(task) for name, task in tasks.items()}
-        found = {name: future.result() for name, future in waiting.items()}
+    waiting = {name: executor.submit(task) for name, task in tasks.items()}
+    found = {name: future.result() for name, future in waiting.items()}
     return [_place(model, m, weights[m.name], found[m.name]) for m in plan.quantized]
+
+
+def _round_alone(
+    model: Any, matrix: MatrixPlan, global_scale: npt.NDArray[np.float32] | None
+) -> dict[str, Any]:
+    W = _weight(model, matrix)
+    rounded = round_to_nearest(W, matrix.weights, global_scale=global_scale)
+    return _place(model, matrix, W, rounded)
 
 
 def _weight(model: Any, matrix: MatrixPlan) -> Any:
