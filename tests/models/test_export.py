@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import transformers.quantizers.auto
 
 import corequant as cq
 import corequant_transformers as cqhf
