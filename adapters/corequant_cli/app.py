@@ -16,6 +16,7 @@ import typer
 
 from corequant.errors import CorequantError
 from corequant_cli.commands.demo import demo
+from corequant_cli.commands.describe import describe
 from corequant_cli.commands.evaluate import evaluate
 from corequant_cli.commands.export import export
 from corequant_cli.commands.formats import formats
@@ -67,7 +68,7 @@ def top(
 
 
 _PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Make a model": (quantize, plan, presets, formats),
+    "Make a model": (quantize, plan, describe, presets, formats),
     "Judge it": (evaluate, inspect),
     "Use it elsewhere": (export,),
     "See it work": (demo,),
@@ -86,6 +87,11 @@ Examples:
 Examples:
   corequant plan MODEL --preset w4a4
   corequant plan MODEL --for llama.cpp
+""",
+    describe: """
+Examples:
+  corequant describe MODEL > mine.toml
+  corequant quantize MODEL -o OUT --architecture mine.toml
 """,
     evaluate: """
 Examples:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from corequant_transformers.exports.targets import export
     from corequant_transformers.exports.transformers_hook import install
     from corequant_transformers.files.digests import check_digests
+    from corequant_transformers.inspection.describe import Description, describe
     from corequant_transformers.inspection.html import write_report
     from corequant_transformers.inspection.layers import LayerError, LayerErrors, layer_errors
     from corequant_transformers.inspection.outliers import Inspection, inspect
@@ -66,6 +67,7 @@ _PARTS = {
     "exports.targets": "export",
     "exports.transformers_hook": "install",
     "files.digests": "check_digests",
+    "inspection.describe": "Description describe",
     "inspection.html": "write_report",
     "inspection.layers": "LayerError LayerErrors layer_errors",
     "inspection.outliers": "Inspection inspect",
@@ -85,6 +87,7 @@ __all__ = [
     "Architecture",
     "Calibration",
     "Choices",
+    "Description",
     "Divergence",
     "Documents",
     "Evaluation",
@@ -107,6 +110,7 @@ __all__ = [
     "calibrate",
     "check_digests",
     "compare_runs",
+    "describe",
     "evaluate",
     "evaluate_tasks",
     "export",

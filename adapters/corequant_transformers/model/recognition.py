@@ -29,10 +29,20 @@ from corequant_transformers.model.layouts import check_modules, check_places, st
 from corequant_transformers.model.loaders import own_config
 from corequant_transformers.planning.model_plan import ModelPlan, plan_model
 
-__all__ = ["Recognition", "architecture_in", "keep_architecture", "plan_for", "recognize"]
+__all__ = [
+    "Recognition",
+    "architecture_in",
+    "keep_architecture",
+    "norm_behaves",
+    "plan_for",
+    "recognize",
+]
 
 _KEPT = "_corequant_architecture"
 _MOST_NAMED = 4
+_UNFIT = (ArchitectureError, AttributeError, IndexError, KeyError, RuntimeError, TypeError)
+"""What comes of a description whose modules are of another make than the model's."""
+
 _PLAINEST = Recipe(rotation="heads", permutation="identity", activations=None)
 
 
@@ -161,7 +171,7 @@ def _find(model: Any, recipe: Recipe) -> Recognition | CorequantError | None:
         try:
             if not _fits(model, plan_model(model.config, recipe, candidate)):
                 continue
-        except ArchitectureError:
+        except _UNFIT:
             continue
         except CorequantError as error:
             if hindrance is None and _could_fit(model, candidate):
@@ -179,7 +189,7 @@ def _could_fit(model: Any, candidate: Architecture) -> bool:
     """Return whether a description fits a model that a recipe can't be carried out on."""
     try:
         return _fits(model, plan_model(model.config, _PLAINEST, candidate))
-    except CorequantError:
+    except (CorequantError, *_UNFIT):
         return False
 
 
@@ -209,21 +219,30 @@ def _fits(model: Any, plan: ModelPlan) -> bool:
     with standardized(model, plan):
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         check_modules(plan, shapes)
-    return all(_behaves(model.get_submodule(name), plan) for name in plan.norms)
+    a, width = plan.architecture, plan.dimensions.hidden
+    return all(norm_behaves(model.get_submodule(name), a, width) for name in plan.norms)
 
 
 # ---- norms, by what they compute
 
 
-def _behaves(norm: Any, plan: ModelPlan) -> bool:
-    """Return whether a norm computes what its described kind does."""
-    a = plan.architecture
+def norm_behaves(norm: Any, architecture: Architecture, width: int) -> bool:
+    """Return whether a norm computes what the described kind does.
+
+    Parameters
+    ----------
+    norm : torch.nn.Module
+        Left as it is.
+    architecture : Architecture
+    width : int
+        Channels of the residual stream.
+    """
+    a = architecture
     generator = torch.Generator().manual_seed(0)
     own = copy.deepcopy(norm).to_empty(device="cpu").double()
     for parameter in own.parameters():
         drawn = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.data = 0.5 + drawn
-    width = plan.dimensions.hidden
     # So large that no epsilon shows.
     x = 1e4 * torch.randn(4, width, generator=generator, dtype=torch.float64)
     weight, bias = getattr(own, "weight", None), getattr(own, "bias", None)
