@@ -21,7 +21,9 @@ import transformers
 import corequant_transformers as cqhf
 from corequant.errors import CorequantError
 from corequant.recipe import Recipe
-from corequant_transformers.model.loaders import make_model
+from corequant_transformers.architectures.known import UnknownArchitectureError, architecture_of
+from corequant_transformers.model.gguf_files.dialects import dialect_of
+from corequant_transformers.model.loaders import load_model, make_model
 
 ROOT = Path(__file__).parents[2]
 START, END = "<!-- architectures -->", "<!-- end of architectures -->"
@@ -133,7 +135,10 @@ class Row:
         """Return a random model, with random gains and biases."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            made = make_model(self.config(), dtype=torch.float32)
+            if self.kind in _NO_DECODERS:
+                made = transformers.AutoModel.from_config(self.config(), dtype=torch.float32)
+            else:
+                made = make_model(self.config(), dtype=torch.float32)
         for name, parameter in made.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             drawn = torch.randn(parameter.shape, generator=generator)
@@ -377,10 +382,52 @@ ROWS = (
 )
 
 
-REFUSED: dict[str, tuple[str, str]] = {}
+_SHARED = "to be placed are .*shared_(experts?|mlp)"
+_NO_DECODERS = ("vit", "t5", "whisper")
+REFUSED: dict[str, tuple[str, str]] = {
+    "Qwen2-MoE": (_SHARED, "shared experts"),
+    "Qwen3-Next": (_SHARED, "shared experts"),
+    "Gemma 3n text": ("mix several residual streams", "several residual streams, mixed by token"),
+    "Gemma 4 text": (
+        "hidden_size_per_layer_input is 0, got 16",
+        "an embedding for each layer; works without",
+    ),
+    "Granite 4 hybrid": ("num_local_experts is 0, got 4", "shared experts; works without experts"),
+    "GLM4-MoE": (_SHARED, "shared experts"),
+    "DeepSeek-V2": ("mlp.gate_proj.weight must have shape .* got None", "shared experts"),
+    "DeepSeek-V3": ("mlp.gate_proj.weight must have shape .* got None", "shared experts"),
+    "gpt-oss": ("to be placed are .*sinks", "experts with biases"),
+    "Ernie 4.5-MoE": (_SHARED, "shared experts"),
+    "Hunyuan-MoE": (_SHARED, "shared experts"),
+    "MiniMax-M2": ("to be placed are .*e_score_correction_bias", "biases of its router"),
+    "Llama 4 text": (
+        "feed_forward.gate_proj.weight must have shape .* got None",
+        "shared experts; works without experts",
+    ),
+    "dots1": (_SHARED, "shared experts"),
+    "ViT": ("got 'vit'", "reads images"),
+    "T5": ("got 't5'", "an encoder and a decoder"),
+    "Whisper": ("got 'whisper'", "an encoder and a decoder"),
+}
 """Pattern of the message and reason of each row that is refused."""
 
-UNEXPORTED: dict[str, str] = {}
+_NOTHING = "the recipe does nothing"
+_CHANGED = "merging changed which tensors"
+UNEXPORTED: dict[str, str] = {
+    "Qwen3.5 text": _NOTHING,
+    "Mamba 2": _NOTHING,
+    "GraniteMoE": "holds several experts' matrices",
+    "Falcon": "is a FalconLinear in Transformers",
+    "Falcon 40B": "is a FalconLinear in Transformers",
+    "BLOOM": _CHANGED,
+    "MiniMax": _CHANGED,
+    "Apertus": _CHANGED,
+    "GPT-2": "is not a linear layer of its own",
+    "GPT-BigCode": "sets the weight of",
+    "BERT": _CHANGED,
+    "RoBERTa": _CHANGED,
+    "ModernBERT": "sets the weight of",
+}
 """Pattern of the message for each row that works and can't be exported to compressed-tensors."""
 
 

@@ -60,6 +60,11 @@ def check_layers(candidate: Candidate) -> None:
                 f"{matrix.name} of {kind!r} is not a linear layer of its own in Transformers, and "
                 "compressed-tensors quantizes only these"
             )
+        if wanted is torch.nn.Linear and type(layer).forward is not wanted.forward:
+            raise ArchitectureError(
+                f"{matrix.name} of {kind!r} is a {type(layer).__name__} in Transformers, which "
+                "multiplies by a weight that a compressed layer doesn't have"
+            )
     expected = set(model.state_dict())
     if plan.tied:
         expected.discard(f"{plan.architecture.head}.weight")
@@ -103,7 +108,7 @@ def _check_initialization(model: Any, plan: ModelPlan) -> None:
         del layer.weight
         try:
             model._init_weights(layer)
-            if plan.architecture.enclosed:
+            if matrix.block is not None:
                 model._init_weights(model.get_submodule(path))
         except AttributeError:
             raise ArchitectureError(
