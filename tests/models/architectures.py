@@ -404,6 +404,7 @@ _NOTHING = "the recipe does nothing"
 _CHANGED = "merging changed which tensors"
 UNEXPORTED: dict[str, str] = {
     "Qwen3.5 text": _NOTHING,
+    "Qwen3-Next": _NOTHING,
     "Mamba 2": _NOTHING,
     "GraniteMoE": "holds several experts' matrices",
     "Falcon": "is a FalconLinear in Transformers",
