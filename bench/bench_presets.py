@@ -162,8 +162,8 @@ def report(found: dict[str, Any], what: str) -> str:
             f"Written by `bench_presets.py`: SmolLM2-135M-Instruct, WikiText-2, {SAMPLES} windows "
             f"of {LENGTH} tokens to calibrate; perplexity (float: {found['float']:.2f}), mean "
             "KL(float || quantized) in nats and how often both models' first choice is the same, "
-            "over the first windows of the test split, by one function for all; seconds and peak "
-            "memory of quantizing on one core. `preset_sides.py` has the others' recipes.",
+            "over the first windows of the test split, by one function for all; seconds of one "
+            "processor and peak memory of quantizing. `preset_sides.py` has the others' recipes.",
             "",
             "| preset | | perplexity | KL | same first choice, % | s | peak RSS, MiB |",
             "|---|---|---|---|---|---|---|",
