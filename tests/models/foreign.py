@@ -25,7 +25,7 @@ class TowerConfig(PreTrainedConfig):
 
     model_type = "tower"
 
-    def __init__(self, floor_width=160, **fields):
+    def __init__(self, floor_width=192, **fields):
         self.floor_width = floor_width
         usual = {
             "vocab_size": 128,
