@@ -215,7 +215,12 @@ def test_somebody_elses_model_goes_through_the_whole_command(folder, tmp_path):
         folder, "inspect", out, "--against", model, "--text", text, "--sequence-length", 32, *given
     )
     assert layers["layers"]
-    invoke(folder, "export", out, "-o", tmp_path / "export", "--to", "compressed-tensors")
+    with pytest.raises(cq.SpecError, match="zero points; .* by --for or reader=transformers or"):
+        invoke(folder, "export", out, "-o", tmp_path / "export")
+    symmetric = (*recipe, "--weights", "int4:group32", "--calibration", text)
+    invoke(folder, "quantize", model, "-o", tmp_path / "other", *symmetric, *given)
+    alone = invoke(folder, "evaluate", tmp_path / "other", "--text", text, "--sequence-length", 64)
+    invoke(folder, "export", tmp_path / "other", "-o", tmp_path / "export")
     exported = invoke(
         folder, "evaluate", tmp_path / "export", "--text", text, "--sequence-length", 64, *given
     )

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from corequant.errors import OutputError
+from corequant.errors import OutputError, SpecError
+from corequant.recipe import READERS
 from corequant_transformers.checkpoint.reader import Stored
 from corequant_transformers.exports.prospect import Candidate
 from corequant_transformers.model.surroundings import undisturbed
@@ -93,7 +94,14 @@ def export(
     ...     sorted(f.name for f in cqhf.export(f"{folder}/own", f"{folder}/other").iterdir())
     ['README.md', 'config.json', 'corequant.sha256', 'model.safetensors']
     """
-    return write_layout(path, output, to, source=source, shard_bytes=shard_bytes, verify=verify)
+    try:
+        return write_layout(path, output, to, source=source, shard_bytes=shard_bytes, verify=verify)
+    except SpecError as error:
+        readers = [name for name, layout in READERS.items() if layout == to]
+        raise SpecError(
+            f"{error}; codes stay as they are in an export, but the float model can be quantized "
+            f"for the program that is to read it, by --for or reader={' or '.join(readers)}"
+        ) from None
 
 
 def write_layout(
