@@ -21,7 +21,7 @@ import corequant_vllm
 from corequant.recipe import Recipe
 from corequant.storage.tensor_file import RawTensor, TensorFile, write_tensors
 from corequant_transformers.checkpoint.reader import Stored
-from corequant_transformers.exports import to_compressed_tensors as compressed
+from corequant_transformers.exports import weight_files
 from corequant_transformers.exports.transformers_hook import BlockTransform
 from corequant_transformers.model.surroundings import quiet_transformers
 
@@ -340,8 +340,8 @@ def test_a_lost_bit_is_noticed(tokens, tmp_path, monkeypatch):
             },
         )
 
-    write = compressed.write_tensors
-    monkeypatch.setattr(compressed, "write_tensors", damaging)
+    write = weight_files.write_tensors
+    monkeypatch.setattr(weight_files, "write_tensors", damaging)
     with pytest.raises(cq.OutputError, match="did not read back"):
         quantized(tmp_path, tokens, rotation="offline", weights="int4:group16")
     assert [f.name for f in tmp_path.iterdir()] == ["own"]
