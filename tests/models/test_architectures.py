@@ -170,7 +170,9 @@ def test_the_plan_says_where_the_residual_rotation_cannot_be_merged(kind, tokens
         assert "post_feedforward_layernorm stand between the writers" in plan.notes[0]
         assert "rotated at run time instead" in plan.notes[0]
     else:
-        assert plan.notes == ()
+        rare = "an expert that fewer than 32 calibration tokens reach"
+        experts = any(m.expert is not None for m in plan.matrices)
+        assert [note.startswith(rare) for note in plan.notes] == [True] * experts
 
 
 def test_a_post_norm_does_not_commute_with_a_rotation(tokens):

@@ -437,12 +437,12 @@ def test_codes_of_another_quantizer_are_not_read_as_numbers(kind, tokens, tmp_pa
 
 def test_a_model_that_is_quantized_already_is_refused(tokens, tmp_path):
     folder = other_files(tmp_path / "model", lambda tensors: None)
-    edit_json(folder / "config.json", quantization_config={"quant_method": "fp8"})
+    edit_json(folder / "config.json", quantization_config={"quant_method": "awq"})
     for call in (cqhf.plan, lambda m, r: cqhf.quantize(m, r, tokens)):
         with pytest.raises(cq.CheckpointError, match="quantized already"):
             call(folder, Recipe(block_size=16))
     model = cqhf.tiny_model("llama")
-    model.config.quantization_config = {"quant_method": "fp8"}
+    model.config.quantization_config = {"quant_method": "awq"}
     with pytest.raises(cq.CheckpointError, match="LlamaForCausalLM has a quantization_config"):
         cqhf.quantize(model, Recipe(block_size=16), tokens)
 

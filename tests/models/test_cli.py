@@ -65,7 +65,7 @@ def test_plan_of_layers_that_differ(folder):
     plan = json.loads(run("plan", "model", *given, "--json", cwd=folder).stdout)
     found = {m["name"]: (m["weights"], m["rounding"]) for m in plan["matrices"] if m["quantized"]}
     default = Recipe.from_dict({**plan["recipe"], "layers": [], "keep": []})
-    other = (str(default.weights), default.rounding)
+    other = ("int6:group64:symmetric:mse:bfloat16", default.rounding)
     assert found == {
         "model.layers.0.mlp.gate_proj": other,
         "model.layers.0.mlp.up_proj": other,
@@ -79,7 +79,7 @@ def test_plan_of_layers_that_differ(folder):
     assert recipe.keep == ("lm_head", "layers.0.self_attn")
     table = run("plan", "model", *given, cwd=folder).stdout
     assert re.search(r"block 0 .*down_proj .* int8 .*block 1 .*after the blocks", table, re.S)
-    assert "2 × weights int4" in table
+    assert "2 × weights int6" in table
     assert "1 × weights int8:channel:symmetric:mse" in table
     wrong = run("plan", "model", "--keep", "head", cwd=folder, check=False)
     assert wrong.returncode == 1

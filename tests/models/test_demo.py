@@ -49,7 +49,7 @@ def test_the_demo(narrow, tmp_path, monkeypatch):
         assert text in words
     for name, recipe in (("w4a16", "w4a16"), ("w4a4", "w4a4")):
         model = cqhf.load(tmp_path / "out" / name)
-        layer = model.model.layers[0].mlp.down_proj
+        layer = model.model.layers[1].mlp.down_proj
         assert layer.quantized.spec == Recipe.preset(recipe).weights
 
 

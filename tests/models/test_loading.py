@@ -518,8 +518,8 @@ def test_damaged_directories_are_refused(damage, words, copy_of):
 
 
 def test_an_architecture_that_is_not_described_is_refused(copy_of):
-    reseal(copy_of, model_type="bloom")
-    with pytest.raises(cq.ArchitectureError, match="bloom"):
+    reseal(copy_of, model_type="biogpt")
+    with pytest.raises(cq.ArchitectureError, match="biogpt"):
         load(copy_of)
 
 

@@ -129,15 +129,20 @@ def test_infinite_activations_at_run_time_name_the_layer():
 def test_unknown_architecture_says_what_to_describe():
     model = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(
-            "bloom", hidden_size=8, n_head=2, n_layer=1, vocab_size=16
+            "biogpt",
+            hidden_size=16,
+            num_attention_heads=2,
+            num_hidden_layers=1,
+            intermediate_size=16,
+            vocab_size=128,
         )
     )
-    with pytest.raises(cq.ArchitectureError, match=r"got 'bloom'; to describe another") as caught:
+    with pytest.raises(cq.ArchitectureError, match=r"got 'biogpt'; to describe another") as caught:
         run(model)
     lacking, placing = str(caught.value).split("Of Llama's parts it lacks ")[1].split("; ")
     assert lacking.startswith("embedding, final_norm, attention_norm, query, key, value")
-    assert "transformer.word_embeddings.weight" in placing
-    assert "transformer.h.{}.self_attention.query_key_value.bias" in placing
+    assert "biogpt.embed_tokens.weight" in placing
+    assert "biogpt.layers.{}.self_attn.out_proj.bias" in placing
 
 
 def test_a_description_that_does_not_fit_is_refused(monkeypatch):

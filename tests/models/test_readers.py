@@ -54,6 +54,7 @@ def beginning(model, blocks, tokens):
     """Return a model's first blocks, with the embeddings of its first tokens, in float64."""
     config = copy.deepcopy(model.config)
     config.num_hidden_layers, config.vocab_size = blocks, tokens
+    config.layer_types = config.layer_types[:blocks]
     with torch.device("meta"):
         small = type(model)(config)
     state = {k: v for k, v in model.state_dict().items() if k in small.state_dict()}

@@ -12,6 +12,7 @@ from corequant.errors import ArchitectureError, CheckpointError
 from corequant.recipe import Recipe
 from corequant_transformers.architectures.known import _KNOWN
 from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
+from tests.models.test_described import VARIANTS
 
 TOKENS = np.random.default_rng(0).integers(0, 128, (2, 32))
 RECIPE = Recipe(block_size=16)
@@ -57,7 +58,7 @@ def test_a_cast_model_is_quantized_as_it_loads(kind, cast, tmp_path):
 @pytest.mark.parametrize("kind", sorted(_KNOWN))
 def test_untouched_models_pass(kind):
     for cast in (lambda m: m, *CASTS.values()):
-        check(cast(cqhf.tiny_model(kind)))
+        check(cast(cqhf.tiny_model(kind, **VARIANTS.get(kind, {}))))
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_real_weights_on_disk_equal_those_in_memory(smollm2, help_tokens, tmp_pa
     """Three blocks of SmolLM2; ``bench/bench_streaming.py`` takes all."""
     model = copy.deepcopy(smollm2[0])
     model.model.layers = model.model.layers[:3]
-    model.config.num_hidden_layers = 3
+    model.config.num_hidden_layers, model.config.layer_types = 3, ["full_attention"] * 3
     model.save_pretrained(tmp_path / "float", max_shard_size="60MB")
     smollm2[1].save_pretrained(tmp_path / "float")
     recipe, tokens = Recipe(block_size=16), help_tokens[:2]
