@@ -146,16 +146,16 @@ def measure(cell: str, folder: Path, python: str) -> dict[str, float]:
     return found
 
 
-def _seconds(found: dict[str, float]) -> str:
-    """Return the seconds of a cell; none are kept of one that others' work drew out."""
-    return f"{found['seconds']:.0f}" if "seconds" in found else ""
+def _whole(found: dict[str, float], key: str) -> str:
+    """Return what a cell took; of one that others' work drew out it is not kept."""
+    return f"{found[key]:.0f}" if key in found else ""
 
 
 def report(found: dict[str, Any], what: str) -> str:
     """Return the section of bench/README.md."""
     rows = [
         f"| {row} | {side} | {f['perplexity']:.2f} | {f['kl']:.4f} | {100 * f['top1']:.1f} | "
-        f"{_seconds(f)} | {f['peak']:.0f} |"
+        f"{_whole(f, 'seconds')} | {_whole(f, 'peak')} |"
         for row, sides in CELLS.items()
         for side in sides
         if (f := found.get(f"{row}:{side}"))
