@@ -58,7 +58,7 @@ def preset(found: Preset, recipe: str) -> None:
     console().print(recipe.rstrip(), highlight=False, markup=False)
     for reader, fields in found.readers.items():
         if fields:
-            changed = ", ".join(f"{key} {value}" for key, value in fields.items())
+            changed = "; ".join(f"{key} {_said(value)}" for key, value in fields.items())
             console().print(f"\nwith --for {reader}: {marked(changed)}", highlight=False)
     figures = [
         f"{key.replace('_', ' ')} {form.format(found.measured[key])}"
@@ -68,6 +68,13 @@ def preset(found: Preset, recipe: str) -> None:
     if figures:
         console().print(f"\nmeasured: {', '.join(figures)}")
         console().print(f"by: {marked(found.measured['command'])}", highlight=False)
+
+
+def _said(value: Any) -> str:
+    """Return a field's value as an option on the command line has it."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def formats(values: Mapping[str, Any]) -> None:
