@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 
+from corequant_transformers.architectures.dimensions import of_block
 from corequant_transformers.architectures.known import (
     architecture_of,
     is_composite,
@@ -169,7 +170,8 @@ def _config(model_type: str, values: dict[str, Any], given: dict[str, Any]) -> A
             vision_config={**_VISION, **around["vision"]},
             **{"tie_word_embeddings": False, **around["own"], **own},
         )
-    known = {name for name in values if _has(usual, name) and not _is_computed(usual, name)}
+    first = of_block(usual, 0)
+    known = {name for name in values if hasattr(first, name) and not _is_computed(usual, name)}
     if "num_key_value_heads" in known:
         # Many models honour it although their configs don't have it unless it is given.
         known.add("head_dim")
@@ -182,10 +184,3 @@ def _config(model_type: str, values: dict[str, Any], given: dict[str, Any]) -> A
 
 def _is_computed(config: Any, name: str) -> bool:
     return isinstance(getattr(type(config), name, None), property)
-
-
-def _has(config: Any, name: str) -> bool:
-    try:
-        return hasattr(config, name)
-    except Exception:  # Transformers' own, for a field that differs between blocks
-        return True

@@ -1,4 +1,4 @@
-"""A small real model from PyPI, quantized in several ways: the first five minutes."""
+"""A small real model from PyPI, quantized in several ways and compared with itself in float."""
 
 from __future__ import annotations
 

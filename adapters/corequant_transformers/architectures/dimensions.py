@@ -12,7 +12,7 @@ from corequant.errors import ArchitectureError
 from corequant_transformers.architectures.description import Architecture
 from corequant_transformers.architectures.known import architecture_of, decoder_config
 
-__all__ = ["MOST_BLOCKS", "Dimensions", "dimensions_in", "dimensions_of", "evaluate"]
+__all__ = ["MOST_BLOCKS", "Dimensions", "dimensions_in", "dimensions_of", "evaluate", "of_block"]
 
 MOST_BLOCKS = 4096
 """Decoder blocks of a config that is believed; published models have some hundred at most."""
@@ -199,13 +199,17 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
 }
 
 
+def of_block(config: Any, block: int) -> Any:
+    """Return the config of a block, where fields may differ between blocks."""
+    if not getattr(config, "is_heterogeneous", False):
+        return config
+    return config.per_layer_config[block]
+
+
 def _positive(
     config: Any, name: str, default: int | None = None, most: int = _MOST_WIDE, block: int = 0
 ) -> int:
-    try:
-        value = getattr(config, name, None)
-    except Exception:  # Transformers' own, for a field that differs between blocks
-        value = getattr(config.per_layer_config[block], name, None)
+    value = getattr(of_block(config, block), name, None)
     if isinstance(value, list | tuple) and block < len(value):
         value = value[block]
     value = default if value is None else value
