@@ -11,7 +11,7 @@ import numpy.typing as npt
 from corequant._dispatch import is_elsewhere
 from corequant.rounding.accumulators import AccumulatorSpec
 from corequant.rounding.eigenvalues import largest_eigenvalue
-from corequant.rounding.hessian import damped_factor
+from corequant.rounding.hessian import Factor, damped_factor
 from corequant.rounding.methods import RoundingMethod
 from corequant.rounding.problem import (
     ColumnOptions,
@@ -22,7 +22,9 @@ from corequant.rounding.problem import (
 )
 from corequant.specs import QuantSpec
 
-__all__ = ["qronos"]
+__all__ = ["correct", "qronos"]
+
+Array = npt.NDArray[Any]
 
 
 def qronos(
@@ -108,6 +110,39 @@ def qronos(
     gap = moment_gap(problem, problem.W)
     factor, used = damped_factor(problem.H, loop.order, problem.dead, value, loop.dtype, name)
     centers = problem.ordered
+    values = correct(centers, gap, factor, problem.H, loop.order, problem.dead)
+    return problem.solve("qronos", values, centers, problem.factored_pull(factor.L), used)
+
+
+def correct(
+    centers: Array,
+    gap: Array,
+    factor: Factor,
+    H: Array,
+    order: Array,
+    dead: npt.NDArray[np.bool_],
+) -> Array:
+    """Bring weights to their best values given the inputs that the layer really sees.
+
+    Parameters
+    ----------
+    centers : array (rows, d)
+        The weight, its columns in the loop's order. It becomes what errors are measured from.
+    gap : array (rows, d)
+        ``W (G - H)`` in the same order. It is overwritten.
+    factor : Factor
+        Of the damped H.
+    H : array (d, d)
+    order : array (d,)
+        Columns in reverse order of their rounding.
+    dead : array (d,)
+        Whether H_jj is zero.
+
+    Returns
+    -------
+    array (rows, d)
+        What is rounded.
+    """
     last = gap[:, -1:].copy()
     # The system without the first column, which is the last here: its share is zero on the way.
     shift = factor.forward(gap)
@@ -115,10 +150,10 @@ def qronos(
     shift = factor.backward(shift)
     np.add(centers, shift, out=centers, where=shift != 0)
     values = centers.copy()
-    if len(values.T) and not problem.dead[loop.order[-1]]:
-        last /= loop.dtype.type(problem.H[loop.order[-1], loop.order[-1]])
+    if len(values.T) and not dead[order[-1]]:
+        last /= centers.dtype.type(H[order[-1], order[-1]])
         np.add(values[:, -1:], last, out=values[:, -1:], where=last != 0)
-    return problem.solve("qronos", values, centers, problem.factored_pull(factor.L), used)
+    return values
 
 
 METHOD = RoundingMethod(

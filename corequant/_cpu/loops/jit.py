@@ -59,7 +59,7 @@ class Kernel(Source):
                 return self._loaded[key]
             described = "\0".join(
                 (
-                    edition("corequant._cpu.loops", "corequant._cpu.codegen"),
+                    edition(*self._packages(), "corequant._cpu.codegen"),
                     metadata.version("numba"),
                     self.function.__module__,
                     self.function.__qualname__,
@@ -76,6 +76,11 @@ class Kernel(Source):
             code = cached(described, "s", ctypes.c_int64, module)
             self._loaded[key] = code, struct.Struct("".join(_letters(key)))
             return self._loaded[key]
+
+    def _packages(self) -> list[str]:
+        """Return the packages whose sources the code is made from: its own may lie deeper."""
+        common, own = "corequant._cpu.loops", self.function.__module__.rpartition(".")[0]
+        return [common, own] if own.startswith(f"{common}.") else [common]
 
 
 def _provide_memory() -> None:

@@ -1,0 +1,1 @@
+"""Kernels of weights that are coded by other means than a grid."""

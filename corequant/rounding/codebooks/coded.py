@@ -1,0 +1,246 @@
+"""Weights that are coded by other means than a grid: what all of them offer, and their results."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant.errors import CheckpointError
+from corequant.rounding.hessian import Damping
+
+__all__ = [
+    "CodedWeight",
+    "CodingReport",
+    "RoundedWeight",
+    "as_inner",
+    "check_shape",
+    "half",
+    "load_coded",
+    "load_inner",
+    "take_tensor",
+    "whole",
+]
+
+Array = npt.NDArray[Any]
+Tensors = Mapping[str, Array]
+Description = Mapping[str, Any]
+
+_PACKAGE = "corequant.rounding.codebooks"
+_KINDS = {
+    "codebook": "codebook:Codebook",
+    "column scaled": "scaled:ColumnScaled",
+    "kept outliers": "outliers:KeptOutliers",
+}
+"""Module and class of each kind of coded weight that a description can name."""
+
+_INNER = "base."
+
+_TOP = 15
+"""Float16 numbers reach up to 2**16; the largest of an array is brought below 2**15."""
+
+
+class CodedWeight(ABC):
+    """A weight (rows, columns) that isn't on a grid, with everything that restores it.
+
+    Subclasses are frozen dataclasses. Their tensors hold all that the weight takes in a file but
+    for the description, a few plain values.
+    """
+
+    kind: ClassVar[str]
+    """What a description calls it."""
+
+    shape: tuple[int, int]
+    """Rows and columns."""
+
+    @abstractmethod
+    def dequantize(self) -> npt.NDArray[np.float32]:
+        """Return the values (rows, columns)."""
+
+    @abstractmethod
+    def to_tensors(self) -> dict[str, Array]:
+        """Return what a file holds: packed arrays by name."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Return what the tensors don't say, as plain values of JSON."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls, tensors: Tensors, description: Description) -> CodedWeight:
+        """Return the weight of which these are the tensors and the description.
+
+        Raises
+        ------
+        CheckpointError
+            If they don't belong together.
+        """
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all tensors together over the number of weights."""
+        return 8 * self.nbytes / math.prod(self.shape)
+
+
+def load_coded(tensors: Tensors, description: Description) -> CodedWeight:
+    """Return the coded weight of which these are the tensors and the description.
+
+    Parameters
+    ----------
+    tensors : mapping of str to numpy.ndarray
+        As ``to_tensors`` gave them.
+    description : mapping of str
+        As ``describe`` gave it.
+
+    Returns
+    -------
+    CodedWeight
+
+    Raises
+    ------
+    CheckpointError
+        If the kind is unknown, or tensors and description don't belong together.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> W = np.random.default_rng(0).normal(size=(4, 16))
+    >>> coded = cq.Codebook.fit(W, 2)
+    >>> again = cq.load_coded(coded.to_tensors(), coded.describe())
+    >>> np.array_equal(again.dequantize(), coded.dequantize())
+    True
+    """
+    kind = description.get("kind")
+    if kind not in _KINDS:
+        raise CheckpointError(f"kind must be one of {', '.join(sorted(_KINDS))}, got {kind!r}")
+    module, name = _KINDS[kind].split(":")
+    found: CodedWeight = getattr(import_module(f"{_PACKAGE}.{module}"), name).from_tensors(
+        tensors, description
+    )
+    return found
+
+
+@dataclass(frozen=True)
+class CodingReport:
+    """How a method coded a weight.
+
+    Attributes
+    ----------
+    method : str
+        Such as ``"skim"``.
+    name : str
+        The layer's name as it was given.
+    bits_per_weight : float
+        Everything that is stored, in bits, over the number of weights.
+    loss : float or None
+        ``reconstruction_loss`` of the result; None where it wasn't asked for.
+    nearest_loss : float or None
+        The same where each weight takes the value nearest to it.
+    damping : Damping or None
+        Addition to the diagonal of H; None for methods without.
+    dead_columns : tuple of int
+        Columns that no input reached: H_jj = 0.
+    shrinkage : float
+        Addition to the diagonals of H and G for lack of tokens, divided by the mean of H's.
+    """
+
+    method: str
+    name: str
+    bits_per_weight: float
+    loss: float | None = None
+    nearest_loss: float | None = None
+    damping: Damping | None = None
+    dead_columns: tuple[int, ...] = ()
+    shrinkage: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class RoundedWeight:
+    """A coded weight with the report of the method that made it.
+
+    Attributes
+    ----------
+    weight : CodedWeight
+    report : CodingReport
+    """
+
+    weight: CodedWeight
+    report: CodingReport
+
+    def dequantize(self) -> npt.NDArray[np.float32]:
+        """Return the weight's values (rows, columns)."""
+        return self.weight.dequantize()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weight takes."""
+        return self.weight.nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that the weight takes over the number of its entries."""
+        return self.weight.bits_per_weight
+
+
+def half(values: Array) -> tuple[npt.NDArray[np.float16], int]:
+    """Return ``values`` as float16 numbers times one power of two, and its exponent.
+
+    The largest magnitude is brought close to the top of float16's range, so that numbers down to
+    2**-29 of it keep their eleven bits.
+    """
+    largest = float(np.abs(values).max(initial=0))
+    exponent = math.frexp(largest)[1] - _TOP if largest else 0
+    return np.ldexp(values, -exponent).astype(np.float16), exponent
+
+
+def whole(stored: npt.NDArray[np.float16], exponent: int) -> npt.NDArray[np.float32]:
+    """Return the float32 numbers of which ``half`` gave float16 numbers and the exponent."""
+    return np.ldexp(stored.astype(np.float32), exponent)
+
+
+def as_inner(base: CodedWeight) -> dict[str, Array]:
+    """Return the tensors of a weight that another one wraps, under names of their own."""
+    return {f"{_INNER}{name}": array for name, array in base.to_tensors().items()}
+
+
+def load_inner(tensors: Tensors, description: Description) -> CodedWeight:
+    """Return the weight that another one wraps, or raise CheckpointError."""
+    base, size = description.get("base"), len(_INNER)
+    if not isinstance(base, dict):
+        raise CheckpointError(f"base must be a description, got {base!r}")
+    own = {name[size:]: array for name, array in tensors.items() if name.startswith(_INNER)}
+    return load_coded(own, base)
+
+
+def check_shape(description: Description) -> tuple[int, int]:
+    """Return the shape that a description says, or raise CheckpointError."""
+    shape = description.get("shape")
+    good = isinstance(shape, list | tuple) and len(shape) == 2
+    if not good or not all(isinstance(n, int) and n > 0 for n in shape or ()):
+        raise CheckpointError(f"shape must be two positive integers, got {shape!r}")
+    assert shape is not None
+    return int(shape[0]), int(shape[1])
+
+
+def take_tensor(tensors: Tensors, name: str, dtype: npt.DTypeLike, length: int) -> Array:
+    """Return a tensor (length,) of a dtype by its name, or raise CheckpointError."""
+    if name not in tensors:
+        raise CheckpointError(f"tensors must hold {name!r}, got {', '.join(sorted(tensors))}")
+    found = tensors[name]
+    if found.dtype != dtype or found.shape != (length,):
+        raise CheckpointError(
+            f"{name} must be {np.dtype(dtype).name} of shape ({length},), "
+            f"got {found.dtype.name} of shape {found.shape}"
+        )
+    return found

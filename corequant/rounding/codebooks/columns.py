@@ -1,0 +1,209 @@
+"""The column loop of GPTQ and Qronos for weights that are coded by other means than a grid.
+
+It is that of ``corequant.rounding.loop`` with another rounding: columns in reverse order, ``H =
+L Lᵀ``, D = centers - rounded, and column j rounded at ``values_j + Σ_{i>j} D_i L_ij / L_jj``.
+Blocks of columns are separated by matrix products; what a column becomes is up to an object.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant._validation import check_matrix, working_dtype
+from corequant.errors import NonFiniteError
+from corequant.rounding.eigenvalues import largest_eigenvalue
+from corequant.rounding.hessian import (
+    Damping,
+    Factor,
+    check_cross_moment,
+    check_hessian,
+    check_tokens,
+    column_order,
+    damped_factor,
+    mean_diagonal,
+    shrunk,
+)
+from corequant.rounding.problem import check_damping, gap_product, loss_of
+from corequant.rounding.qronos import correct
+
+__all__ = ["ColumnProblem", "ColumnQuantizer"]
+
+Array = npt.NDArray[Any]
+
+_BLOCK = 128
+_PANEL = 32
+"""Columns within a block between two products: most of the sums are taken by BLAS."""
+
+_GPTQ, _QRONOS = 0.01, 1e-4
+"""Dampings by default: times the mean of H's diagonal, and times its largest eigenvalue."""
+
+
+class ColumnQuantizer(Protocol):
+    """What the columns of a weight become."""
+
+    def enter_block(self, columns: Array, values: Array, curvature: Array) -> None:
+        """Prepare for a block of columns.
+
+        Parameters
+        ----------
+        columns : array (B,), int64
+            The weight's own indexes of the columns, in the order of their rounding.
+        values : array (rows, B)
+            What they would be if none of them were rounded.
+        curvature : array (B,), float64
+            L_jj²: what the square of an error in a column costs where all later columns make up
+            for it.
+        """
+
+    def quantize_column(self, w: Array, j: int) -> Array:
+        """Return what the weight's column j becomes.
+
+        Parameters
+        ----------
+        w : array (rows,)
+            What it should be, given all columns before.
+        j : int
+            The weight's own index of the column.
+
+        Returns
+        -------
+        array (rows,)
+            In w's dtype.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnProblem:
+    """A weight, the moments of its inputs, and the order of its columns; all of it checked.
+
+    ``values`` and ``centers`` (rows, d) have their columns in the loop's order, ``H`` and ``G`` are
+    what is worked with, ``measured`` what was given.
+    """
+
+    W: Array
+    H: Array
+    G: Array | None
+    measured: tuple[Array, Array | None]
+    order: npt.NDArray[np.int64]
+    dead: npt.NDArray[np.bool_]
+    factor: Factor
+    values: Array
+    centers: Array
+    damping: Damping
+    shrinkage: float
+    name: str
+
+    @classmethod
+    def of(
+        cls,
+        W: Any,
+        H: Any,
+        G: Any = None,
+        *,
+        damping: float | None = None,
+        act_order: bool = True,
+        dtype: npt.DTypeLike | None = None,
+        tokens: int | None = None,
+        name: str = "W",
+    ) -> ColumnProblem:
+        """Check every argument; raises as ``gptq`` and ``qronos`` do.
+
+        Parameters
+        ----------
+        W : array (out_features, in_features)
+        H : array (in_features, in_features)
+        G : array (in_features, in_features), optional
+            Cross moments, with which Qronos's correction is made.
+        damping : float, optional
+            Addition to the diagonal of H; by default 0.01 times its mean, with G 1e-4 times the
+            largest eigenvalue of H.
+        act_order, dtype, tokens, name
+            As for ``gptq``.
+        """
+        W = check_matrix("W", W)
+        working = working_dtype(W, dtype)
+        measured = check_hessian(H, W.shape[1], name)
+        cross = None if G is None else check_cross_moment(G, measured, name)
+        dead = np.diagonal(measured) == 0
+        order = column_order(np.diagonal(measured), dead, act_order, 0)
+        H, G, shrinkage = shrunk(measured, cross, check_tokens(tokens))
+        if G is None:
+            share = check_damping(_GPTQ if damping is None else damping)
+            share *= mean_diagonal(np.diagonal(H).astype(np.float64), dead)
+        else:
+            share = check_damping(_QRONOS if damping is None else damping)
+            share *= largest_eigenvalue(H)
+        factor, used = damped_factor(H, order, dead, share, working, name)
+        centers = np.take(W, order, axis=1).astype(working, copy=False)
+        if G is None:
+            values = centers.copy()
+        else:
+            gap = np.ascontiguousarray(gap_product(W, G, H, working)[:, order])
+            values = correct(centers, gap, factor, H, order, dead)
+        given = measured, cross
+        return cls(W, H, G, given, order, dead, factor, values, centers, used, shrinkage, name)
+
+    def run(self, quantizer: ColumnQuantizer, block: int = _BLOCK) -> Array:
+        """Return the weight (rows, columns) as ``quantizer`` rounds it, in the working dtype.
+
+        Blocks of ``block`` columns are entered one after the other.
+        """
+        rounded = np.empty_like(self.values)
+        errors = np.empty_like(self.values)
+        L = self.factor.L
+        for stop in range(self.values.shape[1], 0, -block):
+            start = max(0, stop - block)
+            sums = errors[:, stop:] @ L[stop:, start:stop]
+            part = np.ascontiguousarray(L[start:stop, start:stop])
+            self._enter(quantizer, start, stop, sums, part)
+            # Columns lie in memory one after the other.
+            columns = np.asfortranarray(sums)
+            for last in range(stop, start, -_PANEL):
+                first = max(start, last - _PANEL)
+                for c in range(last - 1, first - 1, -1):
+                    j = c - start
+                    argument = self.values[:, c] + columns[:, j] / part[j, j]
+                    column = quantizer.quantize_column(argument, int(self.order[c]))
+                    rounded[:, c] = column
+                    error = self.centers[:, c] - column
+                    errors[:, c] = error
+                    inside = slice(first - start, j)
+                    columns[:, inside] += error[:, None] * part[j, inside]
+                done = slice(first - start, last - start)
+                before = slice(0, first - start)
+                columns[:, before] += errors[:, first:last] @ part[done, before]
+        self._check(errors)
+        return np.take(rounded, np.argsort(self.order), axis=1)
+
+    def loss(self, Q: Array) -> float:
+        """Return the reconstruction loss of ``Q`` (rows, columns)."""
+        return loss_of(self.W, Q, *self.measured)
+
+    def _enter(
+        self, quantizer: ColumnQuantizer, start: int, stop: int, sums: Array, part: Array
+    ) -> None:
+        from scipy.linalg import blas
+
+        # What the columns would be if none of them were rounded: no pull is left over.
+        trsm = blas.get_blas_funcs("trsm", (sums,))
+        shift = trsm(1.0, np.asfortranarray(part.T), sums.T, lower=False).T
+        values = (self.values[:, start:stop] + shift)[:, ::-1]
+        curvature = np.square(np.diagonal(part)[::-1].astype(np.float64))
+        quantizer.enter_block(
+            self.order[start:stop][::-1].copy(), np.ascontiguousarray(values), curvature
+        )
+
+    def _check(self, errors: Array) -> None:
+        good = np.isfinite(errors)
+        if not good.all():
+            row, place = np.unravel_index(int(np.argmin(good)), good.shape)
+            raise NonFiniteError(
+                f"W of {self.name}, adjusted for rounding errors,",
+                int(good.size - np.count_nonzero(good)),
+                (int(row), int(self.order[place])),
+                float(errors[row, place]),
+            )

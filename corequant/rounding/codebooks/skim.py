@@ -1,0 +1,297 @@
+"""SKIM: a codebook for each row, as wide as its errors are worth, and scales of columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant._validation import check_finite, check_floating, check_number, check_numpy
+from corequant.errors import ShapeError, SpecError
+from corequant.rounding.codebooks.allocation import hull_choice, nonconvex_rows, step_choice
+from corequant.rounding.codebooks.codebook import MOST_BITS, Codebook, check_choices
+from corequant.rounding.codebooks.coded import CodedWeight, CodingReport, RoundedWeight
+from corequant.rounding.codebooks.columns import ColumnProblem
+from corequant.rounding.codebooks.levels import LevelTable, kmeans_table
+from corequant.rounding.codebooks.quadratic import best_column_scales, best_levels, row_losses
+from corequant.rounding.codebooks.scaled import ColumnScaled
+from corequant.rounding.codebooks.streams import bits_for
+
+__all__ = ["SkimReport", "skim"]
+
+Array = npt.NDArray[Any]
+
+_REACH = 2
+"""Bits that a row may have more or fewer than all rows could have."""
+
+_REFITS = 2
+"""Times that levels are fitted to labels, and labels found again; a third gains under 0.5 %."""
+
+
+@dataclass(frozen=True)
+class SkimReport(CodingReport):
+    """How ``skim`` coded a weight.
+
+    Attributes
+    ----------
+    widths : dict of int to int
+        Number of rows of each width.
+    nonconvex_rows : int
+        Rows whose losses aren't convex in what their widths take; where there are none, and all
+        steps take the same, no choice of widths is better than the greedy one.
+    scaled : bool
+        Whether columns have scales.
+    """
+
+    widths: dict[int, int] | None = None
+    nonconvex_rows: int = 0
+    scaled: bool = False
+
+
+def skim(
+    W: Any,
+    H: Any,
+    bits: float = 3.2,
+    *,
+    G: Any = None,
+    published: bool = False,
+    sensitivity: Any = None,
+    widths: Sequence[int] | None = None,
+    mixed: bool = True,
+    feedback: bool = True,
+    refits: int = _REFITS,
+    scale: bool | None = None,
+    damping: float | None = None,
+    act_order: bool = True,
+    tokens: int | None = None,
+    name: str = "W",
+) -> RoundedWeight:
+    """Code a weight by rows: each has levels of its own, and as many as its errors are worth.
+
+    Parameters
+    ----------
+    W : numpy.ndarray (out_features, in_features)
+        Floating and finite.
+    H : numpy.ndarray (in_features, in_features)
+        ``X̃ᵀX̃ / n`` of the inputs that the layer will see.
+    bits : float
+        Average bits of a weight: of all that is stored, codebooks included; where ``published``,
+        of the indexes alone.
+    G : numpy.ndarray (in_features, in_features), optional
+        ``XᵀX̃ / n`` with the float network's inputs X: adds Qronos's correction.
+    published : bool
+        The method as published, without what is added here; see Notes.
+    sensitivity : numpy.ndarray (out_features, in_features), optional
+        What the square of each weight's error counts in k-means; by default H_jj.
+    widths : sequence of int, optional
+        Bits that an index may have, 0 to 8; by default up to two more and two fewer than all rows
+        could have, at least 1.
+    mixed : bool
+        Choose a width for each row; otherwise all rows have the largest that ``bits`` pays for.
+    feedback : bool
+        Round column after column, later ones making up for the errors of earlier ones.
+    refits : int
+        Times that levels are fitted to labels by the output error, and labels found again.
+    scale : bool, optional
+        Multiply columns by scales, in closed form for the output error; by default where
+        ``published``.
+    damping, act_order, tokens, name
+        As for ``gptq``, and for ``qronos`` where G is given.
+
+    Returns
+    -------
+    RoundedWeight
+        Its weight is a ``Codebook``, or ``ColumnScaled``; its report a ``SkimReport``.
+
+    Raises
+    ------
+    HessianError
+        If H is asymmetric or not positive semidefinite.
+    NonFiniteError, ShapeError, SpecError, TypeError, ValueError
+        If an argument breaks its rule. Where ``bits`` is out of reach, the error says what is not.
+
+    Notes
+    -----
+    SKIM (arXiv 2412.04180): levels by k-means weighted with the diagonal of H or with squared
+    gradients; a bit more for the row whose output error falls most, until the average is reached;
+    then one scale for each column, trained on the output error with labels fixed. ``published``
+    does this, with k-means exact instead of Lloyd's, and the scales' minimum, which is a linear
+    system, instead of gradient descent.
+
+    Otherwise rows are rounded by the column loop of GPTQ, or Qronos where G is given, each to its
+    own levels; the losses by which widths are chosen are those of that loop; levels are fitted to
+    labels by the output error, the solution of K equations for each row; and a row takes a new
+    step's result only where that is better.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> rng = np.random.default_rng(0)
+    >>> X, W = rng.normal(size=(512, 64)) @ rng.normal(size=(64, 64)), rng.normal(size=(32, 64))
+    >>> H = X.T @ X / 512
+    >>> plain, ours = cq.skim(W, H, 4, published=True), cq.skim(W, H, 4)
+    >>> plain.bits_per_weight, ours.bits_per_weight
+    >>> ours.report.loss < plain.report.loss
+    True
+    """
+    problem = ColumnProblem.of(
+        W, H, G, damping=damping, act_order=act_order, tokens=tokens, name=name
+    )
+    bits = check_number("bits", bits)
+    if not 0 < bits < math.inf:
+        raise ValueError(f"bits must be positive and finite, got {bits}")
+    if problem.W.size == 0:
+        raise ShapeError(f"W must hold at least one weight, got shape {problem.W.shape}")
+    task = _Task(problem, feedback and not published, bits, published)
+    chosen = task.default_widths() if widths is None else check_choices(widths)
+    table = task.fit(sensitivity, chosen)
+    scaled = published if scale is None else bool(scale)
+    book, faults = task.start(table, bool(mixed), scaled)
+    nearest = float(task.losses(book).sum())
+    if task.feedback:
+        book = task.better(book, task.fed_back(book))
+    for _ in range(0 if published else refits):
+        book = task.better(book, best_levels(book, problem.H, task.targets))
+        if task.feedback:
+            book = task.better(book, task.fed_back(book))
+    weight: CodedWeight = book
+    if scaled:
+        found = best_column_scales(book.dequantize(), problem.H, task.targets)
+        candidate = ColumnScaled.of(book, found)
+        if task.losses(candidate).sum() < task.losses(book).sum():
+            weight = candidate
+    kinds, counts = np.unique(book.widths, return_counts=True)
+    report = SkimReport(
+        "skim",
+        name,
+        weight.bits_per_weight,
+        problem.loss(weight.dequantize()),
+        nearest,
+        problem.damping,
+        tuple(int(j) for j in np.flatnonzero(problem.dead)),
+        problem.shrinkage,
+        {int(w): int(n) for w, n in zip(kinds, counts, strict=True)},
+        faults,
+        weight is not book,
+    )
+    return RoundedWeight(weight, report)
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """What is coded, and what of it counts."""
+
+    problem: ColumnProblem
+    feedback: bool
+    bits: float
+    published: bool
+
+    @property
+    def targets(self) -> Array:
+        """``W H``, or ``W G``: what outputs are compared with."""
+        p = self.problem
+        return p.W.astype(p.H.dtype) @ (p.H if p.G is None else p.G)
+
+    def losses(self, weight: CodedWeight) -> npt.NDArray[np.float64]:
+        """Return each row's output error."""
+        p = self.problem
+        return row_losses(p.W, weight.dequantize(), p.H, p.G)
+
+    def fed_back(self, book: Codebook) -> Codebook:
+        """Return the same levels with labels from the column loop."""
+        return book.encode(self.problem.run(book))
+
+    def better(self, one: Codebook, other: Codebook) -> Codebook:
+        """Return each row of the one that has the smaller output error."""
+        rows = (self.losses(other) < self.losses(one))[:, None]
+        levels = np.where(rows, other.levels, one.levels)
+        values = np.where(rows, other.dequantize(), one.dequantize())
+        return Codebook.of(values, levels, one.widths)
+
+    def default_widths(self) -> tuple[int, ...]:
+        """Return the widths around the largest one that all rows could have, ascending."""
+        everything = np.arange(MOST_BITS + 1)
+        budget, costs = self._budget(tuple(everything), False, False)
+        payable = int((costs * len(self.problem.W) <= budget).sum()) - 1
+        return tuple(range(max(1, payable - _REACH), min(MOST_BITS, max(1, payable) + _REACH) + 1))
+
+    def fit(self, sensitivity: Any, widths: tuple[int, ...]) -> tuple[tuple[int, ...], LevelTable]:
+        """Return widths, and the levels for each."""
+        weights = np.diagonal(self.problem.H).copy()
+        if sensitivity is not None:
+            weights = _check_sensitivity(sensitivity, self.problem.W)
+        return widths, kmeans_table(self.problem.W, weights, [1 << w for w in widths])
+
+    def start(
+        self, fitted: tuple[tuple[int, ...], LevelTable], mixed: bool, scaled: bool
+    ) -> tuple[Codebook, int]:
+        """Return a codebook of the widths that are worth most, and how many rows aren't convex."""
+        widths, table = fitted
+        W = self.problem.W
+        budget, costs = self._payable(widths, mixed, scaled)
+        faults = 0
+        if mixed:
+            losses = np.empty((len(W), len(widths)))
+            for k, width in enumerate(widths):
+                book = Codebook.of(W, table.levels(1 << width), width)
+                if self.feedback:
+                    book = self.fed_back(book)
+                losses[:, k] = self.losses(book)
+            faults = nonconvex_rows(losses, costs)
+            choose = step_choice if self.published else hull_choice
+            chosen = choose(losses, costs, budget)
+        else:
+            payable = np.flatnonzero(costs * len(W) <= budget * (1 + 1e-9))
+            chosen = np.full(len(W), payable[-1])
+        own = np.array(widths)[chosen]
+        levels = np.zeros((len(W), 1 << int(own.max())))
+        for width in np.unique(own):
+            rows, size = own == width, 1 << int(width)
+            levels[rows, :size] = table.levels(size)[rows]
+        return Codebook.of(W, levels, own), faults
+
+    def _payable(
+        self, widths: tuple[int, ...], mixed: bool, scaled: bool
+    ) -> tuple[float, npt.NDArray[np.float64]]:
+        """Return the same, or raise SpecError where no choice of widths comes to it."""
+        budget, costs = self._budget(widths, mixed, scaled)
+        size = self.problem.W.size
+        fixed = self.bits * size - budget
+        least, most = (float(costs[k]) * len(self.problem.W) for k in (0, -1))
+        if not least <= budget * (1 + 1e-9) or (self.published and budget > most * (1 + 1e-9)):
+            raise SpecError(
+                f"bits must be {math.ceil((least + fixed) / size * 1000) / 1000:g} to "
+                f"{(most + fixed) / size:g} for {self.problem.name} with widths {widths}, "
+                f"got {self.bits:g}"
+            )
+        return budget, costs
+
+    def _budget(
+        self, widths: tuple[int, ...], mixed: bool, scaled: bool
+    ) -> tuple[float, npt.NDArray[np.float64]]:
+        """Return the bits that all rows may take, and what a row takes at each width."""
+        rows, columns = self.problem.W.shape
+        costs = np.array([float(w) * columns for w in widths])
+        fixed = 0
+        if not self.published:
+            costs += [16 << w for w in widths]
+            fixed = 16 * columns * scaled
+            # Labels of each width, and widths, end with a whole byte.
+            fixed += 7 + mixed * (7 * len(widths) + rows * bits_for(len(widths)))
+        return self.bits * rows * columns - fixed, costs
+
+
+def _check_sensitivity(sensitivity: Any, W: Array) -> Array:
+    check_numpy("sensitivity", sensitivity)
+    check_floating("sensitivity", sensitivity)
+    if sensitivity.shape != W.shape:
+        raise ShapeError(f"sensitivity must have W's shape {W.shape}, got {sensitivity.shape}")
+    check_finite("sensitivity", sensitivity)
+    if sensitivity.min() < 0:
+        raise ValueError(f"sensitivity must not be negative, got {sensitivity.min()}")
+    checked: Array = sensitivity
+    return checked
