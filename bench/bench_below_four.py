@@ -88,6 +88,7 @@ def _schemes():
             "-nofeedback": {"feedback": False},
             "-norefit": {"refits": 0},
             "-gptq": {"cross": False},
+            "-own": {"shared": False},
         }.items():
             yield f"skim-{bits:g}{suffix}", Scheme(coded(cq.skim, bits, **more), True)
         yield f"skim-{bits:g}-unrotated", Scheme(coded(cq.skim, bits))

@@ -109,6 +109,7 @@ if TYPE_CHECKING:
         KeptOutliers,
         LevelTable,
         RoundedWeight,
+        SharedCodebook,
         SkimReport,
         SparseOutliers,
         claq,
@@ -165,8 +166,8 @@ _PARTS = {
     ),
     "corequant.rounding.codebooks": (
         "ClaqReport Codebook CodedWeight CodingReport ColumnScaled KeptOutliers LevelTable "
-        "RoundedWeight SkimReport SparseOutliers claq kmeans_levels kmeans_table lloyd_max "
-        "load_coded skim"
+        "RoundedWeight SharedCodebook SkimReport SparseOutliers claq kmeans_levels kmeans_table "
+        "lloyd_max load_coded skim"
     ),
     "corequant.rounding.gpfq": "gpfq",
     "corequant.rounding.gptq": "gptq",
@@ -214,6 +215,7 @@ __all__ = [
     "ScaleRounding",
     "ScaleSearch",
     "ShapeError",
+    "SharedCodebook",
     "SkimReport",
     "SparseOutliers",
     "SpecError",

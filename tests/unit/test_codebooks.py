@@ -107,6 +107,20 @@ def test_weights_of_a_codebook_count(rng):
     assert loss(weighted) < loss(even)
 
 
+def test_shared_codebooks_come_back_from_their_bytes(rng):
+    W = rng.normal(size=(9, 24)) * rng.lognormal(size=(9, 1))
+    tables = {w: cq.lloyd_max("laplace", 1 << w) for w in range(4)}
+    for widths in (0, 3, rng.integers(0, 4, 9)):
+        coded = cq.SharedCodebook.of(W, tables, W.std(1), widths)
+        again = restored(coded)
+        np.testing.assert_array_equal(again.dequantize(), coded.dequantize())
+        for r in range(9):
+            own = coded.scales[r] * coded.tables[int(coded.widths[r])]
+            np.testing.assert_allclose(
+                np.abs(coded.dequantize()[r] - W[r]), np.abs(own - W[r][:, None]).min(1), rtol=1e-6
+            )
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 1.0])
 def test_outliers_come_back_from_their_bytes(rng, share):
     W = rng.standard_t(2, (17, 40))
@@ -220,6 +234,10 @@ def test_bad_input_is_refused(rng):
         cq.SparseOutliers.of(W, W)
     with pytest.raises(ShapeError, match="scales must have one number for each of 24 columns"):
         cq.ColumnScaled.of(cq.Codebook.fit(W, 1), np.ones(3))
+    with pytest.raises(ShapeError, match="scales must be one for each of 4 rows"):
+        cq.SharedCodebook.of(W, {1: np.array([-1.0, 1.0])}, np.ones(3), 1)
+    with pytest.raises(ValueError, match="tables of width 1 must be 2 ascending levels"):
+        cq.SharedCodebook.of(W, {1: np.array([1.0, -1.0])}, np.ones(4), 1)
     with pytest.raises(HessianError, match="symmetric"):
         ColumnProblem.of(W, np.triu(np.ones((24, 24))))
 

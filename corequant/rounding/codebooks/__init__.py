@@ -20,6 +20,7 @@ from corequant.rounding.codebooks.levels import (
 )
 from corequant.rounding.codebooks.outliers import KeptOutliers, SparseOutliers
 from corequant.rounding.codebooks.scaled import ColumnScaled
+from corequant.rounding.codebooks.shared import SharedCodebook
 from corequant.rounding.codebooks.skim import SkimReport, skim
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "KeptOutliers",
     "LevelTable",
     "RoundedWeight",
+    "SharedCodebook",
     "SkimReport",
     "SparseOutliers",
     "claq",

@@ -37,6 +37,7 @@ _KINDS = {
     "codebook": "codebook:Codebook",
     "column scaled": "scaled:ColumnScaled",
     "kept outliers": "outliers:KeptOutliers",
+    "shared codebook": "shared:SharedCodebook",
 }
 """Module and class of each kind of coded weight that a description can name."""
 

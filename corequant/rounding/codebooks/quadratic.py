@@ -15,8 +15,9 @@ import numpy.typing as npt
 from corequant._cpu.loops.codebooks.systems import level_systems
 from corequant._cpu.threads import for_rows
 from corequant.rounding.codebooks.codebook import Codebook
+from corequant.rounding.codebooks.shared import SharedCodebook
 
-__all__ = ["best_column_scales", "best_levels", "row_losses"]
+__all__ = ["best_column_scales", "best_levels", "best_shared", "row_losses"]
 
 Array = npt.NDArray[Any]
 
@@ -53,7 +54,6 @@ def best_levels(book: Codebook, H: Array, targets: Array) -> Codebook:
         Weights keep their levels' values, up to float16; their labels are in a new order.
     """
     levels = np.array(book.levels, np.float64)
-    H, targets = np.ascontiguousarray(H), np.ascontiguousarray(targets, np.float64)
     for width in np.unique(book.widths):
         size = 1 << int(width)
         chosen = np.flatnonzero(book.widths == width)
@@ -67,21 +67,76 @@ def best_levels(book: Codebook, H: Array, targets: Array) -> Codebook:
     return Codebook.of(values, np.where(used, ascending, 0), book.widths)
 
 
+def best_shared(book: SharedCodebook, H: Array, targets: Array) -> SharedCodebook:
+    """Return a shared codebook with the best scales for its labels, and then the best levels.
+
+    Parameters
+    ----------
+    book : SharedCodebook
+    H : array (columns, columns)
+    targets : array (rows, columns)
+        ``W H``, or ``W G``.
+
+    Returns
+    -------
+    SharedCodebook
+        Its rows keep their labels but for the order of levels. Scales that would not be positive,
+        and levels without weights, stay as they are.
+    """
+    units = book.unit_values().astype(H.dtype)
+    square = np.einsum("ij,ij->i", units @ H, units, dtype=np.float64)
+    product = np.einsum("ij,ij->i", units, targets, dtype=np.float64)
+    good = (product > 0) & (square > 0)
+    scales = np.where(good, product / np.where(good, square, 1), book.scales.astype(np.float64))
+    tables: dict[int, Array] = {}
+    values = np.empty(book.shape)
+    for width, table in book.tables.items():
+        rows = np.flatnonzero(book.widths == width)
+        fitted = _solve_shared(table, H, targets[rows], book.labels[rows], scales[rows])
+        values[rows] = scales[rows, None] * fitted[book.labels[rows]]
+        tables[width] = np.sort(fitted)
+    return SharedCodebook.of(values, tables, scales, book.widths)
+
+
+def _solve_shared(table: Array, H: Array, targets: Array, labels: Array, scales: Array) -> Array:
+    """Return the best levels (K,) of rows that share them."""
+    size = len(table)
+    matrix, right = np.zeros((size, size)), np.zeros(size)
+    for first in range(0, len(labels), _PANEL):
+        part = slice(first, first + _PANEL)
+        matrices, rights = _systems(size, H, targets[part], labels[part])
+        matrix += np.einsum("rab,r->ab", matrices, np.square(scales[part]))
+        right += scales[part] @ rights
+    return _pulled(matrix[None], right[None], table.astype(np.float64)[None])[0]
+
+
 def _solve(levels: Array, H: Array, targets: Array, labels: Array) -> Array:
     """Return the best levels (rows, K) of rows that have K each."""
-    rows, size = levels.shape
+    matrices, rights = _systems(levels.shape[1], H, targets, labels)
+    return _pulled(matrices, rights, levels)
+
+
+def _systems(size: int, H: Array, targets: Array, labels: Array) -> tuple[Array, Array]:
+    """Return each row's normal equations: matrices (rows, K, K) and right sides (rows, K)."""
+    rows = len(labels)
     matrices, rights = np.zeros((rows, size, size)), np.zeros((rows, size))
+    H, targets = np.ascontiguousarray(H), np.ascontiguousarray(targets, np.float64)
+    labels = np.ascontiguousarray(labels)
 
     def work(first: int, last: int) -> None:
         level_systems(first, last, H, targets, labels, matrices, rights)
 
     for_rows(rows, H.size, work)
+    return matrices, rights
+
+
+def _pulled(matrices: Array, rights: Array, levels: Array) -> Array:
+    """Return the solutions (rows, K), pulled a little towards the levels that there were."""
     diagonal = np.einsum("rkk->rk", matrices)
-    pull = _RIDGE * diagonal.mean(1, keepdims=True)
-    # A level without weights has nothing but the pull.
-    pull = np.where(diagonal > 0, pull, np.maximum(pull, np.finfo(np.float64).tiny))
+    pull = np.broadcast_to(_RIDGE * diagonal.mean(1, keepdims=True), diagonal.shape).copy()
+    # A row whose inputs are all zero has nothing but the pull.
     pull[pull == 0] = 1
-    place = np.arange(size)
+    place = np.arange(levels.shape[1])
     matrices[:, place, place] += pull
     found: Array = np.linalg.solve(matrices, (rights + pull * levels)[..., None])[..., 0]
     return found

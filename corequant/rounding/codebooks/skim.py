@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,11 @@ import numpy.typing as npt
 from corequant._validation import check_finite, check_floating, check_number, check_numpy
 from corequant.errors import ShapeError, SpecError
 from corequant.rounding.codebooks.allocation import hull_choice, nonconvex_rows, step_choice
-from corequant.rounding.codebooks.codebook import MOST_BITS, Codebook, check_choices
+from corequant.rounding.codebooks.codebook import MOST_BITS, check_choices
 from corequant.rounding.codebooks.coded import CodedWeight, CodingReport, RoundedWeight
 from corequant.rounding.codebooks.columns import ColumnProblem
-from corequant.rounding.codebooks.levels import LevelTable, kmeans_table
-from corequant.rounding.codebooks.quadratic import best_column_scales, best_levels, row_losses
+from corequant.rounding.codebooks.families import OwnLevels, SharedLevels, loss_by_row
+from corequant.rounding.codebooks.quadratic import best_column_scales
 from corequant.rounding.codebooks.scaled import ColumnScaled
 from corequant.rounding.codebooks.streams import bits_for
 
@@ -59,6 +59,7 @@ def skim(
     *,
     G: Any = None,
     published: bool = False,
+    shared: bool = True,
     sensitivity: Any = None,
     widths: Sequence[int] | None = None,
     mixed: bool = True,
@@ -85,6 +86,8 @@ def skim(
         ``XᵀX̃ / n`` with the float network's inputs X: adds Qronos's correction.
     published : bool
         The method as published, without what is added here; see Notes.
+    shared : bool
+        Let rows share levels, each with a scale; otherwise each row has levels of its own.
     sensitivity : numpy.ndarray (out_features, in_features), optional
         What the square of each weight's error counts in k-means; by default H_jj.
     widths : sequence of int, optional
@@ -146,23 +149,26 @@ def skim(
         raise ValueError(f"bits must be positive and finite, got {bits}")
     if problem.W.size == 0:
         raise ShapeError(f"W must hold at least one weight, got shape {problem.W.shape}")
-    task = _Task(problem, feedback and not published, bits, published)
+    task = _Task(problem, feedback and not published, bits, published, shared and not published)
     chosen = task.default_widths() if widths is None else check_choices(widths)
-    table = task.fit(sensitivity, chosen)
+    weights = np.diagonal(problem.H).copy()
+    if sensitivity is not None:
+        weights = _check_sensitivity(sensitivity, problem.W)
+    family: Any = (SharedLevels if task.shared else OwnLevels).fit(problem, weights, chosen)
     scaled = published if scale is None else bool(scale)
-    book, faults = task.start(table, bool(mixed), scaled)
-    nearest = float(task.losses(book).sum())
+    book, faults = task.start(family, chosen, bool(mixed), scaled)
+    nearest = float(loss_by_row(problem, book).sum())
     if task.feedback:
-        book = task.better(book, task.fed_back(book))
+        book = family.better(book, task.fed_back(book))
     for _ in range(0 if published else refits):
-        book = task.better(book, best_levels(book, problem.H, task.targets))
+        book = family.better(book, family.refit(book, task.targets))
         if task.feedback:
-            book = task.better(book, task.fed_back(book))
+            book = family.better(book, task.fed_back(book))
     weight: CodedWeight = book
     if scaled:
         found = best_column_scales(book.dequantize(), problem.H, task.targets)
         candidate = ColumnScaled.of(book, found)
-        if task.losses(candidate).sum() < task.losses(book).sum():
+        if loss_by_row(problem, candidate).sum() < loss_by_row(problem, book).sum():
             weight = candidate
     kinds, counts = np.unique(book.widths, return_counts=True)
     report = SkimReport(
@@ -189,6 +195,7 @@ class _Task:
     feedback: bool
     bits: float
     published: bool
+    shared: bool
 
     @property
     def targets(self) -> Array:
@@ -196,63 +203,48 @@ class _Task:
         p = self.problem
         return p.W.astype(p.H.dtype) @ (p.H if p.G is None else p.G)
 
-    def losses(self, weight: CodedWeight) -> npt.NDArray[np.float64]:
-        """Return each row's output error."""
-        p = self.problem
-        return row_losses(p.W, weight.dequantize(), p.H, p.G)
-
-    def fed_back(self, book: Codebook) -> Codebook:
+    def fed_back(self, book: Any) -> Any:
         """Return the same levels with labels from the column loop."""
         return book.encode(self.problem.run(book))
 
-    def better(self, one: Codebook, other: Codebook) -> Codebook:
-        """Return each row of the one that has the smaller output error."""
-        rows = (self.losses(other) < self.losses(one))[:, None]
-        levels = np.where(rows, other.levels, one.levels)
-        values = np.where(rows, other.dequantize(), one.dequantize())
-        return Codebook.of(values, levels, one.widths)
-
     def default_widths(self) -> tuple[int, ...]:
         """Return the widths around the largest one that all rows could have, ascending."""
-        everything = np.arange(MOST_BITS + 1)
-        budget, costs = self._budget(tuple(everything), False, False)
-        payable = int((costs * len(self.problem.W) <= budget).sum()) - 1
+        payable = self._widest(range(MOST_BITS + 1)) or 0
         return tuple(range(max(1, payable - _REACH), min(MOST_BITS, max(1, payable) + _REACH) + 1))
 
-    def fit(self, sensitivity: Any, widths: tuple[int, ...]) -> tuple[tuple[int, ...], LevelTable]:
-        """Return widths, and the levels for each."""
-        weights = np.diagonal(self.problem.H).copy()
-        if sensitivity is not None:
-            weights = _check_sensitivity(sensitivity, self.problem.W)
-        return widths, kmeans_table(self.problem.W, weights, [1 << w for w in widths])
+    def _widest(self, widths: Iterable[int]) -> int | None:
+        """Return the largest width that all rows could have, if there is one."""
+        found = None
+        for width in widths:
+            budget, costs = self._budget((width,), False, False)
+            if costs[0] * len(self.problem.W) <= budget * (1 + 1e-9):
+                found = width
+        return found
 
     def start(
-        self, fitted: tuple[tuple[int, ...], LevelTable], mixed: bool, scaled: bool
-    ) -> tuple[Codebook, int]:
-        """Return a codebook of the widths that are worth most, and how many rows aren't convex."""
-        widths, table = fitted
-        W = self.problem.W
-        budget, costs = self._payable(widths, mixed, scaled)
-        faults = 0
-        if mixed:
-            losses = np.empty((len(W), len(widths)))
-            for k, width in enumerate(widths):
-                book = Codebook.of(W, table.levels(1 << width), width)
-                if self.feedback:
-                    book = self.fed_back(book)
-                losses[:, k] = self.losses(book)
-            faults = nonconvex_rows(losses, costs)
-            choose = step_choice if self.published else hull_choice
-            chosen = choose(losses, costs, budget)
-        else:
-            payable = np.flatnonzero(costs * len(W) <= budget * (1 + 1e-9))
-            chosen = np.full(len(W), payable[-1])
-        own = np.array(widths)[chosen]
-        levels = np.zeros((len(W), 1 << int(own.max())))
-        for width in np.unique(own):
-            rows, size = own == width, 1 << int(width)
-            levels[rows, :size] = table.levels(size)[rows]
-        return Codebook.of(W, levels, own), faults
+        self, family: Any, widths: tuple[int, ...], mixed: bool, scaled: bool
+    ) -> tuple[Any, int]:
+        """Return a book of the widths that are worth most, and how many rows aren't convex."""
+        rows = len(self.problem.W)
+        if not mixed:
+            widest = self._widest(widths)
+            self._payable(widths[:1] if widest is None else (widest,), False, scaled)
+            return family.book(np.full(rows, widest, np.uint8)), 0
+        budget, costs = self._payable(widths, True, scaled)
+        losses = np.empty((rows, len(widths)))
+        for k, width in enumerate(widths):
+            book = family.book(np.full(rows, width, np.uint8))
+            if self.feedback:
+                book = self.fed_back(book)
+            losses[:, k] = loss_by_row(self.problem, book)
+        choose = step_choice if self.published else hull_choice
+        faults = nonconvex_rows(losses, costs)
+        chosen = choose(losses, costs, budget)
+        # What was set aside for tables of widths that no row has goes to rows.
+        used = np.unique(chosen)
+        budget, costs = self._budget(tuple(np.array(widths)[used]), True, scaled)
+        chosen = used[choose(losses[:, used], costs, budget)]
+        return family.book(np.array(widths, np.uint8)[chosen]), faults
 
     def _payable(
         self, widths: tuple[int, ...], mixed: bool, scaled: bool
@@ -262,7 +254,9 @@ class _Task:
         size = self.problem.W.size
         fixed = self.bits * size - budget
         least, most = (float(costs[k]) * len(self.problem.W) for k in (0, -1))
-        if not least <= budget * (1 + 1e-9) or (self.published and budget > most * (1 + 1e-9)):
+        if not least <= budget * (1 + 1e-9) or (
+            self.published and mixed and budget > most * (1 + 1e-9)
+        ):
             raise SpecError(
                 f"bits must be {math.ceil((least + fixed) / size * 1000) / 1000:g} to "
                 f"{(most + fixed) / size:g} for {self.problem.name} with widths {widths}, "
@@ -278,8 +272,9 @@ class _Task:
         costs = np.array([float(w) * columns for w in widths])
         fixed = 0
         if not self.published:
-            costs += [16 << w for w in widths]
-            fixed = 16 * columns * scaled
+            kind: Any = SharedLevels if self.shared else OwnLevels
+            costs += [kind.row_bits(w) for w in widths]
+            fixed = 16 * columns * scaled + kind.fixed_bits(widths)
             # Labels of each width, and widths, end with a whole byte.
             fixed += 7 + mixed * (7 * len(widths) + rows * bits_for(len(widths)))
         return self.bits * rows * columns - fixed, costs
