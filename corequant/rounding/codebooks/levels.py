@@ -39,7 +39,7 @@ class LevelTable:
     sizes : tuple of int
         Numbers of levels, ascending.
     losses : numpy.ndarray (..., len(sizes)), float64
-        Weighted squared error of a row with each.
+        Weighted squared error of a row with each; infinite where float64 doesn't hold it.
     """
 
     sizes: tuple[int, ...]
@@ -157,7 +157,8 @@ def kmeans_table(
 
     for_rows(len(rows), rows.shape[1] * ordered[-1] * _COST, work)
     np.ldexp(levels, unit, out=levels)
-    np.ldexp(losses, 2 * unit + share, out=losses)
+    with np.errstate(over="ignore", under="ignore"):
+        np.ldexp(losses, 2 * unit + share, out=losses)
     front = values.shape[:-1]
     return LevelTable(
         ordered, losses.reshape(*front, len(ordered)), levels.reshape(*front, sum(ordered))

@@ -165,7 +165,7 @@ def best_column_scales(Q: Array, H: Array, targets: Array, ridge: float = 1e-3) 
     system = (wide.T @ wide) * H
     right = np.einsum("ij,ij->j", wide, targets, dtype=np.float64)
     diagonal = np.diagonal(system)
-    pull = ridge * float(diagonal.mean()) or 1.0
+    pull = ridge * float(diagonal.mean()) if diagonal.any() else 1.0
     place = np.arange(len(H))
     system[place, place] += pull
     found: Array = solve(system, right + pull, assume_a="pos")

@@ -22,10 +22,10 @@ __all__ = ["optimal_levels"]
 
 
 @jit
-def _gather(values, weights, points, masses, sums):  # type: ignore[no-untyped-def]
+def _gather(values, weights, distinct, points, masses, sums):  # type: ignore[no-untyped-def]
     """Merge equal values and drop those without weight; return how many are left, and the mean.
 
-    ``points[i]`` becomes the i-th distance from the mean; ``masses`` and ``sums`` run up to
+    ``distinct[i]`` becomes the i-th value, ``points[i]`` its distance from the mean; ``masses`` and ``sums`` run up to
     each point.
     """
     n = values.shape[0]
@@ -54,6 +54,7 @@ def _gather(values, weights, points, masses, sums):  # type: ignore[no-untyped-d
             x = np.float64(values[i]) - mean
             if count == 0 or values[i] != latest:
                 latest = values[i]
+                distinct[count] = latest
                 points[count] = x
                 masses[count + 1] = masses[count]
                 sums[count + 1] = sums[count]
@@ -109,7 +110,7 @@ def _advance(k, count, only_last, gains, masses, sums, before, places, out):  # 
 
 
 @jit
-def _write(count, size, mean, points, masses, sums, places, levels):  # type: ignore[no-untyped-def]
+def _write(count, size, mean, distinct, points, masses, sums, places, levels):  # type: ignore[no-untyped-def]
     """Write the levels of a size, ascending; return their loss."""
     stop = count
     loss = 0.0
@@ -119,7 +120,7 @@ def _write(count, size, mean, points, masses, sums, places, levels):  # type: ig
         for i in range(start, stop):
             error = points[i] - level
             loss += (masses[i + 1] - masses[i]) * error * error
-        levels[k] = mean + level
+        levels[k] = distinct[start] if stop - start == 1 else mean + level
         stop = start
     return loss
 
@@ -134,13 +135,14 @@ def optimal_levels(values, weights, sizes, starts, levels, losses):  # type: ign
     """
     n = values.shape[1]
     most = sizes[sizes.shape[0] - 1]
+    distinct = np.empty(n)
     points = np.empty(n)
     masses = np.empty(n + 1)
     sums = np.empty(n + 1)
     gains = np.empty((2, n + 1))
     places = np.zeros((most, n + 1), np.int32)
     for r in range(values.shape[0]):
-        count, mean = _gather(values[r], weights[r], points, masses, sums)
+        count, mean = _gather(values[r], weights[r], distinct, points, masses, sums)
         top = min(most, count)
         places[0, :] = 0
         gains[0, 0] = 0.0
@@ -163,7 +165,7 @@ def optimal_levels(values, weights, sizes, starts, levels, losses):  # type: ign
             size = sizes[s]
             fewer = min(size, count)
             own = levels[r, starts[s] : starts[s] + size]
-            loss = _write(count, fewer, mean, points, masses, sums, places, own)
+            loss = _write(count, fewer, mean, distinct, points, masses, sums, places, own)
             for k in range(fewer, size):
                 own[k] = own[fewer - 1]
             losses[r, s] = 0.0 if count <= size else loss
