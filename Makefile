@@ -77,11 +77,12 @@ test-newest:
 	.venv-newest/bin/python -m pytest -n $(WORKERS) --dist worksteal $(SUITES)
 
 # lm-evaluation-harness beside our own evaluation, in an environment of its own: minutes.
+# HARNESS has arguments of the script: files of questions, --limit, --model.
 test-harness:
 	test -x .venv-harness/bin/python || $(PYTHON) -m venv .venv-harness
 	.venv-harness/bin/python -m pip install --quiet --upgrade pip
 	.venv-harness/bin/python -m pip install --quiet -c constraints.txt -e ".[lm-eval]"
-	.venv-harness/bin/python tests/harness.py
+	.venv-harness/bin/python tests/harness.py $(HARNESS)
 
 test-newest-core:
 	test -x .venv-newest-core/bin/python || $(NEWEST_PYTHON) -m venv .venv-newest-core

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import warnings
+from itertools import takewhile
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.special import log_softmax
 
 import corequant as cq
 import corequant_transformers as cqhf
@@ -18,9 +21,12 @@ from corequant_transformers.evaluation import continuations
 from corequant_transformers.evaluation.comparison import compare
 from corequant_transformers.evaluation.continuations import Pair, score_pairs
 from corequant_transformers.evaluation.encoding import encode
+from corequant_transformers.evaluation.families import families
 from corequant_transformers.evaluation.measurement import replica_of
+from corequant_transformers.evaluation.perplexity import token_log_probabilities
 from corequant_transformers.evaluation.task_files import Item, Task
 from tests.models.test_architectures import DESCRIBED, SPARSE
+from tests.models.test_described import VARIANTS
 
 WINDOWS = {"mistral": {"sliding_window": 12}, "gemma2": {"sliding_window": 12}}
 
@@ -62,27 +68,169 @@ def random_pairs(seed=0):
     return pairs
 
 
+@pytest.fixture(name="readings")
+def _readings(monkeypatch):
+    """Return shapes of what was read, and whether it was to be kept, or gone on from."""
+    found = []
+
+    class Noted(continuations.Reading):
+        def __init__(self, model, ids, **arguments):
+            found.append((tuple(ids.shape), frozenset(arguments)))
+            super().__init__(model, ids, **arguments)
+
+    monkeypatch.setattr(continuations, "Reading", Noted)
+    return found
+
+
+KEPT = frozenset({"use_cache"})
+
+
 @pytest.mark.parametrize("kind", DESCRIBED)
-def test_scores_are_those_of_plain_passes_whatever_is_in_a_batch(kind, monkeypatch):
+def test_scores_are_those_of_plain_passes_whatever_is_in_a_batch(kind, readings):
     model = cqhf.tiny_model(kind, **WINDOWS.get(kind, {}))
     # Grouped products of experts are there in float32 alone, as is the softmax of soft caps.
     exact = 1e-5 if kind in SPARSE else 1e-7 if kind == "gemma2" else 1e-11
     model = model if kind in SPARSE else model.double()
     pairs = random_pairs()
     wanted = [plainly(model, pair) for pair in pairs]
-    ahead = []
-    read = continuations.read_ahead
-    monkeypatch.setattr(
-        continuations, "read_ahead", lambda m, i, n: ahead.append(i) or read(m, i, n)
-    )
     for tokens in (1, 40, 2048):
-        ahead.clear()
+        readings.clear()
         with warnings.catch_warnings(action="error"):
             found = score_pairs(replica_of(model), pairs, 256, batch_tokens=tokens)
-        assert {ids.shape[1] for ids in ahead} == {69, 44}
+        assert [shape for shape, how in readings if how == KEPT] == [(1, 16), (1, 70), (1, 45)]
         for score, (total, greedy) in zip(found, wanted, strict=True):
             assert score.total == pytest.approx(total, rel=exact)
             assert score.greedy == greedy
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "falcon_h1", "lfm2", "minimax", "qwen3_next"])
+def test_states_that_are_not_keys_and_values(kind):
+    model = cqhf.tiny_model(kind, **VARIANTS[kind])
+    pairs = random_pairs()
+    for score, pair in zip(score_pairs(replica_of(model), pairs, 256), pairs, strict=True):
+        assert score.total == pytest.approx(plainly(model, pair)[0], rel=1e-5)
+
+
+def test_activations_of_4_bits_with_a_scale_for_each_token(tokens, readings):
+    recipe = Recipe(block_size=16, weights="int4:channel", activations="int4:token:asymmetric")
+    model = cqhf.quantize(cqhf.tiny_model("llama"), recipe, tokens).model.double()
+    pairs = random_pairs()
+    found = score_pairs(replica_of(model), pairs, 256)
+    assert {shape for shape, how in readings if how == KEPT} == {(1, 16), (1, 70), (1, 45)}
+    for score, pair in zip(found, pairs, strict=True):
+        assert score.total == pytest.approx(plainly(model, pair)[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("left_out", ["use_cache", "past"])
+def test_models_that_cannot_go_on_read_whole_rows(left_out, readings):
+    """One keeps nothing of what it reads; the other pays no attention to what it is given."""
+    model = cqhf.tiny_model("llama").double()
+    names = {"use_cache"} if left_out == "use_cache" else {"cache", "past_key_values"}
+
+    class Forgetful(type(model)):
+        @functools.wraps(type(model).forward)
+        def forward(self, *args, **kwargs):
+            kept = {name: value for name, value in kwargs.items() if name not in names}
+            if left_out == "use_cache":
+                kept["use_cache"] = False
+            return super().forward(*args, **kept)
+
+    pairs = random_pairs()
+    wanted = [plainly(model, pair)[0] for pair in pairs]
+    model.__class__ = Forgetful
+    found = score_pairs(replica_of(model), pairs, 256)
+    assert [score.total for score in found] == pytest.approx(wanted, rel=1e-11)
+    assert [shape for shape, how in readings if how == KEPT] == [(1, 16)]
+    assert max(shape[1] for shape, _ in readings) == max(len(pair.row) for pair in pairs)
+
+
+def test_what_questions_have_in_common_is_read_once(readings):
+    generator = np.random.default_rng(0)
+
+    def ids(count):
+        return tuple(generator.integers(0, 128, count).tolist())
+
+    contexts = [ids(20 + 7 * (k % 3)) for k in range(30)]
+    ends = [[ids(generator.integers(4, 12)) for _ in range(4)] for _ in contexts]
+    pairs = [Pair(c, end) for c, four in zip(contexts, ends, strict=True) for end in four]
+    model = cqhf.tiny_model("llama").double()
+    found = score_pairs(replica_of(model), pairs, 256)
+    for score, pair in list(zip(found, pairs, strict=True))[::7]:
+        assert score.total == pytest.approx(plainly(model, pair)[0], rel=1e-11)
+    read = sum(rows * width for (rows, width), _ in readings[4:])
+    needed = sum(map(len, contexts)) + sum(len(p.continuation) - 1 for p in pairs)
+    assert needed <= read < 1.3 * needed
+    # Each length of contexts once, all of them together.
+    assert [shape for shape, how in readings if how == KEPT][1:] == [(10, 34), (10, 27), (10, 20)]
+    # A choice that is a single token needs no reading of its own.
+    readings.clear()
+    letters = [Pair(context, (k,)) for context in contexts for k in (1, 2, 3, 4)]
+    found = score_pairs(replica_of(model), letters, 256)
+    assert sum(rows * width for (rows, width), _ in readings[4:]) == sum(map(len, contexts))
+    assert found[5].total == pytest.approx(plainly(model, letters[5])[0], rel=1e-11)
+
+
+def test_what_sentences_have_in_common_is_read_once(readings):
+    generator = np.random.default_rng(1)
+    stems = generator.integers(1, 128, (40, 6)).tolist()
+    pairs = [Pair((0,), (*stem, end, 5)) for stem in stems for end in (3, 4)]
+    model = cqhf.tiny_model("llama").double()
+    found = score_pairs(replica_of(model), pairs, 256)
+    for score, pair in zip(found, pairs, strict=True):
+        total, greedy = plainly(model, pair)
+        assert score.total == pytest.approx(total, rel=1e-11)
+        assert score.greedy == greedy
+    assert sum(rows * width for (rows, width), _ in readings[4:]) == 40 * 7 + 80
+
+
+def divisions(count):
+    """Yield all ways to divide a sequence, as sizes of the parts."""
+    if not count:
+        yield ()
+    for size in range(1, count + 1):
+        for rest in divisions(count - size):
+            yield (size, *rest)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_families_save_the_most_tokens(seed):
+    generator = np.random.default_rng(seed)
+    rows = [tuple(generator.integers(0, 2, generator.integers(1, 7)).tolist()) for _ in range(8)]
+    found = families(rows)
+    assert sorted(index for family in found for index in family.members) == list(range(8))
+    for family in found:
+        assert len({rows[index][: family.shared] for index in family.members}) == 1
+        assert (family.shared > 0) == (len(family.members) > 1)
+    ordered = sorted(rows)
+
+    def saved(sizes):
+        parts, start = [], 0
+        for size in sizes:
+            parts.append(ordered[start : start + size])
+            start += size
+        alike = [
+            takewhile(lambda column: len({*column}) == 1, zip(*part, strict=False))
+            for part in parts
+        ]
+        return sum((len(p) - 1) * len(list(a)) for p, a in zip(parts, alike, strict=True))
+
+    most = max(map(saved, divisions(8)))
+    assert sum((len(family.members) - 1) * family.shared for family in found) == most
+
+
+def test_log_probabilities_of_tokens_are_those_of_all():
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(5, 300)) * 20
+    logits[1, 3] = -np.inf
+    tokens, rows = torch.tensor([7, 3, 0, 299]), torch.tensor([4, 1, 1, 0])
+    wanted = log_softmax(logits, axis=-1)[rows, tokens]
+    given = torch.from_numpy(logits.copy())
+    found = token_log_probabilities("x", given, tokens, rows)
+    np.testing.assert_allclose(found, wanted, rtol=1e-14)
+    # Logits in float64 are the model's own, and stay as they are.
+    assert (given.numpy() == logits).all()
+    narrow = token_log_probabilities("x", given.float(), tokens, rows)
+    np.testing.assert_allclose(narrow, wanted, rtol=1e-5)
 
 
 def test_greedy_continuations_are_noticed():
@@ -92,6 +240,10 @@ def test_greedy_continuations_are_noticed():
         with torch.no_grad():
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     pairs = [Pair((3, 7, 11), tuple(ids[3:])), Pair((3, 7, 11), (*ids[3:6], (ids[6] + 1) % 128))]
+    assert [s.greedy for s in score_pairs(replica_of(model), pairs, 256)] == [True, False]
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    pairs = [Pair((3,), (0, 0)), Pair((3,), (0, 1))]
     assert [s.greedy for s in score_pairs(replica_of(model), pairs, 256)] == [True, False]
 
 

@@ -1,14 +1,16 @@
-"""Log-likelihoods of continuations of contexts, what contexts share read once.
+"""Log-likelihoods of continuations of contexts, what begins alike read once.
 
-Rows of a batch end in padding, which causal attention lets no token of a row see, so that results
-don't depend on what else is in a batch, beyond rounding.
+Rows that begin with the same tokens, such as a question with each of its choices, are a family:
+what they share is read once, together with that of other families where it is as long, and each
+row goes on from there. Rows of a batch end in padding, which causal attention lets no token of a
+row see, so that results don't depend on what else is in a batch, beyond rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,8 +19,9 @@ from corequant._validation import check_index
 from corequant.errors import TaskError
 from corequant.specs import Granularity
 from corequant_torch.cpu.onednn import QuickForward
-from corequant_transformers.evaluation.perplexity import few_rows, log_probabilities
-from corequant_transformers.model.logits import chosen_logits, placed, read_ahead
+from corequant_transformers.evaluation.families import Family, families
+from corequant_transformers.evaluation.perplexity import few_rows, token_log_probabilities
+from corequant_transformers.model.logits import Reading, placed
 from corequant_transformers.model.quantized_linear import QuantizedLinear
 
 __all__ = ["BATCH_TOKENS", "Likelihood", "Pair", "score_pairs"]
@@ -27,7 +30,10 @@ BATCH_TOKENS = 2048
 """Tokens that are read at once, padding included."""
 
 _WORTHWHILE = 64
-"""Tokens that reading a shared context once must save: it takes a pass of its own."""
+"""Tokens that reading what rows share must save: it takes a pass of its own."""
+
+_TRIED = 32
+"""Tokens on which a model must show that it goes on from what it has read."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,12 @@ class Pair:
     @property
     def row(self) -> tuple[int, ...]:
         """What the model reads: all but the last token."""
-        return (*self.context, *self.continuation[:-1])
+        return self.tokens[:-1]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The context's and the continuation's tokens."""
+        return (*self.context, *self.continuation)
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,8 @@ def score_pairs(
     model : transformers.PreTrainedModel
         A replica, which no other thread runs.
     pairs : sequence of Pair
-        Those with the same context, next to each other, share its computation where that pays.
+        What several of them begin with is read once where that pays, and if the model can go on
+        from there.
     longest : int
         Tokens that the model can read; longer contexts lose their beginning.
     batch_tokens : int
@@ -93,24 +105,28 @@ def score_pairs(
     """
     budget = check_index("batch_tokens", batch_tokens)
     cut = [_cut(pair, longest) for pair in pairs]
+    rows = [pair.row for pair in cut]
     if _couples_rows(model):
-        jobs = [_Job([index], 0) for index in range(len(cut))]
+        jobs = [_Job([Family((index,), 0)], 0) for index in range(len(cut))]
+    elif _goes_on(model, max(rows, key=len, default=())):
+        jobs = list(_jobs(rows, families(rows), budget))
     else:
-        jobs = list(_jobs(cut, budget))
-    found: dict[int, Likelihood] = {}
+        jobs = list(_jobs(rows, [Family((index,), 0) for index in range(len(cut))], budget))
+    scores = _Scores(cut)
+    done = 0
     for job in jobs:
         with QuickForward():
-            scores = _run(model, [cut[index] for index in job.members], job.shared)
-        found.update(zip(job.members, scores, strict=True))
-        progress(len(found), len(cut))
-    return [found[index] for index in range(len(cut))]
+            _run(model, scores, job, budget)
+        done += sum(len(family.members) for family in job.families)
+        progress(done, len(cut))
+    return [Likelihood(*each) for each in zip(scores.totals, scores.greedy, strict=True)]
 
 
 @dataclass(frozen=True)
 class _Job:
-    """Pairs that are read at once, and how many tokens of their contexts are read before."""
+    """Families that are read at once, and how many tokens of their rows are read before."""
 
-    members: list[int]
+    families: list[Family]
     shared: int
 
 
@@ -145,71 +161,148 @@ def _has_one_scale(module: Any) -> bool:
     return given is not None and bool(given.dynamic) and given.strategy in names
 
 
-def _jobs(pairs: list[Pair], budget: int) -> Iterator[_Job]:
-    """Yield groups of pairs with long contexts in common, then all others by length."""
+def _goes_on(model: Any, row: tuple[int, ...]) -> bool:
+    """Return whether going on from what a model has read is as good as reading all at once.
+
+    Some models keep nothing of what they read, or a state from which they go on by single tokens
+    only. A short row is read both ways. The scale is what leaving out its beginning makes of the
+    logits: rounding stays far below that, in any dtype and with quantized activations.
+    """
+    row = row[-_TRIED:]
+    begin, end = row[: len(row) // 2], row[len(row) // 2 :]
+    if not begin:
+        return False
+
+    def last(ids: tuple[int, ...], times: int = 1, **arguments: Any) -> torch.Tensor:
+        reading = Reading(model, placed(model, torch.tensor([ids] * times)), **arguments)
+        return torch.cat(list(reading.logits(lambda x: x[:, -1]))).double()
+
+    whole, alone = last(row), last(end)
+    try:
+        reading = Reading(model, placed(model, torch.tensor([begin])), use_cache=True)
+        arguments = reading.onward(placed(model, torch.tensor([0, 0])))
+        went = last(end, 2, **arguments) if arguments else alone
+    except Exception:  # of whatever a model does that can't
+        return False
+    return bool((went - whole).abs().max() < 0.25 * (alone - whole).abs().max())
+
+
+def _jobs(rows: list[tuple[int, ...]], found: Sequence[Family], budget: int) -> Iterator[_Job]:
+    """Yield families with as many tokens in common, then all other rows by length."""
     single: list[int] = []
-    for _, group in groupby(range(len(pairs)), key=lambda index: pairs[index].context):
-        members = list(group)
-        shared = len(pairs[members[0]].context) - 1
-        if (len(members) - 1) * shared < _WORTHWHILE:
-            single += members
+    alike: dict[int, list[Family]] = {}
+    for family in found:
+        alike.setdefault(family.shared, []).append(family)
+    for shared, group in sorted(alike.items(), reverse=True):
+        if sum(len(family.members) - 1 for family in group) * shared < _WORTHWHILE:
+            single += [index for family in group for index in family.members]
             continue
-        # A row has the shared tokens in its cache, which takes memory if no time.
-        for part in _by_length(pairs, members, budget, shared, budget + 4 * shared):
-            yield _Job(part, shared)
-    for part in _by_length(pairs, single, budget, 0, budget):
-        yield _Job(part, 0)
+        group.sort(key=lambda family: -max(len(rows[index]) for index in family.members))
+        most = max(1, budget // shared)
+        for start in range(0, len(group), most):
+            yield _Job(group[start : start + most], shared)
+    for part in _by_length(rows, single, budget, 0):
+        yield _Job([Family((index,), 0) for index in part], 0)
 
 
 def _by_length(
-    pairs: list[Pair], members: list[int], budget: int, shared: int, held: int
+    rows: list[tuple[int, ...]], members: list[int], budget: int, shared: int
 ) -> Iterator[list[int]]:
-    """Cut pairs, the longest first, into parts of few tokens to read and to hold."""
+    """Cut rows, the longest first, into parts of few tokens to read and to hold."""
     part: list[int] = []
     widest = 0
-    for index in sorted(members, key=lambda index: -len(pairs[index].row)):
-        rows = len(part) + 1
-        widest = widest or len(pairs[index].row)
-        if part and (rows * (widest - shared) > budget or rows * widest > held):
+    for index in sorted(members, key=lambda index: -len(rows[index])):
+        count = len(part) + 1
+        # What was read before is in a row's cache, which takes memory if no time.
+        if part and (count * (widest - shared) > budget or count * widest > 4 * budget):
             yield part
-            part, widest, rows = [], len(pairs[index].row), 1
+            part = []
+        widest = widest if part else len(rows[index])
         part.append(index)
     if part:
         yield part
 
 
-def _run(model: Any, pairs: list[Pair], shared: int) -> list[Likelihood]:
-    arguments: dict[str, Any] = {}
+class _Scores:
+    """Log-likelihoods as far as they are known.
+
+    Parameters
+    ----------
+    pairs : list of Pair
+    """
+
+    def __init__(self, pairs: list[Pair]) -> None:
+        self.tokens = [pair.tokens for pair in pairs]
+        self.rows = [tokens[:-1] for tokens in self.tokens]
+        self._starts = [len(pair.context) - 1 for pair in pairs]
+        self.totals = [0.0] * len(pairs)
+        self.greedy = [True] * len(pairs)
+
+    def add(
+        self, reading: Reading, lines: list[tuple[int, list[int]]], first: int, end: int
+    ) -> None:
+        """Add what is predicted at places from ``first`` to ``end`` of rows.
+
+        Parameters
+        ----------
+        reading : Reading
+            Of those places.
+        lines : list of (int, list of int)
+            Lines of the batch, and the rows that each one stands for.
+        first, end : int
+        """
+        asked: dict[tuple[int, int], list[int]] = {}
+        for line, members in lines:
+            for index in members:
+                for place in range(
+                    max(first, self._starts[index]), min(end, len(self.rows[index]))
+                ):
+                    asked.setdefault((line, place - first), []).append(index)
+        if not asked:
+            return
+        where, places = (torch.tensor(each) for each in zip(*asked, strict=True))
+        waiting = iter(asked.items())
+        for logits in reading.logits(lambda x: x[where, places]):
+            for (part,) in few_rows(logits):
+                wanted = [
+                    (row, index, self.tokens[index][place + first + 1])
+                    for row, ((_, place), members) in enumerate(islice(waiting, len(part)))
+                    for index in members
+                ]
+                self._take(part, wanted)
+
+    def _take(self, logits: torch.Tensor, wanted: list[tuple[int, int, int]]) -> None:
+        """Add rows of logits: row, index of the pair and token of each that is wanted."""
+        rows, _, targets = torch.tensor(wanted, device=logits.device).T
+        values = token_log_probabilities("logits", logits, targets, rows)
+        best = logits[rows, targets] == logits.amax(dim=-1)[rows]
+        # Of tokens that are equally probable the first is the greedy one.
+        if best.any():
+            best[best.clone()] = logits[rows[best]].argmax(dim=-1) == targets[best]
+        for (_, index, _), value, same in zip(wanted, values.tolist(), best.tolist(), strict=True):
+            self.totals[index] += value
+            self.greedy[index] &= same
+
+
+def _run(model: Any, scores: _Scores, job: _Job, budget: int) -> None:
+    """Read what families share, then what each row has besides."""
+    shared = job.shared
+    lines = {index: k for k, family in enumerate(job.families) for index in family.members}
+    reading = None
     if shared:
-        context = placed(model, torch.tensor([pairs[0].context[:shared]]))
-        arguments = read_ahead(model, context, len(pairs))
-        shared = shared if arguments else 0
-    rows = [pair.row[shared:] for pair in pairs]
-    width = max(map(len, rows))
-    # Padding that no model takes for padding, and warns of.
-    ids = torch.tensor([[*row, *([row[0]] * (width - len(row)))] for row in rows])
-    counts = [len(pair.continuation) for pair in pairs]
-    lines = torch.tensor([k for k, count in enumerate(counts) for _ in range(count)])
-    places = torch.tensor(
-        [
-            place
-            for row, count in zip(rows, counts, strict=True)
-            for place in range(len(row) - count, len(row))
-        ]
-    )
-    targets = torch.tensor([token for pair in pairs for token in pair.continuation])
-    chosen: list[torch.Tensor] = []
-    agreed: list[torch.Tensor] = []
-    batch = placed(model, ids)
-    for logits in chosen_logits(model, batch, lambda x: x[lines, places], **arguments):
-        wanted, targets = targets[: len(logits)], targets[len(logits) :]
-        for part, own in few_rows(logits, wanted.to(logits.device)):
-            exact = log_probabilities("logits", part)
-            chosen.append(exact.gather(1, own.to(exact.device)[:, None])[:, 0].cpu())
-            agreed.append((part.argmax(dim=-1) == own).cpu())
-    sums = torch.split(torch.cat(chosen), counts)
-    matches = torch.split(torch.cat(agreed), counts)
-    return [
-        Likelihood(float(values.sum()), bool(same.all()))
-        for values, same in zip(sums, matches, strict=True)
-    ]
+        begins = [scores.rows[family.members[0]][:shared] for family in job.families]
+        reading = Reading(model, placed(model, torch.tensor(begins)), use_cache=True)
+        together = [(k, list(family.members)) for k, family in enumerate(job.families)]
+        scores.add(reading, together, 0, shared)
+    longer = [index for index in lines if len(scores.rows[index]) > shared]
+    for part in _by_length(scores.rows, longer, budget, shared):
+        rows = [scores.rows[index][shared:] for index in part]
+        width = max(map(len, rows))
+        # Padding that no model takes for padding, and warns of.
+        ids = torch.tensor([[*row, *([row[0]] * (width - len(row)))] for row in rows])
+        arguments: dict[str, Any] = {}
+        if reading is not None:
+            origins = torch.tensor([lines[index] for index in part])
+            arguments = reading.onward(placed(model, origins))
+        further = Reading(model, placed(model, ids), **arguments)
+        scores.add(further, [(k, [index]) for k, index in enumerate(part)], shared, shared + width)

@@ -14,13 +14,20 @@ from corequant_torch.cpu.onednn import QuickForward
 from corequant_transformers.evaluation.statistics import mean_with_error
 from corequant_transformers.model.logits import window_logits
 
-__all__ = ["few_rows", "log_probabilities", "perplexity", "perplexity_with_error", "window_losses"]
+__all__ = [
+    "few_rows",
+    "log_probabilities",
+    "perplexity",
+    "perplexity_with_error",
+    "token_log_probabilities",
+    "window_losses",
+]
 
 Tokens = npt.NDArray[np.int64]
 Values = npt.NDArray[np.float64]
 
-_ROWS = 32
-"""Positions whose logits are held in float64 at once."""
+_EXACT = 1 << 19
+"""Logits that are held in float64 at once: 4 MiB, near the processor."""
 
 
 def perplexity(model: Any, tokens: Tokens) -> float:
@@ -81,16 +88,16 @@ def window_losses(model: Any, window: Tokens) -> Values:
         for logits in window_logits(model, window):
             targets, following = following[: len(logits)], following[len(logits) :]
             for part, own in few_rows(logits, targets):
-                exact = log_probabilities("logits", part)
-                chosen = exact.gather(1, own.to(exact.device)[:, None])[:, 0]
+                chosen = token_log_probabilities("logits", part, own.to(part.device))
                 found.append(-chosen.cpu().numpy())
     return np.concatenate(found)
 
 
 def few_rows(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yield as many rows of each tensor as may be held in float64 over a vocabulary."""
-    for start in range(0, len(tensors[0]), _ROWS):
-        yield tuple(tensor[start : start + _ROWS] for tensor in tensors)
+    """Yield as many rows of each tensor as may be held in float64, the first one's width wide."""
+    rows = max(1, _EXACT // tensors[0].shape[-1])
+    for start in range(0, len(tensors[0]), rows):
+        yield tuple(tensor[start : start + rows] for tensor in tensors)
 
 
 def log_probabilities(name: str, logits: torch.Tensor) -> torch.Tensor:
@@ -101,12 +108,53 @@ def log_probabilities(name: str, logits: torch.Tensor) -> torch.Tensor:
     NonFiniteError
         If a logit of a row is NaN or infinite upwards, or all are infinite downwards.
     """
+    total = _normalizers(name, logits)
+    return _on_host(logits).to(torch.float64, copy=True).sub_(total)
+
+
+def token_log_probabilities(
+    name: str, logits: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return elements (tokens,) of ``log_probabilities``, without all others.
+
+    Parameters
+    ----------
+    name : str
+    logits : torch.Tensor (positions, vocabulary)
+    tokens : torch.Tensor (tokens,), int64
+        On the device of the logits.
+    rows : torch.Tensor (tokens,), int64, optional
+        Position of each token; by default there is one at each.
+
+    Raises
+    ------
+    NonFiniteError
+        As ``log_probabilities``.
+    """
+    total = _normalizers(name, logits)[:, 0]
+    if rows is None:
+        rows = torch.arange(len(logits), device=logits.device)
+    chosen = _on_host(logits[rows, tokens]).double()
+    return chosen.sub_(total[rows.to(total.device)])
+
+
+def _on_host(x: torch.Tensor) -> torch.Tensor:
     # Metal has no float64.
-    exact = (logits.cpu() if logits.device.type == "mps" else logits).double()
-    total = exact.logsumexp(dim=-1, keepdim=True)
+    return x.cpu() if x.device.type == "mps" else x
+
+
+def _normalizers(name: str, logits: torch.Tensor) -> torch.Tensor:
+    """Return the logarithm of the sum of exponentials (positions, 1) in float64."""
+    given = _on_host(logits)
+    top = given.amax(dim=-1, keepdim=True).double()
+    top.masked_fill_(~top.isfinite(), 0.0)
+    powers = given.to(torch.float64, copy=True).sub_(top).exp_()
+    total = powers.sum(dim=-1, keepdim=True).log_().add_(top)
     bad = ~total[:, 0].isfinite()
     if bad.any():
-        faults = ~(exact[bad] < torch.inf)
+        exact = given[bad].double()
+        faults = ~(exact < torch.inf)
         row, column = int(bad.to(torch.int8).argmax()), int(faults[0].to(torch.int8).argmax())
-        raise NonFiniteError(name, int(faults.sum()), (row, column), float(exact[row, column]))
-    return exact.sub_(total)
+        value = float(exact[0, column])
+        raise NonFiniteError(name, int(faults.sum()), (row, column), value)
+    return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from corequant_transformers.model.recognition import architecture_in
 from corequant_transformers.model.replicas import standing_in
 
-__all__ = ["chosen_logits", "placed", "read_ahead", "window_logits"]
+__all__ = ["Reading", "placed", "window_logits"]
 
 _MOST_ROWS = 256
 _MOST_LOGITS = 1 << 24
@@ -26,7 +27,7 @@ def window_logits(model: Any, window: npt.NDArray[np.int64]) -> Iterator[torch.T
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        As for ``chosen_logits``.
+        As for ``Reading``.
     window : numpy.ndarray (length,), int64
 
     Yields
@@ -35,82 +36,84 @@ def window_logits(model: Any, window: npt.NDArray[np.int64]) -> Iterator[torch.T
         In the dtype and on the device of the model.
     """
     ids = placed(model, torch.from_numpy(window)[None])
-    yield from chosen_logits(model, ids, lambda states: states[0, :-1])
+    yield from Reading(model, ids).logits(lambda states: states[0, :-1])
 
 
-def chosen_logits(
-    model: Any,
-    ids: torch.Tensor,
-    choose: Callable[[torch.Tensor], torch.Tensor],
-    **arguments: Any,
-) -> Iterator[torch.Tensor]:
-    """Yield the logits at chosen positions of a batch, in order.
+class Reading:
+    """What a model made of a batch of tokens: for logits, and to go on from.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A replica or a skeleton with open parts, which no other thread runs. Its modules have
-        other forward passes until the iterator ends.
+        A replica or a skeleton with open parts, which no other thread runs.
     ids : torch.Tensor (batch, length), int64
         On the model's device.
-    choose : callable
-        Returns the rows (positions, width) of an array (batch, length, width) that are wanted.
     **arguments
-        More of the model's arguments, such as what was read before.
-
-    Yields
-    ------
-    torch.Tensor (positions, vocabulary)
+        More of the model's arguments, such as those of ``onward``.
     """
-    trunk = _trunk(model)
-    found: list[Any] = []
-    with torch.no_grad(), standing_in(trunk, _watched(trunk.forward, found)):
-        whole = model(input_ids=ids, **{"use_cache": False, **arguments}).logits
-    rows = max(1, min(_MOST_ROWS, _MOST_LOGITS // whole.shape[-1]))
-    if not found:
-        # A function in the place of the model's forward found another trunk by itself.
-        yield from torch.split(choose(whole), rows)
-        return
-    output, states = found[0]
-    del whole
-    # What stands between the last hidden states and the logits besides the head, such as a soft
-    # cap, is the model's own affair: it runs with a trunk that has its answer already.
-    with standing_in(trunk, lambda *args, **kwargs: output):
-        for part in torch.split(choose(states), rows):
-            output.last_hidden_state = part[None]
-            with torch.no_grad():
-                logits = model(input_ids=ids, use_cache=False).logits[0]
-            yield logits
 
+    def __init__(self, model: Any, ids: torch.Tensor, **arguments: Any) -> None:
+        self._model, self._ids = model, ids
+        self._trunk = _trunk(model)
+        self._found: list[Any] = []
+        watched = _watched(self._trunk.forward, self._found)
+        with torch.no_grad(), standing_in(self._trunk, watched):
+            self._output = model(input_ids=ids, **{"use_cache": False, **arguments})
 
-def read_ahead(model: Any, ids: torch.Tensor, times: int = 1) -> dict[str, Any]:
-    """Read a batch of tokens, and return the arguments with which a model goes on from there.
+    def logits(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Yield the logits at chosen positions, in order.
 
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        As for ``chosen_logits``.
-    ids : torch.Tensor (batch, length), int64
-        On the model's device.
-    times : int
-        How many rows go on from each one.
+        The model's modules have other forward passes until the iterator ends.
 
-    Returns
-    -------
-    dict
-        For ``chosen_logits``; empty if the model keeps nothing of what it reads.
-    """
-    trunk = _trunk(model)
-    with torch.no_grad(), standing_in(trunk, _watched(trunk.forward, [])):
-        output = model(input_ids=ids, use_cache=True)
-    # Its name changed in Transformers 5.24.
-    taken = inspect.signature(model.forward).parameters
-    name = "cache" if "cache" in taken else "past_key_values"
-    cache = getattr(output, name, None)
-    if cache is None:
-        return {}
-    cache.batch_repeat_interleave(times)
-    return {name: cache, "use_cache": True}
+        Parameters
+        ----------
+        choose : callable
+            Returns the rows (positions, width) of an array (batch, length, width) that are wanted.
+
+        Yields
+        ------
+        torch.Tensor (positions, vocabulary)
+        """
+        whole = self._output.logits
+        rows = max(1, min(_MOST_ROWS, _MOST_LOGITS // whole.shape[-1]))
+        if not self._found:
+            # A function in the place of the model's forward found another trunk by itself.
+            yield from torch.split(choose(whole), rows)
+            return
+        output, states = self._found[0]
+        # What stands between the last hidden states and the logits besides the head, such as a
+        # soft cap, is the model's own affair: it runs with a trunk that has its answer already.
+        with standing_in(self._trunk, lambda *args, **kwargs: output):
+            for part in torch.split(choose(states), rows):
+                output.last_hidden_state = part[None]
+                with torch.no_grad():
+                    logits = self._model(input_ids=self._ids, use_cache=False).logits[0]
+                yield logits
+
+    def onward(self, lines: torch.Tensor) -> dict[str, Any]:
+        """Return the arguments with which the model goes on from rows of the batch.
+
+        Parameters
+        ----------
+        lines : torch.Tensor (rows,), int64
+            Which row of this batch each row of the next one goes on from.
+
+        Returns
+        -------
+        dict
+            For another ``Reading``, and only one; empty if the model keeps nothing of what it
+            reads, or was not told to, by ``use_cache``.
+        """
+        # Its name changed in Transformers 5.24.
+        taken = inspect.signature(self._model.forward).parameters
+        name = "cache" if "cache" in taken else "past_key_values"
+        cache = getattr(self._output, name, None)
+        if cache is None:
+            return {}
+        # Going on changes it, and some of its tensors in place.
+        cache = copy.deepcopy(cache)
+        cache.reorder_cache(lines)
+        return {name: cache, "use_cache": True}
 
 
 def placed(model: Any, ids: torch.Tensor) -> torch.Tensor:
