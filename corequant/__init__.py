@@ -100,6 +100,7 @@ if TYPE_CHECKING:
         reconstruction_loss,
         round_to_nearest,
     )
+    from corequant.rounding.binary import Additive, Partition, arb, billm
     from corequant.rounding.codebooks import (
         ClaqReport,
         Codebook,
@@ -164,6 +165,7 @@ _PARTS = {
         "AccumulatorSpec Certificate RoundedTensor RoundingReport certify fit_scales "
         "learned_rounding reconstruction_loss round_to_nearest"
     ),
+    "corequant.rounding.binary": "Additive Partition arb billm",
     "corequant.rounding.codebooks": (
         "ClaqReport Codebook CodedWeight CodingReport ColumnScaled KeptOutliers LevelTable "
         "RoundedWeight SharedCodebook SkimReport SparseOutliers claq kmeans_levels kmeans_table "
@@ -181,6 +183,7 @@ __all__ = [
     "AccumulatorError",
     "AccumulatorSpec",
     "ActivationStats",
+    "Additive",
     "ArchitectureError",
     "BackendError",
     "BlockSizeError",
@@ -203,6 +206,7 @@ __all__ = [
     "NumberFormat",
     "OutputError",
     "PackedTensor",
+    "Partition",
     "PermutationError",
     "QuantSpec",
     "QuantizedTensor",
@@ -223,8 +227,10 @@ __all__ = [
     "VerificationError",
     "absmax",
     "accumulator_bits",
+    "arb",
     "available_backends",
     "balanced_scales",
+    "billm",
     "block_hadamard",
     "block_mass",
     "certify",

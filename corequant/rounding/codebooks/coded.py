@@ -32,12 +32,13 @@ Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
 Description = Mapping[str, Any]
 
-_PACKAGE = "corequant.rounding.codebooks"
+_PACKAGE = "corequant.rounding"
 _KINDS = {
-    "codebook": "codebook:Codebook",
-    "column scaled": "scaled:ColumnScaled",
-    "kept outliers": "outliers:KeptOutliers",
-    "shared codebook": "shared:SharedCodebook",
+    "additive": "binary.additive:Additive",
+    "codebook": "codebooks.codebook:Codebook",
+    "column scaled": "codebooks.scaled:ColumnScaled",
+    "kept outliers": "codebooks.outliers:KeptOutliers",
+    "shared codebook": "codebooks.shared:SharedCodebook",
 }
 """Module and class of each kind of coded weight that a description can name."""
 

@@ -1,0 +1,434 @@
+"""Weights as sums of signed planes: binary or ternary digits times scales of rows and columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant._validation import check_index, check_numpy
+from corequant.errors import CheckpointError, ShapeError
+from corequant.rotation import block_hadamard
+from corequant.rounding.binary.alphabet import Alphabet, nearest
+from corequant.rounding.binary.partition import Partition
+from corequant.rounding.binary.streams import pack_digits, plane_bytes, unpack_digits
+from corequant.rounding.codebooks.coded import CodedWeight, check_shape, take_tensor, whole
+
+__all__ = ["MOST_PLANES", "Additive"]
+
+Array = npt.NDArray[Any]
+
+MOST_PLANES = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Additive(CodedWeight):
+    """A weight whose entries are sums of ±1 or of -1, 0, 1, each times a scale.
+
+    A weight in row i and column j of group g and part p is
+
+        ``c_j (μ_igp + Σ_k α_igpk b_ijk)``, or ``Σ_k c_jpk α_igpk b_ijk``
+
+    with digits b, means μ, scales α of rows, and scales c of columns. What the partition calls
+    salient columns may have another number of planes.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Rows and columns.
+    group : int
+        Columns that share scales and means of a row.
+    orders : tuple of int
+        Planes of other columns, and of salient ones.
+    base : int
+        2 for binary digits, 3 for ternary ones.
+    planes : numpy.ndarray (bytes,), uint8
+        Digits: a bit each, or five ternary ones to a byte; those of the first plane row by row,
+        those of the second for the columns that have one, and so on.
+    row_scales : numpy.ndarray (slots, rows, groups), float16
+        A slot for each plane of each part, in the parts' order.
+    means : numpy.ndarray (parts, rows, groups), float16, or None
+    column_scales : numpy.ndarray (n,), float16, or None
+        One a column, or those of each slot's columns one after another.
+    shared : bool
+        Whether a column has one scale for all its parts and planes.
+    partition : Partition or None
+        The weight's parts; None for one part.
+    exponent : int
+        Scales and means of rows are those stored times ``2**exponent``.
+    rotation : int or None
+        Size of the blocks whose rotation of the columns is undone last.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> W = np.array([[0.5, -1.5], [2.0, 2.0]])
+    >>> signs = np.sign(W)[None] > 0
+    >>> coded = cq.Additive.of(signs, abs(W).mean(1).reshape(1, 2, 1))
+    >>> coded.dequantize()
+    array([[ 1., -1.],
+           [ 2.,  2.]], dtype=float32)
+    >>> coded.nbytes
+    5
+    """
+
+    kind = "additive"
+
+    shape: tuple[int, int]
+    group: int
+    orders: tuple[int, int]
+    base: int
+    planes: npt.NDArray[np.uint8]
+    row_scales: npt.NDArray[np.float16]
+    means: npt.NDArray[np.float16] | None = None
+    column_scales: npt.NDArray[np.float16] | None = None
+    shared: bool = True
+    partition: Partition | None = None
+    exponent: int = 0
+    rotation: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        digits: Any,
+        row_scales: Any,
+        *,
+        group: int | None = None,
+        orders: tuple[int, int] | None = None,
+        base: int = 2,
+        means: Any = None,
+        column_scales: Any = None,
+        partition: Partition | None = None,
+        exponent: int = 0,
+        rotation: int | None = None,
+    ) -> Additive:
+        """Pack digits and scales.
+
+        Parameters
+        ----------
+        digits : numpy.ndarray (planes, rows, columns), bool or integer
+            Binary digits 0 for -1 and 1 for 1; ternary ones 0, 1, 2 for -1, 0, 1. Those of planes
+            that a column doesn't have are left out.
+        row_scales : numpy.ndarray (slots, rows, groups)
+        group : int, optional
+            Columns of a group; by default all.
+        orders : tuple of int, optional
+            Planes of other columns, and of salient ones; by default all.
+        base : int
+        means : numpy.ndarray (parts, rows, groups), optional
+        column_scales : numpy.ndarray (1, columns) or (slots, columns), optional
+        partition : Partition, optional
+        exponent : int
+            Scales and means of rows are stored divided by ``2**exponent``.
+        rotation : int, optional
+
+        Raises
+        ------
+        ShapeError, TypeError, ValueError
+            If the arrays don't belong together.
+        """
+        check_numpy("digits", digits)
+        if digits.ndim != 3 or not 1 <= len(digits) <= MOST_PLANES or not digits.size:
+            raise ShapeError(
+                f"digits must be (planes, rows, columns) with 1 to {MOST_PLANES} planes, "
+                f"got shape {digits.shape}"
+            )
+        if base not in (2, 3):
+            raise ValueError(f"base must be 2 or 3, got {base!r}")
+        most = int(digits.max()), int(digits.min())
+        if most[0] >= base or most[1] < 0:
+            raise ValueError(f"digits must lie in [0, {base - 1}], got {most[0]} and {most[1]}")
+        count, rows, d = digits.shape
+        group = d if group is None else check_index("group", group)
+        form = cls(
+            (rows, d),
+            group,
+            (count, count) if orders is None else orders,
+            base,
+            np.empty(0, np.uint8),
+            np.empty((0, rows, 1), np.float16),
+            shared=column_scales is None or len(column_scales) == 1,
+            partition=partition,
+            exponent=exponent,
+            rotation=rotation,
+        )
+        form._check()
+        slots, groups = list(form._slots()), -(-d // group)
+        parts = len({(kind, v) for kind, v, _ in slots})
+        _check_scales("row_scales", row_scales, (len(slots), rows, groups))
+        if means is not None:
+            _check_scales("means", means, (parts, rows, groups))
+        if column_scales is not None:
+            _check_scales("column_scales", column_scales, (1 if form.shared else len(slots), d))
+            if not form.shared and means is not None:
+                raise ValueError("means must not come with column_scales of each plane, got both")
+        sides = form._sides()
+        pieces = [digits[k][:, form._having(k)].reshape(-1) for k in range(max(form.orders))]
+        columns = column_scales
+        if columns is not None and not form.shared:
+            columns = np.concatenate(
+                [columns[s][sides[kind]] for s, (kind, _, _) in enumerate(slots)]
+            )
+        return replace(
+            form,
+            planes=pack_digits(np.concatenate(pieces), base),
+            row_scales=_halved(row_scales, exponent),
+            means=None if means is None else _halved(means, exponent),
+            column_scales=None if columns is None else _halved(columns.reshape(-1), 0),
+        )
+
+    @property
+    def alphabets(self) -> tuple[Alphabet, Alphabet]:
+        """What other columns, and salient ones, are written in."""
+        split = (1, 1) if self.partition is None else self.partition.variants()
+        mean = self.means is not None
+        first, second = (
+            Alphabet(v, o, self.base, mean) for v, o in zip(split, self.orders, strict=True)
+        )
+        return first, second
+
+    def dequantize(self) -> npt.NDArray[np.float32]:
+        """Return the values (rows, columns), rotated back."""
+        values = self.rotated()
+        if self.rotation is not None:
+            values = block_hadamard(values, self.rotation, inverse=True)
+        return values
+
+    def rotated(self) -> npt.NDArray[np.float32]:
+        """Return the values (rows, columns) of the rotated weight, as a kernel would use them."""
+        values = np.zeros(self.shape, np.float32)
+        large = None if self.partition is None else self.partition.large()
+        digits = self._digits()
+        sides = self._sides()
+        scales, means = whole(self.row_scales, self.exponent), None
+        if self.means is not None:
+            means = whole(self.means, self.exponent)
+        groups = np.arange(self.shape[1]) // self.group
+        ends = self._column_ends()
+        part = -1
+        total: Array = np.empty(0)
+        for s, (kind, variant, k) in enumerate(self._slots()):
+            side = sides[kind]
+            if k == 0:
+                part += 1
+                total = np.zeros((self.shape[0], len(side)), np.float32)
+                if means is not None:
+                    total += means[part][:, groups[side]]
+            term = digits[k][:, side] * scales[s][:, groups[side]]
+            if self.column_scales is not None and not self.shared:
+                term *= self.column_scales[ends[s] : ends[s + 1]].astype(np.float32)
+            total += term
+            if k == self.orders[kind] - 1:
+                if variant:
+                    assert large is not None
+                    values[:, side] = np.where(large[:, side], total, values[:, side])
+                else:
+                    values[:, side] = total
+        if self.column_scales is not None and self.shared:
+            values *= self.column_scales.astype(np.float32)
+        return values
+
+    def to_tensors(self) -> dict[str, Array]:
+        """Return what a file holds: packed arrays by name."""
+        found: dict[str, Array] = {"planes": self.planes, "row_scales": self.row_scales.reshape(-1)}
+        if self.means is not None:
+            found["means"] = self.means.reshape(-1)
+        if self.column_scales is not None:
+            found["column_scales"] = self.column_scales
+        if self.partition is not None:
+            found.update(self.partition.to_tensors())
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the tensors don't say, as plain values of JSON."""
+        return {
+            "kind": self.kind,
+            "shape": list(self.shape),
+            "group": self.group,
+            "orders": list(self.orders),
+            "base": self.base,
+            "shared": self.shared,
+            "exponent": self.exponent,
+            "rotation": self.rotation,
+            "everywhere": None if self.partition is None else self.partition.everywhere,
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Any, description: Any) -> Additive:
+        """Return the weight of which these are the tensors and the description.
+
+        Raises
+        ------
+        CheckpointError
+            If they don't belong together.
+        """
+        (rows, d), said = check_shape(description), dict(description)
+        partition = None
+        if said.get("everywhere") is not None:
+            partition = Partition.from_tensors(tensors, description)
+        try:
+            form = cls(
+                (rows, d),
+                check_index("group", said.get("group")),
+                _pair(said.get("orders")),
+                check_index("base", said.get("base"), 2),
+                np.empty(0, np.uint8),
+                np.empty((0, rows, 1), np.float16),
+                shared=bool(said.get("shared")),
+                partition=partition,
+                exponent=check_index("exponent", said.get("exponent"), -(1 << 12)),
+                rotation=said.get("rotation"),
+            )
+            form._check()
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"not the description of an additive weight: {error}") from None
+        slots, groups = list(form._slots()), -(-d // form.group)
+        parts = len({(kind, v) for kind, v, _ in slots})
+        size = rows * groups
+        scales = take_tensor(tensors, "row_scales", np.float16, len(slots) * size)
+        planes = take_tensor(tensors, "planes", np.uint8, form._plane_bytes())
+        if form.base == 3 and int(planes.max()) >= 3**5:
+            raise CheckpointError(f"planes must hold bytes below 243, got {int(planes.max())}")
+        means = columns = None
+        if "means" in tensors:
+            means = take_tensor(tensors, "means", np.float16, parts * size)
+            means = means.reshape(parts, rows, groups)
+        if "column_scales" in tensors:
+            count = d if form.shared else form._column_ends()[-1]
+            columns = take_tensor(tensors, "column_scales", np.float16, count)
+        return replace(
+            form,
+            planes=planes,
+            row_scales=scales.reshape(len(slots), rows, groups),
+            means=means,
+            column_scales=columns,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        arrays = (self.planes, self.row_scales, self.means, self.column_scales)
+        bitmaps = 0 if self.partition is None else self.partition.nbytes
+        return sum(a.nbytes for a in arrays if a is not None) + bitmaps
+
+    def enter_block(self, columns: Any, values: Any, curvature: Any) -> None:
+        """Do nothing: scales are what they are, whatever the columns of a block come to."""
+
+    def quantize_column(self, w: Array, j: int) -> Array:
+        """Return the values of column j of the rotated weight nearest to ``w`` (rows,).
+
+        Each weight stays in its part.
+        """
+        salient = self.partition is not None and bool(self.partition.salient()[j])
+        levels = self._column_levels(j, salient).astype(w.dtype)
+        if self.partition is not None and self.alphabets[salient].variants == 2:
+            large, half = self.partition.large()[:, j, None], levels.shape[1] // 2
+            levels = np.where(large, levels[:, half:], levels[:, :half])
+        found: Array = np.take_along_axis(levels, nearest(w[:, None], levels).astype(np.intp), 1)
+        return found[:, 0]
+
+    def _column_levels(self, j: int, salient: bool) -> Array:
+        """Return the values (rows, letters) that column j can take."""
+        alphabet, g = self.alphabets[salient], j // self.group
+        scales = whole(self.row_scales, self.exponent)
+        ends = self._column_ends()
+        parameters, part = [], -1
+        for s, (kind, _, k) in enumerate(self._slots()):
+            part += k == 0
+            if kind != salient:
+                continue
+            if k == 0 and self.means is not None:
+                parameters.append(whole(self.means, self.exponent)[part][:, g])
+            factor = np.float32(1)
+            if self.column_scales is not None and not self.shared:
+                place = int(np.searchsorted(self._sides()[kind], j))
+                factor = np.float32(self.column_scales[ends[s] + place])
+            parameters.append(scales[s][:, g] * factor)
+        levels = alphabet.levels(np.stack(parameters, 1))
+        if self.column_scales is not None and self.shared:
+            levels = levels * np.float32(self.column_scales[j])
+        return levels
+
+    def _slots(self) -> Iterator[tuple[int, int, int]]:
+        """Yield whether columns are salient, the part within them, and the plane."""
+        split = (1, 1) if self.partition is None else self.partition.variants()
+        kinds = (0,) if self.partition is None or self.partition.columns is None else (0, 1)
+        for kind in kinds:
+            for variant in range(split[kind]):
+                for k in range(self.orders[kind]):
+                    yield kind, variant, k
+
+    def _sides(self) -> tuple[Array, Array]:
+        """Return the indices of other columns, and of salient ones."""
+        if self.partition is None:
+            return np.arange(self.shape[1]), np.empty(0, np.intp)
+        salient = self.partition.salient()
+        return np.flatnonzero(~salient), np.flatnonzero(salient)
+
+    def _having(self, k: int) -> Array:
+        """Return the columns that have a plane k, in ascending order."""
+        sides = [side for side, n in zip(self._sides(), self.orders, strict=True) if n > k]
+        return np.sort(np.concatenate(sides)) if sides else np.empty(0, np.intp)
+
+    def _plane_bytes(self) -> int:
+        count = sum(len(side) * n for side, n in zip(self._sides(), self.orders, strict=True))
+        return plane_bytes(self.shape[0] * count, self.base)
+
+    def _column_ends(self) -> list[int]:
+        sides, ends = self._sides(), [0]
+        for kind, _, _ in self._slots():
+            ends.append(ends[-1] + len(sides[kind]))
+        return ends
+
+    def _digits(self) -> npt.NDArray[np.int8]:
+        """Return all digits as numbers (planes, rows, columns), zero where there are none."""
+        rows, d = self.shape
+        found = np.zeros((max(self.orders), rows, d), np.int8)
+        columns = [self._having(k) for k in range(max(self.orders))]
+        flat = unpack_digits(self.planes, self.base, rows * sum(map(len, columns)))
+        values = flat.astype(np.int8) * (2 if self.base == 2 else 1) - 1
+        start = 0
+        for k, side in enumerate(columns):
+            stop = start + rows * len(side)
+            found[k][:, side] = values[start:stop].reshape(rows, len(side))
+            start = stop
+        return found
+
+    def _check(self) -> None:
+        for name, order in zip(("orders[0]", "orders[1]"), self.orders, strict=True):
+            if not 1 <= check_index(name, order) <= MOST_PLANES:
+                raise ValueError(f"{name} must be at most {MOST_PLANES}, got {order}")
+        if self.base not in (2, 3):
+            raise ValueError(f"base must be 2 or 3, got {self.base}")
+        if self.partition is not None and self.partition.shape != self.shape:
+            raise ShapeError(
+                f"partition must have the shape {self.shape}, got {self.partition.shape}"
+            )
+        if self.rotation is not None:
+            check_index("rotation", self.rotation)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise TypeError(f"orders must be two integers, got {value!r}")
+    return value[0], value[1]
+
+
+def _check_scales(name: str, value: Any, shape: tuple[int, ...]) -> None:
+    check_numpy(name, value)
+    if value.shape != shape:
+        raise ShapeError(f"{name} must have shape {shape}, got {value.shape}")
+
+
+def _halved(values: Array, exponent: int) -> npt.NDArray[np.float16]:
+    """Return what is stored, or raise where float16 can't hold it."""
+    scaled = np.ldexp(np.asarray(values, np.float64), -exponent)
+    if not np.isfinite(scaled).all() or np.abs(scaled).max(initial=0) > 65504:
+        raise ValueError(
+            f"scales must be finite and below 65504 times 2**{exponent}, got a largest of "
+            f"{np.abs(values).max()}"
+        )
+    return scaled.astype(np.float16)

@@ -1,0 +1,169 @@
+"""Which part of a matrix each weight belongs to: a bit a column, a bit a weight, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant._validation import check_numpy
+from corequant.errors import CheckpointError, ShapeError
+from corequant.rounding.codebooks.coded import check_shape, take_tensor
+
+__all__ = ["Partition"]
+
+Array = npt.NDArray[Any]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """A matrix in up to four parts, as bitmaps.
+
+    Parts are numbered ``2 * salient + large``: salient columns are told from the others by a bit
+    each, large weights from the others by a bit each, of all columns or of those only that aren't
+    salient.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Rows and columns.
+    columns : numpy.ndarray (ceil(columns/8),), uint8, or None
+        Bits of the columns that are salient; None where none is.
+    elements : numpy.ndarray (bytes,), uint8, or None
+        Bits of the weights that are large, row by row; None where there is no such distinction.
+    everywhere : bool
+        Whether ``elements`` has bits of salient columns too.
+
+    Examples
+    --------
+    >>> import numpy as np, corequant as cq
+    >>> W = np.array([[0.1, 0.9, 2.0], [0.8, -0.2, 3.0]])
+    >>> parts = cq.Partition.of(np.array([False, False, True]), abs(W) > 0.5)
+    >>> parts.parts()
+    array([[0, 1, 2],
+           [1, 0, 2]], dtype=uint8)
+    >>> parts.nbytes
+    2
+    """
+
+    shape: tuple[int, int]
+    columns: npt.NDArray[np.uint8] | None = None
+    elements: npt.NDArray[np.uint8] | None = None
+    everywhere: bool = False
+
+    @classmethod
+    def of(
+        cls, salient: Any, large: Any = None, *, rows: int | None = None, everywhere: bool = False
+    ) -> Partition:
+        """Return the partition of some columns and weights.
+
+        Parameters
+        ----------
+        salient : numpy.ndarray (columns,), bool
+            Salient columns.
+        large : numpy.ndarray (rows, columns), bool, optional
+            Large weights; those of salient columns count only with ``everywhere``.
+        rows : int, optional
+            Rows of the matrix; needed without ``large``.
+        everywhere : bool
+            Whether large weights of salient columns are a part of their own.
+
+        Raises
+        ------
+        ShapeError, TypeError
+            If an array has another shape, or isn't of bools.
+        """
+        _check_bools("salient", salient, 1)
+        if large is None:
+            if rows is None:
+                raise TypeError("rows must be an integer where large is None, got None")
+            shape = rows, len(salient)
+            bits = None
+        else:
+            _check_bools("large", large, 2)
+            shape = large.shape
+            if shape[1] != len(salient):
+                raise ShapeError(
+                    f"large must have {len(salient)} columns as salient does, got {shape}"
+                )
+            covered = large if everywhere else large[:, ~salient]
+            bits = np.packbits(covered.reshape(-1), bitorder="little")
+        columns = np.packbits(salient, bitorder="little") if salient.any() else None
+        return cls(shape, columns, bits, bool(everywhere and bits is not None))
+
+    def salient(self) -> Bools:
+        """Return which columns are salient (columns,)."""
+        if self.columns is None:
+            return np.zeros(self.shape[1], np.bool_)
+        return np.unpackbits(self.columns, count=self.shape[1], bitorder="little").astype(np.bool_)
+
+    def large(self) -> Bools:
+        """Return which weights are large (rows, columns); none outside of ``elements``."""
+        found = np.zeros(self.shape, np.bool_)
+        if self.elements is not None:
+            covered = self._covered()
+            size = self.shape[0] * int(covered.sum())
+            bits = np.unpackbits(self.elements, count=size, bitorder="little")
+            found[:, covered] = bits.reshape(self.shape[0], -1).astype(np.bool_)
+        return found
+
+    def parts(self) -> npt.NDArray[np.uint8]:
+        """Return each weight's part (rows, columns)."""
+        return 2 * self.salient().astype(np.uint8) + self.large().astype(np.uint8)
+
+    def variants(self) -> tuple[int, int]:
+        """Return the number of parts within other columns, and within salient ones."""
+        split = 1 if self.elements is None else 2
+        return split, split if self.everywhere else 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the bitmaps."""
+        return sum(a.nbytes for a in (self.columns, self.elements) if a is not None)
+
+    def to_tensors(self) -> dict[str, Array]:
+        """Return the bitmaps that there are by name."""
+        found = {"columns": self.columns, "elements": self.elements}
+        return {name: array for name, array in found.items() if array is not None}
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the bitmaps don't say, as plain values."""
+        return {"shape": list(self.shape), "everywhere": self.everywhere}
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Array], description: Mapping[str, Any]
+    ) -> Partition:
+        """Return the partition of which these are the bitmaps and the description.
+
+        Raises
+        ------
+        CheckpointError
+            If they don't belong together.
+        """
+        shape, everywhere = check_shape(description), description.get("everywhere")
+        if not isinstance(everywhere, bool):
+            raise CheckpointError(f"everywhere must be true or false, got {everywhere!r}")
+        columns = elements = None
+        if "columns" in tensors:
+            columns = take_tensor(tensors, "columns", np.uint8, -(-shape[1] // 8))
+        found = cls(shape, columns, None, everywhere)
+        if "elements" in tensors:
+            size = shape[0] * int(found._covered().sum())
+            elements = take_tensor(tensors, "elements", np.uint8, -(-size // 8))
+        return cls(shape, columns, elements, everywhere)
+
+    def _covered(self) -> Bools:
+        return np.ones(self.shape[1], np.bool_) if self.everywhere else ~self.salient()
+
+
+def _check_bools(name: str, value: Any, ndim: int) -> None:
+    check_numpy(name, value)
+    if value.dtype != np.bool_:
+        raise TypeError(f"{name} must have dtype bool, got {value.dtype}")
+    if value.ndim != ndim:
+        raise ShapeError(f"{name} must have {ndim} axes, got shape {value.shape}")

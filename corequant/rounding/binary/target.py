@@ -1,0 +1,182 @@
+"""What binary methods approximate: a weight, rotated and corrected, in a metric of its outputs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant._validation import check_index, check_matrix, working_dtype
+from corequant.errors import ShapeError
+from corequant.rotation import block_hadamard, check_block_size
+from corequant.rounding.binary.additive import Additive
+from corequant.rounding.codebooks.coded import CodingReport, RoundedWeight
+from corequant.rounding.eigenvalues import largest_eigenvalue
+from corequant.rounding.hessian import (
+    Damping,
+    Factor,
+    check_cross_moment,
+    check_hessian,
+    check_tokens,
+    damped_factor,
+    mean_diagonal,
+    shrunk,
+)
+from corequant.rounding.problem import check_damping, gap_product, losses_of
+
+__all__ = ["Measured", "Target"]
+
+Array = npt.NDArray[Any]
+
+_DAMPING, _CROSS_DAMPING = 0.01, 1e-4
+"""GPTQ's share of the mean diagonal, and Qronos's of the largest eigenvalue for weights alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A weight and its moments as they were given, checked.
+
+    Attributes
+    ----------
+    W : numpy.ndarray (rows, columns)
+    H, G : numpy.ndarray (columns, columns)
+        G may be None.
+    tokens : int or None
+    name : str
+    """
+
+    W: Array
+    H: Array
+    G: Array | None
+    tokens: int | None
+    name: str
+
+    @classmethod
+    def of(cls, W: Any, H: Any, G: Any, tokens: Any, name: str) -> Measured:
+        """Check the arguments; raises as the public functions say."""
+        W = check_matrix("W", W)
+        if not W.size:
+            raise ShapeError(f"W must have at least one row and one column, got shape {W.shape}")
+        H = check_hessian(H, W.shape[1], name)
+        if G is not None:
+            G = check_cross_moment(G, H, name)
+        return cls(W, H, G, check_tokens(tokens), name)
+
+    def rotated(self, size: int | None) -> Measured:
+        """Return the same of columns rotated in blocks of some size."""
+        if size is None:
+            return self
+        W, H = (M.astype(working_dtype(M)) for M in (self.W, self.H))
+        G = None if self.G is None else self.G.astype(working_dtype(self.G))
+
+        def both(M: Array) -> Array:
+            right = np.ascontiguousarray(block_hadamard(M, size).T)
+            return np.ascontiguousarray(block_hadamard(right, size).T)
+
+        return Measured(
+            block_hadamard(W, size),
+            both(H),
+            None if G is None else both(G),
+            self.tokens,
+            self.name,
+        )
+
+    def check_rotation(self, size: Any) -> int:
+        """Return the size of blocks that W's columns can be rotated in."""
+        return check_block_size("rotation", check_index("rotation", size), self.W.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """The weights to be approximated and the metric of their errors, in the order of a column loop.
+
+    Attributes
+    ----------
+    order : numpy.ndarray (columns,)
+        Columns of W in reverse order of their rounding.
+    values : numpy.ndarray (rows, columns)
+        W, or the best weights for the float network's outputs where G was given.
+    H : numpy.ndarray (columns, columns)
+        Moments with their damping.
+    factor : Factor
+        ``L Lᵀ = H``.
+    dead : numpy.ndarray (columns,), bool
+        Columns that no input reached, in W's own order.
+    damping : Damping
+    shrinkage : float
+    name : str
+    """
+
+    order: Array
+    values: Array
+    H: Array
+    factor: Factor
+    dead: npt.NDArray[np.bool_]
+    damping: Damping
+    shrinkage: float
+    name: str
+
+    @classmethod
+    def of(cls, measured: Measured, group: int, damping: Any, act_order: bool) -> Target:
+        """Damp and factor the moments, and correct the weight where G is given."""
+        W, name = measured.W, measured.name
+        dtype = working_dtype(W)
+        H, G, shrinkage = shrunk(measured.H, measured.G, measured.tokens)
+        diagonal = np.diagonal(H).astype(np.float64)
+        dead = diagonal <= 0
+        order = _group_order(np.where(dead, -1.0, diagonal), group, act_order)
+        if damping is None:
+            share = _DAMPING if G is None else _CROSS_DAMPING
+        else:
+            share = check_damping(damping)
+        size = mean_diagonal(diagonal, dead) if G is None else largest_eigenvalue(H)
+        factor, used = damped_factor(H, order, dead, share * size, dtype, name)
+        values = np.take(W, order, axis=1).astype(dtype)
+        if G is not None:
+            gap = np.ascontiguousarray(gap_product(W, G, H, dtype)[:, order])
+            values += factor.backward(factor.forward(gap))
+        metric = np.ascontiguousarray(H[np.ix_(order, order)], dtype)
+        place = np.arange(len(metric))
+        filled = np.where(dead, mean_diagonal(diagonal, dead), diagonal)[order] + used.value
+        metric[place, place] = filled
+        return cls(order, values, metric, factor, dead, used, shrinkage, name)
+
+    @property
+    def exponent(self) -> int:
+        """Exponent of what scales are stored in: the largest weight comes to about 2**8."""
+        largest = float(np.abs(self.values).max())
+        return math.frexp(largest)[1] - 8 if largest else 0
+
+    def result(self, method: str, measured: Measured, weight: Additive) -> RoundedWeight:
+        """Report on a weight that was found."""
+        loss = losses_of(measured.W, [weight.dequantize()], measured.H, measured.G)[0]
+        report = CodingReport(
+            method,
+            self.name,
+            weight.bits_per_weight,
+            loss=loss,
+            damping=self.damping,
+            dead_columns=tuple(int(j) for j in np.flatnonzero(np.diagonal(measured.H) == 0)),
+            shrinkage=self.shrinkage,
+        )
+        return RoundedWeight(weight, report)
+
+
+def _group_order(score: Array, group: int, act_order: bool) -> Array:
+    """Return the columns in reverse order of their rounding, those of a group together.
+
+    With ``act_order`` the group of the largest mean score is first, and its largest column.
+    """
+    d = len(score)
+    if not act_order:
+        return np.arange(d)[::-1]
+    starts = np.arange(0, d, group)
+    means = np.add.reduceat(score, starts) / np.diff(np.append(starts, d))
+    pieces = []
+    for g in np.argsort(means, kind="stable"):
+        columns = np.arange(starts[g], min(starts[g] + group, d))[::-1]
+        pieces.append(columns[np.argsort(score[columns], kind="stable")])
+    return np.concatenate(pieces)
