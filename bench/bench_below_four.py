@@ -70,6 +70,42 @@ def coded(method, bits, cross=True, **more):
     return code
 
 
+def planes(method, cross=True, **more):
+    def code(W, H, G):
+        made = method(W, H, G=G if cross else None, **more)
+        return made.dequantize(), made.bits_per_weight
+
+    return code
+
+
+def _planes():
+    """Yield names and schemes of planes of signs."""
+    for name, method in (("billm", cq.billm), ("arb", cq.arb)):
+        plain = planes(method, cross=False, published=True)
+        yield f"{name}-published", Scheme(plain)
+        yield f"{name}-published-rotated", Scheme(plain, True)
+    yield "billm", Scheme(planes(cq.billm))
+    yield "billm-rotated", Scheme(planes(cq.billm), True)
+    for order in (1, 2, 3, 4):
+        for extra in (0, 0.125, 0.25, 0.5, 0.75) if order < 4 else (0,):
+            more = {"order": order, "salient": extra}
+            name = f"arb-{order + extra:g}"
+            yield name, Scheme(planes(cq.arb, **more))
+            yield f"{name}-unrotated", Scheme(planes(cq.arb, rotation=None, **more))
+            yield f"{name}-rotated", Scheme(planes(cq.arb, rotation=None, **more), True)
+    for suffix, more in {
+        "-bitmap": {"bitmap": True, "mean": True, "group": 128, "rotation": None},
+        "-group128": {"group": 128, "rotation": None},
+        "-norounds": {"rounds": 0, "rotation": None},
+        "-gptq": {"cross": False, "rotation": None},
+        "-ternary": {"ternary": True, "rotation": None},
+    }.items():
+        yield f"arb-1{suffix}", Scheme(planes(cq.arb, **more))
+        yield f"arb-1{suffix}-rotated", Scheme(planes(cq.arb, **more), True)
+    pairs = planes(cq.arb, ternary=True, order=2, rotation=None)
+    yield "arb-2-ternary-rotated", Scheme(pairs, True)
+
+
 def _schemes():
     """Yield names and schemes."""
     for bits in (2, 3, 4):
@@ -104,7 +140,7 @@ def _schemes():
             yield f"{name}-rotated", Scheme(coded(cq.claq, bits, outliers=share), True)
 
 
-SCHEMES = dict(_schemes())
+SCHEMES = {**dict(_schemes()), **dict(_planes())}
 DEFAULT = (
     "gptq-3,qronos-3,skim-published-3,skim-3,claq-published-3,claq-3,gptq-2,qronos-2,"
     "claq-published-2.05-outliers,claq-2.25-keep0.002,skim-2.25"

@@ -109,8 +109,8 @@ def arb(
     Otherwise the column loop of GPTQ chooses signs one column after another. Then three steps
     alternate, each the best choice in the metric of the outputs with all else as it is: column
     scales, by one system of ``in_features`` equations; the scales and means of each row together;
-    and each weight's signs. In blocks rotated before, weights are close to normal, so that signs
-    and a scale alone leave the error of the published method with its bitmap: one bit and not two.
+    and each weight's signs. In blocks rotated before, weights are close to normal, and signs and a
+    scale alone leave ``1 - 2/π`` of the squared error, as scales of rows and columns do otherwise.
 
     Examples
     --------
