@@ -21,6 +21,7 @@ from corequant.rounding.binary.planes import (
 from corequant.rounding.binary.start import start_parameters
 from corequant.rounding.binary.streams import pack_digits, plane_bytes, unpack_digits
 from corequant.rounding.binary.target import Measured, Target
+from corequant.rounding.codebooks.columns import ColumnProblem
 
 
 def layer(rows=24, d=60, tokens=400, seed=0, dtype=np.float64):
@@ -152,6 +153,7 @@ def test_parts_of_a_partition_are_disjoint_and_survive_a_file(salient, everywher
     parts = found.parts()
     covered = large & (everywhere | ~columns)
     assert np.array_equal(parts, 2 * columns + covered)
+    assert all(np.array_equal(found.large_of(j), covered[:, j]) for j in range(17))
     assert sum((parts == p).astype(int) for p in range(4)).tolist() == np.ones((5, 17)).tolist()
     again = cq.Partition.from_tensors(found.to_tensors(), found.describe())
     assert np.array_equal(again.parts(), parts)
@@ -235,9 +237,25 @@ def test_an_additive_weight_is_its_formula_and_its_file(
     again = cq.load_coded(*file_of(coded))
     assert np.array_equal(again.dequantize(), coded.dequantize())
     assert coded.bits_per_weight == 8 * coded.nbytes / (rows * d)
-    for j in (0, d - 1):
+    for j in range(d):
         column = coded.rotated()[:, j]
         assert np.allclose(coded.quantize_column(column, j), column, atol=1e-6)
+
+
+def test_frozen_scales_go_through_the_column_loop():
+    W, H = layer(24, 60)
+    for options in ({"order": 2}, {"bitmap": True, "mean": True, "salient": 0.2, "group": 16}):
+        coded = cq.arb(W, np.eye(60), rotation=None, rounds=0, **options).weight
+        nearest_loss = cq.reconstruction_loss(W, coded.dequantize(), H)
+        values = ColumnProblem.of(W, H).run(coded)
+        again = coded.encode(values)
+        assert np.allclose(again.dequantize(), values, atol=1e-6)
+        assert again.nbytes == coded.nbytes
+        assert cq.reconstruction_loss(W, again.dequantize(), H) < nearest_loss
+        kept = coded.encode(coded.dequantize())
+        assert np.array_equal(kept.planes, coded.planes)
+    with pytest.raises(cq.ShapeError, match="values must have shape"):
+        coded.encode(W[:, :3])
 
 
 def test_a_rotation_is_undone_last():

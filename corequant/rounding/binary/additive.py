@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +12,8 @@ from corequant._validation import check_index, check_numpy
 from corequant.errors import CheckpointError, ShapeError
 from corequant.rotation import block_hadamard
 from corequant.rounding.binary.alphabet import Alphabet, nearest
+from corequant.rounding.binary.layout import Layout
 from corequant.rounding.binary.partition import Partition
-from corequant.rounding.binary.streams import pack_digits, plane_bytes, unpack_digits
 from corequant.rounding.codebooks.coded import CodedWeight, check_shape, take_tensor, whole
 
 __all__ = ["MOST_PLANES", "Additive"]
@@ -156,29 +155,31 @@ class Additive(CodedWeight):
             rotation=rotation,
         )
         form._check()
-        slots, groups = list(form._slots()), -(-d // group)
-        parts = len({(kind, v) for kind, v, _ in slots})
+        layout = form._layout
+        slots, groups = list(layout.slots()), -(-d // group)
         _check_scales("row_scales", row_scales, (len(slots), rows, groups))
         if means is not None:
-            _check_scales("means", means, (parts, rows, groups))
+            _check_scales("means", means, (layout.parts(), rows, groups))
         if column_scales is not None:
             _check_scales("column_scales", column_scales, (1 if form.shared else len(slots), d))
             if not form.shared and means is not None:
                 raise ValueError("means must not come with column_scales of each plane, got both")
-        sides = form._sides()
-        pieces = [digits[k][:, form._having(k)].reshape(-1) for k in range(max(form.orders))]
-        columns = column_scales
+        sides, columns = layout.sides(), column_scales
         if columns is not None and not form.shared:
             columns = np.concatenate(
                 [columns[s][sides[kind]] for s, (kind, _, _) in enumerate(slots)]
             )
         return replace(
             form,
-            planes=pack_digits(np.concatenate(pieces), base),
+            planes=layout.pack(digits),
             row_scales=_halved(row_scales, exponent),
             means=None if means is None else _halved(means, exponent),
             column_scales=None if columns is None else _halved(columns.reshape(-1), 0),
         )
+
+    @property
+    def _layout(self) -> Layout:
+        return Layout(self.shape, self.orders, self.base, self.partition)
 
     @property
     def alphabets(self) -> tuple[Alphabet, Alphabet]:
@@ -201,16 +202,15 @@ class Additive(CodedWeight):
         """Return the values (rows, columns) of the rotated weight, as a kernel would use them."""
         values = np.zeros(self.shape, np.float32)
         large = None if self.partition is None else self.partition.large()
-        digits = self._digits()
-        sides = self._sides()
+        layout = self._layout
+        digits, sides, ends = layout.unpack(self.planes), layout.sides(), layout.ends()
         scales, means = whole(self.row_scales, self.exponent), None
         if self.means is not None:
             means = whole(self.means, self.exponent)
         groups = np.arange(self.shape[1]) // self.group
-        ends = self._column_ends()
         part = -1
         total: Array = np.empty(0)
-        for s, (kind, variant, k) in enumerate(self._slots()):
+        for s, (kind, variant, k) in enumerate(layout.slots()):
             side = sides[kind]
             if k == 0:
                 part += 1
@@ -285,11 +285,11 @@ class Additive(CodedWeight):
             form._check()
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"not the description of an additive weight: {error}") from None
-        slots, groups = list(form._slots()), -(-d // form.group)
-        parts = len({(kind, v) for kind, v, _ in slots})
+        layout = form._layout
+        slots, groups, parts = len(list(layout.slots())), -(-d // form.group), layout.parts()
         size = rows * groups
-        scales = take_tensor(tensors, "row_scales", np.float16, len(slots) * size)
-        planes = take_tensor(tensors, "planes", np.uint8, form._plane_bytes())
+        scales = take_tensor(tensors, "row_scales", np.float16, slots * size)
+        planes = take_tensor(tensors, "planes", np.uint8, layout.plane_bytes())
         if form.base == 3 and int(planes.max()) >= 3**5:
             raise CheckpointError(f"planes must hold bytes below 243, got {int(planes.max())}")
         means = columns = None
@@ -297,12 +297,12 @@ class Additive(CodedWeight):
             means = take_tensor(tensors, "means", np.float16, parts * size)
             means = means.reshape(parts, rows, groups)
         if "column_scales" in tensors:
-            count = d if form.shared else form._column_ends()[-1]
+            count = d if form.shared else layout.ends()[-1]
             columns = take_tensor(tensors, "column_scales", np.float16, count)
         return replace(
             form,
             planes=planes,
-            row_scales=scales.reshape(len(slots), rows, groups),
+            row_scales=scales.reshape(slots, rows, groups),
             means=means,
             column_scales=columns,
         )
@@ -323,79 +323,58 @@ class Additive(CodedWeight):
         Each weight stays in its part.
         """
         salient = self.partition is not None and bool(self.partition.salient()[j])
-        levels = self._column_levels(j, salient).astype(w.dtype)
-        if self.partition is not None and self.alphabets[salient].variants == 2:
-            large, half = self.partition.large()[:, j, None], levels.shape[1] // 2
-            levels = np.where(large, levels[:, half:], levels[:, :half])
+        levels = self._levels_of(j, salient).astype(w.dtype)
         found: Array = np.take_along_axis(levels, nearest(w[:, None], levels).astype(np.intp), 1)
         return found[:, 0]
+
+    def encode(self, values: Any) -> Additive:
+        """Return the same scales and parts with the digits nearest to rotated ``values``.
+
+        Parameters
+        ----------
+        values : numpy.ndarray (rows, columns)
+        """
+        check_numpy("values", values)
+        if values.shape != self.shape:
+            raise ShapeError(f"values must have shape {self.shape}, got {values.shape}")
+        digits = np.zeros((max(self.orders), *self.shape), np.uint8)
+        for kind, side in enumerate(self._layout.sides()):
+            alphabet = self.alphabets[kind]
+            for j in side:
+                levels = self._levels_of(int(j), bool(kind))
+                letters = nearest(values[:, j, None], levels.astype(values.dtype))
+                digits[: alphabet.order, :, j] = alphabet.digits(letters)[..., 0]
+        return replace(self, planes=self._layout.pack(digits))
+
+    def _levels_of(self, j: int, salient: bool) -> Array:
+        """Return the values (rows, letters) that column j can take within each weight's part."""
+        levels = self._column_levels(j, salient)
+        if self.partition is None or self.alphabets[salient].variants == 1:
+            return levels
+        half = levels.shape[1] // 2
+        return np.where(self.partition.large_of(j)[:, None], levels[:, half:], levels[:, :half])
 
     def _column_levels(self, j: int, salient: bool) -> Array:
         """Return the values (rows, letters) that column j can take."""
         alphabet, g = self.alphabets[salient], j // self.group
-        scales = whole(self.row_scales, self.exponent)
-        ends = self._column_ends()
+        layout = self._layout
+        sides, ends = layout.sides(), layout.ends()
         parameters, part = [], -1
-        for s, (kind, _, k) in enumerate(self._slots()):
+        for s, (kind, _, k) in enumerate(layout.slots()):
             part += k == 0
             if kind != salient:
                 continue
             if k == 0 and self.means is not None:
-                parameters.append(whole(self.means, self.exponent)[part][:, g])
+                parameters.append(whole(self.means[part][:, g], self.exponent))
             factor = np.float32(1)
             if self.column_scales is not None and not self.shared:
-                place = int(np.searchsorted(self._sides()[kind], j))
+                place = int(np.searchsorted(sides[kind], j))
                 factor = np.float32(self.column_scales[ends[s] + place])
-            parameters.append(scales[s][:, g] * factor)
+            parameters.append(whole(self.row_scales[s][:, g], self.exponent) * factor)
         levels = alphabet.levels(np.stack(parameters, 1))
         if self.column_scales is not None and self.shared:
             levels = levels * np.float32(self.column_scales[j])
         return levels
-
-    def _slots(self) -> Iterator[tuple[int, int, int]]:
-        """Yield whether columns are salient, the part within them, and the plane."""
-        split = (1, 1) if self.partition is None else self.partition.variants()
-        kinds = (0,) if self.partition is None or self.partition.columns is None else (0, 1)
-        for kind in kinds:
-            for variant in range(split[kind]):
-                for k in range(self.orders[kind]):
-                    yield kind, variant, k
-
-    def _sides(self) -> tuple[Array, Array]:
-        """Return the indices of other columns, and of salient ones."""
-        if self.partition is None:
-            return np.arange(self.shape[1]), np.empty(0, np.intp)
-        salient = self.partition.salient()
-        return np.flatnonzero(~salient), np.flatnonzero(salient)
-
-    def _having(self, k: int) -> Array:
-        """Return the columns that have a plane k, in ascending order."""
-        sides = [side for side, n in zip(self._sides(), self.orders, strict=True) if n > k]
-        return np.sort(np.concatenate(sides)) if sides else np.empty(0, np.intp)
-
-    def _plane_bytes(self) -> int:
-        count = sum(len(side) * n for side, n in zip(self._sides(), self.orders, strict=True))
-        return plane_bytes(self.shape[0] * count, self.base)
-
-    def _column_ends(self) -> list[int]:
-        sides, ends = self._sides(), [0]
-        for kind, _, _ in self._slots():
-            ends.append(ends[-1] + len(sides[kind]))
-        return ends
-
-    def _digits(self) -> npt.NDArray[np.int8]:
-        """Return all digits as numbers (planes, rows, columns), zero where there are none."""
-        rows, d = self.shape
-        found = np.zeros((max(self.orders), rows, d), np.int8)
-        columns = [self._having(k) for k in range(max(self.orders))]
-        flat = unpack_digits(self.planes, self.base, rows * sum(map(len, columns)))
-        values = flat.astype(np.int8) * (2 if self.base == 2 else 1) - 1
-        start = 0
-        for k, side in enumerate(columns):
-            stop = start + rows * len(side)
-            found[k][:, side] = values[start:stop].reshape(rows, len(side))
-            start = stop
-        return found
 
     def _check(self) -> None:
         for name, order in zip(("orders[0]", "orders[1]"), self.orders, strict=True):

@@ -79,6 +79,10 @@ class Table:
 
     def nearest(self, w: Array, scale: Any) -> tuple[Array, Array]:
         """Return the values nearest to w (rows,) in a column of some scale, and their letters."""
+        if len(self.middles) == 1:
+            above = w / scale > self.middles[0]
+            high, low = self.levels[1], self.levels[0]
+            return np.where(above, high, low) * scale, np.where(above, *self.letters[::-1])
         rank = (w / scale > self.middles).sum(0)
         rows = np.arange(len(w))
         return self.levels[rank, rows] * scale, self.letters[rank, rows]

@@ -111,6 +111,15 @@ class Partition:
             found[:, covered] = bits.reshape(self.shape[0], -1).astype(np.bool_)
         return found
 
+    def large_of(self, j: int) -> Bools:
+        """Return which weights of column j are large (rows,), without unpacking the others."""
+        covered = self._covered()
+        if self.elements is None or not covered[j]:
+            return np.zeros(self.shape[0], np.bool_)
+        bits = np.arange(self.shape[0]) * int(covered.sum()) + int(covered[:j].sum())
+        found: Bools = (self.elements[bits >> 3] >> (bits & 7).astype(np.uint8) & 1) > 0
+        return found
+
     def parts(self) -> npt.NDArray[np.uint8]:
         """Return each weight's part (rows, columns)."""
         return 2 * self.salient().astype(np.uint8) + self.large().astype(np.uint8)
