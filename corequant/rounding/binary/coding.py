@@ -81,8 +81,8 @@ class Table:
         """Return the values nearest to w (rows,) in a column of some scale, and their letters."""
         if len(self.middles) == 1:
             above = w / scale > self.middles[0]
-            high, low = self.levels[1], self.levels[0]
-            return np.where(above, high, low) * scale, np.where(above, *self.letters[::-1])
+            values = np.where(above, self.levels[1], self.levels[0]) * scale
+            return values, np.where(above, self.letters[1], self.letters[0])
         rank = (w / scale > self.middles).sum(0)
         rows = np.arange(len(w))
         return self.levels[rank, rows] * scale, self.letters[rank, rows]
