@@ -21,7 +21,7 @@ from corequant.errors import NonFiniteError
 from corequant.formats import FormatKind, NumberFormat
 from corequant.quantization import QuantizedTensor, choose_global_scale, choose_qparams, quantize
 from corequant.rounding.accumulators import AccumulatorSpec, ensure_certified
-from corequant.specs import Granularity, QuantSpec
+from corequant.specs import Granularity, QuantSpec, ScaleSearch
 
 __all__ = ["BLOCK", "ColumnLoop", "Pull", "Scales", "column_grid"]
 
@@ -86,14 +86,21 @@ class Scales:
         scales: Any = None,
         zero_points: Any = None,
         global_scale: Any = None,
+        *,
+        refit: bool = False,
     ) -> Scales:
-        """Choose scales for W by the spec's search, or check those that are given."""
+        """Choose scales for W by the spec's search, or check those that are given.
+
+        With ``refit`` each group's will be searched when its values are known: until then those of
+        its range stand in.
+        """
         if global_scale is None and spec.granularity is Granularity.TENSOR_GROUP and scales is None:
             global_scale = choose_global_scale(W, spec)
         if scales is None:
             if zero_points is not None:
                 raise ValueError("zero_points must come with scales, got zero_points alone")
-            scales, zero_points = choose_qparams(W, spec, global_scale=global_scale)
+            first = spec.replace(scale_search=ScaleSearch.ABSMAX) if refit else spec
+            scales, zero_points = choose_qparams(W, first, global_scale=global_scale)
         else:
             # Rounding once checks shapes, signs and that everything belongs together.
             fitted = quantize(W, spec, scales, zero_points, global_scale=global_scale)

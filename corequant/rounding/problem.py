@@ -164,7 +164,8 @@ class Problem:
         if G is not None:
             G = check_cross_moment(G, H, name)
         options.check(spec)
-        chosen = Scales.choose(W, spec, options.scales, options.zero_points, options.global_scale)
+        given = options.scales, options.zero_points, options.global_scale
+        chosen = Scales.choose(W, spec, *given, refit=options.refit)
         dead = np.diagonal(H) == 0
         group = chosen.group if options.refit else 0
         order = column_order(np.diagonal(H), dead, options.act_order, group)

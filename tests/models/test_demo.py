@@ -39,6 +39,7 @@ def test_the_demo(narrow, tmp_path, monkeypatch):
     monkeypatch.setattr(demonstration, "fetch_model", lambda: tmp_path / "model")
     monkeypatch.setattr(demonstration, "LENGTH", 32)
     monkeypatch.setattr(demonstration, "SAMPLES", 2)
+    monkeypatch.setattr(demonstration, "processor_count", lambda: 1)
     monkeypatch.chdir(tmp_path)
     shown = run("demo", "--windows", 2, "-o", "out")
     names = ["float", *(v.name for v in demonstration.variants())]
@@ -72,11 +73,38 @@ def test_the_demo_saves_the_w4a4_model_that_is_closest(best, tmp_path, monkeypat
         return replace(found, divergence=replace(found.divergence, kl=kl))
 
     monkeypatch.setattr(demonstration, "evaluate", evaluate)
-    result = demonstration.run(tmp_path / "out", carried_documents(), windows=1)
+    result = demonstration.run(tmp_path / "out", carried_documents(), windows=1, processors=1)
     assert [row.rounding for row in result.rows] == ["", *(v.recipe.rounding for v in made)]
     written = Recipe.from_toml((tmp_path / "out" / "w4a4" / "recipe.toml").read_text())
     assert replace(written, dtype="auto") == made[best].recipe
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["w4a16", "w4a4"]
+
+
+def test_the_demo_in_two_processes(tmp_path, monkeypatch):
+    """Rows, progress and what is saved are those of one."""
+    write_model(tmp_path / "model")
+    tokenizer_of("gpt-2").save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(demonstration, "fetch_model", lambda: tmp_path / "model")
+    monkeypatch.setattr(demonstration, "LENGTH", 32)
+    monkeypatch.setattr(demonstration, "SAMPLES", 2)
+    made = (demonstration.Variant("W4A16", Recipe.preset("w4a16")), demonstration.variants()[2])
+    monkeypatch.setattr(demonstration, "variants", lambda: made)
+    found = []
+    for processors in (1, 2):
+        seen = set()
+        result = demonstration.run(
+            tmp_path / str(processors),
+            carried_documents(),
+            windows=2,
+            progress=lambda phase, done, total, seen=seen: seen.add((phase, done, total)),
+            processors=processors,
+        )
+        assert {name for name, done, total in seen if done == total} >= {v.name for v in made}
+        folders = sorted(f.name for f in (tmp_path / str(processors)).iterdir())
+        assert folders == ["w4a16", "w4a4"]
+        assert len(result.spoken) == 2
+        found.append((result.rows, seen, result.tokens))
+    assert found[0] == found[1]
 
 
 def test_the_demos_best_needs_all_that_is_calibrated():

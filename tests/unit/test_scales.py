@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import corequant as cq
+from corequant._cpu.scales import percentile
 
 POWERS = np.ldexp(1.0, np.arange(-149, 128)).astype(np.float32)
 NEAR = np.concatenate(
@@ -196,6 +197,18 @@ def test_percentiles_cut_outliers():
     y = np.zeros((1, 1000))
     y[0, 0] = 3
     assert cq.choose_qparams(y, "int4:channel:percentile50")[0][0, 0] == 3 / 7.5
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_percentiles_are_numpys_to_the_bit(dtype):
+    """Near both ends, where a few entries are looked for, and between, where all are sorted."""
+    rng = np.random.default_rng(9)
+    for width in (1, 2, 33, 64, 700):
+        x = rng.standard_normal((6, width)).astype(dtype)
+        x[1], x[2], x[3] = x[1, 0], np.round(x[2]), np.sort(x[3])[::-1]
+        for q in (0.5, 3.7, 50.0, 96.3, 99.5, 100.0):
+            expected = np.percentile(x, np.float64(q), axis=1).astype(dtype)
+            np.testing.assert_array_equal(percentile(x, q), expected)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import platformdirs
 import torch
 
+from corequant._cpu.processors import processor_count
 from corequant.errors import CheckpointError
 from corequant.recipe import Recipe
+from corequant_cli.commands.side_by_side import side_by_side
 from corequant_transformers.calibration.data.documents import Documents
 from corequant_transformers.calibration.data.given import text_windows
 from corequant_transformers.checkpoint.reader import load
@@ -150,13 +154,13 @@ def fetch_model(cache: Path | None = None) -> Path:
     return model
 
 
-@undisturbed()
 def run(
     output: Path,
     documents: Documents,
     *,
     windows: int = 4,
     progress: Progress = lambda phase, done, total: None,
+    processors: int | None = None,
 ) -> Demo:
     """Quantize SmolLM2 in several ways, compare them, save two and let these speak.
 
@@ -170,6 +174,9 @@ def run(
     windows : int
         Windows of 512 tokens to evaluate.
     progress : callable
+    processors : int, optional
+        With two or more, W4A4 is made in one process and the rest in another; all that there are by
+        default.
 
     Returns
     -------
@@ -177,32 +184,73 @@ def run(
     """
     target = check_output(output)
     progress("fetch SmolLM2", 0, 1)
-    source = Source(fetch_model())
+    source = fetch_model()
     progress("fetch SmolLM2", 1, 1)
-    tokenizer = source.tokenizer()
-    tokens = text_windows(documents, tokenizer, LENGTH, SAMPLES + windows)
-    model, held = source.load(), tokens[SAMPLES:]
+    tokens = text_windows(documents, Source(source).tokenizer(), LENGTH, SAMPLES + windows)
     made = variants()
+    # Each half takes about as long as the other.
+    halves = [[v for v in made if (v.folder == "w4a4") == last] for last in (False, True)]
+    texts = tokens[:SAMPLES], tokens[SAMPLES:]
+    shares = [_Share(source, tuple(half), *texts, target) for half in halves if half]
+    count = processor_count() if processors is None else processors
+    found = side_by_side(_make, shares, progress, count)
+    rows = {row.name: row for half in found for row in half.rows}
+    spoken = {folder: text for half in found for folder, text in half.spoken.items()}
+    return Demo(
+        (found[0].reference, *(rows[v.name] for v in made)),
+        {str(output / folder): spoken[folder] for folder in SAVED if folder in spoken},
+        int(texts[1].size),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Share:
+    """Variants to be made in one process, of a model and from tokens that others have too."""
+
+    source: Path
+    variants: tuple[Variant, ...]
+    calibration: npt.NDArray[np.int64]
+    held: npt.NDArray[np.int64]
+    target: Path
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What came of a share: the float model's row, those of its variants, what was saved."""
+
+    reference: Row
+    rows: tuple[Row, ...]
+    spoken: dict[str, str]
+
+
+@undisturbed()
+def _make(share: _Share, progress: Progress) -> _Made:
+    source, held = Source(share.source), share.held
+    tokenizer, model = source.tokenizer(), source.load()
     # The last one needs the most of what is measured.
-    data = calibrate(model, made[-1].recipe, tokens[:SAMPLES], progress=progress)
-    rows = [Row("float (bfloat16)", "", 0.0, None, None, 2e-6 * _parameters(model))]
+    data = calibrate(model, share.variants[-1].recipe, share.calibration)
+    reference = Row("float (bfloat16)", "", 0.0, None, None, 2e-6 * _parameters(model))
+    rows: list[Row] = []
     kept: dict[str, tuple[float, Any]] = {}
-    for variant in made:
-        bar = _Bar(variant.name, progress, windows)
+    for variant in share.variants:
+        bar = _Bar(variant.name, progress, len(held))
         result = quantize(model, variant.recipe, data, tokenizer=tokenizer, progress=bar.quantized)
         found = evaluate(result.model, held, against=model, progress=bar.evaluated)
         far: Any = found.divergence
-        rows[0] = replace(rows[0], perplexity=far.reference_perplexity)
+        reference = replace(reference, perplexity=far.reference_perplexity)
         size = sum(t.nbytes for t in model_tensors(result.model, result.plan).values())
         figures = (found.perplexity, far.kl, far.kl_se, 1e-6 * size)
         rows.append(Row(variant.name, variant.recipe.rounding, *figures))
-        if variant.folder not in kept or far.kl < kept[variant.folder][0]:
-            kept[variant.folder] = far.kl, result
+        folder = variant.folder
+        if folder in SAVED and (folder not in kept or far.kl < kept[folder][0]):
+            kept[folder] = far.kl, result
+        # Its memory is for the next one.
+        del result
     spoken = {}
-    for folder in SAVED:
-        target.mkdir(exist_ok=True)
-        spoken[str(output / folder)] = _speak(kept[folder][1].save(target / folder), tokenizer)
-    return Demo(tuple(rows), spoken, int(held.size))
+    for folder, (_, result) in kept.items():
+        share.target.mkdir(exist_ok=True)
+        spoken[folder] = _speak(result.save(share.target / folder), tokenizer)
+    return _Made(reference, tuple(rows), spoken)
 
 
 class _Bar:

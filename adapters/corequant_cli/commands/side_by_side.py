@@ -1,0 +1,122 @@
+"""Shares of work, each in a process of its own on its part of the processors."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
+
+from corequant.errors import CorequantError, RunError
+
+__all__ = ["side_by_side"]
+
+Share = TypeVar("Share")
+Result = TypeVar("Result")
+Report = Callable[..., None]
+
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+
+def side_by_side(
+    work: Callable[[Share, Report], Result],
+    shares: Sequence[Share],
+    report: Report,
+    processors: int,
+) -> list[Result]:
+    """Return ``work(share, report)`` of each share, computed at the same time.
+
+    Parameters
+    ----------
+    work : callable
+        A function of a module, which other processes can import. What it takes and returns must be
+        picklable.
+    shares : sequence
+    report : callable
+        Called here with what ``work`` calls its own with.
+    processors : int
+        How many there are. With fewer than shares, the shares are computed in this process, one
+        after the other.
+
+    Raises
+    ------
+    CorequantError
+        If ``work`` does, with its message.
+    RunError
+        If a process ends in another way.
+    """
+    if processors < len(shares):
+        return [work(share, report) for share in shares]
+    # Not forked: libraries that have threads in this process would wait for them in the other.
+    context = multiprocessing.get_context("spawn")
+    results: dict[int, Result] = {}
+    pipes: dict[Connection, int] = {}
+    processes = []
+    try:
+        with _threads(processors // len(shares)):
+            for index, share in enumerate(shares):
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_serve, args=(work, share, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                processes.append(process)
+                pipes[ours] = index
+        while pipes:
+            for pipe in wait(list(pipes)):
+                assert isinstance(pipe, Connection)
+                _receive(pipe, pipes, results, report)
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+    return [results[index] for index in range(len(shares))]
+
+
+def _receive(
+    pipe: Connection, pipes: dict[Connection, int], results: dict[int, Any], report: Report
+) -> None:
+    try:
+        kind, value = pipe.recv()
+    except EOFError:
+        raise RunError(
+            f"the process of share {pipes[pipe] + 1} must return a result, got its end: it was "
+            "stopped, or there was too little memory"
+        ) from None
+    if kind == "report":
+        report(*value)
+    elif kind == "result":
+        results[pipes.pop(pipe)] = value
+        pipe.close()
+    elif kind == "refused":
+        raise CorequantError(value)
+    else:
+        raise RuntimeError(value)
+
+
+def _serve(work: Callable[[Any, Report], Any], share: Any, pipe: Connection) -> None:
+    """Work on a share and send what comes of it."""
+    # Whoever started this process is interrupted, too, and ends it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        message = ("result", work(share, lambda *event: pipe.send(("report", event))))
+    except CorequantError as error:
+        message = ("refused", str(error))
+    except Exception:
+        message = ("failed", traceback.format_exc())
+    pipe.send(message)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let processes that are started use so many threads, unless the user has said how many."""
+    added = [name for name in _THREADS if name not in os.environ]
+    os.environ.update(dict.fromkeys(added, str(max(1, count))))
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
