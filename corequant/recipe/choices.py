@@ -1,4 +1,4 @@
-"""Names that fields of a recipe take."""
+"""Names that fields of a recipe take, and what goes with a rotation."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ __all__ = [
     "ROUNDINGS",
     "SAMPLINGS",
     "check_choice",
+    "check_rotation",
 ]
 
 PERMUTATIONS = (*METHODS, "auto")
@@ -62,3 +63,25 @@ def check_choice(field: str, value: Any) -> None:
     """Raise RecipeError unless a value is among those of a field."""
     if value not in CHOICES[field]:
         raise RecipeError(f"{field} must be one of {', '.join(CHOICES[field])}, got {value!r}")
+
+
+def check_rotation(recipe: Any) -> None:
+    """Raise RecipeError unless block sizes and factors of a recipe go with its rotation."""
+    size, rotation = recipe.block_size, recipe.rotation
+    if rotation in ("offline", "heads") and (size is not None or recipe.factors != "none"):
+        raise RecipeError(
+            f"block_size must be None and factors 'none' with rotation {rotation!r}, which has no "
+            f"rotation of down_proj, got block_size={size!r} and factors={recipe.factors!r}"
+        )
+    if rotation != "online":
+        return
+    if not isinstance(size, int | None):
+        raise RecipeError(
+            "block_size must be one integer or None with rotation 'online', since all layers "
+            f"share the residual stream's permutation, got {size!r}"
+        )
+    if recipe.head_block_size is not None:
+        raise RecipeError(
+            "head_block_size must be None with rotation 'online', which rotates the output "
+            f"projection's input by block_size, got {recipe.head_block_size}"
+        )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from corequant._validation import check_index, need_packages
 from corequant.errors import AccumulatorError, RecipeError
-from corequant.recipe.choices import CHOICES, check_choice
+from corequant.recipe.choices import CHOICES, check_choice, check_rotation
 from corequant.recipe.layers import LayerRule, as_rule, check_pattern, combine, is_match
 from corequant.recipe.preset import DEFAULT_PRESET, PRESETS, Preset, find_preset
 from corequant.recipe.quantizers import (
@@ -18,10 +18,11 @@ from corequant.recipe.quantizers import (
     check_specs,
     scales_beside,
     spec_text,
+    vocabulary_spec,
+    vocabulary_text,
     weight_spec,
 )
 from corequant.recipe.settings import FLOAT, LayerSettings, left_out, read_accumulator
-from corequant.recipe.vocabulary import vocabulary_spec, vocabulary_text
 from corequant.rounding.methods import RoundingOptions, rounding_methods
 from corequant.specs import QuantSpec
 
@@ -247,7 +248,7 @@ class Recipe:
                 check_index(name, value, least)
             except (TypeError, ValueError) as error:
                 raise RecipeError(str(error)) from error
-        self._check_online()
+        check_rotation(self)
         if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, int | float):
             raise RecipeError(f"tolerance must be a number, got {self.tolerance!r}")
         if not 0 <= self.tolerance < float("inf"):
@@ -280,31 +281,6 @@ class Recipe:
         for pattern in self.keep:
             check_pattern("a pattern of keep", pattern)
 
-    def _check_online(self) -> None:
-        if self.rotation == "merged":
-            return
-        if self.rotation in ("offline", "heads"):
-            self._check_offline()
-            return
-        if not isinstance(self.block_size, int | None):
-            raise RecipeError(
-                "block_size must be one integer or None with rotation 'online', since all layers "
-                f"share the residual stream's permutation, got {self.block_size!r}"
-            )
-        if self.head_block_size is not None:
-            raise RecipeError(
-                "head_block_size must be None with rotation 'online', which rotates the output "
-                f"projection's input by block_size, got {self.head_block_size}"
-            )
-
-    def _check_offline(self) -> None:
-        if self.block_size is not None or self.factors != "none":
-            raise RecipeError(
-                f"block_size must be None and factors 'none' with rotation {self.rotation!r}, "
-                f"which has no rotation of down_proj, got block_size={self.block_size!r} and "
-                f"factors={self.factors!r}"
-            )
-
     def _sizes(self) -> tuple[Any, ...]:
         if self.block_size is None or self.block_size == "auto":
             return ()
@@ -331,7 +307,10 @@ class Recipe:
         damping = self.damping
         if damping is None and self.activations is None:
             damping = rounding_methods()[self.rounding].weight_only_damping
+        accumulator = None
         try:
+            if self.accumulator is not None:
+                accumulator = read_accumulator(self.accumulator, self.weights, self.activations)
             options = RoundingOptions(
                 self.rounding,
                 damping,
@@ -340,7 +319,7 @@ class Recipe:
                 self.refit,
                 self.fit_scales,
                 self.magr,
-                read_accumulator(self.accumulator, self.weights, self.activations),
+                accumulator,
                 self.steps,
             )
             options.check_spec(self.weights)
@@ -435,7 +414,7 @@ class Recipe:
 @lru_cache(256)
 def _settle(recipe: Recipe, rules: tuple[LayerRule, ...]) -> LayerSettings:
     """Return what a recipe comes to for a layer that some of its rules are for."""
-    changes = combine(rules)
+    changes = combine(rules) if rules else {}
     if changes is None:
         return FLOAT
     own = recipe

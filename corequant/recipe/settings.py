@@ -75,7 +75,7 @@ def left_out(rounding: str, weights: QuantSpec, *, other: bool) -> dict[str, Any
 
 def read_accumulator(
     value: Any, weights: QuantSpec, activations: QuantSpec | None
-) -> AccumulatorSpec | None:
+) -> AccumulatorSpec:
     """Return the accumulator that a recipe names, for the products of some weights and activations.
 
     Raises
@@ -85,8 +85,6 @@ def read_accumulator(
     RecipeError
         If it is malformed or doesn't go with the quantizers.
     """
-    if value is None:
-        return None
     found = re.fullmatch(r"(?:([1-9]\d*)[x×])?([1-9]\d*)", str(value).strip())
     if found is None:
         raise RecipeError(
