@@ -36,8 +36,8 @@ from safetensors.torch import load_file
 import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
+from corequant_transformers.run.ledger import steps_of
 from corequant_transformers.run.output import run_directory
-from corequant_transformers.run.steps import steps_of
 
 FULL, FAILED = 7, 9
 # What is about the run itself: times and peaks.

@@ -15,6 +15,7 @@ import torch
 
 from corequant.errors import BackendError, CheckpointError, OutputError
 from corequant.recipe import Recipe
+from corequant_transformers.architectures.known import own_config
 from corequant_transformers.calibration.choices import Calibration, check_calibration
 from corequant_transformers.calibration.data.given import (
     CalibrationData,
@@ -24,6 +25,7 @@ from corequant_transformers.calibration.data.given import (
 )
 from corequant_transformers.checkpoint.origin import report_description
 from corequant_transformers.checkpoint.quantized import Quantized
+from corequant_transformers.checkpoint.tensors import assemble
 from corequant_transformers.exports.destination import Destination
 from corequant_transformers.model.forward import check_ids, check_positions
 from corequant_transformers.model.layouts import (
@@ -31,7 +33,6 @@ from corequant_transformers.model.layouts import (
     check_places,
     check_untouched,
 )
-from corequant_transformers.model.loaders import own_config
 from corequant_transformers.model.origins import origin_of
 from corequant_transformers.model.parts import ModelWeights, Parts, is_tied, outside_bytes, skeleton
 from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
@@ -42,13 +43,11 @@ from corequant_transformers.model.sources import Source
 from corequant_transformers.model.surroundings import check_device, device_of, undisturbed
 from corequant_transformers.planning.memory import peak_rss_mib
 from corequant_transformers.planning.model_plan import ModelPlan
-from corequant_transformers.planning.unquantized import settle_dtype
+from corequant_transformers.planning.rules import settle_dtype
 from corequant_transformers.run.job import Job
-from corequant_transformers.run.ledger import Ledger, MemoryLedger
+from corequant_transformers.run.ledger import Ledger, MemoryLedger, steps_of
 from corequant_transformers.run.output import begin_run, describe_run, has_run, save_run
 from corequant_transformers.run.pace import Pace
-from corequant_transformers.run.result import assemble
-from corequant_transformers.run.steps import steps_of
 from corequant_transformers.transforms.rehearsal import rehearse
 from corequant_transformers.transforms.verification import Verification
 
@@ -289,7 +288,7 @@ def quantize(
     _check_windows(table, taken.tokens)
     if taken.calibration is not None:
         check_calibration(table, taken.calibration)
-    rehearsed = rehearse(source or model, table, where, progress)
+    rehearsed = None if table.is_shipped else rehearse(source or model, table, where, progress)
     # What the plan foresees may be kept; a limit counts what was freed, too.
     spare = table.peak_bytes() if memory is None else 0
     task = _Task(
@@ -306,7 +305,8 @@ def quantize(
     )
     if goal is None or source is None or taken.calibration is not None:
         job, float_config = task.run(MemoryLedger())
-        result = task.result(job, float_config, assemble(job, source or model))
+        made = assemble(job.parts.model, job.plan, job.tensors(), source or model)
+        result = task.result(job, float_config, made.to(job.parts.device))
         if goal is not None:
             progress("save", 0, 1)
             goal.save(result, source)
@@ -376,7 +376,7 @@ class _Task:
             "recipe": job.plan.recipe.to_dict(),
             "verification": found["verification"].to_dict(),
             "notes": list(job.plan.notes),
-            **report_description(job.plan, self.rehearsed),
+            **({} if job.plan.is_shipped else report_description(job.plan, self.rehearsed)),
             "calibration_tokens": int(job.tokens.size),
             "calibration": dict(self.taken.data),
             "signs": found["signs"],

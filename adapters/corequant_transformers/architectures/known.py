@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = [
     "is_enclosed",
     "is_shipped",
     "known_architectures",
+    "own_config",
     "register",
     "resolved",
 ]
@@ -64,6 +66,21 @@ def is_enclosed(config: Any) -> bool:
     """Return whether a config is that of a model of which only the blocks are described."""
     known = _KNOWN.get(getattr(config, "model_type", ""))
     return known is not None and known.enclosed
+
+
+def own_config(model: Any) -> Any:
+    """Return a model's config, which says what class the model is of.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Left as it is.
+    """
+    if not is_enclosed(model.config):
+        return model.config
+    config = copy.copy(model.config)
+    config.architectures = [type(model).__name__]
+    return config
 
 
 def register(architecture: Architecture) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["SecondStack", "index_of", "path_of"]
+__all__ = ["SecondStack"]
 
 
 @dataclass(frozen=True)
@@ -42,29 +42,3 @@ class SecondStack:
     states: str = "encoder_hidden_states"
     ids: str = "decoder_input_ids"
     first: int = 0
-
-
-def path_of(index: int, block: str, second: SecondStack | None) -> str:
-    """Return the path of a block, by those of the stacks' blocks with ``{}`` for the index."""
-    if second is not None and index >= second.first:
-        return second.block.format(index - second.first)
-    return block.format(index)
-
-
-def index_of(name: str, block: str, second: SecondStack | None) -> int | None:
-    """Return the index of the block that a parameter or module belongs to, by its name.
-
-    Examples
-    --------
-    >>> from corequant_transformers.architectures.second import index_of
-    >>> index_of("model.layers.3.mlp.up_proj.weight", "model.layers.{}", None)
-    3
-    """
-    stacks = [(block, 0)] if second is None else [(block, 0), (second.block, second.first)]
-    for path, first in stacks:
-        before, after = path.split("{}")
-        if name.startswith(before):
-            index, _, _ = name.removeprefix(before).removesuffix(after).partition(".")
-            if index.isdigit():
-                return first + int(index)
-    return None

@@ -31,11 +31,13 @@ from corequant_transformers.planning.model_plan import ModelPlan
 __all__ = [
     "Calibration",
     "RegionChoice",
+    "block_of",
     "check_calibration",
     "choose",
     "choose_block_size",
     "needs_second_order",
     "needs_tokens",
+    "width_of",
 ]
 
 Array = npt.NDArray[Any]
@@ -83,6 +85,20 @@ def needs_tokens(plan: ModelPlan) -> bool:
     if plan.recipe.block_size == "auto" or plan.recipe.factors != "none":
         return True
     return any("tokens" in permutation_needs(r.settings.permutation) for r in plan.regions)
+
+
+def block_of(region: Region, plan: ModelPlan) -> int | None:
+    """Return the only decoder block whose layers read a region; None where several do."""
+    found = {plan.architecture.block_index(f"{reader}.") for reader in region.readers}
+    return found.pop() if len(found) == 1 else None
+
+
+def width_of(plan: ModelPlan, block: int) -> int:
+    """Return the width of what a block's MLP rotates at run time; 1 without an MLP."""
+    outputs = [m for m in plan.mlp_outputs if m.block == block]
+    # An MLP beside experts has a width of its own.
+    ordered = sorted(outputs, key=lambda m: m.expert is None)
+    return ordered[0].shape[1] if ordered else 1
 
 
 def check_calibration(plan: ModelPlan, calibration: Calibration) -> None:

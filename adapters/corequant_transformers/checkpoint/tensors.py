@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from corequant.errors import CheckpointError, OutputError
 from corequant.quantization import QuantizedTensor
 from corequant.specs import ScaleFormat
 from corequant.storage.arrays import from_arrays
+from corequant_transformers.model.layouts import standardize
 from corequant_transformers.model.parts import (
     Part,
     codes_of_embedding,
@@ -20,16 +22,45 @@ from corequant_transformers.model.parts import (
 )
 from corequant_transformers.model.quantized_embedding import QuantizedEmbedding
 from corequant_transformers.model.quantized_linear import QuantizedLinear
+from corequant_transformers.model.source_files import read_generation
+from corequant_transformers.model.sources import Source
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
-from corequant_transformers.rounding.unquantized import as_stored
+from corequant_transformers.rounding.layers import as_stored
+from corequant_transformers.transforms.norms import restructure
 
 __all__ = [
+    "assemble",
     "check_writable",
     "model_tensors",
     "part_tensors",
     "place_tensors",
 ]
+
+
+def assemble(model: Any, plan: ModelPlan, tensors: dict[str, torch.Tensor], origin: Any) -> Any:
+    """Return a quantized model made of a skeleton.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Skeleton in Transformers' layout, changed in place.
+    plan : ModelPlan
+    tensors : dict of str to torch.Tensor
+        Tensors of all parts; emptied on the way.
+    origin : Source or transformers.PreTrainedModel
+        Float model, whose generation config the result gets.
+    """
+    standardize(model, plan)
+    restructure(model, plan)
+    model = place_tensors(model, plan, tensors, "the result")
+    if isinstance(origin, Source):
+        found = None if origin.is_gguf else read_generation(origin.path)
+    else:
+        found = copy.deepcopy(getattr(origin, "generation_config", None))
+    if found is not None:
+        model.generation_config = found
+    return model
 
 
 def place_tensors(

@@ -13,9 +13,9 @@ from corequant_transformers.architectures.known import (
     UnknownArchitectureError,
     architecture_of,
     known_architectures,
+    own_config,
 )
 from corequant_transformers.inspection.guess import guess
-from corequant_transformers.model.loaders import own_config
 from corequant_transformers.model.parts import skeleton
 from corequant_transformers.model.recognition import Recognition, plan_for, recognize
 from corequant_transformers.model.replicas import unwrap

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import transformers
@@ -10,7 +9,7 @@ import transformers
 from corequant_transformers.architectures.enclosed import class_of
 from corequant_transformers.architectures.known import is_composite, is_enclosed
 
-__all__ = ["class_name", "load_model", "make_model", "own_config"]
+__all__ = ["class_name", "load_model", "make_model"]
 
 
 def make_model(config: Any, **options: Any) -> Any:
@@ -55,21 +54,6 @@ def class_name(config: Any) -> str:
     if is_enclosed(config):
         return str(class_of(config).__name__)
     return str(_loader(config)._model_mapping[type(config)].__name__)
-
-
-def own_config(model: Any) -> Any:
-    """Return a model's config, which says what class the model is of.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        Left as it is.
-    """
-    if not is_enclosed(model.config):
-        return model.config
-    config = copy.copy(model.config)
-    config.architectures = [type(model).__name__]
-    return config
 
 
 def _loader(config: Any) -> Any:

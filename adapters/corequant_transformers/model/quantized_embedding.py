@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from corequant.quantization import QuantizedTensor
-from corequant_transformers.model.quantized_weight import QuantizedWeight
+from corequant_transformers.model.quantized_linear import QuantizedWeight
 
 __all__ = ["QuantizedEmbedding", "without_rows"]
 

@@ -23,10 +23,10 @@ from corequant_transformers.architectures.known import (
     UnknownArchitectureError,
     architecture_of,
     known_architectures,
+    own_config,
 )
 from corequant_transformers.architectures.unknown import undescribed
 from corequant_transformers.model.layouts import check_modules, check_places, standardized
-from corequant_transformers.model.loaders import own_config
 from corequant_transformers.planning.model_plan import ModelPlan, plan_model
 
 __all__ = [

@@ -17,8 +17,9 @@ from corequant_transformers.planning.matrix_plan import (
     Side,
     Stream,
     check_rotation,
+    inside,
+    reader_rows,
 )
-from corequant_transformers.planning.readers import inside, reader_rows
 
 __all__ = ["attention_rows", "cross_attention_rows"]
 

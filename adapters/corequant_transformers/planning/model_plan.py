@@ -37,8 +37,13 @@ from corequant_transformers.planning.matrix_plan import (
     regions_of,
 )
 from corequant_transformers.planning.rows import plan_matrices
-from corequant_transformers.planning.rules import check_rules, fusion_conflict
-from corequant_transformers.planning.unquantized import folds_gains, settle_dtype, tie
+from corequant_transformers.planning.rules import (
+    check_rules,
+    folds_gains,
+    fusion_conflict,
+    settle_dtype,
+    tie,
+)
 
 __all__ = ["VERIFIED_TOKENS", "ModelPlan", "plan_model", "replan"]
 

@@ -22,10 +22,11 @@ from corequant_transformers.planning.matrix_plan import (
     Side,
     Stream,
     check_rotation,
+    inside,
     plan_stream,
+    reader_rows,
 )
 from corequant_transformers.planning.mixer_rows import mixer_rows
-from corequant_transformers.planning.readers import inside, reader_rows
 
 __all__ = ["plan_matrices"]
 
@@ -60,7 +61,8 @@ def plan_matrices(
     stream = plan_stream(a, recipe, sizes)
     matrices = list(_embeddings(a, sizes, stream, recipe))
     for i, block in enumerate(blocks):
-        matrices += mixer_rows(block, config, own[i], i, stream, recipe)
+        if block.mixers:
+            matrices += mixer_rows(block, config, own[i], i, stream, recipe)
         if block.attention_output is not None:
             matrices += attention_rows(block, config, own[i], i, stream, recipe)
         matrices += cross_attention_rows(block, config, own[i], i, stream, recipe)

@@ -21,28 +21,25 @@ import torch
 from corequant.errors import ArchitectureError
 from corequant.recipe import Recipe
 from corequant_torch.cpu.onednn import QuickForward
-from corequant_transformers.calibration.choices import Calibration, choose, choose_block_size
+from corequant_transformers.calibration.choices import (
+    Calibration,
+    block_of,
+    choose,
+    choose_block_size,
+    width_of,
+)
 from corequant_transformers.calibration.collector import Collector, collect_block
 from corequant_transformers.checkpoint.tensors import part_tensors
-from corequant_transformers.model.forward import (
-    Crossing,
-    HiddenStates,
-    Windows,
-    enter,
-    run_block,
-)
+from corequant_transformers.model.forward import Crossing, HiddenStates, Windows, enter, run_block
 from corequant_transformers.model.parts import ENTRY, EXIT, OUTSIDE, Parts, part_plan
 from corequant_transformers.model.surroundings import to_host
 from corequant_transformers.planning.matrix_plan import Region
 from corequant_transformers.planning.model_plan import VERIFIED_TOKENS, ModelPlan, replan
 from corequant_transformers.rounding.block import groups_of, round_block
-from corequant_transformers.rounding.layers import round_nearest
-from corequant_transformers.rounding.unquantized import check_tied, round_unquantized
-from corequant_transformers.run.ledger import Ledger
-from corequant_transformers.run.places import block_of, width_of
+from corequant_transformers.rounding.layers import check_tied, round_nearest, round_unquantized
+from corequant_transformers.run.ledger import Ledger, quantizes, steps_of
 from corequant_transformers.run.sign_trials import SignTrials
 from corequant_transformers.run.stacks import Stacks
-from corequant_transformers.run.steps import quantizes, steps_of
 from corequant_transformers.transforms.embeddings import transform_entry, transform_exit
 from corequant_transformers.transforms.matrices import Choices
 from corequant_transformers.transforms.outside import transform_writers
@@ -376,10 +373,7 @@ class Job:
             self.plan.architecture.block_path(index),
             rows.quantized,
             hidden,
-            *(
-                self._stacks.arguments(torch.float32, index, state, n)
-                for n in ("quantized", "float")
-            ),
+            *self._stacks.rounded_arguments(index, state),
             executor=self.executor,
             progress=lambda done: self.progress("round", before + done, total),
             rare=(self.plan.recipe.expert_tokens, self.plan.recipe.rare_experts),
@@ -420,6 +414,13 @@ class Job:
     def quantizing_steps(self) -> list[str]:
         """The steps whose tensors make up the quantized model."""
         return [step for step in self.steps if quantizes(step)]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the quantized model's tensors by name."""
+        found: dict[str, torch.Tensor] = {}
+        for step in self.quantizing_steps:
+            found |= self.ledger.tensors(step)
+        return found
 
     def report(self) -> dict[str, Any]:
         """Return the report's rows: signs, regions, verification and matrices."""

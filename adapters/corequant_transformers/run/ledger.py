@@ -1,4 +1,4 @@
-"""What a run has done so far: the results of its steps, and the hidden states that come next."""
+"""A run's steps: their names, what they left, and the hidden states that the next one reads."""
 
 from __future__ import annotations
 
@@ -8,8 +8,28 @@ from typing import Any, Protocol
 import torch
 
 from corequant_transformers.model.forward import Windows
+from corequant_transformers.model.parts import ENTRY, EXIT, OUTSIDE
+from corequant_transformers.planning.model_plan import ModelPlan
 
-__all__ = ["Ledger", "MemoryLedger"]
+__all__ = ["Ledger", "MemoryLedger", "quantizes", "steps_of"]
+
+
+def steps_of(plan: ModelPlan) -> list[str]:
+    """Return the names of the steps that quantizing a model takes, in their order."""
+    blocks = range(plan.dimensions.blocks)
+    return [
+        *(f"calibrate-{i:05d}" for i in blocks),
+        "choose",
+        *([OUTSIDE] if plan.architecture.outside else []),
+        ENTRY,
+        *(f"block-{i:05d}" for i in blocks),
+        EXIT,
+    ]
+
+
+def quantizes(step: str) -> bool:
+    """Return whether a step's tensors are a part of the quantized model."""
+    return step.startswith("block") or step in (OUTSIDE, ENTRY, EXIT)
 
 
 class Ledger(Protocol):

@@ -23,8 +23,7 @@ from corequant_transformers.evaluation.perplexity import perplexity
 from corequant_transformers.model.forward import Windows, block_arguments, enter, leaving, run_block
 from corequant_transformers.model.parts import ENTRY, EXIT, Part, Parts, part_plan
 from corequant_transformers.planning.model_plan import ModelPlan, plan_model
-from corequant_transformers.rounding.layers import round_nearest
-from corequant_transformers.rounding.unquantized import round_unquantized
+from corequant_transformers.rounding.layers import round_nearest, round_unquantized
 from corequant_transformers.transforms.matrices import Choices, transform_model
 
 __all__ = ["SignTrials"]

@@ -22,7 +22,7 @@ from corequant_transformers.model.forward import (
     enter,
 )
 from corequant_transformers.model.parts import ENTRY, Parts
-from corequant_transformers.rounding.unquantized import round_unquantized
+from corequant_transformers.rounding.layers import round_unquantized
 from corequant_transformers.run.ledger import Ledger
 from corequant_transformers.transforms.verification import KeepFloat64
 
