@@ -141,7 +141,7 @@ def use_folder(folder: str | Path) -> None:
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m corequant.compiled")
-    parser.add_argument("folder", nargs="?", help="in place of the usual ones")
+    parser.add_argument("folder", nargs="?", help="to use instead of the default ones")
     parser.add_argument("--warm", action="store_true", help="compile what common calls need")
     given = parser.parse_args()
     if given.folder:

@@ -220,7 +220,7 @@ def check_pattern(what: str, pattern: Any) -> None:
                 f"{what} must be a regular expression, {error}, got {pattern!r}"
             ) from None
         if "=" in _LOOKAROUND.sub("", pattern):
-            raise RecipeError(f"{what} must not have '=', which no path has, got {pattern!r}")
+            raise RecipeError(f"{what} must not contain '=', got {pattern!r}")
         return
     if not isinstance(pattern, str) or not _PATH.fullmatch(pattern):
         raise RecipeError(

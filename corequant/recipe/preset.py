@@ -113,7 +113,7 @@ class Preset:
         if reader not in self.readers:
             able = [name for name in PRESETS if reader in find_preset(name).readers]
             raise RecipeError(
-                f"preset {self.name!r} makes nothing that {reader} runs; presets for {reader}: "
+                f"preset {self.name!r} can't be run by {reader}; presets for {reader}: "
                 f"{', '.join(able)}"
             )
         return self.readers[reader]

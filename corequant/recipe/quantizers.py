@@ -88,15 +88,15 @@ def vocabulary_spec(recipe: Any, name: str) -> QuantSpec | None:
     Parameters
     ----------
     recipe : Recipe
-        A string searches its scales, whose format goes along with those of the weights, unless it
-        says otherwise; ``none`` is None.
+        Read from a string, a quantizer searches its scales and stores them in the format of the
+        weights' scales, unless the string names others; ``none`` is None.
     name : str
         Field of the recipe.
 
     Raises
     ------
     RecipeError
-        If it is none for weights.
+        If it is not a quantizer for weights.
 
     Examples
     --------

@@ -391,7 +391,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "Granite 4 hybrid": ("num_local_experts is 0, got 4", "shared experts; works without experts"),
     "ViT": ("reads images", "reads images"),
-    "Whisper": ("reads sound", "reads sound"),
+    "Whisper": ("reads audio", "reads audio"),
 }
 """Pattern of the message and reason of each row that is refused."""
 

@@ -139,7 +139,7 @@ def test_mixed_formats_are_one_line_of_error(arguments, command):  # noqa: F811
     assert (status, printed) == (1, "")
     assert errors == (
         "corequant: mixed.txt must be either text or JSON lines, got both: line 1 is a record, and "
-        "line 2 is no JSON object: 'prose' (Expecting value: line 1 column 1 (char 0))\n"
+        "line 2 is not a JSON object: 'prose' (Expecting value: line 1 column 1 (char 0))\n"
     )
     assert not Path("out").exists()
 

@@ -172,7 +172,7 @@ def _killed_half_way(write):
         ),
         ("vllm", "out", {"weights": "int4:group32:asymmetric"}, cq.SpecError, "must be symmetric"),
         ("transformers", "out", {"weights": "mxfp6_e2m3"}, cq.SpecError, "transformers can't run"),
-        ("vllm", "out", {"keep": ["v_proj"]}, cq.RecipeError, "v_proj as by one matrix.*one rule"),
+        ("vllm", "out", {"keep": ["v_proj"]}, cq.RecipeError, "v_proj into one matrix.*one rule"),
         (
             "transformers",
             "out",

@@ -57,7 +57,7 @@ def test_words_come_first_and_can_be_copied(command, folder, tmp_path):
     words, _, table = shown.partition("What helps:")
     positions = [words.index(f"{k}. {n}") for k, n in enumerate(found["worth_keeping"], 1)]
     assert positions == sorted(positions)
-    assert "of the squared error by its weight (int4:channel:symmetric:mse" in words.replace(
+    assert "of the squared error from its weight (int4:channel:symmetric:mse" in words.replace(
         "\n", " "
     )
     lines = table.replace("\\\n", " ").splitlines()

@@ -189,7 +189,7 @@ def test_parts_and_notes(tokens):
     note = next(n for n in plan.notes if "model.visual" in n)
     assert "stay as they are" in note
     assert "deepstack_merger_list" in note
-    assert "text alone" in note
+    assert "only text" in note
 
 
 def test_writers_that_are_not_as_described():

@@ -79,7 +79,7 @@ def test_directories_hold_codes_once(embeddings, head, tied, tokens, tmp_path):
     assert (f"{HEAD}.weight_packed" in names) == (head is not None and not tied)
     assert (f"{HEAD}.weight" in names) == (head is None)
     assert result.plan.tied == tied
-    assert any("don't stay tied: the one is to be" in n for n in result.plan.notes) != tied
+    assert any("don't stay tied: the first is stored" in n for n in result.plan.notes) != tied
     loaded = cqhf.load(tmp_path / "run")
     assert torch.equal(logits(loaded, tokens), logits(result.model, tokens))
     # Memory of one matrix for both.

@@ -38,7 +38,8 @@ AnyModel = Annotated[Path, typer.Argument(help=f"Quantized or float model, {_CAC
 CalibrationFiles = Annotated[
     list[Path] | None,
     typer.Option(
-        help=f"{_DATA.format('calibrate on')} By default a public-domain text of the package.",
+        help=f"{_DATA.format('calibrate on')} Defaults to a public-domain text that comes with "
+        "the package.",
         metavar="<path>",
         rich_help_panel=QUALITY,
     ),
@@ -56,7 +57,9 @@ Device = Annotated[
     str,
     typer.Option(help="Device to run the model on, such as cpu or cuda.", rich_help_panel=WHERE),
 ]
-Verify = Annotated[bool, typer.Option(help="Check a quantized directory's files by their digests.")]
+Verify = Annotated[
+    bool, typer.Option(help="Verify a quantized directory's files against their digests.")
+]
 
 
 def output_path(text: str) -> Path:

@@ -11,9 +11,9 @@ __all__ = ["describe"]
 def describe(model: Model, *, as_json: Json = False) -> None:
     """Print the description of a model's architecture as TOML.
 
-    Of a model type that is neither described nor recognized, it is one to start from, with what is
-    unclear in comments. Edit it, and give it to plan and quantize with --architecture; weights are
-    not read.
+    For a model type that is neither described nor recognized, this is a draft whose comments say
+    what is unclear. Edit it and pass it to plan and quantize with --architecture. Weights are not
+    read.
     """
     import corequant_transformers as cqhf
 

@@ -30,7 +30,7 @@ __all__ = ["evaluate"]
 Against = Annotated[
     Path | None,
     typer.Option(
-        help="Float model to compare with: as MODEL, usually what it was made from.",
+        help="Float model to compare with, usually the one that MODEL was made from.",
         metavar="<path>",
         rich_help_panel=WHAT,
     ),
@@ -47,7 +47,7 @@ Tasks = Annotated[
 Limit = Annotated[
     int | None,
     typer.Option(
-        help="Questions of each task, the first ones; all by default.",
+        help="Number of questions of each task, from the first; all by default.",
         min=1,
         metavar="<int>",
         rich_help_panel=WHAT,

@@ -41,7 +41,7 @@ def inspect(
     against: Annotated[
         Path | None,
         typer.Option(
-            help="Float model that a quantized one was made from: measure each layer.",
+            help="Float model that MODEL was made from, to measure each layer against.",
             metavar="<path>",
             rich_help_panel=WHAT,
         ),
@@ -49,14 +49,16 @@ def inspect(
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Text to run on, as for quantize --calibration; by default the text that the "
-            "package carries.",
+            help="Text to run on, as for quantize --calibration; defaults to the text that comes "
+            "with the package.",
             metavar="<path>",
             rich_help_panel=WHAT,
         ),
     ] = None,
     keep: Annotated[int, _number("Number of layers to name.", 1)] = 3,
-    block_size: Annotated[int, _number("Block length to analyze a float model by.", 1)] = 16,
+    block_size: Annotated[
+        int, _number("Block length of the rotations to try on a float model.", 1)
+    ] = 16,
     windows: Annotated[
         int | None,
         _number(
@@ -76,14 +78,14 @@ def inspect(
     verify: Verify = True,
     as_json: Json = False,
 ) -> None:
-    """Say which layers hurt, why, and which options help, or how a directory was quantized.
+    """Show which layers hurt, why, and which options help, or how a directory was quantized.
 
-    Of a float model: what its outliers do to the inputs of layers. Of a quantized one with
+    For a float model: the effect of outliers on the inputs of its layers. For a quantized one with
     --against FLOAT: error and KL divergence of each layer alone, what is clipped, and the layers
-    that are worth keeping. Of two quantized ones: what differs.
+    worth keeping in float. For two quantized ones: their differences.
     """
     if len(models) > 2:
-        raise typer.BadParameter(f"one or two models can be inspected, got {len(models)}")
+        raise typer.BadParameter(f"inspect takes one or two models, got {len(models)}")
     documents = read_data(text)
     load_adapter()
     from corequant_transformers.checkpoint.reader import is_quantized
@@ -92,7 +94,7 @@ def inspect(
     given, models = models, [locate(model) for model in models]
     quantized = [is_quantized(model) for model in models]
     if not all(quantized) and (against is not None or len(models) > 1):
-        what = "--against needs" if len(models) == 1 else "two models are compared if both are"
+        what = "--against needs" if len(models) == 1 else "two models must both be"
         other = given[quantized.index(False)]
         hint = ""
         if len(models) == 2 and any(quantized):

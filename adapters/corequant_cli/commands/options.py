@@ -96,23 +96,22 @@ def read_option(name: str, path: Path) -> str:
 
 def _parameters() -> list[inspect.Parameter]:
     named = typer.Option(
-        help=f"Recipe to begin with ({DEFAULT_PRESET} by default): {', '.join(PRESETS)}. "
-        "Options change it; see 'corequant presets'.",
+        help=f"Recipe to start from ({DEFAULT_PRESET} by default): {', '.join(PRESETS)}. "
+        "Other options change it; see 'corequant presets'.",
         metavar="<name>",
         rich_help_panel=WHAT,
     )
     reader = typer.Option(
         "--for",
-        help=f"Program that runs the result: {', '.join(READERS)}. The files are those that it "
-        "loads: for llama.cpp the output is a .gguf file. By default corequant, and llama.cpp for "
-        "presets gguf-*.",
+        help=f"Program to write the result for: {', '.join(READERS)}; for llama.cpp the output is "
+        "a .gguf file. Defaults to corequant, and to llama.cpp for presets gguf-*.",
         metavar="<program>",
         rich_help_panel=WHAT,
     )
     file = typer.Option(
         "--recipe",
-        help="TOML file of a whole recipe, in place of preset and options; --layer and --keep add "
-        "to it.",
+        help="TOML file with a complete recipe, instead of a preset and options; --layer and "
+        "--keep add to it.",
         rich_help_panel=WHAT,
     )
     found = [

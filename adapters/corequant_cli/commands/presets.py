@@ -15,7 +15,7 @@ __all__ = ["presets"]
 
 def presets(
     name: Annotated[
-        str | None, typer.Argument(help="Preset whose recipe is shown; all are listed without.")
+        str | None, typer.Argument(help="Preset to show; all are listed by default.")
     ] = None,
     as_json: Json = False,
 ) -> None:

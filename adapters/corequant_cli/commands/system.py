@@ -31,16 +31,17 @@ def backends(as_json: Json = False) -> None:
 
 def cache(
     folder: Annotated[
-        Path | None, typer.Argument(help="Folder in place of the usual ones.")
+        Path | None, typer.Argument(help="Folder to use instead of the default ones.")
     ] = None,
     warm: Annotated[
-        bool, typer.Option("--warm", help="Compile what common calls need, unless it is there.")
+        bool,
+        typer.Option("--warm", help="Compile the kernels of common calls that are not cached yet."),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show where compiled code is cached; fill the cache, for an image that is read-only later.
+    """Show where compiled code is cached; fill the cache, as for a read-only image.
 
-    A folder other than the usual ones is used where NUMBA_CACHE_DIR is set to it.
+    Set NUMBA_CACHE_DIR to use another folder than the default ones.
     """
     from corequant.compiled import cache_contents, use_folder, warm_cache
 

@@ -143,16 +143,16 @@ def evaluate(expression: str, config: Any, block: int = 0, default: int | None =
     ----------
     expression : str
         A field of the config, a number, or several of them with ``+``, ``-``, ``*`` and ``//``.
-        Of a field with an entry for each decoder block, the block's is taken.
+        Index of the decoder block whose entry is taken of a field with one entry per block.
     config : transformers.PreTrainedConfig
     block : int
     default : int, optional
-        Taken where the expression is a field that the config leaves open.
+        Value of an expression that is a single field which the config lacks.
 
     Raises
     ------
     ArchitectureError
-        If the expression is none, or it or a field in it is not positive.
+        If the expression is malformed, or its value or a field in it is not positive.
 
     Examples
     --------
@@ -186,7 +186,7 @@ def _value(tree: ast.expr, config: Any, block: int) -> int:
 
 def _no_size(expression: str) -> ArchitectureError:
     return ArchitectureError(
-        "a size must be a field of the config, a number, or several of them with +, -, * and //, "
+        "a size must be an expression of config fields and integers with +, -, * and //, "
         f"got {expression!r}"
     )
 

@@ -118,14 +118,14 @@ def _look_up(config: Any, known: Mapping[str, Architecture]) -> Architecture:
         is_own = own is not None and getattr(inner, "model_type", None) == own.model_type
         return composite.around(own.resolved(inner) if own and is_own else _look_up(inner, known))
     if kind in REASONS and kind not in known:
-        raise ArchitectureError(f"a model of the type {kind!r} can't be quantized: {REASONS[kind]}")
+        raise ArchitectureError(f"models of type {kind!r} can't be quantized: {REASONS[kind]}")
     if kind not in known:
         raise UnknownArchitectureError(
             f"model_type must be one of {', '.join(sorted(known))}, got {kind!r}; to describe "
-            "another, call corequant_transformers.register(Architecture(...)) with the paths of "
-            "its embedding, final norm and head, in each block of the norms, of query, key, "
-            "value and output projections, and of the MLP's gate, up and down projections or its "
-            "experts, as far as they differ from Llama's"
+            "another, call corequant_transformers.register(Architecture(...)) with the paths, "
+            "where they differ from Llama's, of the embedding, final norm and head, and in each "
+            "block of the norms, the query, key, value and output projections, and the MLP's gate, "
+            "up and down projections or experts"
         )
     return resolved(known[kind], config)
 

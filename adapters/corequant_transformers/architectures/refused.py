@@ -6,15 +6,14 @@ __all__ = ["REASONS"]
 
 REASONS = {
     "gemma3n_text": (
-        "its blocks mix several residual streams by weights that depend on the token, and read an "
-        "embedding of their own, so that neither what a block reads nor its input can be told by "
-        "norms and linear layers"
+        "its blocks mix several residual streams with weights that depend on the token, and read "
+        "an embedding of their own, which norms and linear layers alone don't describe"
     ),
     "llama4": (
-        "Transformers' own Llama4ForConditionalGeneration raises an error in every forward pass, "
-        "with images and without; its text part, of the type llama4_text, can be"
+        "Transformers' Llama4ForConditionalGeneration raises an error in every forward pass, with "
+        "or without images; its text model, llama4_text, is supported"
     ),
-    "vit": "it reads images, and calibration has text alone",
-    "whisper": "its encoder reads sound, and calibration has text alone",
+    "vit": "it reads images, and calibration data is text",
+    "whisper": "its encoder reads audio, and calibration data is text",
 }
 """By model type."""

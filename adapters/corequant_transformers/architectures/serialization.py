@@ -81,7 +81,7 @@ def _written(value: Any, where: str, whole: bool) -> Any:
     if value is None:
         return _NONE
     if value == _NONE:
-        raise ArchitectureError(f"{where} must not be {_NONE!r}, which stands for nothing")
+        raise ArchitectureError(f"{where} must not be {_NONE!r}, which stands for None")
     if isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, tuple | list):
@@ -150,7 +150,7 @@ def _read_field(known: Field[Any], hint: Any, value: Any, where: str) -> Any:
     for name in value:
         if name not in hints:
             raise ArchitectureError(
-                f"{where} must have fields of an architecture, got {str(name)[:80]!r}"
+                f"{where} must name fields of Architecture, got {str(name)[:80]!r}"
                 f"{suggestion(str(name), hints)}"
             )
     return {name: _read(hints[name], each, _at(where, name)) for name, each in value.items()}

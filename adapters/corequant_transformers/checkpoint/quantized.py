@@ -64,8 +64,8 @@ class Quantized:
         """
         if self.made is None and self.path is not None and not is_quantized(self.path):
             raise CheckpointError(
-                f"{self.path} must be a directory of corequant's own to be loaded here; it was "
-                "written for another program"
+                f"{self.path} must be in corequant's own format to be loaded here; it was written "
+                "for another program"
             )
         return load(self.path) if self.made is None and self.path is not None else self.made
 

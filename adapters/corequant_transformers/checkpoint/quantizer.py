@@ -62,8 +62,8 @@ class CorequantQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise BackendError(
                 "device_map must not offload layers to the CPU or to disk, since their weights are "
-                f"decoded once and kept, got places {', '.join(sorted(places))}; load it on one "
-                "device that has the memory, on several, or on the CPU alone"
+                f"decoded once and kept, got {', '.join(sorted(places))}; load the model on "
+                "devices with enough memory, or on the CPU alone"
             )
 
     def update_attn_implementation(self, config: Any) -> Any:

@@ -166,7 +166,7 @@ def model_tensors(model: Any, plan: ModelPlan) -> dict[str, torch.Tensor]:
         wanted = QuantizedEmbedding if matrix.role == "embedding" else QuantizedLinear
         if not isinstance(layer, wanted):
             got, kind = type(layer).__name__, wanted.__name__
-            raise OutputError(f"{matrix.name} must be the {kind} that it was, got {got}")
+            raise OutputError(f"{matrix.name} must still be a {kind}, got {got}")
     codes = tuple(f"{m.name}.weight_" for m in plan.quantized)
     narrow = {f"{m.name}.weight_scale" for m in plan.quantized if _has_bfloat16_scales(m)}
     state = model.state_dict()
@@ -195,7 +195,7 @@ def _narrowed(name: str, scales: torch.Tensor) -> torch.Tensor:
     """Return scales, which NumPy holds in float32, in bfloat16."""
     stored = scales.to(torch.bfloat16)
     if not scales.is_meta and not torch.equal(stored.float(), scales.float()):
-        raise OutputError(f"{name} must be numbers of bfloat16; nothing was written")
+        raise OutputError(f"{name} must hold bfloat16 values; nothing was written")
     return stored
 
 
@@ -239,7 +239,7 @@ def as_float32(tensor: torch.Tensor) -> torch.Tensor:
     Raises
     ------
     TypeError
-        If they are no floats, or float32 can't represent them.
+        If they are not floating-point, or not representable in float32.
     """
     if tensor.dtype == torch.float32:
         return tensor

@@ -76,7 +76,7 @@ def read_task(path: str | Path, limit: int | None = None) -> Task:
         together as lm-evaluation-harness does. Minimal pairs have ``sentence_good`` and
         ``sentence_bad``, or ``good`` and ``bad``. Other fields are not looked at.
     limit : int, optional
-        Read so many of the first lines; all by default.
+        Number of lines to read, from the first; all by default.
 
     Returns
     -------
@@ -112,11 +112,13 @@ def read_task(path: str | Path, limit: int | None = None) -> Task:
         where = f"line {number} of {file}"
         found, item = _item(where, _object(where, line))
         if items and found != kind:
-            raise TaskError(f"{where} must be of the kind of the first, {kind}, got {found}")
+            raise TaskError(
+                f"{where} must be of the same kind as the first line, {kind}, got {found}"
+            )
         kind = found
         items.append(item)
     if not items:
-        raise TaskError(f"{file} must hold a JSON object a line, it is empty")
+        raise TaskError(f"{file} must hold one JSON object per line, got an empty file")
     return Task("/".join([*file.parts[-2:-1], file.stem]).removeprefix("/"), kind, tuple(items))
 
 
@@ -158,7 +160,7 @@ def _item(where: str, fields: dict[str, Any]) -> tuple[str, Item]:
         raise TaskError(f"{where} must have {_FIELDS}, got {', '.join(map(str, fields))}")
     given = fields[context]
     if not isinstance(given, str) or (given and not given.strip()):
-        raise TaskError(f"{context} in {where} must be a string with words, or empty")
+        raise TaskError(f"{context} in {where} must be empty or text, got {str(given)[:40]!r}")
     return CHOICE, _choice(where, given, _texts(where, fields, choices), fields[answer], answer)
 
 

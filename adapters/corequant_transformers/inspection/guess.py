@@ -78,8 +78,8 @@ def guess(model: Any) -> tuple[Architecture | None, list[str]]:
     rest = [n for n in inner if n not in usual]
     if rest:
         unclear.append(
-            f"inner has {', '.join(rest)}, whose place was not found: what the residual stream "
-            "goes through mustn't be there"
+            f"inner lists {', '.join(rest)}, whose role was not found; nothing that the residual "
+            "stream passes through may be listed there"
         )
     try:
         made = Architecture(model.config.model_type, **found)
@@ -116,13 +116,13 @@ def _outer(model: Any, blocks: str, unclear: list[str]) -> dict[str, Any]:
             found[name] = paths[0]
         if len(paths) != 1:
             named = ", ".join(paths) or "none"
-            unclear.append(f"{name} has one row for each of {rows} tokens; such modules: {named}")
+            unclear.append(f"{name} must have a row for each of {rows} tokens; candidates: {named}")
     width = _width(model, found)
     known = set(found.values())
     tables = [n for n, m in outside if isinstance(m, torch.nn.Embedding) and n not in known]
     if tables:
         found["positions"] = tables[0]
-        unclear.append(f"positions may be {tables[0]}; extra_positions is what it has beyond them")
+        unclear.append(f"positions may be {tables[0]}; extra_positions counts its additional rows")
     last = [n for n, m in outside if _shape(m) == (width,)]
     if not last:
         unclear.append("final_norm was not found: no module outside of the blocks has its weight")
@@ -164,11 +164,11 @@ def _layers(linear: dict[str, Any], unclear: list[str]) -> dict[str, Any]:
                 unclear.append(f"{field} may be any of {', '.join(names)}")
     if found.get("query") == found.get("key") == found.get("value") and "query" in found:
         unclear.append(
-            f"rows of {found['query']} are taken for all queries, all keys, all values in this "
-            "order; qkv_order and qkv_groups say another"
+            f"rows of {found['query']} are assumed to be all queries, then all keys, then all "
+            "values; otherwise set qkv_order and qkv_groups"
         )
     if found.get("gate") is not None and found.get("gate") == found.get("up"):
-        unclear.append(f"rows of {found['up']} are taken for gate, then up")
+        unclear.append(f"rows of {found['up']} are assumed to be gate, then up")
     return found
 
 
@@ -209,7 +209,7 @@ def _reads(
     """Return which storage each module of the first block reads, and which it writes."""
     block = model.get_submodule(blocks.format(0))
     if sum(p.numel() for p in block.parameters()) > _MOST_WEIGHTS or "embedding" not in found:
-        unclear.append("the first block was not run, so that norms are known by their names alone")
+        unclear.append("the first block was not run, so norms are identified by name only")
         return {}
     seen: dict[str, tuple[int, int]] = {}
     kept: list[Any] = []
@@ -236,7 +236,7 @@ def _reads(
     except Exception as error:
         unclear.append(
             f"the first block could not be run ({type(error).__name__}: {str(error)[:120]}), so "
-            "that norms are known by their names alone"
+            "norms are identified by name only"
         )
         return {}
     return seen
@@ -293,7 +293,7 @@ def _norms(
         layers = found.get(reader, _ABSENT), found.get(writer, _ABSENT)
         reads, writes = (seen.get(layer) for layer in layers)
         if reads is None or writes is None:
-            unclear.append(f"{field} and {after} are not known; norms are {', '.join(norms)}")
+            unclear.append(f"{field} and {after} were not found; norms are {', '.join(norms)}")
             continue
         before = [n for n in norms if n in seen and seen[n][1] == reads[0]]
         behind = [n for n in norms if n in seen and seen[n][0] == writes[1]]
@@ -318,7 +318,5 @@ def _with_norm(model: Any, made: Architecture, unclear: list[str]) -> Architectu
         has_weight = getattr(norm, "weight", None) is not None
         if has_weight == other.has_gains and norm_behaves(norm, other, width):
             return other
-    unclear.append(
-        f"norm: what {made.final_norm} computes is none of {', '.join(NORMS)} that the rest allows"
-    )
+    unclear.append(f"norm was not found: {made.final_norm} computes none of {', '.join(NORMS)}")
     return made

@@ -18,7 +18,7 @@ _WORST = 3
 
 @dataclass(frozen=True)
 class Advice:
-    """What an inspection comes to.
+    """Conclusions of an inspection.
 
     Attributes
     ----------
@@ -63,11 +63,11 @@ def outlier_advice(found: Inspection) -> Advice:
     best = min(choices, key=lambda name: _mean(found, name))
     worst = sorted(found.layers, key=lambda layer: -layer.errors["unrotated"])[:_WORST]
     summary = (
-        f"Rounded to {found.activations} as they are, the inputs of {len(found.layers)} layers are "
-        f"off by {plain:.1%}; those of these layers most:"
+        f"Rounded to {found.activations} without transforms, the inputs of {len(found.layers)} "
+        f"layers have a relative error of {plain:.1%}; the largest are those of:"
     )
     after = _mean(found, best)
-    options = [(choices[best], f"they are off by {after:.1%}, the least of all that were tried")]
+    options = [(choices[best], f"error {after:.1%}, the least of all options tried")]
     left = sorted(found.layers, key=lambda layer: -layer.errors[best])[:_WORST]
     middle = float(np.median([layer.errors[best] for layer in found.layers]))
     for layer in left:
@@ -75,8 +75,8 @@ def outlier_advice(found: Inspection) -> Advice:
         if layer.errors[best] > 4 * middle:
             rule = shlex.quote(f"{layer.name}=activations=int8")
             error = np.sqrt(layer.errors[best])
-            options.append((f"--layer {rule}", f"it is still off by {error:.1%} then"))
-    options.append(("--activations none", "nothing of this matters: inputs stay in float"))
+            options.append((f"--layer {rule}", f"its error is still {error:.1%} then"))
+    options.append(("--activations none", "inputs stay in float, and none of this matters"))
     return Advice(summary, tuple(_outlier_reason(layer, found) for layer in worst), tuple(options))
 
 
@@ -105,7 +105,7 @@ def _outlier_reason(layer: LayerInspection, found: Inspection) -> str:
     if layer.concentration <= limit:
         sign, spread = "≤", "so a full rotation can't enlarge its largest number"
     return (
-        f"{layer.name}: off by {np.sqrt(layer.errors['unrotated']):.1%}. Its largest channel is "
+        f"{layer.name}: error {np.sqrt(layer.errors['unrotated']):.1%}. Its largest channel is "
         f"{layer.outlier:.3g} times the median one; δ of a token is {layer.concentration:.3f} "
         f"{sign} 1/√{width} = {limit:.3f}, {spread}. Its heaviest block of {found.block_size} has "
         f"{layer.block_mass['identity']:.2f} times the mean mass, permuted "
@@ -132,14 +132,12 @@ def layer_advice(found: LayerErrors) -> Advice:
     error = "" if found.kl_se is None else f" ±{found.kl_se:.2g}"
     summary = (
         f"KL from the float model is {found.kl:.4f}{error} nats per token, over {found.windows} "
-        f"windows of {found.sequence_length} tokens. Quantized alone, these layers cause most:"
+        f"windows of {found.sequence_length} tokens. Quantized alone, these layers add the most:"
     )
     reasons = tuple(_layer_reason(layer, total) for layer in worst)
     names = " ".join(f"--keep {shlex.quote(layer.name)}" for layer in worst)
     size = sum(layer.kept_bytes for layer in worst)
-    options = [
-        (names, f"{megabytes(size)}; KL {found.kl_kept:.4f} with these in float and all else as is")
-    ]
+    options = [(names, f"{megabytes(size)}; KL {found.kl_kept:.4f} with only these in float")]
     options += [
         (f"--layer {shlex.quote(layer.wider)}", megabytes(layer.wider_bytes))
         for layer in worst
@@ -151,22 +149,22 @@ def layer_advice(found: LayerErrors) -> Advice:
 def _layer_reason(layer: LayerError, total: float) -> str:
     share = layer.kl / total if total else 0.0
     text = (
-        f"{layer.name}: KL {layer.kl:.4f}, {share:.0%} of the sum over layers. Its outputs are off "
-        f"by {layer.output_error:.1%}"
+        f"{layer.name}: KL {layer.kl:.4f}, {share:.0%} of the sum over layers. Its outputs have a "
+        f"relative error of {layer.output_error:.1%}"
     )
     weight = f"its weight ({layer.weights}, {layer.weights_clipped:.2%} clipped)"
     if layer.activations is None:
-        return f"{text}, by {weight}."
+        return f"{text}, from {weight}."
     delta = "" if layer.concentration is None else f", δ {layer.concentration:.3f}"
     given = f"its input ({layer.activations}, {layer.activations_clipped or 0:.2%} clipped{delta})"
     return (
-        f"{text}: {layer.weight_share:.0%} of the squared error by {weight}, "
-        f"{1 - layer.weight_share:.0%} by {given}."
+        f"{text}: {layer.weight_share:.0%} of the squared error from {weight}, "
+        f"{1 - layer.weight_share:.0%} from {given}."
     )
 
 
 def megabytes(count: int) -> str:
-    """Return a difference of bytes in words.
+    """Return a difference in bytes as signed megabytes.
 
     Examples
     --------

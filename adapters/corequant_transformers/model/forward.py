@@ -158,7 +158,7 @@ def check_positions(architecture: Architecture, dimensions: Dimensions, tokens: 
     most = dimensions.positions - a.extra_positions - a.reserved_positions
     if architecture.positions is not None and length > most:
         raise CalibrationError(
-            f"sequence_length must be at most {most}, by the model's max_position_embeddings, "
+            f"sequence_length must be at most {most}, the model's max_position_embeddings, "
             f"got {length}"
         )
 

@@ -252,7 +252,7 @@ def plan_model(config: Any, recipe: Recipe, architecture: Architecture | None = 
         If signs or scales are asked for where the path isn't linear, or a rule for layers names
         none or can't be carried out.
     TypeError
-        If ``recipe`` is no Recipe.
+        If ``recipe`` is not a Recipe.
     """
     recipe = settle_dtype(recipe, config)
     if architecture is None:
@@ -270,7 +270,7 @@ def plan_model(config: Any, recipe: Recipe, architecture: Architecture | None = 
     check_rules(recipe, matrices)
     _check_groups(matrices)
     conflict = fusion_conflict(matrices)
-    fused = () if conflict is None else (f"{conflict}: it can't load an export of this",)
+    fused = () if conflict is None else (f"{conflict}; it can't load an export of this plan",)
     rare = _rare_experts(recipe, sizes, matrices)
     notes = (*notes, *untied, *fused, *rare, *_notes_outside(architecture))
     return ModelPlan(
@@ -307,7 +307,7 @@ def _notes_outside(a: Architecture) -> Iterator[str]:
         yield (
             f"{', '.join(a.outside)} stay as they are and are copied, but for "
             f"{', '.join(w.weight for w in a.writers)}, which follow the residual stream that "
-            "they write; calibration reads text alone"
+            "they write; calibration reads only text"
         )
 
 

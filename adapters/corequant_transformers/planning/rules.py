@@ -46,7 +46,7 @@ def check_rules(recipe: Recipe, matrices: Sequence[MatrixPlan]) -> None:
         if not rule.keep:
             what = "layers must name linear layers of decoder blocks"
         if not rule.keep and any(is_match(rule.pattern, name) for name in set(names) - set(layers)):
-            what = f"{what}, for embedding and head there are 'embeddings' and 'head'"
+            what = f"{what} (for embedding and head set 'embeddings' and 'head')"
         among = names if rule.keep else layers
         if rule.optional and not any(is_match(rule.pattern, name) for name in names):
             continue
@@ -55,7 +55,7 @@ def check_rules(recipe: Recipe, matrices: Sequence[MatrixPlan]) -> None:
         if rule.permutation is not None and not outputs.intersection(found):
             raise RecipeError(
                 f"permutation of the rule for {rule.pattern!r} must be left out: only layers such "
-                f"as {_listed(outputs)} have channels that are permuted by themselves, got "
+                f"as {_listed(outputs)} have a permutation of their own, got "
                 f"{_listed(found)}"
             )
     if not any(m.quantized for m in matrices):
@@ -111,8 +111,7 @@ def _check_inputs(matrices: Iterable[MatrixPlan]) -> None:
 def fusion_conflict(matrices: Iterable[MatrixPlan]) -> str | None:
     """Return what keeps vLLM from loading the export of a plan, if anything.
 
-    It multiplies by query, key and value, or by gate and up, as by one matrix, which has one
-    quantizer, or none.
+    It fuses query, key and value, or gate and up, into one matrix with at most one quantizer.
     """
     first: dict[str, MatrixPlan] = {}
     for matrix in matrices:
@@ -121,8 +120,8 @@ def fusion_conflict(matrices: Iterable[MatrixPlan]) -> str | None:
         other = first.setdefault(matrix.reads, matrix)
         if _scheme(other) != _scheme(matrix):
             return (
-                f"vLLM multiplies by {other.name} and {matrix.name} as by one matrix, and they are "
-                f"{_words(other)} and {_words(matrix)}"
+                f"vLLM fuses {other.name} and {matrix.name} into one matrix with one quantizer, "
+                f"and they are {_words(other)} and {_words(matrix)}"
             )
     return None
 
@@ -200,13 +199,13 @@ def tie(
     if not same:
         here, there = (m.settings.weights or recipe.dtype for m in (embedding, head))
         note = (
-            f"{a.embedding} and {a.head} don't stay tied: the one is to be {here}, "
-            f"the other {there}"
+            f"{a.embedding} and {a.head} don't stay tied: the first is stored as {here}, "
+            f"the second as {there}"
         )
         return False, (note,)
     note = (
-        f"{a.embedding} and {a.head} don't stay tied: the gain of {a.final_norm} goes into one of "
-        "them alone, since it doesn't commute with the rotation of the residual stream; rotation "
-        "'heads' keeps them tied"
+        f"{a.embedding} and {a.head} don't stay tied: the gain of {a.final_norm} is folded into "
+        "only one of them, since it doesn't commute with the rotation of the residual stream; "
+        "rotation 'heads' keeps them tied"
     )
     return False, (note,)

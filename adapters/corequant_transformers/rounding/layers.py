@@ -284,8 +284,8 @@ def round_unquantized(
         rounded = tensor.float().to(wanted)
         if not bool(rounded.isfinite().all()):
             raise RecipeError(
-                f"dtype must have the numbers of {name}, got {plan.recipe.dtype}, whose largest is "
-                f"{torch.finfo(wanted).max:.6g}; take bfloat16"
+                f"dtype must hold the values of {name}, got {plan.recipe.dtype}, whose largest is "
+                f"{torch.finfo(wanted).max:.6g}; use bfloat16"
             )
         path, _, key = name.rpartition(".")
         module = model.get_submodule(path)

@@ -117,7 +117,7 @@ class Job:
         for matrix in self.plan.quantized:
             if matrix.block is None and matrix.options.needs_moments:
                 raise ArchitectureError(
-                    "a matrix must lie in a decoder block to be rounded by "
+                    "a matrix must be in a decoder block to be rounded by "
                     f"{matrix.options.method}, got {matrix.name}"
                 )
 
@@ -408,7 +408,7 @@ class Job:
     def _report_progress(self, done: int) -> None:
         self.progress("quantize", done, len(self.parts.order))
 
-    # ---- what came of it
+    # ---- the result
 
     @property
     def quantizing_steps(self) -> list[str]:

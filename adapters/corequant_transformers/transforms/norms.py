@@ -74,8 +74,8 @@ def _eps(norm: Any, name: str, plan: ModelPlan) -> float:
     found = getattr(norm, "eps", getattr(norm, "variance_epsilon", a.norm_eps))
     if not isinstance(found, float):
         raise ArchitectureError(
-            f"{name} must say what it adds to the mean square, as eps or variance_epsilon, got "
-            f"{type(norm).__name__} without either; give norm_eps in the description of "
+            f"{name} must have its epsilon as eps or variance_epsilon, got "
+            f"{type(norm).__name__} with neither; give norm_eps in the description of "
             f"{a.model_type!r}"
         )
     return found

@@ -2,7 +2,7 @@
 
 Text, JSON lines, a JSON array or Parquet; text and JSON also compressed with gzip. A file that
 could be read in two ways is refused: prose taken for records, or records for prose, would calibrate
-a model on something that nobody meant.
+a model on something that was not intended.
 """
 
 from __future__ import annotations
@@ -98,12 +98,13 @@ def parse(name: str, data: bytes) -> tuple[str, list[Document]]:
             raise CalibrationError(f"{name} {what}")
     if plain.endswith(_TABLES):
         raise CalibrationError(
-            f"{name} is a table by its name; write it as JSON lines or Parquet with a column 'text'"
+            f"{name} has the suffix of a table; save it as JSON lines or Parquet with a column "
+            "'text'"
         )
     if data.startswith(_PARQUET):
         return "Parquet", list(_rows(name, data))
     if plain.endswith(".parquet"):
-        raise CalibrationError(f"{name} must be Parquet, got {data[:4]!r} at its beginning")
+        raise CalibrationError(f"{name} must be Parquet, got a file that begins with {data[:4]!r}")
     return _parse_text(name, _decoded(name, data), named_json=plain.endswith(JSON_SUFFIXES))
 
 
@@ -111,7 +112,7 @@ def _decompressed(name: str, data: bytes) -> bytes:
     try:
         return gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
-        raise CalibrationError(f"{name} must be whole gzip data, got {error}") from error
+        raise CalibrationError(f"{name} must be complete gzip data, got {error}") from error
 
 
 def _decoded(name: str, data: bytes) -> str:
@@ -154,12 +155,12 @@ def _parse_text(name: str, text: str, *, named_json: bool) -> tuple[str, list[Do
     problem = _problem(lines[wrong][1])
     if known is None:
         raise CalibrationError(
-            f"{name} must be text or JSON; by its {'name' if named_json else 'beginning'} it is "
-            f"JSON, but line {lines[wrong][0]} is no JSON object: {problem}"
+            f"{name} must be text or JSON; its {'name' if named_json else 'beginning'} is that of "
+            f"JSON, but line {lines[wrong][0]} is not a JSON object: {problem}"
         )
     raise CalibrationError(
         f"{name} must be either text or JSON lines, got both: line {lines[known][0]} is a record, "
-        f"and line {lines[wrong][0]} is no JSON object: {problem}"
+        f"and line {lines[wrong][0]} is not a JSON object: {problem}"
     )
 
 
@@ -175,8 +176,8 @@ def _array(name: str, body: str) -> list[Document] | None:
     if "\n" not in body.rstrip():
         return None
     raise CalibrationError(
-        f"{name} must be JSON lines, one object in a line, or an array of objects, got one object "
-        f"over several lines with the keys {join_some([*value], 8)}"
+        f"{name} must be JSON lines, one object per line, or an array of objects, got one object "
+        f"that spans several lines, with the keys {join_some([*value], 8)}"
     )
 
 
@@ -233,9 +234,7 @@ def _record(place: str, value: Any) -> Document:
 
 def _messages(place: str, value: Any) -> tuple[Mapping[str, Any], ...]:
     if not isinstance(value, list) or not value:
-        raise CalibrationError(
-            f"messages of {place} must be a list of at least one, got {_shown(value)}"
-        )
+        raise CalibrationError(f"messages of {place} must be a non-empty list, got {_shown(value)}")
     found = []
     for k, message in enumerate(value):
         where = f"messages[{k}] of {place}"
@@ -262,7 +261,7 @@ def _check_encodable(place: str, text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise CalibrationError(
-            f"{place} must hold characters, got half of a surrogate pair "
+            f"{place} must be valid Unicode, got an unpaired surrogate "
             f"({text[error.start : error.start + 1]!a})"
         ) from None
 
@@ -289,7 +288,7 @@ def _same_kind(documents: Iterator[Document]) -> list[Document]:
 
 def _rows(name: str, data: bytes) -> Iterator[Document]:
     if not data.endswith(_PARQUET):
-        raise CalibrationError(f"{name} must be whole Parquet, it ends too early")
+        raise CalibrationError(f"{name} must be a complete Parquet file, got a truncated one")
     need_packages(f"reading the Parquet file {name}", "data", "pyarrow")
     import pyarrow
     from pyarrow import parquet

@@ -126,7 +126,7 @@ def text_windows(
 
 def _sample(text: Any, tokenizer: Any, length: int, windows: int | None, **how: Any) -> Sample:
     if tokenizer is None:
-        why = "with text" if text is not None else "to calibrate on the text of the package"
+        why = "with text" if text is not None else "to calibrate on the built-in text"
         raise TypeError(f"tokenizer must be given {why}, got None")
     return sample_windows(_read(text), tokenizer, length, windows, **how)
 
@@ -142,8 +142,8 @@ def _documents(calibration: Any) -> bool:
             if not isinstance(entry, Path):
                 kind = type(entry).__name__
                 raise TypeError(
-                    "what is read must be a text, or a Path or several of files and folders, got a "
-                    f"{type(calibration).__name__} with the {kind} {str(entry)[:40]!r}"
+                    "calibration data must be a string of text, or Paths of files and folders, got "
+                    f"a {type(calibration).__name__} with the {kind} {str(entry)[:40]!r}"
                 )
         return True
     return False
@@ -160,8 +160,8 @@ def _read(calibration: Any) -> Documents:
         raise CalibrationError("the text must not be empty, got only white space")
     if _names_file(calibration):
         raise CalibrationError(
-            f"a text must not be the name of a file, got {calibration!r}, "
-            f"which names a file: give Path({calibration!r})"
+            f"text must not be the path of an existing file, got {calibration!r}; to read that "
+            f"file, pass Path({calibration!r})"
         )
     whole = Document(calibration, place="the text")
     return Documents((whole,), (DataFile("a text in memory", "text", 1, 0),))

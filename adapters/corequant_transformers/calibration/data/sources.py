@@ -70,7 +70,7 @@ def find_files(paths: Sequence[str | Path]) -> tuple[list[tuple[str, Path]], lis
         real = file.resolve()
         if real in seen:
             raise CalibrationError(
-                f"{file} must be given once, got it twice ({seen[real]}, {name})"
+                f"{file} must be given only once, got it as {seen[real]} and as {name}"
             )
         seen[real] = name
     return files, skipped
@@ -88,8 +88,8 @@ def _is_folder(given: Path, found: Path) -> bool:
     command = None if given.suffix in _SUFFIXES else download_command(given, "dataset")
     hint = f"; if it is the id of a data set, get it with: {command}" if command else ""
     raise CalibrationError(
-        f"{given} must be a readable UTF-8 file, a Parquet file, a folder of such, or the id of a "
-        f"data set in the local Hugging Face cache; there is none{hint}"
+        f"{given} must be a readable UTF-8 or Parquet file, a folder of such files, or the id of a "
+        f"data set in the local Hugging Face cache; found none of these{hint}"
     )
 
 
@@ -110,8 +110,8 @@ def _inside(given: Path, folder: Path) -> tuple[list[tuple[str, Path]], list[str
     if len(splits) > 1:
         examples = ", ".join(f"{given.as_posix()}/{splits[split]}" for split in sorted(splits))
         raise CalibrationError(
-            f"{given} must hold files of one split, got {' and '.join(sorted(splits))}; name the "
-            f"files that are meant, such as one of {examples}"
+            f"{given} must hold files of one split, got {' and '.join(sorted(splits))}; pass "
+            f"the files of one of them, such as {examples}"
         )
     return files, skipped
 
