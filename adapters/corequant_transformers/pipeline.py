@@ -367,7 +367,7 @@ class _Task:
     def result(
         self, job: Job, float_config: str, model: Any = None, path: Path | None = None
     ) -> Quantized:
-        """Return what came of a job that is done."""
+        """Return the result of a finished job."""
         source = self.given if isinstance(self.given, Source) else None
         found = job.report()
         report = {

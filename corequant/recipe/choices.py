@@ -1,4 +1,4 @@
-"""Names that fields of a recipe take, and what goes with a rotation."""
+"""Names that fields of a recipe accept, and fields that depend on the rotation."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def check_choice(field: str, value: Any) -> None:
 
 
 def check_rotation(recipe: Any) -> None:
-    """Raise RecipeError unless block sizes and factors of a recipe go with its rotation."""
+    """Raise RecipeError unless block sizes and factors of a recipe suit its rotation."""
     size, rotation = recipe.block_size, recipe.rotation
     if rotation in ("offline", "heads") and (size is not None or recipe.factors != "none"):
         raise RecipeError(

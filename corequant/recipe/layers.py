@@ -245,10 +245,10 @@ def is_match(pattern: str, layer: str) -> bool:
 
 
 def combine(rules: Iterable[LayerRule]) -> dict[str, Any] | None:
-    """Return what some rules, in their order, change about a recipe; None keeps a layer in float.
+    """Return the changes of several rules to a recipe; None keeps a layer in float.
 
-    Of several that say something about the same, the last counts, as does a quantizer of weights
-    after ``keep``.
+    If several rules set the same field, the last one counts, as does a quantizer of weights after
+    ``keep``.
     """
     changes: dict[str, Any] = {}
     kept = False

@@ -335,7 +335,7 @@ class Recipe:
     ) -> Recipe:
         """Return a preset's recipe, the same as ``corequant quantize --preset NAME`` takes.
 
-        ``Recipe()`` is no preset but the defaults of the fields: INT4 weights and activations,
+        ``Recipe()`` is not a preset but the defaults of the fields: INT4 weights and activations,
         rounded to nearest, to compare with.
 
         Parameters

@@ -1,4 +1,4 @@
-"""What a recipe comes to for one layer."""
+"""A recipe's settings for one layer."""
 
 from __future__ import annotations
 

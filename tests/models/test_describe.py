@@ -61,7 +61,7 @@ def test_a_guess_is_tried_and_says_what_is_unclear():
     assert (found.architecture.embedding, found.architecture.head) == ("tower.words", "view")
     assert found.architecture.block == "tower.floors.{}"
     text = found.to_toml()
-    assert text.startswith("# A description to start from. What is left out is as in Llama.\n")
+    assert text.startswith("# Draft of a description. Omitted fields are those of Llama.\n")
     assert "# query was not found; linear layers are asks, answers, tells" in text
     assert "yet: " in text
     assert Architecture.from_toml(text) == found.architecture
@@ -71,7 +71,7 @@ def test_a_wrong_wire_is_not_called_verified():
     found = cqhf.describe(wired("norms exchanged"))
     assert found.origin == "recognized"
     assert found.verified is None
-    assert "# It is wired in another way: the description that was found" in found.to_toml()
+    assert "# Its modules are connected differently: the description that was found" in found.to_toml()
 
 
 def test_a_model_without_blocks_has_no_guess():

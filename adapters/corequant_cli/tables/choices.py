@@ -1,4 +1,4 @@
-"""What can be chosen: presets, number formats."""
+"""Presets and number formats to choose from."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def formats(values: Mapping[str, Any]) -> None:
 
 
 def _words(rows: Mapping[str, Sequence[str]]) -> Any:
-    """Return a list of words for each of several names, beside each other."""
+    """Return lists of words, one for each of several names, side by side."""
     grid = table(column(""), column(""), **_LISTING)
     for name, words in rows.items():
         grid.add_row(name, marked(", ".join(words)))

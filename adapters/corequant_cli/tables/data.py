@@ -1,4 +1,4 @@
-"""What calibration and evaluation data was taken."""
+"""The calibration and evaluation data that was used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How good a model is: on a text, beside the float model, and on tasks."""
+"""Results of evaluations: on a text, against the float model, and on tasks."""
 
 from __future__ import annotations
 

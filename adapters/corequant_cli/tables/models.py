@@ -1,4 +1,4 @@
-"""What was done to a model."""
+"""Results of quantizing and exporting a model."""
 
 from __future__ import annotations
 

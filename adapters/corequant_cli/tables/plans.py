@@ -1,4 +1,4 @@
-"""What a plan does to matrices and tensors."""
+"""Plans: what is done to matrices and tensors."""
 
 from __future__ import annotations
 

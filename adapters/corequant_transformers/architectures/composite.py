@@ -1,4 +1,4 @@
-"""Models around a decoder: a vision tower and a projector beside a language model.
+"""Models around a decoder: a language model with a vision tower and a projector.
 
 The decoder of such a model is one that is described by itself. What lies outside of it stays as it
 is, but for the last products before the residual stream, which are rotated as the embedding is.
@@ -18,7 +18,7 @@ __all__ = ["Composite"]
 
 @dataclass(frozen=True)
 class Composite:
-    """A model whose decoder lies beside other modules, such as a vision tower.
+    """A model with other modules around its decoder, such as a vision tower.
 
     Attributes
     ----------
@@ -59,7 +59,7 @@ class Composite:
         Raises
         ------
         ArchitectureError
-            If there is none.
+            If it has none.
         """
         found = getattr(config, self.config, None)
         if found is None:

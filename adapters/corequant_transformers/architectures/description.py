@@ -1,4 +1,4 @@
-"""What a description of an architecture says: writers and readers of the residual stream.
+"""Descriptions of architectures: writers and readers of the residual stream.
 
 A description is all that the rest of the package knows about a model. It says which modules embed
 tokens, which norms stand before which linear layers, and which of these write to the residual
@@ -36,7 +36,7 @@ which subtracts the mean, with a bias or not."""
 
 @dataclass(frozen=True)
 class Variant:
-    """What is different in some configs or in some decoder blocks of one model.
+    """Differences in some configs or in some decoder blocks.
 
     Attributes
     ----------
@@ -243,7 +243,7 @@ class Architecture:
     variants: tuple[Variant, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what contradicts itself."""
+        """Refuse contradictory fields."""
         if self.norm not in NORMS:
             raise ArchitectureError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
         if "{}" not in self.block:
@@ -286,7 +286,7 @@ class Architecture:
         return not self.norm.endswith("plain")
 
     def resolved(self, config: Any) -> Architecture:
-        """Return what holds for a config; what depends on the block is left open.
+        """Return the description resolved for a config, except what depends on the block.
 
         Parameters
         ----------
@@ -309,7 +309,7 @@ class Architecture:
         return replace(found, variants=tuple(later))
 
     def in_block(self, config: Any, block: int) -> Architecture:
-        """Return what holds for a decoder block of a config.
+        """Return the description resolved for a decoder block of a config.
 
         Parameters
         ----------

@@ -15,7 +15,7 @@ from corequant_transformers.architectures.known import architecture_of, decoder_
 __all__ = ["MOST_BLOCKS", "Dimensions", "dimensions_in", "dimensions_of", "evaluate", "of_block"]
 
 MOST_BLOCKS = 4096
-"""Decoder blocks of a config that is believed; published models have some hundred at most."""
+"""Largest accepted number of decoder blocks; published models have some hundred at most."""
 
 _MOST_WIDE = 2**24
 _MOST_EXPERTS = 2**16
@@ -137,7 +137,7 @@ def dimensions_in(
 
 
 def evaluate(expression: str, config: Any, block: int = 0, default: int | None = None) -> int:
-    """Return the size that an expression of a description comes to.
+    """Evaluate an expression of a description.
 
     Parameters
     ----------

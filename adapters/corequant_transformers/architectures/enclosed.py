@@ -1,4 +1,4 @@
-"""Models whose blocks are quantized and everything around them is left alone, such as encoders.
+"""Models of which only the blocks are quantized, such as encoders.
 
 They are saved with different heads, or with none; what holds the blocks has another path in each.
 """
@@ -17,7 +17,7 @@ __all__ = ["class_of", "placed"]
 
 
 def class_of(config: Any) -> Any:
-    """Return the class that a model with such a config is of, as its ``architectures`` say.
+    """Return the class that a config's ``architectures`` name.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ def class_of(config: Any) -> Any:
 
 
 def placed(architecture: Architecture, config: Any) -> Architecture:
-    """Return a description with the paths that its parts have in a model with such a config."""
+    """Return a description with the paths of its parts in a config's models."""
     kind = class_of(config)
     if architecture.second is not None:
         second = replace(architecture.second, first=config.num_hidden_layers)

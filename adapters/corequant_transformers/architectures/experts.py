@@ -1,4 +1,4 @@
-"""Routed experts in the place of an MLP."""
+"""Routed experts, which take the place of an MLP."""
 
 from __future__ import annotations
 

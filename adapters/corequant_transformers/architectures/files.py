@@ -1,4 +1,4 @@
-"""Descriptions in files: TOML, or Python that the user names."""
+"""Descriptions read from files: TOML, or Python that the user names."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _run(path: Path) -> Architecture:
 
 @contextmanager
 def registered(architecture: Architecture | None) -> Iterator[None]:
-    """Have an architecture known within a context, in the place of another of its type."""
+    """Register an architecture within a context, replacing another of its type."""
     if architecture is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""The architectures that are known by their model types; ``register`` adds one."""
+"""Registry of architectures by model type; ``register`` adds one."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def decoder_config(config: Any) -> Any:
 
 
 def is_composite(config: Any) -> bool:
-    """Return whether a config is that of a model with a decoder beside other modules."""
+    """Return whether a config is that of a model with modules around its decoder."""
     return getattr(config, "model_type", None) in COMPOSITES
 
 
@@ -69,7 +69,7 @@ def is_enclosed(config: Any) -> bool:
 
 
 def own_config(model: Any) -> Any:
-    """Return a model's config, which says what class the model is of.
+    """Return a model's config, with the model's class in ``architectures``.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ def own_config(model: Any) -> Any:
 
 
 def register(architecture: Architecture) -> None:
-    """Make an architecture known under its model type, replacing an earlier one."""
+    """Register an architecture under its model type, replacing an earlier one."""
     if not isinstance(architecture, Architecture):
         got = type(architecture).__name__
         raise TypeError(f"architecture must be an Architecture, got {got}")
@@ -92,7 +92,7 @@ def register(architecture: Architecture) -> None:
 
 
 def forget(kind: str) -> None:
-    """Make a model type unknown again, or known as the package describes it."""
+    """Remove a registered description, restoring the package's own if there is one."""
     _KNOWN.pop(kind, None)
     if kind in _SHIPPED:
         _KNOWN[kind] = _SHIPPED[kind]
@@ -131,7 +131,7 @@ def _look_up(config: Any, known: Mapping[str, Architecture]) -> Architecture:
 
 
 def resolved(architecture: Architecture, config: Any) -> Architecture:
-    """Return what a description says about a config that it holds for.
+    """Return a description resolved for a config.
 
     Raises
     ------

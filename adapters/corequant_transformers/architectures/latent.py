@@ -1,4 +1,4 @@
-"""Attention whose queries, keys and values are made of narrow latent vectors."""
+"""Latent attention: queries, keys and values computed from narrow latent vectors."""
 
 from __future__ import annotations
 

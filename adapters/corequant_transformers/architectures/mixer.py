@@ -1,4 +1,4 @@
-"""Parts of a decoder block inside of which nothing is moved, such as state spaces."""
+"""Token mixers other than attention, such as state spaces."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Mixer"]
 
 @dataclass(frozen=True)
 class Mixer:
-    """A part that mixes tokens in another way than attention: linearly, or by a convolution.
+    """A part of a block that mixes tokens other than by attention, such as a convolution.
 
     Its linear layers are quantized. Those that read the residual stream take part in what happens
     to it, as do those that write it; what those and the inner ones read is rotated at run time.

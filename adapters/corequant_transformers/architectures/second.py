@@ -1,4 +1,4 @@
-"""A second stack of blocks, such as a decoder behind an encoder."""
+"""A second stack of blocks, such as the decoder after an encoder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["SecondStack"]
 
 @dataclass(frozen=True)
 class SecondStack:
-    """Blocks behind others, each with an attention more, which reads what the others gave.
+    """Blocks with cross-attention to the output of the first stack.
 
     Attributes
     ----------

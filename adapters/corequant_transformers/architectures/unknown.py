@@ -1,4 +1,4 @@
-"""What the description of an unknown architecture needs, read from its parameters' names."""
+"""The parts that the description of an unknown architecture needs, by its parameters' names."""
 
 from __future__ import annotations
 

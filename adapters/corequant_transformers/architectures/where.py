@@ -1,4 +1,4 @@
-"""Which models and which decoder blocks something holds for, by a field of the config."""
+"""Conditions on a field of the config that select models and decoder blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _VALUED = ("equals", "differs", "names")
 _ORDERED = ("from", "after", "before", "upto")
 
 RELATIONS = (*_VALUED, "lists", "omits", "divides", *_ORDERED)
-"""How a field of the config chooses; see ``Where``."""
+"""Relations between a field of the config and a block; see ``Where``."""
 
 _FORMS = {
     "names": "have an entry for each decoder block",
@@ -57,7 +57,7 @@ class Where:
     values: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what says nothing."""
+        """Refuse invalid conditions."""
         if self.relation not in RELATIONS:
             raise ArchitectureError(
                 f"relation must be one of {', '.join(RELATIONS)}, got {self.relation!r}"
@@ -102,7 +102,7 @@ class Where:
 
 
 def field_of(config: Any, path: str) -> Any:
-    """Return a field of a config, or with dots of one in it; None if there is none.
+    """Return a field of a config, with dots of a nested config; None if missing.
 
     Examples
     --------
@@ -117,5 +117,5 @@ def field_of(config: Any, path: str) -> Any:
 
 
 def holds(where: tuple[Where, ...], config: Any, block: int) -> bool:
-    """Return whether all conditions hold; none are always true."""
+    """Return whether all conditions hold; True without any."""
     return all(each.holds(config, block) for each in where)

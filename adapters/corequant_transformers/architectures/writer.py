@@ -11,12 +11,12 @@ __all__ = ["Writer"]
 
 @dataclass(frozen=True)
 class Writer:
-    """A parameter that is the last factor before the residual stream, such as a projector's.
+    """A parameter whose product is added to the residual stream, such as a projector's.
 
     Attributes
     ----------
     weight : str
-        Its name, with ``{}`` for any index; a bias lies beside a weight.
+        Its name, with ``{}`` for any index; a bias is found by the weight's name.
     transposed : bool
         Whether it is stored (in_features, out_features).
     """
@@ -25,7 +25,7 @@ class Writer:
     transposed: bool = False
 
     def among(self, names: Iterable[str]) -> list[str]:
-        """Return which of a model's parameters it is; several if its name has an index.
+        """Return the parameters of a model that match; several if the name has an index.
 
         Examples
         --------

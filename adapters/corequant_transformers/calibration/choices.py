@@ -144,7 +144,7 @@ def choose_block_size(plan: ModelPlan, indices: Sequence[int], calibration: Cali
         spec = _activations(region.settings)
         judged = _judged(region, calibration)
         if not judged.count:
-            # An expert that no token was routed to goes along with the others.
+            # An expert that no token was routed to gets the size of the others.
             continue
         x, width = judged.tokens, region.width
         limit = (1 + plan.recipe.tolerance) * rotation_error(x, None, spec)

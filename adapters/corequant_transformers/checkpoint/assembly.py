@@ -1,4 +1,4 @@
-"""A model that Transformers builds and fills, made one of ``QuantizedLinear`` layers on the way.
+"""Replacement of layers by ``QuantizedLinear`` while Transformers builds and fills a model.
 
 Before Transformers reads weights, linear layers make place for layers that hold what is stored of
 them, codes and scales; afterwards these decode it. What Transformers would only warn of, tensors
@@ -67,7 +67,7 @@ class _Awaited(torch.nn.Module):
             self.register_buffer(name, torch.empty(tensor.shape, dtype=dtype, device="meta"))
 
     def settle(self, quantized: QuantizedTensor | None = None) -> None:
-        """Become what the stored arrays make, or those of another module that it is tied to."""
+        """Become the module of the stored arrays, or of those of a module that it is tied to."""
         layer: Any = self
         matrix, weight = self._matrix, self.weight
         if quantized is None:
@@ -122,7 +122,7 @@ class _AwaitedEmbedding(_Awaited):
 
 
 class Assembly:
-    """What turns one model of Transformers into a quantized one, while it is loaded.
+    """Turns one model of Transformers into a quantized one while it is loaded.
 
     Parameters
     ----------
@@ -136,7 +136,7 @@ class Assembly:
     Raises
     ------
     ArchitectureError
-        If the model is no causal language model, or its architecture is unknown.
+        If the model is not a causal language model, or its architecture is unknown.
     CheckpointError
         If files are missing or don't belong to the model.
     """

@@ -1,4 +1,4 @@
-"""The model card of what is written: ``README.md``, as the Hugging Face Hub and people read it.
+"""The model card of a written model: ``README.md``, for the Hugging Face Hub and for people.
 
 It says what the model is, how it is loaded, what is stored, how it was made and what was measured.
 It names no place on the machine that wrote it, and two runs that make the same model make the same
@@ -101,7 +101,7 @@ class _Card:
     ----------
     plan : ModelPlan
     report : mapping
-        Of the run that made the model; may be empty.
+        Report of the run that made the model; may be empty.
     use : str
         How the model is loaded, in Markdown.
     kind : str
@@ -273,7 +273,7 @@ def exported_card(
     ----------
     plan : ModelPlan
     report : mapping
-        Of the run that made the model.
+        Report of the run that made the model.
     files : iterable of Path
         Files of weights.
     formats : set of str
@@ -305,7 +305,7 @@ def _stored(files: Iterable[Path]) -> tuple[dict[str, int], dict[str, str]]:
 def _grouped(
     plan: ModelPlan, dtypes: Mapping[str, str]
 ) -> dict[tuple[str, str, str], list[MatrixPlan]]:
-    """Return the matrices by what they are, their format and that of their inputs."""
+    """Return the matrices grouped by kind, format and format of their inputs."""
     groups: dict[tuple[str, str, str], list[MatrixPlan]] = {}
     for matrix in plan.matrices:
         if matrix.role in ("embedding", "head"):

@@ -1,4 +1,4 @@
-"""What ``evaluate`` measured: one level of numbers for a report, and a section of a model card."""
+"""Results of ``evaluate`` as flat values for a report, and as a section of a model card."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def flat(
     text: str = "",
     against: str = "",
 ) -> dict[str, Any]:
-    """Return what was measured in one level, with the names of what it was measured on.
+    """Return results as flat values, with the names of the data that they were measured on.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ def flat(
 
 
 def merged(before: Any, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return earlier figures and new ones; those of a text replace all of a text, so do a task's.
+    """Merge new figures into earlier ones: those of a text replace all of a text, a task's its own.
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ def merged(before: Any, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def figures(values: Mapping[str, Any]) -> Iterator[Figure]:
-    """Yield what was measured on a text, in the order in which it is shown."""
+    """Yield the figures measured on a text, in display order."""
     for key, name, digits, unit in _ROWS:
         if _is_number(values.get(key)):
             yield _figure(values, key, name, digits, unit)
@@ -203,6 +203,6 @@ def _name(value: Any) -> str:
 
 
 def plain_name(text: str) -> str:
-    """Return a name without what Markdown, HTML or a terminal would act on."""
+    """Return a name without characters that are special in Markdown, HTML or terminals."""
     kept = "".join(c if c.isprintable() and c not in "`<>|[]*#\\" else "_" for c in text)
     return kept.encode("utf-8", "replace").decode()[:80]

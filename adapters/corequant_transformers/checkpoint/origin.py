@@ -1,4 +1,4 @@
-"""The description of a model in a directory's config, so that loading needs no registration."""
+"""Architecture descriptions in a directory's config, so that loading needs no registration."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _FIELD = "architecture"
 
 
 def written_description(plan: ModelPlan) -> dict[str, Any]:
-    """Return what a ``quantization_config`` says about a description: nothing of a shipped one."""
+    """Return a ``quantization_config``'s entry for a description; empty for a shipped one."""
     return {} if plan.is_shipped else {_FIELD: plan.architecture.to_dict()}
 
 
 def report_description(plan: ModelPlan, rehearsed: Any) -> dict[str, Any]:
-    """Return what a report says about a description, and how it held on random weights.
+    """Return a report's entries for a description and its check on random weights.
 
     Parameters
     ----------

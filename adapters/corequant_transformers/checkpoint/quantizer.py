@@ -2,7 +2,7 @@
 
 Importing ``corequant_transformers`` enters a config and a quantizer for ``corequant`` in
 Transformers' registries as soon as there are any. Without it Transformers stops at ``GUARD``, which
-``config.json`` has in the place of the name of the file of weights.
+``config.json`` has instead of the name of the file of weights.
 
 Transformers imports this module in the middle of its own import, so that everything else that is
 needed is imported when a model is loaded.
@@ -45,7 +45,7 @@ class CorequantConfig(QuantizationConfigMixin):  # type: ignore[misc, unused-ign
 
 
 class CorequantQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
-    """Transformers' way to a model of ``QuantizedLinear`` layers."""
+    """Transformers' loader for models of ``QuantizedLinear`` layers."""
 
     requires_calibration = True
     is_trainable = False
@@ -67,7 +67,7 @@ class CorequantQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
             )
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Say which file holds the weights: this is called before Transformers looks for it."""
+        """Set the name of the file of weights; called before Transformers looks for it."""
         config.transformers_weights = WEIGHTS
         return config
 
@@ -75,7 +75,7 @@ class CorequantQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
     update_tp_plan = update_attn_implementation
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype to compute in: that which was asked for, or ``config.json``'s."""
+        """Return the compute dtype: the requested one, or that of ``config.json``."""
         if dtype not in _DTYPES:
             names = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
             raise SpecError(f"dtype must be one of {names}, got {dtype}")
@@ -111,7 +111,7 @@ class CorequantQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
 
 
 def register_method() -> None:
-    """Enter config and quantizer in Transformers' registries; twice changes nothing."""
+    """Register config and quantizer with Transformers; idempotent."""
     if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
         auto.register_quantization_config(METHOD)(CorequantConfig)
     if METHOD not in auto.AUTO_QUANTIZER_MAPPING:

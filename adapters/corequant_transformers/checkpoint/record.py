@@ -1,4 +1,4 @@
-"""What ``evaluate`` measured, written into the directory that it measured."""
+"""Writing results of ``evaluate`` into the directory of the evaluated model."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def record_evaluation(path: str | Path, evaluation: Mapping[str, Any]) -> bool:
 
 
 def _new_card(file: Path, known: str | None, evaluation: Mapping[str, Any]) -> str | None:
-    """Return a card's text with figures; None for one that was changed, or that isn't there."""
+    """Return a card's text with figures; None if it was changed or is missing."""
     if known is None or file.is_symlink():
         return None
     try:

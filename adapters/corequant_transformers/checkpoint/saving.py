@@ -1,4 +1,4 @@
-"""``save_pretrained`` of a loaded model: a directory like the one that it came from."""
+"""``save_pretrained`` of a loaded model, which writes a directory like its own."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _IGNORED = (
 
 @dataclass(frozen=True)
 class _Origin:
-    """What a directory is made of besides the model itself."""
+    """The contents of a directory other than the model itself."""
 
     plan: ModelPlan
     float_config: str
@@ -87,13 +87,13 @@ class Saving:
 
     @undisturbed()
     def __call__(self, save_directory: str | Path, **options: Any) -> None:
-        """Write the model to a new or empty directory; its tokenizer is saved by itself.
+        """Write the model to a new or empty directory; its tokenizer is saved separately.
 
         Parameters
         ----------
         save_directory : str or Path
         **options
-            Those of Transformers' own method. ``max_shard_size`` has no meaning here.
+            Options of Transformers' own method; ``max_shard_size`` has no effect.
 
         Raises
         ------

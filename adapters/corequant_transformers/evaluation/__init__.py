@@ -1,1 +1,1 @@
-"""How good a model is: perplexity, distance to the model that it was made from, tasks."""
+"""Evaluation of models: perplexity, divergence from the float model, tasks."""

@@ -1,4 +1,4 @@
-"""Two models on the same questions: whether one is better than chance would make it."""
+"""Paired comparison of two models on the same questions."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ class Comparison:
 def compare(
     model: npt.ArrayLike, reference: npt.ArrayLike, seed: int | np.random.Generator = 0
 ) -> Comparison:
-    """Compare what two models have right.
+    """Compare the answers of two models.
 
     Parameters
     ----------
     model, reference : array_like (questions,), bool
     seed : int or numpy.random.Generator
-        Of the bootstrap.
+        Random seed of the bootstrap.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""How far a model's predictions are from another's, position by position."""
+"""The divergence of a model's predictions from another's, position by position."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Values = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far a model is from the one that it is compared with, its reference.
+    """Divergence of a model from its reference.
 
     Every ``_se`` is a standard error over windows, as in ``Evaluation``, and None for one window.
 
@@ -70,12 +70,12 @@ class Divergence:
 def compare_positions(
     reference: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor
 ) -> dict[str, Values]:
-    """Return what is measured at each position, as arrays (positions,).
+    """Return measures at each position, as arrays (positions,).
 
     Parameters
     ----------
     reference, logits : torch.Tensor (positions, vocabulary)
-        Of the reference and of the model, at the same positions.
+        Logits of the reference and of the model at the same positions.
     targets : torch.Tensor (positions,), int64
         The tokens that follow.
 

@@ -11,7 +11,7 @@ from corequant_transformers.evaluation.task_files import Item
 __all__ = ["encode", "encode_item", "longest_input", "prefix_token", "tokens_of"]
 
 _LONGEST = 2048
-"""Tokens that a model is taken to be able to read whose config doesn't say."""
+"""Context length assumed where a config doesn't state one."""
 
 
 def encode_item(tokenizer: Any, item: Item) -> list[Pair]:
@@ -85,6 +85,6 @@ def _prefix(tokenizer: Any) -> int | None:
 
 
 def longest_input(config: Any) -> int:
-    """Return how many tokens a model reads at most, by its config."""
+    """Return the context length of a model, by its config."""
     found = getattr(config, "max_position_embeddings", None)
     return int(found) if found else _LONGEST

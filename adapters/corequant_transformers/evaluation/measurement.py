@@ -34,7 +34,7 @@ Values = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What ``evaluate`` measured.
+    """Result of ``evaluate``.
 
     Attributes
     ----------
@@ -184,7 +184,7 @@ def check_vocabulary(model: Any, tokens: Tokens) -> None:
 
 
 def reference_model(against: Any, device: torch.device | str = "cpu") -> Any:
-    """Return the model that another is compared with, loaded if its place was given.
+    """Return the reference model, loaded if its location was given.
 
     Parameters
     ----------
@@ -209,7 +209,7 @@ def _prepared(model: Any, tokens: Tokens) -> Any:
 
 
 def _measured(model: Any, reference: Any, window: Tokens) -> dict[str, Values]:
-    """Return what is measured at each position of a window."""
+    """Return the measures at each position of a window."""
     if reference is None:
         return {"loss": window_losses(model, window)}
     found: dict[str, list[Values]] = {}

@@ -1,4 +1,4 @@
-"""What a model has right of a task, alone or beside another model."""
+"""A model's accuracy on a task, alone or compared with another model's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Values = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of questions that a model has right, and beside a reference.
+    """Share of questions answered correctly, alone and compared with a reference.
 
     Attributes
     ----------
@@ -49,7 +49,7 @@ class Accuracy:
         return cls(*mean_with_error(right[:, None]), right)
 
     def beside(self, reference: Accuracy, seed: int) -> Accuracy:
-        """Return this accuracy beside that of a reference on the same questions."""
+        """Return this accuracy compared with that of a reference on the same questions."""
         return Accuracy(
             self.value,
             self.se,
@@ -62,7 +62,7 @@ class Accuracy:
 
 @dataclass(frozen=True, eq=False)
 class TaskResult:
-    """What a model has right of a task.
+    """A model's result on a task.
 
     Attributes
     ----------
@@ -96,14 +96,14 @@ class TaskResult:
         return len(self.task.items)
 
     def beside(self, reference: TaskResult, seed: int = 0) -> TaskResult:
-        """Return this result beside that of another model, which may serve for many.
+        """Return this result compared with that of another model, which may be reused.
 
         Parameters
         ----------
         reference : TaskResult
-            Of the same questions.
+            Result of another model on the same questions.
         seed : int
-            Of the comparison's bootstrap.
+            Random seed of the comparison's bootstrap.
 
         Raises
         ------
@@ -137,7 +137,7 @@ class TaskResult:
 
 
 def judged(task: Task, likelihoods: Sequence[Values]) -> TaskResult:
-    """Return what sums of log-probabilities (choices,) of each question have right."""
+    """Return the accuracy by sums of log-probabilities (choices,) of each question."""
     lengths = [np.array([len(choice) for choice in item.choices]) for item in task.items]
     norms = [sums / length for sums, length in zip(likelihoods, lengths, strict=True)]
     norm = Accuracy.of(_right(task, norms)) if task.kind == CHOICE else None

@@ -1,4 +1,4 @@
-"""Zero-shot accuracy of a model, alone or beside the one that it was made from."""
+"""Zero-shot accuracy of a model, alone or compared with its float model."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def evaluate_tasks(
         Tokens that are read at once at most, padding included; has no influence on results beyond
         rounding.
     seed : int
-        Of the comparison's bootstrap.
+        Random seed of the comparison's bootstrap.
     progress : callable
         Called as ``progress(task's name, done, total)``, counting choices, of both models.
 
     Returns
     -------
     list of TaskResult
-        One for each task. ``result.beside(other)`` compares with a result that is there already.
+        One for each task. ``result.beside(other)`` compares with an existing result.
 
     Raises
     ------

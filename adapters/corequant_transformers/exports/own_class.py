@@ -29,7 +29,7 @@ def fused_experts(model: Any, plan: ModelPlan) -> Iterator[tuple[int, str]]:
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Of Transformers' own class.
+        Model of Transformers' own class.
     plan : ModelPlan
     """
     a = plan.architecture

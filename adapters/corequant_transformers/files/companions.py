@@ -1,4 +1,4 @@
-"""Files next to a model's own: tokenizer, processor, what it says about generation, licence."""
+"""Files next to a model's weights: tokenizer, processor, generation config, licence."""
 
 from __future__ import annotations
 

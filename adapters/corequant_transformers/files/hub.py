@@ -15,7 +15,7 @@ _KINDS = {"model": "", "dataset": " --repo-type dataset"}
 
 
 def locate(path: str | Path, kind: str = "model") -> Path:
-    """Return a path as it is, or where the local cache has what it names.
+    """Return a path as it is, or the location of an id in the local cache.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ def locate(path: str | Path, kind: str = "model") -> Path:
 
 
 def download_command(path: str | Path, kind: str = "model") -> str | None:
-    """Return the command that brings what an id names into the cache; None for another path.
+    """Return the command that downloads an id into the cache; None for another path.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What tells directories of ours from others, and stops readers that would compute nonsense."""
+"""Marks of our directories, which stop readers that would compute nonsense."""
 
 from __future__ import annotations
 

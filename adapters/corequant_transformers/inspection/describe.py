@@ -1,4 +1,4 @@
-"""What the description of a model is: its own, that of another type, or one to start from."""
+"""The description of a model: its own, that of another type, or a draft."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _RECIPE = Recipe(rotation="heads", permutation="identity", activations=None)
 
 @dataclass(frozen=True)
 class Description:
-    """What ``describe`` found.
+    """Result of ``describe``.
 
     Attributes
     ----------
@@ -40,7 +40,7 @@ class Description:
     origin : str
         ``described``, ``recognized`` or ``guessed``.
     notes : tuple of str
-        Of a recognized type what it is like, otherwise what is unclear.
+        Similar types of a recognized type; otherwise open questions.
     verified : float or None
         Largest relative error of logits on random weights, of a model that isn't described; None
         if the description doesn't hold.
@@ -55,7 +55,7 @@ class Description:
         """Return the description as TOML, below comments; whole unless it is guessed."""
         lines = [*self.notes]
         if self.origin == "guessed":
-            lines.insert(0, "A description to start from. What is left out is as in Llama.")
+            lines.insert(0, "Draft of a description. Omitted fields are those of Llama.")
         if self.verified is not None:
             lines.append(
                 f"Verified on random weights: logits agree to {self.verified:.0e} (float64)."
@@ -78,7 +78,7 @@ class Description:
 
 @undisturbed()
 def describe(model: str | Path | Any) -> Description:
-    """Return the description of a model, or one to start from where there is none.
+    """Return the description of a model, or a draft if its type has none.
 
     Parameters
     ----------
@@ -119,18 +119,18 @@ def describe(model: str | Path | Any) -> Description:
 
 
 def _recognized(given: Any, found: Recognition, plan: ModelPlan) -> Description:
-    """Return the description of a recognized type with what becomes of it on random weights."""
+    """Return the description of a recognized type, verified on random weights."""
     notes, verified = [found.note], None
     try:
         tried = rehearse(given, plan)
         verified = None if tried is None else tried.logits_error
     except VerificationError as error:
-        notes.append(f"It is wired in another way: {error}")
+        notes.append(f"Its modules are connected differently: {error}")
     return Description(found.architecture, "recognized", tuple(notes), verified)
 
 
 def _tried(given: Any, config: Any, architecture: Architecture, unclear: list[str]) -> Description:
-    """Return a guessed description with what becomes of it on random weights."""
+    """Return a guessed description, verified on random weights."""
     verified = None
     try:
         found = rehearse(given, plan_model(config, _RECIPE, architecture))

@@ -1,4 +1,4 @@
-"""One layer of a model in another's place, and what that does to its output."""
+"""Exchanging single layers between two models, and the effect on the layers' outputs."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ class Tally:
         self._clipped_weights += W.numel() * clipped_weights(to_host(W), layer.quantized)
 
     def add(self, y: torch.Tensor, given: torch.Tensor) -> None:
-        """Take in the outputs of the float layer, and of the quantized one."""
+        """Accumulate the outputs of the float layer and of the quantized one."""
         self.tokens += y.numel() // y.shape[-1]
         self._power += _power(y)
         self._wrong += _power(given - y)
 
     def add_parts(self, by_weight: torch.Tensor, by_input: torch.Tensor) -> None:
-        """Take in the output's errors of the weight alone, and of the input alone."""
+        """Accumulate output errors due to the weight alone and to the input alone."""
         self._by_weight += _power(by_weight)
         self._by_input += _power(by_input)
 
     def add_input(self, x: torch.Tensor, layer: QuantizedLinear) -> None:
-        """Take in what a layer's quantizer of activations reads."""
+        """Accumulate the input of a layer's activation quantizer."""
         tokens = to_host(x).reshape(-1, x.shape[-1])
         if not len(tokens):
             return
@@ -105,7 +105,7 @@ class Tally:
 
 
 def exchange(own: Any, reference: Any, path: str, tally: Tally) -> Forward:
-    """Return what computes a layer of the reference as the quantized model does.
+    """Return a function that computes a layer of the reference as the quantized model does.
 
     Parameters
     ----------
@@ -145,7 +145,7 @@ def exchange(own: Any, reference: Any, path: str, tally: Tally) -> Forward:
 
 
 def float_forward(own: Any, reference: Any, path: str) -> Forward:
-    """Return what computes a layer of the quantized model as the reference does.
+    """Return a function that computes a layer of the quantized model as the reference does.
 
     Parameters
     ----------

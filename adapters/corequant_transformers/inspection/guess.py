@@ -1,4 +1,4 @@
-"""A first description of a model that no description fits, from its names, shapes and one block.
+"""A draft description of a model that no description fits, from names, shapes and one block.
 
 The first block is run once on random hidden states with random weights. Which tensor a module reads
 and which one it writes tells which norm stands in front of which layers; names tell the layers
@@ -45,7 +45,7 @@ _WIDTHS = ("inter", "inner", "ffn", "mlp", "ff")
 
 
 def guess(model: Any) -> tuple[Architecture | None, list[str]]:
-    """Return a description to start from, and what is unclear about it.
+    """Return a draft description and its open questions.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def _leaves(module: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _blocks(model: Any) -> str | None:
-    """Return the path of block i: of the lists of modules the one with most weights."""
+    """Return the path of block i: the list of modules with the most weights."""
     sizes: dict[str, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module):
@@ -173,7 +173,7 @@ def _layers(linear: dict[str, Any], unclear: list[str]) -> dict[str, Any]:
 
 
 def _others(found: dict[str, Any], field: str) -> set[str]:
-    """Return the layers that are something else already; query, key and value may be one."""
+    """Return the layers that already have another role; query, key and value may share one."""
     together = ({"query", "key", "value"}, {"gate", "up"})
     own = next((group for group in together if field in group), {field})
     return {name for other, name in found.items() if other not in own and isinstance(name, str)}
@@ -182,7 +182,7 @@ def _others(found: dict[str, Any], field: str) -> set[str]:
 def _facts(
     config: Any, block: Any, linear: dict[str, Any], found: dict[str, Any], unclear: list[str]
 ) -> dict[str, Any]:
-    """Return what shapes say."""
+    """Return the fields that follow from shapes."""
     facts: dict[str, Any] = {}
     classes = {type(module).__name__ for module in linear.values()}
     facts["transposed"] = "Conv1D" in classes
@@ -206,7 +206,7 @@ def _facts(
 def _reads(
     model: Any, blocks: str, found: dict[str, Any], unclear: list[str]
 ) -> dict[str, tuple[int, int]]:
-    """Return which storage each module of the first block reads, and which it writes."""
+    """Return the storages that each module of the first block reads and writes."""
     block = model.get_submodule(blocks.format(0))
     if sum(p.numel() for p in block.parameters()) > _MOST_WEIGHTS or "embedding" not in found:
         unclear.append("the first block was not run, so norms are identified by name only")
@@ -243,7 +243,7 @@ def _reads(
 
 
 def _fill(model: Any, blocks: str) -> None:
-    """Give the first block, and what is small outside of the blocks, random weights."""
+    """Set random weights in the first block and in small modules outside of the blocks."""
     within, first = blocks.removesuffix("{}"), f"{blocks.format(0)}."
     keys = [
         name
@@ -284,7 +284,7 @@ def _norms(
     norms: dict[str, Any],
     unclear: list[str],
 ) -> dict[str, Any]:
-    """Return the norms in front of attention and MLP, and those behind them."""
+    """Return the norms before and after attention and MLP."""
     result: dict[str, Any] = {}
     for field, after, reader, writer in (
         ("attention_norm", "attention_post_norm", "query", "attention_output"),
@@ -304,7 +304,7 @@ def _norms(
 
 
 def _with_norm(model: Any, made: Architecture, unclear: list[str]) -> Architecture:
-    """Return the description with the kind of norm that its final norm is by what it computes."""
+    """Return the description with the kind of norm found by evaluating the final norm."""
     try:
         norm = model.get_submodule(made.final_norm)
         width = _width(model, {"embedding": made.embedding})

@@ -1,4 +1,4 @@
-"""What each layer of a quantized model does to it alone, and what keeping it would cost."""
+"""The effect of each quantized layer alone, and the cost of keeping it in float."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ __all__ = ["LayerError", "LayerErrors", "layer_errors"]
 
 @dataclass(frozen=True)
 class LayerError:
-    """What quantizing one layer alone does.
+    """The effect of quantizing one layer alone.
 
     Attributes
     ----------
@@ -104,7 +104,7 @@ class LayerErrors:
     ----------
     windows, sequence_length : int
     kl, kl_se : float
-        Of the whole quantized model.
+        KL divergence of the whole quantized model and its standard error.
     layers : tuple of LayerError
         In the order of the model.
     worth_keeping : tuple of str
@@ -140,7 +140,7 @@ def layer_errors(
     verify: bool = True,
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> LayerErrors:
-    """Measure what each quantized layer alone does to the float model's predictions.
+    """Measure the effect of each quantized layer alone on the float model's predictions.
 
     The float model is transformed as the quantized one was, which leaves its function as it is, and
     one layer at a time is exchanged for the quantized one, with its quantizer of activations. This

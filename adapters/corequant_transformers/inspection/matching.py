@@ -1,4 +1,4 @@
-"""The permutations and factors of a quantized model, found again from the float model.
+"""Recovery of a quantized model's permutations and factors from its float model.
 
 A directory holds what was rounded, not what it was rounded from. Signs of the residual stream and
 rotations follow from the recipe. Permutations and factors inside blocks were chosen from
@@ -162,7 +162,7 @@ def _power(side: Side, region: Region, power: int) -> int:
 def match_channels(
     pairs: Iterable[tuple[Array, Array, int]], heads: int = 1, *, signed: bool = False
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Return which channel became which, and what it was multiplied by.
+    """Return the permutation and the factors of channels.
 
     Parameters
     ----------
@@ -170,7 +170,7 @@ def match_channels(
         Arrays (channels, d), rounded and not; row ``k`` of ``ours`` is about row
         ``permutation[k]`` of ``theirs``, times that channel's factor to the ``power``.
     heads : int
-        Channels stay inside one of so many heads.
+        Number of heads; channels stay within theirs.
     signed : bool
         Whether factors may be negative.
 
@@ -224,7 +224,7 @@ def _normal(rows: Array) -> Array:
 
 
 def _assign(alike: Array) -> npt.NDArray[np.int64]:
-    """Return the permutation that a matrix of likenesses (ours, theirs) speaks for."""
+    """Return the permutation that a similarity matrix (ours, theirs) supports."""
     best: npt.NDArray[np.int64] = alike.argmax(1)
     _, counts = np.unique(best, return_counts=True)
     if len(counts) == len(best):
@@ -239,7 +239,7 @@ def _assign(alike: Array) -> npt.NDArray[np.int64]:
 
 
 def check_alike(plan: ModelPlan, quantized: Any, model: Any, where: str) -> None:
-    """Raise CheckpointError if a transformed model's matrices aren't what was quantized.
+    """Raise CheckpointError unless a transformed model's matrices are those that were quantized.
 
     Parameters
     ----------

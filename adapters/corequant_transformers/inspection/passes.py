@@ -1,4 +1,4 @@
-"""What exchanging a few of a model's layers does to its predictions, from the changed block on."""
+"""The effect of exchanged layers on a model's predictions, computed from the changed block on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 
 @contextmanager
 def exchanged(model: Any, forwards: Mapping[str, Forward]) -> Iterator[None]:
-    """Let functions compute what some layers would, by their paths, within the context.
+    """Replace layers by functions, by their paths, within the context.
 
     They get what the layers' hooks leave of the input.
     """

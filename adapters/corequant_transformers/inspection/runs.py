@@ -59,7 +59,7 @@ def compare_runs(first: str | Path, second: str | Path) -> RunComparison:
     Raises
     ------
     CheckpointError
-        If one is no such directory, or a file in it is malformed.
+        If one is not such a directory, or a file in it is malformed.
 
     Examples
     --------

@@ -40,7 +40,7 @@ class Advice:
 
 
 def outlier_advice(found: Inspection) -> Advice:
-    """Say which layers of a float model hurt, why, and which options help.
+    """Describe which layers of a float model hurt, why, and which options help.
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ def _outlier_reason(layer: LayerInspection, found: Inspection) -> str:
 
 
 def layer_advice(found: LayerErrors) -> Advice:
-    """Say which layers of a quantized model hurt, why, and which options help.
+    """Describe which layers of a quantized model hurt, why, and which options help.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Models of the class of Transformers that their config says."""
+"""Models of the Transformers class that their config names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def make_model(config: Any, **options: Any) -> Any:
     ----------
     config : transformers.PreTrainedConfig
     **options
-        Of Transformers' ``from_config``.
+        Options of Transformers' ``from_config``.
     """
     if is_enclosed(config):
         return class_of(config)._from_config(config, **options)
@@ -27,22 +27,22 @@ def make_model(config: Any, **options: Any) -> Any:
 
 
 def load_model(path: str, config: Any, **options: Any) -> Any:
-    """Return what Transformers' ``from_pretrained`` makes of a path.
+    """Load a model by Transformers' ``from_pretrained``.
 
     Parameters
     ----------
     path : str
     config : transformers.PreTrainedConfig
-        Tells the class.
+        Config that determines the class.
     **options
-        Of ``from_pretrained``.
+        Options of ``from_pretrained``.
     """
     loader = class_of(config) if is_enclosed(config) else _loader(config)
     return loader.from_pretrained(path, **options)
 
 
 def class_name(config: Any) -> str:
-    """Return the name of the class that a model of a config is of.
+    """Return the name of the class of a config's models.
 
     Examples
     --------

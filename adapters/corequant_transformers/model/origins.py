@@ -1,4 +1,4 @@
-"""What a model's files say about where it comes from: its id on a hub, and its licence."""
+"""The origin of a model by its files: its id on a hub, and its licence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from corequant_transformers.model.sources import Source
 __all__ = ["origin_of"]
 
 _HEAD = 1 << 16
-"""Bytes that are looked at of a file."""
+"""Bytes of a file that are read."""
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENCE = re.compile(r"[A-Za-z0-9][\w.+-]{0,63}")
@@ -87,7 +87,7 @@ def _general(file: Path) -> Iterator[tuple[str, str]]:
             if key.startswith("general.") and isinstance(value, str):
                 yield key, value
     except (IndexError, KeyError, UnicodeDecodeError):
-        # Beyond what was read, or not as it should be: whoever reads the model says so.
+        # Truncated or malformed: reading the model reports it.
         return
 
 

@@ -39,7 +39,7 @@ class QuantizedEmbedding(QuantizedWeight):
         return rows
 
     def decode(self, device: Any = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        """Make the rows from codes and scales."""
+        """Decode the rows from codes and scales."""
         self.table.weight = self.decoded(device, dtype)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -42,11 +42,11 @@ class QuantizedWeight(torch.nn.Module):
         self.name = name
 
     def decode(self, device: Any = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        """Make the weight from codes and scales."""
+        """Decode the weight from codes and scales."""
         self.weight = self.decoded(device, dtype)
 
     def decoded(self, device: Any, dtype: torch.dtype) -> torch.Tensor:
-        """Return the numbers that codes and scales stand for."""
+        """Return the values of codes and scales."""
         return torch.from_numpy(dequantize(self.quantized)).to(device, dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

@@ -41,7 +41,7 @@ __all__ = [
 _KEPT = "_corequant_architecture"
 _MOST_NAMED = 4
 _UNFIT = (ArchitectureError, AttributeError, IndexError, KeyError, RuntimeError, TypeError)
-"""What comes of a description whose modules are of another make than the model's."""
+"""Errors of a description whose modules differ in kind from the model's."""
 
 _PLAINEST = Recipe(rotation="heads", permutation="identity", activations=None)
 
@@ -63,7 +63,7 @@ class Recognition:
 
     @property
     def note(self) -> str:
-        """What plan and report say about it."""
+        """Note for plan and report."""
         others = self.like[1 : 1 + _MOST_NAMED]
         more = f" (as are those of {', '.join(map(repr, others))})" if others else ""
         return (
@@ -130,7 +130,7 @@ def architecture_in(model: Any) -> Architecture:
 
 
 def keep_architecture(model: Any, architecture: Architecture) -> None:
-    """Have a quantized model know what it was described by; its modules no longer tell."""
+    """Attach a description to a model, whose quantized modules no longer reveal it."""
     model.__dict__[_KEPT] = architecture
 
 
@@ -145,7 +145,7 @@ def recognize(model: Any) -> Recognition | None:
     Returns
     -------
     Recognition or None
-        Of several descriptions that fit, that of the type whose config has most fields in common.
+        The description, if several fit, of the type whose config has the most fields in common.
 
     Examples
     --------
@@ -161,7 +161,7 @@ def recognize(model: Any) -> Recognition | None:
 
 
 def _find(model: Any, recipe: Recipe) -> Recognition | CorequantError | None:
-    """Return what fits; else why the recipe can't be carried out on what may fit; else None."""
+    """Return the description that fits, or else an error of one that may fit, or else None."""
     kind = model.config.model_type
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     hindrance: CorequantError | None = None
@@ -206,7 +206,7 @@ def _descriptions(modules: set[str]) -> Iterator[tuple[Architecture, list[str]]]
 
 
 def _nearness(config: Any, kind: str) -> float:
-    """Return how many of two types' config fields are the same, from 0 to 1."""
+    """Return the share of config fields that two types have in common, from 0 to 1."""
     if kind not in CONFIG_MAPPING:
         return 0.0
     own, theirs = set(vars(config)), set(vars(CONFIG_MAPPING[kind]()))
@@ -214,7 +214,7 @@ def _nearness(config: Any, kind: str) -> float:
 
 
 def _fits(model: Any, plan: ModelPlan) -> bool:
-    """Return whether a plan has a model's norms; ArchitectureError says it lacks parameters."""
+    """Return whether a plan has a model's norms; ArchitectureError if it lacks parameters."""
     check_places(model, plan.architecture)
     with standardized(model, plan):
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

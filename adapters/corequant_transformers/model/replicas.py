@@ -1,4 +1,4 @@
-"""A model's structure a second time: modules of its own around the same tensors.
+"""Replicas of a model's structure: new modules around the same tensors.
 
 Whatever is done to a model on the way, such as standing in for modules, watching what they read,
 or leaving training mode, is done to such a replica. The model that was given may run elsewhere at
@@ -45,7 +45,7 @@ def unwrap(model: Any) -> Any:
     Raises
     ------
     TypeError
-        If there is no Transformers model in it.
+        If it doesn't contain a Transformers model.
     """
     found = model
     while True:
@@ -65,7 +65,7 @@ def unwrap(model: Any) -> Any:
     if not isinstance(found.config, transformers.PreTrainedConfig):
         raise TypeError(
             f"model must be a Transformers model, got {type(found).__name__}, whose config is a "
-            f"{type(found.config).__name__} and no transformers.PreTrainedConfig; convert config "
+            f"{type(found.config).__name__}, not a transformers.PreTrainedConfig; convert config "
             "and weights to a Transformers model first"
         )
     return found
@@ -90,7 +90,7 @@ def check_given(model: Any, *, floating: bool = True) -> Any:
     CheckpointError
         If they are codes.
     TypeError
-        If it is no Transformers model.
+        If it is not a Transformers model.
     """
     found = unwrap(model)
     weights = list(found.named_parameters(remove_duplicate=False))

@@ -72,14 +72,14 @@ class ScaledWeights:
         self._block = block
 
     def scale_of(self, name: str, names: Collection[str]) -> str | None:
-        """Return the name of a weight's scale; None if there is none.
+        """Return the name of a weight's scale; None without one.
 
         Parameters
         ----------
         name : str
-            Of a weight.
+            Name of a weight.
         names : collection of str
-            Of all tensors.
+            Names of all tensors.
         """
         if self._block is None:
             return None
@@ -112,9 +112,9 @@ class ScaledWeights:
         Parameters
         ----------
         weight : torch.Tensor
-            Of a float8 type.
+            Weight of a float8 type.
         scale : torch.Tensor
-            Of a shape that ``check`` takes.
+            Scale of a shape that ``check`` accepts.
 
         Returns
         -------

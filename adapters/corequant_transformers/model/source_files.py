@@ -1,4 +1,4 @@
-"""The files beside a model's weights: which are read, which are copied, and where they may lie."""
+"""The files next to a model's weights: which are read, which are copied, and their locations."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def check_inside(folder: Path, file: Path) -> None:
     try:
         found, there = file.is_file(), file.exists()
         inside, real = folder.resolve(), file.resolve()
-        # Not resolved by itself: a folder of templates that is a link leads out.
+        # Not resolved on its own: a folder of templates that is a link leads elsewhere.
         own = inside / file.parent.relative_to(folder)
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"the model's file {file} can't be read: {error}") from None

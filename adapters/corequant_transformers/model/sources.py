@@ -260,8 +260,8 @@ class Source:
         Parameters
         ----------
         dtype : torch.dtype
-            Of its weights. MXFP4 and NVFP4 exports are in bfloat16 whatever is asked for, since
-            compressed-tensors decodes them to nothing else.
+            Dtype of its weights. MXFP4 and NVFP4 exports are always bfloat16, the only dtype that
+            compressed-tensors decodes them to.
 
         Raises
         ------

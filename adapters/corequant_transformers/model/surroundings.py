@@ -38,7 +38,7 @@ def check_device(device: str | torch.device) -> torch.device:
     Raises
     ------
     BackendError
-        If there is none of that name here.
+        If this machine has no such device.
 
     Examples
     --------
@@ -119,7 +119,7 @@ class _Quiet:
     """Transformers' switches for progress bars and reports, off as long as one thread wants it.
 
     They belong to the process: the first who comes switches them off, and the last who goes puts
-    back what nobody else has changed meanwhile.
+    back those that were not changed meanwhile.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Text to windows of tokens."""
+"""Token windows of text."""
 
 from __future__ import annotations
 

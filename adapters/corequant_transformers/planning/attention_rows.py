@@ -32,10 +32,10 @@ def attention_rows(
     Parameters
     ----------
     a : Architecture
-        What holds in the block.
+        Description that holds in the block.
     config : transformers.PreTrainedConfig
     sizes : Dimensions
-        Of the block.
+        Sizes of the block.
     block : int
     stream : Stream
     recipe : Recipe

@@ -1,4 +1,4 @@
-"""What becomes of each tensor of a model, in words."""
+"""What a plan does to each tensor of a model, in words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["fates"]
 
 
 def fates(plan: ModelPlan) -> list[dict[str, Any]]:
-    """Return what becomes of every tensor that a plan knows: name, shape and a sentence.
+    """Return what a plan does to each tensor: name, shape and a phrase.
 
     Examples
     --------

@@ -244,7 +244,7 @@ def check_rotation(what: str, size: int | None, field: str, width: int) -> int:
     Raises
     ------
     BlockSizeError, HadamardOrderError
-        If there is no such rotation; the message names the config's field.
+        If that rotation doesn't exist; the message names the config's field.
     """
     try:
         return check_block_size(what, size, width)

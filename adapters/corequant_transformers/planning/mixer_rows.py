@@ -1,4 +1,4 @@
-"""Rows of a plan for parts inside of which nothing is moved."""
+"""Rows of a plan for mixers, whose inner channels keep their order."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def mixer_rows(
     Parameters
     ----------
     a : Architecture
-        What holds in the block.
+        Description that holds in the block.
     config : transformers.PreTrainedConfig
     sizes : Dimensions
     block : int

@@ -140,7 +140,7 @@ def _relative_squared_error(W: Any, rounded: Any) -> float:
 
 
 def quantized_layer(module: Any, matrix: MatrixPlan, rounded: RoundedTensor) -> Any:
-    """Return what takes a layer's or an embedding's place, with its bias and on its device."""
+    """Return the quantized replacement of a layer or an embedding, on its device."""
     if matrix.role == "embedding":
         table: Any = QuantizedEmbedding(rounded, module, matrix.name)
         return table.to(module.weight.device)
@@ -165,7 +165,7 @@ def round_on_inputs(
     weights : mapping of str to numpy.ndarray (out_features, in_features)
         By the rows' names.
     moments : InputMoments
-        Without any token, as of an expert that none visits, layers are rounded to nearest.
+        Without any token, as for an unused expert, layers are rounded to nearest.
     divisors : mapping of str to numpy.ndarray (1,), float32
         Global scales of the rows that have one.
     executor : concurrent.futures.Executor, optional
@@ -297,7 +297,7 @@ def round_unquantized(
 
 
 def check_tied(model: Any, plan: ModelPlan, entry: Mapping[str, torch.Tensor]) -> None:
-    """Raise VerificationError unless a head that stays tied became what the embedding became.
+    """Raise VerificationError unless a tied head equals the transformed embedding.
 
     Parameters
     ----------
@@ -323,7 +323,7 @@ def check_tied(model: Any, plan: ModelPlan, entry: Mapping[str, torch.Tensor]) -
 
 
 def as_stored(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Return a float32 tensor in the dtype that it is stored in, if that has its numbers.
+    """Return a float32 tensor in its stored dtype, if that represents it exactly.
 
     Parameters
     ----------

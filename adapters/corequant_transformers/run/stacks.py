@@ -1,4 +1,4 @@
-"""What blocks get besides their hidden states, and the way from one stack of blocks to the next.
+"""Arguments of blocks other than hidden states, and the transition to a second stack of blocks.
 
 Blocks of a second stack read what the first one gave, which differs from window to window and from
 network to network: its states are kept beside the hidden states, under names of their own.
@@ -51,7 +51,7 @@ class Stacks:
         self._fixed: dict[torch.dtype, list[dict[str, Any]]] = {}
 
     def prepare(self) -> None:
-        """Find out what the blocks get besides hidden states."""
+        """Record the arguments of the blocks other than hidden states."""
         parts = self._parts
         self._fixed[torch.float32] = block_arguments(parts, self._tokens[0], torch.float32)
         with KeepFloat64():
@@ -61,7 +61,7 @@ class Stacks:
     def arguments(
         self, dtype: torch.dtype, index: int, state: Mapping[str, Windows], name: str
     ) -> dict[str, Any]:
-        """Return what a block gets besides the hidden states that are kept under a name."""
+        """Return a block's arguments other than the hidden states kept under ``name``."""
         fixed, second = self._fixed[dtype][index], self._parts.plan.architecture.second
         memory = state.get(f"{_KEPT}{name}")
         if second is None or memory is None:
@@ -71,7 +71,7 @@ class Stacks:
     def rounded_arguments(
         self, index: int, state: Mapping[str, Windows]
     ) -> tuple[dict[str, Any], ...]:
-        """Return what a block gets in the quantized network and in the float one."""
+        """Return a block's arguments in the quantized network and in the float one."""
         return tuple(self.arguments(torch.float32, index, state, name) for name in _ROUNDED)
 
     def rounded(
@@ -89,7 +89,7 @@ class Stacks:
         return HiddenStates(crossing["quantized"], crossing.get("float"))
 
     def carried(self, state: Mapping[str, Windows]) -> dict[str, Windows]:
-        """Return what later blocks read as well."""
+        """Return the states that later blocks read as well."""
         return {name: windows for name, windows in state.items() if name.startswith(_KEPT)}
 
     @torch.no_grad()

@@ -68,7 +68,7 @@ class OnlineRotation:
 def transform_matrix(
     W: Array, bias: Array | None, matrix: MatrixPlan, norm: FoldedNorm | None, choices: Choices
 ) -> tuple[Array, Array | None]:
-    """Return a matrix and its bias after everything that the row says.
+    """Return a matrix and its bias, transformed as the row says.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ def _transform_outputs(W: Array, matrix: MatrixPlan, choices: Choices) -> Array:
 
 
 def transform_side(W: Array, side: Side, name: str, choices: Choices) -> Array:
-    """Return a matrix, or a bias on its output side, after what happens to one side's channels."""
+    """Transform the channels on one side of a matrix, or of a bias on its output side."""
     if side.centered:
         W = merge_centering(W, side=name)
     if side.permutation is not None:

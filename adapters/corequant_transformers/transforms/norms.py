@@ -1,4 +1,4 @@
-"""Norms whose gains and biases go into the layers that read them, and what takes their place."""
+"""Norms whose gains and biases are folded into the layers that read them, and their substitutes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class FoldedNorm:
-    """What a norm multiplies by and adds.
+    """Gain and shift of a norm.
 
     Attributes
     ----------
@@ -38,7 +38,7 @@ class FoldedNorm:
     subtracts_mean: bool = False
 
     def of_rows(self, W: Array) -> Array:
-        """Return what the norm makes of each row, in float64 or in the dtype of W."""
+        """Apply the norm to each row, in float64 or in the dtype of W."""
         if self.subtracts_mean:
             W = W - W.mean(-1, keepdims=True)
         W = W / np.sqrt(np.square(W).mean(-1, keepdims=True) + self.eps)

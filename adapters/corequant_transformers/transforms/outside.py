@@ -1,4 +1,4 @@
-"""What writes the residual stream from outside of a decoder, transformed as the embedding is."""
+"""Writers of the residual stream outside of a decoder, transformed as the embedding is."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _INPUTS = 8
 
 
 def transform_writers(model: Any, plan: ModelPlan, choices: Choices) -> tuple[list[str], float]:
-    """Transform a plan's writers in place, in float64, and compare what they write.
+    """Transform a plan's writers in place, in float64, and compare their outputs.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ def _of(name: str, state: dict[str, Any]) -> tuple[Array, Array | None]:
 
 
 def _bias_of(name: str) -> str:
-    """Return the name of the bias beside a weight; a parameter of another name has none."""
+    """Return the name of a weight's bias; empty for parameters of other names."""
     return f"{name.removesuffix('.weight')}.bias" if name.endswith(".weight") else ""
 
 

@@ -1,9 +1,9 @@
-"""A description tried out on random weights, before a model's own are read.
+"""Verification of a description on random weights, before a model's own are read.
 
 Verifying a transformed model proves that this model computes what it did. It can't tell a wrong
 description from a right one where the model's weights hide the difference: gains of 1, biases of 0,
 a layer that is still zero, a recipe that leaves part of the description unused. With random weights
-in the place of all, and with every transform that the description allows, nothing is hidden: what
+instead, and with every transform that the description allows, nothing is hidden: what
 holds for weights at random holds for all but a vanishing share of them, and for these the model's
 own verification decides.
 """
@@ -50,7 +50,7 @@ _SPREAD = 0.3
 
 
 class RandomWeights:
-    """Weights at random for a skeleton, the same each time that a part is opened.
+    """Random weights for a skeleton, the same each time a part is opened.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ def _random(key: str, like: torch.Tensor) -> torch.Tensor:
 
 
 def random_choices(plan: ModelPlan, seed: int = 0) -> Choices:
-    """Return permutations, signs and scales at random, as far as a plan has places for them.
+    """Return random permutations, signs and scales wherever a plan has places for them.
 
     Parameters
     ----------
@@ -163,7 +163,7 @@ def _words(plan: ModelPlan) -> str:
 
 
 def _fullest(config: Any, plan: ModelPlan) -> ModelPlan:
-    """Return the plan with as many transforms as a description has places for."""
+    """Return the plan with all transforms that a description allows."""
     a, given = plan.architecture, plan.recipe
     widths = {m.shape[1] for m in plan.mlp_outputs}
     for factors in ("scales", "none"):
@@ -222,7 +222,7 @@ def _rehearse(
 
 @contextmanager
 def _same_inputs(model: Any, rows: ModelPlan) -> Iterator[None]:
-    """Compare what matrices read that are described as readers of one activation."""
+    """Compare the inputs of matrices that are described as readers of one activation."""
     seen: dict[str, dict[str, torch.Tensor]] = {}
     with ExitStack() as stack:
         for matrix in rows.matrices:

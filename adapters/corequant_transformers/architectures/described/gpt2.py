@@ -1,4 +1,4 @@
-"""GPT-2, and what came of it: GPT-Neo, GPT-BigCode."""
+"""GPT-2 and its descendants GPT-Neo and GPT-BigCode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents read from files, and those that the package carries."""
+"""Documents read from files, and those that come with the package."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from corequant_transformers.calibration.data.sources import find_files
 __all__ = ["CARRIED", "DataFile", "Documents", "carried_documents", "read_documents"]
 
 CARRIED = "the public-domain text that corequant carries"
-"""Name of the data that is calibrated on where none is given."""
+"""Name of the default calibration data."""
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """What was read from a file.
+    """Record of a file that was read.
 
     Attributes
     ----------

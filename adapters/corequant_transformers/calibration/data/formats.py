@@ -1,4 +1,4 @@
-"""What a file of documents holds, decided by its content.
+"""Formats of files of documents, detected by their content.
 
 Text, JSON lines, a JSON array or Parquet; text and JSON also compressed with gzip. A file that
 could be read in two ways is refused: prose taken for records, or records for prose, would calibrate
@@ -22,7 +22,7 @@ from corequant.errors import CalibrationError
 __all__ = ["JSON_SUFFIXES", "Document", "parse"]
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-"""Ends of names that promise JSON."""
+"""Suffixes of JSON files."""
 
 _TABLES = (".csv", ".tsv")
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
@@ -79,7 +79,7 @@ def parse(name: str, data: bytes) -> tuple[str, list[Document]]:
     Raises
     ------
     CalibrationError
-        If the bytes are none of these formats, or could be two of them.
+        If the bytes have none of these formats, or could have two of them.
     MissingPackageError
         If they are Parquet, and pyarrow is not installed.
 
@@ -204,7 +204,7 @@ def _is_record(value: Mapping[str, Any]) -> bool:
 
 
 def _column(place: str, found: list[str]) -> str:
-    """Return which of the two columns there is; both or none is an error."""
+    """Return the column that the table has of the two; both or none is an error."""
     held = [column for column in _COLUMNS if column in found]
     if len(held) == 1:
         return held[0]

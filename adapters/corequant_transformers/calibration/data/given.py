@@ -1,4 +1,4 @@
-"""What ``quantize``, ``calibrate`` and ``evaluate`` take as text, as token windows."""
+"""Token windows from the texts, files and arrays that the public functions accept."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ class Taken:
 
 
 def needs_tokenizer(calibration: CalibrationData) -> bool:
-    """Return whether the windows are yet to be made of text."""
+    """Return whether the input is text that must be tokenized."""
     return not isinstance(calibration, Sample | Calibration) and (
         calibration is None or _documents(calibration) or isinstance(calibration, str)
     )
 
 
 def take_windows(calibration: CalibrationData, recipe: Recipe, tokenizer: Any = None) -> Taken:
-    """Return the token windows that a recipe takes from what was given.
+    """Return the token windows that a recipe takes from calibration data.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def take_windows(calibration: CalibrationData, recipe: Recipe, tokenizer: Any = 
 def text_windows(
     text: TextData, tokenizer: Any, sequence_length: int, windows: int | None = None
 ) -> Tokens:
-    """Return consecutive token windows of what was given: all, or the first.
+    """Return consecutive token windows of a text: all, or the first.
 
     Parameters
     ----------

@@ -53,7 +53,7 @@ def _rendered(document: Document, tokenizer: Any) -> str:
 
 
 class Separators:
-    """What stands between two documents.
+    """Separator between two documents.
 
     Attributes
     ----------

@@ -15,7 +15,7 @@ __all__ = ["find_files"]
 
 _SUFFIXES = (".txt", ".parquet", *JSON_SUFFIXES)
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json")
-"""What the library of data sets writes beside them."""
+"""Files that the data set library writes next to them."""
 
 _SPLITS = {
     "train": "train",
@@ -31,7 +31,7 @@ _SPLITS = {
 
 
 def find_files(paths: Sequence[str | Path]) -> tuple[list[tuple[str, Path]], list[str]]:
-    """Return the files that paths stand for, with names for reports, and what folders hold besides.
+    """Return the files that paths name, with names for reports, and the other files of folders.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ def find_files(paths: Sequence[str | Path]) -> tuple[list[tuple[str, Path]], lis
 
 
 def _is_folder(given: Path, found: Path) -> bool:
-    """Return whether a folder is there, not a file; nothing at all is an error."""
+    """Return whether a path is a folder, not a file; a missing one is an error."""
     try:
         if found.exists():
             return found.is_dir()
@@ -133,5 +133,5 @@ def _is_data(name: str) -> bool:
 
 
 def _splits(name: str) -> set[str]:
-    """Return the splits that a name tells: of ``data/train-00000-of-00001.parquet``, train."""
+    """Return the splits in a name: train in ``data/train-00000-of-00001.parquet``."""
     return {_SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLITS}

@@ -25,7 +25,7 @@ Tokens = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Token windows, and what they were taken from.
+    """Token windows and their origin.
 
     Attributes
     ----------

@@ -33,7 +33,7 @@ class Field:
     key : str
         In the file, after the architecture's name.
     attribute : str
-        Of the config.
+        Name of the config's attribute.
     kind : type
         int, float or bool.
     needed : bool
@@ -80,7 +80,7 @@ class Dialect:
     fields : tuple of Field
         Numbers beyond those that all have.
     activation : str
-        Of the MLP, by Transformers' name.
+        Activation function of the MLP, by Transformers' name.
     windows : int or str
         Sliding windows: 0 if llama.cpp has none for this architecture, n if the last of n
         consecutive blocks attends to everything and the others to a window, "listed" if the file
