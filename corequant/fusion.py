@@ -2,7 +2,7 @@
 
 The results are those of the separate steps, ``x[..., permutation]``, ``block_hadamard`` and
 ``quantize``, bit for bit; between them a row stays in the cache. Where no fused kernel fits (a
-scale for the whole tensor, a search for the scale, rows that are no whole number of vectors) the
+scale for the whole tensor, a search for the scale, rows that are not a whole number of vectors) the
 separate steps run.
 """
 

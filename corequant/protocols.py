@@ -1,4 +1,4 @@
-"""What a backend implements: the few kernels from which everything else is composed."""
+"""Protocols of a backend: the few kernels from which everything else is composed."""
 
 from __future__ import annotations
 

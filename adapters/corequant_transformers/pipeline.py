@@ -324,7 +324,7 @@ def quantize(
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """What ``quantize`` was asked for, checked."""
+    """The checked arguments of ``quantize``."""
 
     given: Source | Any
     plan: ModelPlan

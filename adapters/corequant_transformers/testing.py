@@ -63,7 +63,7 @@ _AROUND: dict[str, dict[str, Any]] = {
         "own": {"image_token_id": 5, "vision_start_token_id": 6},
     },
 }
-"""What lies around the decoder of models that read images, by model type."""
+"""Modules around the decoder of models that read images, by model type."""
 
 _BUILDING = threading.Lock()
 """Transformers draws from torch's own generator, and makes the dtype the process's meanwhile."""

@@ -32,7 +32,7 @@ _FORM = (
 
 @dataclass(frozen=True)
 class LayerRule:
-    """What differs for the layers that a pattern names.
+    """Settings of the layers that a pattern names.
 
     Written in one line it is ``pattern=weights,activations``, each also by its name, as in
     ``down_proj=int8:channel,rounding=gptq``, or ``pattern=keep``, and ends with ``,optional`` if it
@@ -47,7 +47,7 @@ class LayerRule:
     weights, activations : QuantSpec, optional
         Quantizers, as those of a recipe; activations may be ``"none"``, which leaves them in float.
         Where a recipe reads the rule from a string or a mapping, the scales of weights have the
-        format of its own, or bfloat16 beside MXFP4 and NVFP4, unless the rule names one.
+        format of its own, or bfloat16 with MXFP4 and NVFP4, unless the rule names one.
     rounding, permutation : str, optional
         Methods. Options of the recipe's own method that this one doesn't take are left out.
     keep : bool

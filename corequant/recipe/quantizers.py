@@ -35,7 +35,7 @@ def weight_spec(value: Any, scales: ScaleFormat = ScaleFormat.FLOAT32) -> Any:
 def scales_beside(weights: QuantSpec) -> ScaleFormat:
     """Return the format of scales that go along with those of a recipe's weights in one file."""
     if weights.scale_format in (ScaleFormat.E8M0, ScaleFormat.E4M3):
-        # Readers compute in bfloat16 beside four-bit floats.
+        # Readers compute in bfloat16 with four-bit floats.
         return ScaleFormat.BFLOAT16
     if weights.scale_format is ScaleFormat.POWER_OF_TWO:
         return ScaleFormat.FLOAT32

@@ -40,7 +40,7 @@ def matmul_nbits(
     Raises
     ------
     ShapeError, SpecError
-        If the weight is no matrix, or the operator can't read the spec.
+        If the weight is not a matrix, or the operator can't read the spec.
 
     Examples
     --------

@@ -89,17 +89,16 @@ class Architecture:
     norm : str
         Kind of all norms of the residual stream, one of ``NORMS``.
     norm_eps : float, optional
-        What norms add to the mean square, where their modules don't say it as ``eps`` or
-        ``variance_epsilon``.
+        Epsilon of the norms, if their modules have neither ``eps`` nor ``variance_epsilon``.
     attention_norm : str, optional
         The norm that query, key and value read; None if they read the stream itself.
     query, key, value, attention_output : str
         The output projection writes the residual; it is None in a block without attention. Value is
         None where values are what key gives; they are not rotated then.
     latent : Latent, optional
-        What keys and values, and queries perhaps, are made of in place of ``key`` and ``value``.
+        Latent attention, which replaces ``key`` and ``value``, and ``query`` if it has one.
     query_gate : bool
-        Whether query has as many rows again, which gate what attention gives.
+        Whether query has as many rows again, which gate the output of attention.
     qkv_order : tuple of str
         Order of query, key and value in one matrix.
     qkv_groups : str
@@ -156,19 +155,19 @@ class Architecture:
     trunk : str
         Path of an enclosed model without its head.
     stem : str
-        Path of what makes the input of an enclosed model's first block.
+        Path of the module whose output is the input of an enclosed model's first block.
     second : SecondStack, optional
-        More blocks, which read what the described ones give as well, such as a decoder behind an
-        encoder.
+        Further blocks, which also read the output of the described ones, such as a decoder after
+        an encoder.
     hands_on : tuple of str
-        Arguments of a block that the block before it returns besides hidden states, in order. The
+        Arguments of a block that the block before it returns after hidden states, in order. The
         first block makes them.
     outside : tuple of str
-        Modules beside the decoder that stay as they are, such as a vision tower.
+        Modules outside of the decoder that are left unchanged, such as a vision tower.
     writers : tuple of Writer
-        Parameters in them whose products are written to the residual stream.
+        Parameters in them whose products are added to the residual stream.
     variants : tuple of Variant
-        What is different in some configs or some blocks; of two that hold, the later one counts.
+        Differences in some configs or some blocks; of two that hold, the later one counts.
 
     Notes
     -----
@@ -277,7 +276,7 @@ class Architecture:
 
     @property
     def gain_offset(self) -> float:
-        """What a norm adds to its weight to get its gain."""
+        """Addition to a norm's weight that gives its gain."""
         return 1.0 if self.norm.endswith("one_plus") else 0.0
 
     @property

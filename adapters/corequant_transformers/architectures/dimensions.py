@@ -38,7 +38,7 @@ class Dimensions:
     experts, experts_chosen, expert_intermediate : int
         Experts in a sparse block, how many of them a token visits, their width; 0 without any.
     shared_intermediate : int
-        Width of the MLP beside them; 0 without one.
+        Width of the shared MLP; 0 without one.
     """
 
     blocks: int
@@ -112,7 +112,7 @@ def dimensions_in(
     ----------
     sizes : Dimensions
     architecture : Architecture
-        What holds in the block.
+        Description that holds in the block.
     config : transformers.PreTrainedConfig
     block : int
 

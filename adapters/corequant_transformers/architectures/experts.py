@@ -38,7 +38,7 @@ class Experts:
     scaled_inputs : bool
         Whether shares multiply what experts read, not what they give.
     shared_gate, shared_up, shared_down : str, optional
-        An MLP beside them that reads the same norm, like that of the architecture.
+        Shared MLP that reads the same norm, like that of the architecture.
     shared_router : str, optional
         The layer that gives a token's share of it.
     shared_first : bool

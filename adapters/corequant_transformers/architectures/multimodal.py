@@ -31,7 +31,7 @@ _DESCRIBED = (
         _VISUAL,
         (
             Writer("model.visual.merger.linear_fc2.weight"),
-            # What they give is added to the stream behind the first blocks.
+            # Their outputs are added to the stream after the first blocks.
             Writer("model.visual.deepstack_merger_list.{}.linear_fc2.weight"),
         ),
         Architecture("qwen3_vl_text"),

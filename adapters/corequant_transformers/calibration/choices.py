@@ -96,7 +96,7 @@ def block_of(region: Region, plan: ModelPlan) -> int | None:
 def width_of(plan: ModelPlan, block: int) -> int:
     """Return the width of what a block's MLP rotates at run time; 1 without an MLP."""
     outputs = [m for m in plan.mlp_outputs if m.block == block]
-    # An MLP beside experts has a width of its own.
+    # A shared MLP has a width of its own.
     ordered = sorted(outputs, key=lambda m: m.expert is None)
     return ordered[0].shape[1] if ordered else 1
 
@@ -162,7 +162,7 @@ def choose_block_size(plan: ModelPlan, indices: Sequence[int], calibration: Cali
 
 @dataclass(frozen=True, eq=False)
 class RegionChoice:
-    """What was chosen for a region.
+    """Permutation and factors chosen for a region.
 
     Attributes
     ----------

@@ -179,7 +179,7 @@ def collect_block(
         Input of the block, and where its output goes: elsewhere, as of a ``Crossing``, since rare
         experts are shown the input once more.
     arguments : dict
-        Arguments of the block besides its hidden states.
+        Arguments of the block other than its hidden states.
     progress : callable
         Called as ``progress("calibrate", done, total)``, counting windows through all blocks.
     """

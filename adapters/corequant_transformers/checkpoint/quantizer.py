@@ -26,7 +26,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class CorequantConfig(QuantizationConfigMixin):  # type: ignore[misc, unused-ignore]
-    """What ``config.json`` says about the quantization.
+    """The ``quantization_config`` of ``config.json``.
 
     Parameters
     ----------

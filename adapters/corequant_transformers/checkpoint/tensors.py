@@ -1,4 +1,4 @@
-"""What a quantized model is stored as: codes, scales and float tensors, and back."""
+"""A quantized model as stored tensors (codes, scales and floats), and back."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def saved_names(model: Any, plan: ModelPlan) -> SavedNames:
     >>> names.module("model.layers.1.mlp.experts.3.down_proj")
     'model.layers.1.block_sparse_moe.experts.3.w2'
     """
-    # A model that wasn't loaded doesn't tell whether there was a prefix; none is written.
+    # A model that wasn't loaded may have had a prefix; none is written.
     mapping = get_model_conversion_mapping(model, add_legacy=False)
     reverse = [t.reverse_transform() for t in mapping[::-1] if not isinstance(t, PrefixChange)]
     return SavedNames(

@@ -39,7 +39,7 @@ _NAMES = {
     "down": "w2|down|down_proj|fc2|fc_out|dense_4h_to_h|lin2|wo|c_proj",
     "attention_output": "wo|o|o_proj|out_proj|c_proj|dense|out|proj",
 }
-"""What layers are called, lower case, at the end of their paths."""
+"""Last parts of the paths of layers, in lower case."""
 
 _WIDTHS = ("inter", "inner", "ffn", "mlp", "ff")
 

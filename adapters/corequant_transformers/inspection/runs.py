@@ -17,7 +17,7 @@ __all__ = ["RunComparison", "compare_runs"]
 
 @dataclass(frozen=True)
 class RunComparison:
-    """What differs between two runs of ``quantize``.
+    """Differences between two runs of ``quantize``.
 
     Attributes
     ----------

@@ -144,7 +144,7 @@ def settle_config(config: Any, path: Path) -> Any:
     for part in (config, *parts):
         for name in ("_attn_implementation", "_experts_implementation"):
             _check_implementation(name, getattr(part, name, None), path)
-    # What a model returns beside its logits, and in which form, is its caller's affair.
+    # The caller decides which outputs a model returns, and in which form.
     config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
     return config
 

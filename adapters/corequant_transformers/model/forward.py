@@ -1,8 +1,8 @@
 """Forward passes of token windows through a model in parts: before, through, after its blocks.
 
-What a block gets besides its hidden states, such as masks and rotary embeddings, and what happens
-before the first block and after the last, is computed by the model's own classes; functions replace
-modules without weights meanwhile.
+The arguments of blocks other than hidden states, such as masks and rotary embeddings, and all that
+happens before the first block and after the last, are computed by the model's own classes;
+functions replace modules without weights meanwhile.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class PerWindow:
 
 @dataclass(frozen=True, eq=False)
 class HiddenStates:
-    """What a decoder block reads, in both networks.
+    """Inputs of a decoder block in both networks.
 
     Attributes
     ----------
@@ -165,7 +165,7 @@ def check_positions(architecture: Architecture, dimensions: Dimensions, tokens: 
 
 @torch.no_grad()
 def block_arguments(parts: Parts, window: Tokens, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Return the keyword arguments that each block gets besides its hidden states.
+    """Return the keyword arguments of each block other than its hidden states.
 
     Parameters
     ----------
@@ -262,7 +262,7 @@ def run_block(
 
 
 def first_blocks(parts: Parts) -> list[int]:
-    """Return the blocks that make what others of their stack are handed on."""
+    """Return the blocks that compute the arguments handed on within their stack."""
     a = parts.plan.architecture
     if not a.hands_on:
         return []
@@ -274,11 +274,11 @@ def _ids(parts: Parts, window: Tokens) -> torch.Tensor:
 
 
 class _Through(BaseException):
-    """Ends a pass behind the last block; not an Exception, so that no model catches it."""
+    """Ends a pass after the last block; not an Exception, so that no model catches it."""
 
 
 def _run_trunk(parts: Parts, window: Tokens) -> None:
-    """Run what is before the blocks, and what hands their arguments to them."""
+    """Run the model up to the blocks, and the code that passes them their arguments."""
     a = parts.plan.architecture
     # What is behind an enclosed model's blocks has no weights here.
     final = nullcontext() if a.enclosed else _stand_in(parts, a.final_norm, _same)
@@ -356,7 +356,7 @@ def _takes_tuples(parts: Parts) -> bool:
                 _trunk(parts)(input_ids=ids, use_cache=False)
             except _Through:
                 pass
-            except Exception:  # of whatever the model does with what is no tuple
+            except Exception:  # whatever the model does with something other than a tuple
                 seen.append(0)
         parts.takes_tuples = set(seen) != {3}
     return parts.takes_tuples

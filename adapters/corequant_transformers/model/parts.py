@@ -52,7 +52,7 @@ __all__ = [
 
 Part = int | Literal["outside", "entry", "exit"]
 """Index of a decoder block, or ``ENTRY`` (embedding), or ``EXIT`` (final norm and head), or
-``OUTSIDE`` (what lies beside the decoder)."""
+``OUTSIDE`` (modules outside of the decoder)."""
 
 OUTSIDE: Literal["outside"] = "outside"
 
@@ -353,7 +353,7 @@ def _exits(plan: ModelPlan) -> tuple[str, ...]:
 
 
 def outside_bytes(model: Any, plan: ModelPlan) -> int:
-    """Return the bytes that what lies outside of a model's decoder takes in float32."""
+    """Return the float32 bytes of the modules outside of a model's decoder."""
     counts = (p.numel() for n, p in model.named_parameters() if part_of(n, plan) == OUTSIDE)
     return 4 * int(sum(counts))
 
@@ -372,7 +372,7 @@ def _give_back(modules: Sequence[weakref.ref[torch.nn.Module]], spare: int) -> N
 
 
 def _move_buffers(model: Any, device: torch.device) -> None:
-    """Bring what a skeleton has besides parameters to the device."""
+    """Move a skeleton's buffers to the device."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta:
@@ -389,7 +389,7 @@ def is_tied(model: Any, plan: ModelPlan) -> bool:
 
 
 def codes_of_embedding(model: Any, plan: ModelPlan) -> QuantizedTensor:
-    """Return what a quantized embedding holds, which a tied head holds as well."""
+    """Return the codes of a quantized embedding, which a tied head shares."""
     found: QuantizedTensor = model.get_submodule(plan.architecture.embedding).quantized
     return found
 

@@ -1,4 +1,4 @@
-"""Check that a model's config rebuilds it: what a saved model would lose is refused.
+"""Check that a model's config rebuilds it, and refuse state that a saved model would lose.
 
 A directory holds tensors and a config. Anything else that a model's modules hold, such as changed
 numbers, hooks or classes, would be lost silently, so it is compared before anything is written.
@@ -211,7 +211,7 @@ def _check_buffers(path: str, given: Any, module: Any) -> None:
     """Compare what is computed when a model is loaded."""
     for name in sorted(module._non_persistent_buffers_set):
         wanted, found = module._buffers.get(name), getattr(given, name, None)
-        # It depends on the longest sequence so far, and is made of what stands beside it.
+        # It depends on the longest sequence so far, and is computed from the original buffer.
         if _has_changing_rope(module) and f"original_{name}" in module._buffers:
             continue
         if wanted is None or wanted.is_meta:
@@ -234,7 +234,7 @@ def _numbers(tensor: Any) -> str:
 
 
 def _check_functions(path: str, module: Any) -> None:
-    """Refuse hooks and functions in the place of methods."""
+    """Refuse hooks, and functions that replace methods."""
     for name in _exchanged(module):
         # A model's own other methods have no part in what its modules compute.
         if path or name == "forward":

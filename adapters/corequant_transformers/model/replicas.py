@@ -309,7 +309,7 @@ class _Replica:
 
 
 def _is_exchanged(fields: dict[str, Any], name: str, kind: type) -> bool:
-    """Return whether a module has a function in the place of its class's method."""
+    """Return whether a function replaces a method of a module's class."""
     value = fields[name]
     if isinstance(value, torch.nn.Module | types.MethodType) or not callable(value):
         return False

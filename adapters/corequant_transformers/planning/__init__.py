@@ -1,1 +1,1 @@
-"""What will be done to each matrix, and what it will cost, from a config alone."""
+"""Plans: what is done to each matrix and what it costs, from a config alone."""

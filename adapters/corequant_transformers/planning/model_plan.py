@@ -1,4 +1,4 @@
-"""What will be done to each matrix of a model, decided from its config alone.
+"""Plan of a model: what is done to each matrix, decided from its config alone.
 
 The plan is a table with a row (``MatrixPlan``) for every matrix that changes. Everything that
 follows carries out rows, so each matrix can be transformed alone.
@@ -51,7 +51,7 @@ VERIFIED_TOKENS = 128
 """Tokens of the first window on which the transformed model is compared with the float one."""
 
 _BASE = 600 * 2**20
-"""What Python, torch, Transformers and compiled kernels take before any weight is read."""
+"""Memory of Python, torch, Transformers and compiled kernels before any weight is read."""
 
 _BLOCK_BYTES = 26
 """For each weight of a decoder block: in float64, as it was and as codes, decoded, and in search of

@@ -179,7 +179,7 @@ def _shared_expert(
     block_size: int,
     recipe: Recipe,
 ) -> Iterator[MatrixPlan]:
-    """Yield the MLP beside routed experts."""
+    """Yield the shared MLP of routed experts."""
     e, width = a.experts, sizes.shared_intermediate
     if e is None or e.shared_up is None or e.shared_down is None:
         return

@@ -159,7 +159,7 @@ def settle_dtype(recipe: Recipe, model: Any) -> Recipe:
     if recipe.dtype != "auto":
         return recipe
     own = str(getattr(model, "dtype", None)).removeprefix("torch.")
-    # Weights of float32 and float64 have far more digits than what is quantized beside them.
+    # Float32 and float64 weights have far more digits than quantized ones.
     return replace(recipe, dtype="float16" if own == "float16" else "bfloat16")
 
 

@@ -4,7 +4,7 @@ Hidden states of all windows go through the quantized network, block by block, a
 one: from its own earlier blocks, or from what each block reads in the quantized network. Within a
 block, layers that read the same input are a group, and groups are rounded in the order in which
 they run, each for what the network quantized so far really gives it, activations rounded as at run
-time. Only one block's weights are needed at a time, besides the hidden states.
+time. Only one block's weights are needed at a time, in addition to the hidden states.
 
 Which experts a token visits is decided in the quantized network, and the float block that is
 compared with it sends the token to the same ones.

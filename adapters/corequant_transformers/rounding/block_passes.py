@@ -75,7 +75,7 @@ class BlockPasses:
         return hook
 
     def _arrive(self, group: int, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Return what a layer reads, or end the pass in front of it."""
+        """Return the input of a layer, or end the pass before it."""
         if group > self._target:
             raise _Reached
         if group == self._group and self._prepared is not None and self._raw is not None:

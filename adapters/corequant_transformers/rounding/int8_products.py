@@ -26,7 +26,7 @@ __all__ = ["CodeInput", "RoundedInputs", "input_codes", "linear_on_codes", "mult
 
 @dataclass(frozen=True, eq=False)
 class CodeInput:
-    """What a layer reads, as whole numbers.
+    """The input of a layer as integers.
 
     Attributes
     ----------
@@ -41,7 +41,7 @@ class CodeInput:
 
 
 class RoundedInputs:
-    """What layers read, rounded as at run time; finite in any case.
+    """Inputs of layers, rounded as at run time; always finite.
 
     Parameters
     ----------

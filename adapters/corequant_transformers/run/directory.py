@@ -105,7 +105,7 @@ def _open_plain(name: str, flags: int) -> int:
 
 
 def _remove(path: Path) -> None:
-    """Remove whatever lies in the place of a step's file, if anything does."""
+    """Remove anything at the path of a step's file."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -385,7 +385,7 @@ class Job:
     @torch.no_grad()
     def _do_exit(self, step: str) -> None:
         if self.plan.architecture.enclosed:
-            # What is behind the blocks was kept with what is before them.
+            # The modules after the blocks were kept with those before them.
             error = self.ledger.report(self.quantizing_steps[-2])["error"]
             self.ledger.commit(step, {"changed": 0, "error": error, "matrices": []}, {}, {})
             return

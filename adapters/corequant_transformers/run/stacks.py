@@ -1,7 +1,7 @@
 """Arguments of blocks other than hidden states, and the transition to a second stack of blocks.
 
 Blocks of a second stack read what the first one gave, which differs from window to window and from
-network to network: its states are kept beside the hidden states, under names of their own.
+network to network: its states are kept with the hidden states, under names of their own.
 """
 
 from __future__ import annotations

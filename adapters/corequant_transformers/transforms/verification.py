@@ -61,7 +61,7 @@ _ADVICE = (
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What a float model computes on some tokens, and which weights it does it with.
+    """Output of a float model on some tokens, and the weights that give it.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""BitNet: norms in front of the output projections of attention and MLP."""
+"""BitNet: norms before the output projections of attention and MLP."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ class _Stream:
 
     @functools.cached_property
     def separators(self) -> Separators:
-        """What stands between documents, found out where there are several."""
+        """Separator between documents, determined if there are several."""
         return Separators(self.tokenizer)
 
     @property
