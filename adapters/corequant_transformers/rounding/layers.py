@@ -12,12 +12,11 @@ import numpy.typing as npt
 import torch
 
 from corequant.errors import RecipeError, VerificationError
-from corequant.quantization import QuantizedTensor, choose_global_scale, dequantize
+from corequant.quantization import QuantizedTensor, choose_global_scale, dequantize, quantize
 from corequant.rounding import (
     InputMoments,
     RoundedTensor,
     RoundingOptions,
-    round_to_nearest,
     round_together,
 )
 from corequant.specs import Granularity, QuantSpec, ScaleSearch
@@ -99,9 +98,7 @@ def round_nearest(
         return [_round_alone(model, m, shared.get(m.name)) for m in plan.quantized]
     weights = {m.name: _weight(model, m) for m in plan.quantized}
     tasks = {
-        m.name: partial(
-            round_to_nearest, weights[m.name], m.weights, global_scale=shared.get(m.name)
-        )
+        m.name: partial(quantize, weights[m.name], m.weights, global_scale=shared.get(m.name))
         for m in plan.quantized
     }
     waiting = {name: executor.submit(task) for name, task in tasks.items()}
@@ -113,7 +110,7 @@ def _round_alone(
     model: Any, matrix: MatrixPlan, global_scale: npt.NDArray[np.float32] | None
 ) -> dict[str, Any]:
     W = _weight(model, matrix)
-    rounded = round_to_nearest(W, matrix.weights, global_scale=global_scale)
+    rounded = quantize(W, matrix.weights, global_scale=global_scale)
     return _place(model, matrix, W, rounded)
 
 
@@ -121,7 +118,7 @@ def _weight(model: Any, matrix: MatrixPlan) -> Any:
     return to_host(model.get_submodule(matrix.name).weight).astype(np.float32)
 
 
-def _place(model: Any, matrix: MatrixPlan, W: Any, rounded: RoundedTensor) -> dict[str, Any]:
+def _place(model: Any, matrix: MatrixPlan, W: Any, rounded: QuantizedTensor) -> dict[str, Any]:
     module = model.get_submodule(matrix.name)
     model.set_submodule(matrix.name, quantized_layer(module, matrix, rounded))
     error = _relative_squared_error(W, dequantize(rounded))
@@ -139,7 +136,7 @@ def _relative_squared_error(W: Any, rounded: Any) -> float:
     return error / max(total, 1e-30)
 
 
-def quantized_layer(module: Any, matrix: MatrixPlan, rounded: RoundedTensor) -> Any:
+def quantized_layer(module: Any, matrix: MatrixPlan, rounded: QuantizedTensor) -> Any:
     """Return the quantized replacement of a layer or an embedding, on its device."""
     if matrix.role == "embedding":
         table: Any = QuantizedEmbedding(rounded, module, matrix.name)
