@@ -36,7 +36,7 @@ from corequant_transformers.model.recognition import keep_architecture
 from corequant_transformers.model.surroundings import check_finite
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import plan_model
-from corequant_transformers.transforms.norms import restructure
+from corequant_transformers.transforms.matrices import restructure
 
 __all__ = ["Assembly"]
 

@@ -37,7 +37,7 @@ from corequant_transformers.model.source_files import files_to_copy, read_genera
 from corequant_transformers.model.surroundings import quiet_transformers, undisturbed
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan, plan_model
-from corequant_transformers.transforms.norms import restructure
+from corequant_transformers.transforms.matrices import restructure
 
 __all__ = ["Stored", "is_quantized", "load", "load_tokenizer", "read_plan", "read_recipe"]
 

@@ -27,7 +27,7 @@ from corequant_transformers.model.sources import Source
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
 from corequant_transformers.rounding.layers import as_stored
-from corequant_transformers.transforms.norms import restructure
+from corequant_transformers.transforms.matrices import restructure
 
 __all__ = [
     "assemble",

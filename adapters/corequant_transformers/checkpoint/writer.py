@@ -35,7 +35,7 @@ from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
 from corequant_transformers.model.source_files import copy_files
 from corequant_transformers.model.surroundings import quiet_transformers
 from corequant_transformers.planning.model_plan import ModelPlan
-from corequant_transformers.transforms.norms import restructure
+from corequant_transformers.transforms.matrices import restructure
 
 __all__ = ["save", "writing"]
 

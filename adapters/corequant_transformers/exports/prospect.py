@@ -10,7 +10,7 @@ from corequant_transformers.checkpoint.reader import Stored
 from corequant_transformers.model.layouts import standardize
 from corequant_transformers.model.parts import skeleton
 from corequant_transformers.planning.model_plan import ModelPlan
-from corequant_transformers.transforms.norms import restructure
+from corequant_transformers.transforms.matrices import restructure
 
 __all__ = ["Candidate", "Prospect"]
 

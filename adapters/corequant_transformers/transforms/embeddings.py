@@ -22,8 +22,13 @@ from corequant_transformers.model.parts import ENTRY, EXIT, Parts, part_plan
 from corequant_transformers.model.surroundings import to_host
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
-from corequant_transformers.transforms.matrices import Choices, transform_matrix
-from corequant_transformers.transforms.norms import FoldedNorm, folded_norm, settle_norms
+from corequant_transformers.transforms.matrices import (
+    Choices,
+    FoldedNorm,
+    folded_norm,
+    settle_norms,
+    transform_matrix,
+)
 from corequant_transformers.transforms.verification import (
     KeepFloat64,
     check_changed,
