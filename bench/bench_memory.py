@@ -92,7 +92,7 @@ def write_model(folder: Path, layers: int, vocabulary: int = 256, **sizes: int) 
 def child(arguments: list[str]) -> None:
     """Quantize as told, and print the peak and the plan in MiB."""
     import corequant_transformers as cqhf
-    from corequant_transformers.planning.memory import peak_rss_mib
+    from corequant_transformers.model.surroundings import peak_rss_mib
 
     model, output, fields = Path(arguments[0]), Path(arguments[1]), json.loads(arguments[2])
     recipe = Recipe(**fields)

@@ -100,7 +100,7 @@ def run(side: str, place: str) -> None:
     import torch
 
     import corequant_transformers as cqhf
-    from corequant_transformers.planning.memory import peak_rss_mib
+    from corequant_transformers.model.surroundings import peak_rss_mib
 
     torch.set_num_threads(1)
     load, seconds = {"corequant": corequant, "brevitas": brevitas}[side](folder)

@@ -13,7 +13,8 @@ from corequant._validation import need_packages
 from corequant_transformers.exports.arrival import install_when_imported
 
 if TYPE_CHECKING:
-    from corequant_transformers.architectures.description import Architecture, Experts, Variant
+    from corequant_transformers.architectures.description import Architecture, Variant
+    from corequant_transformers.architectures.experts import Experts
     from corequant_transformers.architectures.files import read_architecture
     from corequant_transformers.architectures.known import register
     from corequant_transformers.architectures.latent import Latent
@@ -38,17 +39,18 @@ if TYPE_CHECKING:
     from corequant_transformers.inspection.outliers import Inspection, inspect
     from corequant_transformers.inspection.runs import RunComparison, compare_runs
     from corequant_transformers.model.sources import Source
+    from corequant_transformers.model.surroundings import limit_memory
     from corequant_transformers.model.text import token_windows
     from corequant_transformers.pipeline import Quantized, calibrate, plan, quantize
     from corequant_transformers.planning.fates import fates
-    from corequant_transformers.planning.memory import limit_memory
     from corequant_transformers.testing import tiny_model
     from corequant_transformers.transforms.matrices import Choices
     from corequant_transformers.transforms.verification import Trace, Verification, trace, verify
 
 # Imported when first asked for: torch and Transformers take seconds.
 _PARTS = {
-    "architectures.description": "Architecture Experts Variant",
+    "architectures.description": "Architecture Variant",
+    "architectures.experts": "Experts",
     "architectures.files": "read_architecture",
     "architectures.known": "register",
     "architectures.latent": "Latent",
@@ -73,10 +75,10 @@ _PARTS = {
     "inspection.outliers": "Inspection inspect",
     "inspection.runs": "RunComparison compare_runs",
     "model.sources": "Source",
+    "model.surroundings": "limit_memory",
     "model.text": "token_windows",
     "pipeline": "Quantized calibrate plan quantize",
     "planning.fates": "fates",
-    "planning.memory": "limit_memory",
     "testing": "tiny_model",
     "transforms.matrices": "Choices",
     "transforms.verification": "Trace Verification trace verify",

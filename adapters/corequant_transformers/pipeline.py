@@ -40,8 +40,12 @@ from corequant_transformers.model.recognition import plan_for
 from corequant_transformers.model.replicas import check_given, check_plain, unwrap
 from corequant_transformers.model.source_files import read_generation
 from corequant_transformers.model.sources import Source
-from corequant_transformers.model.surroundings import check_device, device_of, undisturbed
-from corequant_transformers.planning.memory import peak_rss_mib
+from corequant_transformers.model.surroundings import (
+    check_device,
+    device_of,
+    peak_rss_mib,
+    undisturbed,
+)
 from corequant_transformers.planning.model_plan import ModelPlan
 from corequant_transformers.planning.rules import settle_dtype
 from corequant_transformers.run.job import Job

@@ -20,7 +20,7 @@ import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from corequant_transformers.files.digests import write_digests
-from corequant_transformers.planning.memory import peak_rss_mib
+from corequant_transformers.model.surroundings import peak_rss_mib
 from tests import capabilities
 from tests.models.conftest import ARCHITECTURES
 

@@ -16,7 +16,7 @@ import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from corequant_transformers.files import atomic, outputs
-from corequant_transformers.planning import memory
+from corequant_transformers.model import surroundings as memory
 from corequant_transformers.run.directory import RunDirectory
 from tests.models.test_streaming import digest, write
 

@@ -17,7 +17,7 @@ from corequant_cli.tables import plans
 from corequant_cli.tables.console import marked, plain
 from corequant_transformers.checkpoint.reports import read_report
 from corequant_transformers.files.digests import DIGESTS
-from corequant_transformers.planning.memory import limit_memory
+from corequant_transformers.model.surroundings import limit_memory
 from tests import capabilities
 from tests.models.test_checkpoint import word_level
 from tests.models.test_sources import edit, write

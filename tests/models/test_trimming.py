@@ -9,7 +9,7 @@ import pytest
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from corequant_transformers.model import parts
-from corequant_transformers.planning import memory
+from corequant_transformers.model import surroundings as memory
 from tests.models.test_checkpoint import word_level
 
 

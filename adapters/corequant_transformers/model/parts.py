@@ -26,8 +26,7 @@ from corequant_transformers.model.loaders import make_model
 from corequant_transformers.model.quantized_linear import QuantizedWeight
 from corequant_transformers.model.recognition import keep_architecture
 from corequant_transformers.model.replicas import replicate
-from corequant_transformers.model.surroundings import check_finite, quiet_transformers
-from corequant_transformers.planning.memory import trim_memory
+from corequant_transformers.model.surroundings import check_finite, quiet_transformers, trim_memory
 from corequant_transformers.planning.model_plan import ModelPlan
 
 __all__ = [

@@ -30,9 +30,8 @@ from corequant.specs import QuantSpec
 from corequant_transformers.model.expert_list import ExpertList
 from corequant_transformers.model.forward import HiddenStates, Windows, run_block
 from corequant_transformers.model.quantized_linear import QuantizedLinear
-from corequant_transformers.model.surroundings import device_of, to_host
+from corequant_transformers.model.surroundings import device_of, peak_rss_mib, to_host
 from corequant_transformers.planning.matrix_plan import MatrixPlan
-from corequant_transformers.planning.memory import peak_rss_mib
 from corequant_transformers.rounding.block_passes import BlockPasses
 from corequant_transformers.rounding.int8_products import (
     RoundedInputs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from corequant_transformers.planning.memory import peak_rss_mib
+from corequant_transformers.model.surroundings import peak_rss_mib
 
 __all__ = ["Pace"]
 
