@@ -189,7 +189,7 @@ def test_the_real_chat_template(smollm2_path, tmp_path):
         ("a.jsonl", b'{"text": "x", "messages": []}', "got both"),
         ("a.jsonl", b'{"text": "x"}\n{"text": null}', "of a.jsonl:2 must be a string, got null"),
         ("a.jsonl", b'{"text": ["x"]}', "must be a string, got list"),
-        ("a.jsonl", b'{"text": "\\ud800"}', "a.jsonl:1 must hold characters, got half of"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "a.jsonl:1 must be valid Unicode, got an unpaired"),
         ("a.jsonl", b'{"messages": "x"}', "must be a non-empty list, got str 'x'"),
         ("a.jsonl", b'{"messages": []}', "must be a non-empty list, got list"),
         ("a.jsonl", b'{"messages": [{"from": "human", "value": "x"}]}', "must have a role and con"),
@@ -199,7 +199,7 @@ def test_the_real_chat_template(smollm2_path, tmp_path):
             b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}',
             r"content of messages\[0\] of a.jsonl:1 must be a string, got list",
         ),
-        ("a.jsonl", b'{"messages": [{"role": "user", "content": "\\udc00"}]}', "half of a surrog"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": "\\udc00"}]}', "unpaired surrog"),
         ("a.jsonl", b'{"messages": [{"role": "u", "content": "x"}], "tools": 1}', "tools of"),
         (
             "a.jsonl",
@@ -211,7 +211,7 @@ def test_the_real_chat_template(smollm2_path, tmp_path):
         ("a.txt", b"a\nb\xff", r"\(line 2\)"),
         ("a.txt", "x".encode("utf-16"), "is UTF-16"),
         ("a.txt", b"a\n\0b", "a zero byte in line 2"),
-        ("a.parquet", b"text", "must be Parquet, got b'text'"),
+        ("a.parquet", b"text", "must be Parquet, got a file that begins with b'text'"),
         ("a.parquet", b"PAR1 and so on", "must be a complete Parquet file, got a truncated one"),
         ("a.parquet", b"PAR1 and so on PAR1", "must be readable Parquet, got"),
         ("a.csv", b"text\nx\n", "has the suffix of a table"),
@@ -344,8 +344,8 @@ def test_folders(tmp_path):
         (["an/id"], "get it with: hf download an/id --repo-type dataset$"),
         (["empty"], "must hold files whose names end in .*got none"),
         (["code"], r"must hold files whose names end in .*got a.py"),
-        (["a.txt", "./a.txt"], "given once, got it twice"),
-        (["splits"], "got test and train; name the files.*splits/data/test-00000-of-00001.jsonl"),
+        (["a.txt", "./a.txt"], "given only once, got it as"),
+        (["splits"], "got test and train; pass the files.*splits/data/test-00000-of-00001.jsonl"),
         (["blank.txt"], "must not be empty, got only white space in blank.txt"),
         (["x" * 5000], "must be a readable UTF-8 file or a folder"),
     ],
@@ -622,7 +622,7 @@ def test_without_calibration_the_carried_text_is_taken(tokenizer):
     assert data == wanted.to_dict()
     with pytest.raises(cq.CalibrationError, match="fills .*; give more text, or take fewer or sho"):
         cqhf.quantize(model, Recipe(**{**SMALL, "samples": 99_999}), tokenizer=tokenizer)
-    with pytest.raises(TypeError, match="tokenizer must be given to calibrate on the text of"):
+    with pytest.raises(TypeError, match="tokenizer must be given to calibrate on the built-in"):
         cqhf.quantize(model, Recipe(**SMALL))
 
 

@@ -126,8 +126,8 @@ def test_two_runs(command, folder):
     ("arguments", "message"),
     [
         (("inspect", "model", "--against", "model"), "--against needs directories that quantize"),
-        (("inspect", "first", "model"), "two models are compared if both are directories"),
-        (("inspect", "first", "first", "first"), "one or two models can be inspected, got 3"),
+        (("inspect", "first", "model"), "two models must both be directories"),
+        (("inspect", "first", "first", "first"), "inspect takes one or two models, got 3"),
         (("inspect", "first", "--against", "second"), "is already quantized"),
         (("inspect", "first", "--against", "model", "--windows", "1"), "--windows"),
     ],
@@ -191,4 +191,4 @@ def test_the_input_is_told_from_the_weight(tokens):
     assert all(layer.weight_share < 0.05 for layer in found.layers)
     advice = layer_advice(found)
     assert len(advice.options) == 1
-    assert all(re.search(r"(9\d|100)% by its input \(int4", reason) for reason in advice.reasons)
+    assert all(re.search(r"(9\d|100)% from its input \(int4", reason) for reason in advice.reasons)

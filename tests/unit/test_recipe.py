@@ -243,7 +243,7 @@ def test_rules_as_tables():
         ({"layers": ["a=permutation=up"]}, "the rule for 'a': permutation must be one of"),
         ({"layers": ["*.down_proj=int4"]}, "pattern of a rule must be parts of a layer's path"),
         ({"layers": ["re:(=int4"]}, "pattern of a rule must be a regular expression"),
-        ({"layers": [{"pattern": "re:a=b", "keep": True}]}, "must not have '='"),
+        ({"layers": [{"pattern": "re:a=b", "keep": True}]}, "must not contain '='"),
         ({"layers": [{"pattern": "a"}]}, "the rule for 'a': one of weights, .* or keep must be"),
         ({"layers": [{"pattern": "a", "keep": True, "rounding": "gptq"}]}, "rounding must be left"),
         ({"layers": [{"pattern": "a", "keep": 1}]}, "keep must be true or false, got 1"),
