@@ -43,6 +43,7 @@ from corequant_transformers.rounding.layers import (
     round_on_inputs,
     shared_global_scales,
 )
+from corequant_transformers.rounding.replay import Records, Room, worth_recording
 
 __all__ = ["RoundedBlock", "groups_of", "round_block"]
 
@@ -100,6 +101,7 @@ def round_block(
     executor: Executor | None = None,
     progress: Callable[[int], None] = lambda done: None,
     rare: tuple[int, str] = (1, "nearest"),
+    room: Room | None = None,
 ) -> RoundedBlock:
     """Round the layers of one decoder block.
 
@@ -125,6 +127,9 @@ def round_block(
     rare : tuple of (int, str)
         Tokens below which an expert is rare, and how it is rounded then: ``shared``, for all tokens
         of its layer, or ``nearest``, to nearest.
+    room : callable, optional
+        Called as ``room(name, shape)``: a place for float32 numbers of all windows, or None if
+        there is none. With one, passes for later groups don't compute again what is there.
 
     Returns
     -------
@@ -149,7 +154,7 @@ def round_block(
         inputs = _rounded_inputs(path, groups, device_of(block))
         compares = any(row.options.needs_float for row in rows)
         both = (arguments, compared)
-        networks = _Networks(stack, block, path, groups, hidden, both, inputs, compares)
+        networks = _Networks(stack, block, path, groups, hidden, both, inputs, compares, room)
         for index, group in enumerate(groups):
             started = time.monotonic()
             moments = networks.moments(index)
@@ -169,7 +174,11 @@ def round_block(
             del moments
             progress(index + 1)
         networks.finish()
-    if hidden.float_states is not None:
+        # Experts choose their tokens themselves where nothing is compared any more.
+        continued = networks.compares and not networks.experts and hidden.float_states is not None
+        if continued:
+            networks.finish_float()
+    if hidden.float_states is not None and not continued:
         for window in range(len(hidden.float_states)):
             state = hidden.float_states[window : window + 1]
             hidden.float_states[window] = run_block(block, state, compared, window)[0]
@@ -203,6 +212,12 @@ class _Networks:
     inputs : RoundedInputs
         Rounded inputs of the quantized network's layers.
     compares : bool
+    room : callable, optional
+
+    Attributes
+    ----------
+    experts : list of ExpertList
+    compares : bool
     """
 
     def __init__(
@@ -215,6 +230,7 @@ class _Networks:
         arguments: tuple[Mapping[str, Any], Mapping[str, Any]],
         inputs: RoundedInputs,
         compares: bool,
+        room: Room | None,
     ) -> None:
         local = [[row.name.removeprefix(f"{path}.") for row in group] for group in groups]
 
@@ -223,21 +239,37 @@ class _Networks:
             states: Windows,
             inputs: RoundedInputs,
             given: Mapping[str, Any],
+            network: str,
         ) -> BlockPasses:
             def forward(window: int) -> torch.Tensor:
                 return run_block(module, states[window : window + 1], given, window)
 
-            return stack.enter_context(BlockPasses(module, local, forward, inputs))
+            records = None
+            if room is not None:
+                records = Records(
+                    recorded, len(states), lambda name, shape: room(f"{network}-{name}", shape)
+                )
+            made = BlockPasses(module, local, forward, inputs, records, of_experts)
+            return stack.enter_context(made)
+
+        of_experts = {i for i, group in enumerate(groups) if group[0].expert is not None}
+        recorded = worth_recording(
+            [
+                (group[0].shape[1], sum(row.shape[0] for row in group), i not in of_experts)
+                for i, group in enumerate(groups)
+            ]
+        )
 
         self._groups, self._hidden, self._inputs = groups, hidden, inputs
         self._quantized = copy.deepcopy(block)
-        self._rounded = passes(self._quantized, hidden.quantized, inputs, arguments[0])
+        self._rounded = passes(self._quantized, hidden.quantized, inputs, arguments[0], "quantized")
         self._reference: BlockPasses | None = None
         networks = (self._quantized, block) if compares else (self._quantized,)
-        self._experts = [m for n in networks for m in n.modules() if isinstance(m, ExpertList)]
+        self.experts = [m for n in networks for m in n.modules() if isinstance(m, ExpertList)]
+        self.compares = compares
         if compares:
             states = hidden.quantized if hidden.float_states is None else hidden.float_states
-            self._reference = passes(block, states, RoundedInputs(path, {}), arguments[1])
+            self._reference = passes(block, states, RoundedInputs(path, {}), arguments[1], "float")
             _share_routes(stack, self._quantized, self._rounded, block, self._reference)
 
     def moments(self, index: int) -> InputMoments:
@@ -269,12 +301,12 @@ class _Networks:
         row = self._groups[index][0]
         if how == "nearest" or row.expert is None:
             return InputMoments(row.shape[1], cross=self._reference is not None)
-        for experts in self._experts:
+        for experts in self.experts:
             experts.shared.add(row.expert)
         try:
             return self.moments(index)
         finally:
-            for experts in self._experts:
+            for experts in self.experts:
                 experts.shared.discard(row.expert)
 
     def place(self, name: str, layer: QuantizedLinear) -> None:
@@ -290,6 +322,13 @@ class _Networks:
         """Replace what the quantized block reads by what it gives."""
         for window in range(len(self._hidden.quantized)):
             self._hidden.quantized[window] = self._rounded.finish(window)[0]
+
+    def finish_float(self) -> None:
+        """Replace what the float block reads by what it gives, where it has states of its own."""
+        assert self._hidden.float_states is not None
+        assert self._reference is not None
+        for window in range(len(self._hidden.float_states)):
+            self._hidden.float_states[window] = self._reference.finish(window)[0]
 
 
 def _share_routes(

@@ -2,18 +2,21 @@
 
 While the block's layers are rounded group by group, each window has to get as far as a group's
 input with the layers before it rounded. A pass that has got there ends, and another one starts for
-the next group, so that nothing is held in between.
+the next group, so that nothing is held in between. What earlier passes recorded is not computed
+again, if that gives the same on the first window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from corequant.errors import ArchitectureError
+from corequant.errors import ArchitectureError, CorequantError
+from corequant_transformers.rounding.replay import Records, left_out
 
 __all__ = ["BlockPasses"]
 
@@ -42,6 +45,10 @@ class BlockPasses:
         ``forward(window)`` runs the block on a window and returns its output.
     prepare : callable
         Called for the first of a group's layers that is reached; the others share its result.
+    records : Records, optional
+        Where groups' inputs are recorded, so that later passes can leave out what leads to them.
+    experts : collection of int, optional
+        Groups of experts.
 
     Attributes
     ----------
@@ -55,8 +62,14 @@ class BlockPasses:
         groups: Sequence[Sequence[str]],
         forward: Callable[[int], torch.Tensor],
         prepare: Prepare,
+        records: Records | None = None,
+        experts: Collection[int] = (),
     ) -> None:
         self.window = -1
+        self._records, self._experts = records, experts
+        self._layers = [[block.get_submodule(name) for name in names] for names in groups]
+        self._omitted: frozenset[int] = frozenset()
+        self._proven: dict[int, frozenset[int]] = {}
         self._forward, self._prepare = forward, prepare
         self._target = self._group = -1
         self._raw: torch.Tensor | None = None
@@ -76,10 +89,14 @@ class BlockPasses:
 
     def _arrive(self, group: int, name: str, x: torch.Tensor) -> torch.Tensor:
         """Return the input of a layer, or end the pass before it."""
+        if group in self._omitted:
+            return x
         if group > self._target:
             raise _Reached
+        replayed = self._omitted and self._records is not None and group in self._records.groups
         if group == self._group and self._prepared is not None and self._raw is not None:
-            if x is self._raw or torch.equal(x, self._raw):
+            # A recorded input was compared when it was recorded.
+            if replayed or x is self._raw or torch.equal(x, self._raw):
                 return self._prepared
             raise ArchitectureError(
                 f"{name} must read the same input as the layers that share its norm, got another"
@@ -88,6 +105,10 @@ class BlockPasses:
             raise ArchitectureError(f"{name} must run before the layers described after it")
         # The last group's input is let go before the next one is made.
         self._prepared = self._found = None
+        if self._records is not None and group == self._target:
+            self._records.keep(group, self.window, x)
+        elif self._records is not None and replayed:
+            x = self._records.read(group, self.window)
         self._group, self._raw = group, x
         self._prepared, self._found = self._prepare(name, x, self.window)
         if group == self._target:
@@ -96,23 +117,61 @@ class BlockPasses:
 
     def reach(self, window: int, group: int) -> torch.Tensor | None:
         """Return what the group's layers read; None if the window's tokens don't get there."""
-        try:
-            self._run(window, group)
-        except _Reached:
-            pass
-        found = self._found if self._group == group else None
-        self._clear()
-        return found
+        return self._economically(window, group)
 
     def finish(self, window: int) -> torch.Tensor:
         """Return the block's output for a window."""
-        output = self._run(window, _END)
-        self._clear()
+        output = self._economically(window, _END)
+        assert output is not None
         return output
 
-    def _run(self, window: int, target: int) -> torch.Tensor:
-        self.window, self._target, self._group = window, target, -1
-        return self._forward(window)
+    def _economically(self, window: int, target: int) -> torch.Tensor | None:
+        """Run a pass without what is proven not to matter to it."""
+        omitted = self._proven.get(target)
+        if omitted:
+            found = self._run(window, target, omitted)
+            if found is None or bool(found.isfinite().all()):
+                return found
+            # Either these are the block's own numbers or something else reads what was left out.
+            self._proven[target] = frozenset()
+        found = self._run(window, target)
+        if omitted is None and found is not None and self._records is not None:
+            self._proven[target] = self._prove(window, target, found)
+        return found
+
+    def _prove(self, window: int, target: int, found: torch.Tensor) -> frozenset[int]:
+        """Return groups without which a pass gives the same on a window."""
+        assert self._records is not None
+        for omitted in self._records.candidates(target, self._experts):
+            if not all(isinstance(m, torch.nn.Linear) for g in omitted for m in self._layers[g]):
+                continue
+            try:
+                same = self._run(window, target, omitted)
+            except (CorequantError, RuntimeError, ValueError, TypeError, IndexError):
+                same = None
+            if same is not None and same.dtype == found.dtype and torch.equal(same, found):
+                return omitted
+            # Whoever looks on has seen NaN.
+            self._run(window, target)
+        return frozenset()
+
+    def _run(
+        self, window: int, target: int, omitted: frozenset[int] = frozenset()
+    ) -> torch.Tensor | None:
+        """Return a pass's result; None if it ends without getting to its group."""
+        self.window, self._target, self._group, self._omitted = window, target, -1, omitted
+        layers = [layer for group in sorted(omitted) for layer in self._layers[group]]
+        output = None
+        try:
+            with left_out(layers) if layers else nullcontext():
+                output = self._forward(window)
+        except _Reached:
+            pass
+        finally:
+            found = self._found if self._group == target else None
+            self._omitted = frozenset()
+            self._clear()
+        return output if target == _END else found
 
     def _clear(self) -> None:
         self._raw = self._prepared = self._found = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
@@ -216,6 +217,15 @@ class RunDirectory:
             return WindowFile(path, shape, dtype, write=True)
         except OSError as error:
             raise OutputError(f"{path} could not be written: {error}") from error
+
+    def spare(self, name: str, shape: tuple[int, ...]) -> WindowFile | None:
+        """Return room for float32 numbers, removed by the next commit, if the disk has plenty."""
+        try:
+            free = shutil.disk_usage(self.path).free
+        except OSError:
+            return None
+        needed = math.prod(shape) * torch.float32.itemsize
+        return self.windows(name, shape, torch.float32) if 8 * needed <= free else None
 
     def commit(
         self,

@@ -377,6 +377,7 @@ class Job:
             executor=self.executor,
             progress=lambda done: self.progress("round", before + done, total),
             rare=(self.plan.recipe.expert_tokens, self.plan.recipe.rare_experts),
+            room=self.ledger.spare,
         )
         for name, layer in rounded.layers.items():
             model.set_submodule(name, layer)

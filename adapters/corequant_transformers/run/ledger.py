@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -31,12 +32,19 @@ def quantizes(step: str) -> bool:
     """Return whether a step's tensors are a part of the quantized model."""
     return step.startswith("block") or step in (OUTSIDE, ENTRY, EXIT)
 
+_SPARE_BYTES = 128 << 20
+"""Of one record, of which a block has two to four."""
+
 
 class Ledger(Protocol):
     """Where steps leave what they made. A step counts from ``commit`` on, or not at all."""
 
     def windows(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Windows:
         """Return room for hidden states that the next commit will hand on under ``name``."""
+        ...
+
+    def spare(self, name: str, shape: tuple[int, ...]) -> Windows | None:
+        """Return room for float32 numbers until the next commit, or None if it isn't plentiful."""
         ...
 
     def commit(
@@ -77,6 +85,11 @@ class MemoryLedger:
         """Return room for hidden states."""
         room: Windows = torch.empty(shape, dtype=dtype)
         return room
+
+    def spare(self, name: str, shape: tuple[int, ...]) -> Windows | None:
+        """Return room for float32 numbers unless it would take more than 128 MiB."""
+        small = math.prod(shape) * torch.float32.itemsize <= _SPARE_BYTES
+        return self.windows(name, shape, torch.float32) if small else None
 
     def commit(
         self,
