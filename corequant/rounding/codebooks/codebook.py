@@ -317,7 +317,8 @@ def check_widths(name: str, widths: Any, entries: int) -> npt.NDArray[np.uint8]:
         raise ShapeError(f"{name} must have one width for each of {entries}, got {widths.shape}")
     if widths.size and (widths.min() < 0 or widths.max() > MOST_BITS):
         raise ValueError(f"{name} must be 0 to {MOST_BITS}, got {widths.min()} to {widths.max()}")
-    return widths.astype(np.uint8)
+    checked: npt.NDArray[np.uint8] = widths.astype(np.uint8)
+    return checked
 
 
 def check_choices(widths: Sequence[int]) -> tuple[int, ...]:

@@ -107,7 +107,8 @@ def _solve_shared(table: Array, H: Array, targets: Array, labels: Array, scales:
         matrices, rights = _systems(size, H, targets[part], labels[part])
         matrix += np.einsum("rab,r->ab", matrices, np.square(scales[part]))
         right += scales[part] @ rights
-    return _pulled(matrix[None], right[None], table.astype(np.float64)[None])[0]
+    solved: Array = _pulled(matrix[None], right[None], table.astype(np.float64)[None])[0]
+    return solved
 
 
 def _solve(levels: Array, H: Array, targets: Array, labels: Array) -> Array:

@@ -25,8 +25,8 @@ __all__ = ["optimal_levels"]
 def _gather(values, weights, distinct, points, masses, sums):  # type: ignore[no-untyped-def]
     """Merge equal values and drop those without weight; return how many are left, and the mean.
 
-    ``distinct[i]`` becomes the i-th value, ``points[i]`` its distance from the mean; ``masses`` and ``sums`` run up to
-    each point.
+    ``distinct[i]`` becomes the i-th value, ``points[i]`` its distance from the mean; ``masses`` and
+    ``sums`` run up to each point.
     """
     n = values.shape[0]
     weighted = weights.shape[0] > 0
