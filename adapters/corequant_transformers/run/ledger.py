@@ -32,6 +32,7 @@ def quantizes(step: str) -> bool:
     """Return whether a step's tensors are a part of the quantized model."""
     return step.startswith("block") or step in (OUTSIDE, ENTRY, EXIT)
 
+
 _SPARE_BYTES = 128 << 20
 """Of one record, of which a block has two to four."""
 
