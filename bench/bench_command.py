@@ -73,6 +73,10 @@ def main() -> None:
             *(sys.executable, "-c"),
             f"{TORCH}, corequant_transformers, transformers; transformers.AutoModelForCausalLM",
         ),
+        "`import torch`, `transformers.LlamaForCausalLM`, nothing of corequant": (
+            *(sys.executable, "-c"),
+            f"{TORCH}, transformers; transformers.LlamaForCausalLM",
+        ),
         "`corequant quantize`, two small blocks, 16 tokens": (*COMMAND, *quantize),
     }
     with tempfile.TemporaryDirectory() as name:
