@@ -20,7 +20,6 @@ from corequant._cpu.loops import (
     integer_grid,
     lanes,
     minifloat_grid,
-    tails,
 )
 from corequant._cpu.loops import scales as rules
 from corequant.formats import FormatKind, NumberFormat, formats
@@ -276,5 +275,5 @@ def percentile(finite: Array, q: float) -> Array:
 
 def _smallest(finite: Array, count: int) -> Array:
     kept = np.full((len(finite), count), np.inf, finite.dtype)
-    tails.smallest(finite, kept)
+    integer_grid.smallest(finite, kept)
     return kept
