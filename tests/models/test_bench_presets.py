@@ -43,6 +43,22 @@ def test_rotated_model_computes_the_same_from_other_weights(scripts):
             assert float((other.state_dict()[name] - before).abs().max()) > 1e-3, name
 
 
+def test_permuted_model_computes_the_same_and_stays_tied(scripts):
+    model = cqhf.tiny_model("llama", tie_word_embeddings=True).double()
+    ids = torch.arange(1, 33)[None]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.mul_(torch.linspace(0.5, 2, len(parameter), dtype=torch.float64))
+        other = scripts[0].permuted(model)
+        wanted, found = (m(input_ids=ids).logits for m in (model, other))
+    # Norms are computed in float32.
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert other.lm_head.weight is other.model.embed_tokens.weight
+    for name, before in model.state_dict().items():
+        assert float((other.state_dict()[name] - before).abs().max()) > 1e-3, name
+
+
 def test_sides_are_measured_as_by_evaluate(scripts, tmp_path):
     model = cqhf.tiny_model("llama")
     windows = np.arange(192).reshape(3, 64) % 100

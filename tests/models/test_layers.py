@@ -25,6 +25,7 @@ from tests.models.test_export import check_equal, load, logits
 from tests.models.test_gguf_files import VOCABULARY, log_probabilities, spoken, write_model
 from tests.models.test_gguf_files import quantized as gguf_quantized
 from tests.models.test_streaming import digest, write
+from tests.models.vllmlayout import FUSED, check_layout
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
 LAST = "model.layers.2"
@@ -130,6 +131,19 @@ def test_a_killed_run_goes_on_to_the_same_bytes(whole, source, tokens, tmp_path)
     assert digest(output) == digest(whole)
 
 
+def test_a_stopped_run_for_vllm_goes_on_to_what_an_export_makes(offline, source, tokens, tmp_path):
+    def stop(event):
+        if event["step"] == "block-00001":
+            raise KeyboardInterrupt
+
+    recipe, output = Recipe(**OFFLINE), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        cqhf.quantize(source, recipe, tokens, output, reader="vllm", events=stop)
+    assert not output.exists()
+    cqhf.quantize(source, recipe, tokens, output, reader="vllm", resume=True)
+    assert digest(output) == digest(cqhf.export(offline, tmp_path / "exported"))
+
+
 @pytest.mark.parametrize("kind", ["offline", "whole"])
 def test_transformers_loads_a_group_for_each_scheme(kind, tokens, tmp_path, request):
     own = request.getfixturevalue(kind)
@@ -150,14 +164,6 @@ def test_transformers_loads_a_group_for_each_scheme(kind, tokens, tmp_path, requ
         assert torch.equal(theirs.get_submodule(name).weight, ours.get_submodule(name).weight)
 
 
-FUSED = {
-    "self_attn.qkv_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "mlp.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
-    "self_attn.o_proj": ["self_attn.o_proj"],
-    "mlp.down_proj": ["mlp.down_proj"],
-}
-
-
 def test_what_vllm_multiplies_by_at_once_has_one_scheme(offline, tokens, tmp_path):
     """Each of its layers is found in one group by every matrix that it holds, or in none."""
     out = cqhf.export(offline, tmp_path / "out")
@@ -173,6 +179,7 @@ def test_what_vllm_multiplies_by_at_once_has_one_scheme(offline, tokens, tmp_pat
                 path = f"model.layers.{block}.{part}"
                 found = [n for n in named if any(match_name(path, t) for t in named[n])]
                 assert found == wanted
+    check_layout(offline, out)
 
 
 def test_schemes_of_several_formats_are_mixed_precision(source, tokens, tmp_path):

@@ -93,6 +93,30 @@ def test_the_command_tells_sizes_and_ties(tmp_path):
     assert sizes["gguf"] is None
 
 
+def plan_of(folder, *options):
+    return CliRunner().invoke(app, ["plan", str(folder), *options], catch_exceptions=False).stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "rotation"),
+    [((), "online"), (("--for", "transformers"), "heads"), (("--rotation", "offline"), "heads")],
+)
+def test_the_plan_says_what_one_matrix_would_save(options, rotation, tmp_path):
+    fields = {"tie_word_embeddings": True, "hidden_size": 64, "intermediate_size": 128}
+    cqhf.tiny_model("llama", **fields).save_pretrained(tmp_path / "large")
+    cqhf.tiny_model("llama", **fields, vocab_size=16).save_pretrained(tmp_path / "small")
+    told = json.loads(plan_of(tmp_path / "large", *options, "--json"))["sizes_if_tied"]
+    assert told.pop("rotation") == rotation
+    again = [*options[:2], "--rotation", rotation]
+    found = json.loads(plan_of(tmp_path / "large", *again, "--json"))
+    assert (found["tied"], found["sizes"]) == (True, told)
+    assert "sizes_if_tied" not in found
+    words = f"With --rotation {rotation} they do: 0.1 MB, but"
+    shown = [" ".join(plan_of(tmp_path / name, *options).split()) for name in ("large", "small")]
+    assert words in shown[0]
+    assert "they do" not in shown[1]
+
+
 @pytest.mark.parametrize(
     ("weights", "bits"),
     [

@@ -8,10 +8,17 @@ from typing import Any
 
 from corequant_cli.tables.console import column, console, marked, table
 
-__all__ = ["fates", "plan_dict", "plan_table", "sizes"]
+__all__ = ["fates", "plan_dict", "plan_table", "sizes", "sizes_if_tied"]
 
 _NAME = 24
 """Columns of a terminal that names of matrices take at most."""
+
+_PRICE = {
+    "heads": "but the residual stream isn't rotated, and the result loses more",
+    "online": "but the inputs of all layers are rotated at run time",
+}
+_WORTH_SAYING = 0.1
+"""Share of a result's size that another option would save."""
 
 
 def fates(rows: list[dict[str, Any]]) -> None:
@@ -135,6 +142,25 @@ def sizes(found: dict[str, int | None]) -> None:
     names = {"corequant": "corequant's directory", "gguf": "GGUF with its tokenizer"}
     words = [f"{size / 1e6:.1f} MB as {names.get(k, k)}" for k, size in found.items() if size]
     console().print(f"size of the result: {', '.join(words)}")
+
+
+def sizes_if_tied(size: int | None, tied: int | None, rotation: str) -> None:
+    """Print how much smaller the result is with one matrix for embedding and head, if it is.
+
+    Parameters
+    ----------
+    size, tied : int, optional
+        Bytes as it is, and with one matrix.
+    rotation : str
+        The option with which it has one.
+    """
+    if size is None or tied is None or size - tied < _WORTH_SAYING * size:
+        return
+    console().print(
+        f"{(size - tied) / 1e6:.1f} MB of it ({1 - tied / size:.0%}) are there because embedding "
+        f"and head don't stay one matrix. With --rotation {rotation} they do: "
+        f"{tied / 1e6:.1f} MB, {_PRICE[rotation]}. --embeddings and --head round them"
+    )
 
 
 def _names_of(specs: set[Any]) -> dict[Any, str]:

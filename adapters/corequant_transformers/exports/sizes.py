@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from corequant_transformers.exports.prospect import Prospect
 from corequant_transformers.model.replicas import unwrap
 from corequant_transformers.model.sources import Source
 from corequant_transformers.model.surroundings import undisturbed
-from corequant_transformers.planning.model_plan import ModelPlan
+from corequant_transformers.planning.model_plan import ModelPlan, plan_model
 
-__all__ = ["sizes"]
+__all__ = ["sizes", "sizes_if_tied"]
 
 _TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -64,6 +65,33 @@ def sizes(table: ModelPlan, model: str | Path | Any) -> dict[str, int | None]:
     if source is not None:
         layouts["gguf"] = lambda: to_gguf.expected_bytes(prospect, source.path)
     return {"gguf": None, **{name: _or_none(size) for name, size in layouts.items()}}
+
+
+def sizes_if_tied(
+    table: ModelPlan, model: str | Path | Any, rotation: str
+) -> dict[str, int | None] | None:
+    """Return the sizes of a result that keeps embedding and head one matrix, as ``sizes``.
+
+    Parameters
+    ----------
+    table : ModelPlan
+        What ``plan`` returned for the model.
+    model : str, Path or transformers.PreTrainedModel
+    rotation : str
+        One that merges nothing into both: ``heads``, or ``online``, which rotates at run time.
+
+    Returns
+    -------
+    dict of str to int or None, or None
+        None where they are one matrix already, or wouldn't be with that rotation either.
+    """
+    if table.tied or not table.dimensions.tied:
+        return None
+    left: dict[str, Any] = {"block_size": None, "head_block_size": None, "factors": "none"}
+    recipe = replace(table.recipe, rotation=rotation, **left)
+    config = Source(model).config() if isinstance(model, str | Path) else unwrap(model).config
+    other = plan_model(config, recipe, table.architecture)
+    return sizes(other, model) if other.tied else None
 
 
 def _or_none(size: Callable[[], int]) -> int | None:
