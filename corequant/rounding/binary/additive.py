@@ -327,6 +327,10 @@ class Additive(CodedWeight):
         found: Array = np.take_along_axis(levels, nearest(w[:, None], levels).astype(np.intp), 1)
         return found[:, 0]
 
+    def scaled(self, exponent: int) -> Additive:
+        """Return the weight times ``2**exponent``."""
+        return replace(self, exponent=self.exponent + exponent)
+
     def encode(self, values: Any) -> Additive:
         """Return the same scales and parts with the digits nearest to rotated ``values``.
 

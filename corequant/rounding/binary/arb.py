@@ -74,7 +74,8 @@ def arb(
         ``XᵀX̃ / n`` with the float network's inputs X: aims at ``W X`` (Qronos's correction).
     published : bool
         ARB-RC with its column-group bitmap as its authors have it, see Notes: an ``order`` of 1,
-        groups of 128, 15 steps. It takes no other option of those above but ``group``.
+        groups of 128, 15 steps. Of the options above it takes ``group`` alone; ``rounds`` don't
+        matter.
     damping : float, optional
         Added to the diagonal of H, times its mean; with G, times its largest eigenvalue. By default
         0.01, with G 1e-4.
@@ -131,9 +132,18 @@ def arb(
     d = measured.W.shape[1]
     size = None if group is None else check_index("group", group)
     if published:
-        changed = G is not None or order > 1 or share or ternary or bitmap or mean
-        if changed or rotation not in ("auto", None):
-            raise ValueError("arb as published must have no other option than group, got one")
+        plain = {
+            "G": G is None,
+            "order": order == 1,
+            "salient": not share,
+            "ternary": not ternary,
+            "bitmap": not bitmap,
+            "mean": not mean,
+            "rotation": rotation in ("auto", None),
+        }
+        if not all(plain.values()):
+            changed = ", ".join(option for option, same in plain.items() if not same)
+            raise ValueError(f"published must not come with other options, got {changed}")
         block = size or _PUBLISHED_GROUP
         target = Target.of(measured, block, damping, act_order=False)
         return target.result("arb, published", measured, published_arb(target, block, 15))

@@ -244,7 +244,7 @@ class Coding:
             partition=partition,
             exponent=self.target.exponent,
             rotation=rotation,
-        )
+        ).scaled(self.target.scale)
 
     def _set(self, group: int, kind: int, parameters: Array) -> None:
         """Take parameters, rounded to what is stored."""

@@ -34,7 +34,7 @@ def published_billm(target: Target, block: int) -> Additive:
         return _billm_block(pieces, index, columns, values, values**2 * curvature[columns])
 
     _diffuse_blocks(target, block, fit)
-    return _packed(pieces, block, target.exponent, rows_only=True)
+    return _packed(pieces, block, target, rows_only=True)
 
 
 def published_arb(target: Target, block: int, steps: int) -> Additive:
@@ -45,7 +45,7 @@ def published_arb(target: Target, block: int, steps: int) -> Additive:
         return _arb_block(pieces, index, columns, values, values**2 * curvature[columns], steps)
 
     _diffuse_blocks(target, block, fit)
-    return _packed(pieces, block, target.exponent, rows_only=False)
+    return _packed(pieces, block, target, rows_only=False)
 
 
 def _curvature(target: Target) -> Array:
@@ -146,7 +146,7 @@ def _arb_block(
     return found
 
 
-def _packed(pieces: _Pieces, block: int, exponent: int, rows_only: bool) -> Additive:
+def _packed(pieces: _Pieces, block: int, target: Target, rows_only: bool) -> Additive:
     """Return the weight that some pieces make up."""
     everywhere = not rows_only
     partition = Partition.of(pieces.salient, pieces.large, everywhere=everywhere)
@@ -160,8 +160,8 @@ def _packed(pieces: _Pieces, block: int, exponent: int, rows_only: bool) -> Addi
         means=pieces.means[:parts] if rows_only else None,
         column_scales=None if rows_only else pieces.column_scales[:slots],
         partition=partition,
-        exponent=exponent,
-    )
+        exponent=target.exponent,
+    ).scaled(target.scale)
 
 
 def _level(scales: Array) -> float:

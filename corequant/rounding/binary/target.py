@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -98,16 +98,19 @@ class Target:
     order : numpy.ndarray (columns,)
         Columns of W in reverse order of their rounding.
     values : numpy.ndarray (rows, columns)
-        W, or the best weights for the float network's outputs where G was given.
+        W, or the best weights for the float network's outputs where G was given, divided by
+        ``2**scale``.
     H : numpy.ndarray (columns, columns)
-        Moments with their damping.
+        Moments with their damping, times a power of two that brings their diagonal close to 1.
     factor : Factor
         ``L Lᵀ = H``.
     dead : numpy.ndarray (columns,), bool
         Columns that no input reached, in W's own order.
     damping : Damping
+        In units of the moments that were given.
     shrinkage : float
     name : str
+    scale : int
     """
 
     order: Array
@@ -118,37 +121,42 @@ class Target:
     damping: Damping
     shrinkage: float
     name: str
+    scale: int
 
     @classmethod
     def of(cls, measured: Measured, group: int, damping: Any, act_order: bool) -> Target:
         """Damp and factor the moments, and correct the weight where G is given."""
-        W, name = measured.W, measured.name
-        dtype = working_dtype(W)
+        name, dtype = measured.name, working_dtype(measured.W)
         H, G, shrinkage = shrunk(measured.H, measured.G, measured.tokens)
+        dead = np.diagonal(H) <= 0
+        # Powers of two change nothing but the exponents, far from the ends of their range.
+        unit = _exponent(mean_diagonal(np.diagonal(H).astype(np.float64), dead))
+        scale = _exponent(float(np.abs(measured.W).max()))
+        H, W = np.ldexp(H, -unit), np.ldexp(measured.W.astype(dtype), -scale)
         diagonal = np.diagonal(H).astype(np.float64)
-        dead = diagonal <= 0
+        mean = mean_diagonal(diagonal, dead)
         order = _group_order(np.where(dead, -1.0, diagonal), group, act_order)
         if damping is None:
             share = _DAMPING if G is None else _CROSS_DAMPING
         else:
             share = check_damping(damping)
-        size = mean_diagonal(diagonal, dead) if G is None else largest_eigenvalue(H)
+        size = mean if G is None else largest_eigenvalue(H)
         factor, used = damped_factor(H, order, dead, share * size, dtype, name)
-        values = np.take(W, order, axis=1).astype(dtype)
+        values = np.take(W, order, axis=1)
         if G is not None:
+            G = np.ldexp(G.astype(H.dtype), -unit)
             gap = np.ascontiguousarray(gap_product(W, G, H, dtype)[:, order])
             values += factor.backward(factor.forward(gap))
         metric = np.ascontiguousarray(H[np.ix_(order, order)], dtype)
         place = np.arange(len(metric))
-        filled = np.where(dead, mean_diagonal(diagonal, dead), diagonal)[order] + used.value
-        metric[place, place] = filled
-        return cls(order, values, metric, factor, dead, used, shrinkage, name)
+        metric[place, place] = np.where(dead, mean, diagonal)[order] + used.value
+        used = replace(used, value=math.ldexp(used.value, unit))
+        return cls(order, values, metric, factor, dead, used, shrinkage, name, scale)
 
     @property
     def exponent(self) -> int:
         """Exponent of what scales are stored in: the largest weight comes to about 2**8."""
-        largest = float(np.abs(self.values).max())
-        return math.frexp(largest)[1] - 8 if largest else 0
+        return _exponent(float(np.abs(self.values).max())) - 8
 
     def result(self, method: str, measured: Measured, weight: Additive) -> RoundedWeight:
         """Report on a weight that was found."""
@@ -163,6 +171,11 @@ class Target:
             shrinkage=self.shrinkage,
         )
         return RoundedWeight(weight, report)
+
+
+def _exponent(value: float) -> int:
+    """Return the exponent of a number's leading bit, plus one; 0 for zero."""
+    return math.frexp(value)[1] if value else 0
 
 
 def _group_order(score: Array, group: int, act_order: bool) -> Array:
