@@ -19,8 +19,8 @@ from markdown import write_section
 import torch
 from rotation_parts import pin
 
-from corequant_torch.cpu.onednn import causal_attention, linear, multiplies_quickly
 from corequant_torch.device.grams import token_products
+from corequant_torch.device.onednn import causal_attention, linear, multiplies_quickly
 
 TOKENS, HIDDEN, INNER, HEADS, KEY_HEADS, WIDTH = 2048, 576, 1536, 9, 3, 64
 F = torch.nn.functional

@@ -19,9 +19,9 @@ from corequant.protocols import Moments, Quantized
 from corequant.quantization import QuantizedTensor
 from corequant.specs import QuantSpec
 from corequant_torch import compile, operators
-from corequant_torch.cpu.bridge import to_numpy, to_torch
 from corequant_torch.device.tables import device_table
 from corequant_torch.gpu.runtime import has_triton
+from corequant_torch.kernels.cpu import to_numpy, to_torch
 from corequant_torch.kernels.engines import check_apart, check_devices, engine_for, is_plain_call
 
 __all__ = ["TorchBackend"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from corequant.recipe.choices import (
+from corequant.recipe.fields import (
     DTYPES,
     FACTORS,
     PERMUTATIONS,

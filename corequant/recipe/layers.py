@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from corequant.errors import RecipeError
-from corequant.recipe.choices import check_choice
-from corequant.recipe.quantizers import (
+from corequant.recipe.fields import (
     activation_spec,
+    check_choice,
     check_specs,
     spec_text,
     weight_spec,

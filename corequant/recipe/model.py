@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from corequant._validation import check_index, need_packages
 from corequant.errors import AccumulatorError, RecipeError
-from corequant.recipe.choices import CHOICES, check_choice, check_rotation
-from corequant.recipe.layers import LayerRule, as_rule, check_pattern, combine, is_match
-from corequant.recipe.preset import DEFAULT_PRESET, PRESETS, Preset, find_preset
-from corequant.recipe.quantizers import (
+from corequant.recipe.fields import (
+    CHOICES,
     activation_spec,
+    check_choice,
+    check_rotation,
     check_specs,
     scales_beside,
     spec_text,
@@ -22,6 +22,8 @@ from corequant.recipe.quantizers import (
     vocabulary_text,
     weight_spec,
 )
+from corequant.recipe.layers import LayerRule, as_rule, check_pattern, combine, is_match
+from corequant.recipe.preset import DEFAULT_PRESET, PRESETS, Preset, find_preset
 from corequant.recipe.settings import FLOAT, LayerSettings, left_out, read_accumulator
 from corequant.rounding.methods import RoundingOptions, rounding_methods
 from corequant.specs import QuantSpec

@@ -11,8 +11,8 @@ import torch
 import corequant as cq
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
-from corequant_torch.cpu.bridge import to_numpy
 from corequant_torch.kernels import engines
+from corequant_torch.kernels.cpu import to_numpy
 from corequant_torch.kernels.device import DeviceKernels
 from corequant_transformers.model.quantized_linear import QuantizedLinear
 

@@ -7,7 +7,7 @@ import torch
 
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
-from corequant_torch.cpu import onednn
+from corequant_torch.device import onednn
 from tests.models.test_architectures import DESCRIBED
 
 CALLS = ["_linear_pointwise", "causal_attention"]

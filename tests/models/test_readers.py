@@ -20,7 +20,7 @@ import transformers
 
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
-from corequant_torch.cpu.onednn import QuickForward
+from corequant_torch.device.onednn import QuickForward
 from corequant_transformers.checkpoint.reader import Stored
 from corequant_transformers.checkpoint.writer import save
 from corequant_transformers.model.parts import untie

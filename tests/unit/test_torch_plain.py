@@ -10,7 +10,7 @@ import corequant as cq
 from corequant._dispatch import get_backend
 from corequant.formats import FormatKind, formats
 from corequant.specs import QuantSpec, presets
-from corequant_torch.cpu.bridge import to_numpy, to_torch
+from corequant_torch.kernels.cpu import to_numpy, to_torch
 from corequant_torch.kernels.device import DeviceKernels
 from tests.conftest import heavy_tailed
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from corequant.errors import ShapeError
-from corequant_torch.cpu import onednn
-from corequant_torch.cpu.onednn import QuickForward, causal_attention, linear, multiplies_quickly
+from corequant_torch.device import onednn
 from corequant_torch.device.grams import token_products
+from corequant_torch.device.onednn import QuickForward, causal_attention, linear, multiplies_quickly
 
 F = torch.nn.functional
 

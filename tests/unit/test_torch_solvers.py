@@ -14,7 +14,7 @@ import torch
 
 import corequant as cq
 from corequant.rounding import AccumulatorSpec, RoundingOptions, round_together
-from corequant_torch.cpu.bridge import to_numpy
+from corequant_torch.kernels.cpu import to_numpy
 from corequant_torch.kernels.device import DeviceKernels
 from corequant_torch.rounding.bounds import soft_thresholds
 

@@ -10,9 +10,9 @@ import corequant as cq
 from corequant._dispatch import get_backend
 from corequant.rounding import InputMoments
 from corequant.specs import QuantSpec
-from corequant_torch.cpu.bridge import to_torch
 from corequant_torch.gpu import statistics
 from corequant_torch.kernels import engines
+from corequant_torch.kernels.cpu import to_torch
 from corequant_torch.kernels.device import DeviceKernels
 from tests.conftest import heavy_tailed
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import corequant as cq
-from corequant_torch.cpu.bridge import to_numpy, to_torch
+from corequant_torch.kernels.cpu import to_numpy, to_torch
 from corequant_torch.kernels.engines import check_apart, check_devices
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

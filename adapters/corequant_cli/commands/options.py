@@ -19,7 +19,7 @@ import typer
 
 from corequant.errors import CalibrationError, RecipeError
 from corequant.recipe import DEFAULT_PRESET, PRESETS, READERS, Recipe, check_reader, find_preset
-from corequant.recipe import choices as fixed
+from corequant.recipe import fields as fixed
 from corequant.specs import QuantSpec
 from corequant.storage.files import read_text
 from corequant_cli.commands.panels import EXPERT, QUALITY, WHAT

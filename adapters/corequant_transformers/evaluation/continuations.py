@@ -18,7 +18,7 @@ import torch
 from corequant._validation import check_index
 from corequant.errors import TaskError
 from corequant.specs import Granularity
-from corequant_torch.cpu.onednn import QuickForward
+from corequant_torch.device.onednn import QuickForward
 from corequant_transformers.evaluation.families import Family, families
 from corequant_transformers.evaluation.perplexity import few_rows, token_log_probabilities
 from corequant_transformers.model.logits import Reading, placed

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from corequant.errors import ArchitectureError
-from corequant_torch.cpu.onednn import QuickForward
+from corequant_torch.device.onednn import QuickForward
 from corequant_transformers.architectures.dimensions import dimensions_of
 from corequant_transformers.calibration.data.given import TextData, text_windows
 from corequant_transformers.checkpoint.reader import is_quantized, load

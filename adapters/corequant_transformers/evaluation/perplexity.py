@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from corequant.errors import NonFiniteError
-from corequant_torch.cpu.onednn import QuickForward
+from corequant_torch.device.onednn import QuickForward
 from corequant_transformers.evaluation.statistics import mean_with_error
 from corequant_transformers.model.logits import window_logits
 

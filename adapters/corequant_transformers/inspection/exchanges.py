@@ -13,7 +13,7 @@ from corequant.diagnostics import mass_concentration
 from corequant.errors import NonFiniteError
 from corequant.quantization import fake_quantize
 from corequant.rotation import block_hadamard
-from corequant_torch.cpu.onednn import linear
+from corequant_torch.device.onednn import linear
 from corequant_transformers.inspection.clipping import clipped_tokens, clipped_weights
 from corequant_transformers.inspection.passes import Forward
 from corequant_transformers.model.quantized_linear import QuantizedLinear

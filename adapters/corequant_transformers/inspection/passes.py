@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from corequant_torch.cpu.onednn import QuickForward
+from corequant_torch.device.onednn import QuickForward
 from corequant_transformers.evaluation.divergence import compare_positions
 from corequant_transformers.model.logits import window_logits
 from corequant_transformers.model.replicas import standing_in

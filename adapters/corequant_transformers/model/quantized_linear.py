@@ -12,7 +12,7 @@ from corequant.quantization import QuantizedTensor, dequantize, fake_quantize
 from corequant.rotation import block_hadamard
 from corequant.specs import QuantSpec
 from corequant.storage.arrays import from_arrays, to_arrays
-from corequant_torch.cpu.onednn import linear
+from corequant_torch.device.onednn import linear
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 
 __all__ = ["QuantizedLinear", "QuantizedWeight"]

@@ -20,7 +20,7 @@ import torch
 
 from corequant.errors import ArchitectureError
 from corequant.recipe import Recipe
-from corequant_torch.cpu.onednn import QuickForward
+from corequant_torch.device.onednn import QuickForward
 from corequant_transformers.calibration.choices import (
     Calibration,
     block_of,

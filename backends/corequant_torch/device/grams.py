@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import torch
 
-from corequant_torch.cpu.onednn import linear, multiplies_quickly
+from corequant_torch.device.onednn import linear, multiplies_quickly
 from corequant_torch.device.rotation import working
 
 __all__ = ["token_products"]

@@ -39,7 +39,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Examples
     --------
     >>> import torch
-    >>> from corequant_torch.cpu.onednn import linear
+    >>> from corequant_torch.device.onednn import linear
     >>> linear(torch.ones(2, 3), torch.eye(3)[:1])
     tensor([[1.],
             [1.]])
@@ -137,7 +137,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
     Examples
     --------
     >>> import torch
-    >>> from corequant_torch.cpu.onednn import causal_attention
+    >>> from corequant_torch.device.onednn import causal_attention
     >>> x = torch.tensor([[[[1.0], [3.0]]]])
     >>> causal_attention(torch.zeros_like(x), x, x, None).flatten()
     tensor([1., 2.])
@@ -172,7 +172,7 @@ class QuickForward(TorchFunctionMode):
     Examples
     --------
     >>> import torch
-    >>> from corequant_torch.cpu.onednn import QuickForward
+    >>> from corequant_torch.device.onednn import QuickForward
     >>> layer = torch.nn.Linear(3, 1)
     >>> with QuickForward():
     ...     layer(torch.ones(2, 3)).shape

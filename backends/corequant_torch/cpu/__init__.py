@@ -1,1 +1,0 @@
-"""CPU tensors: their memory as NumPy arrays, and float32 products by oneDNN."""
