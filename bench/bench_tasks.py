@@ -53,7 +53,8 @@ def check_recipe(name: str, folder: Path) -> None:
     if name not in Recipe.presets():
         return
     made = Recipe.from_toml((folder / "recipe.toml").read_text(encoding="utf-8"))
-    if made != Recipe.preset(name):
+    # A directory has what "auto" came to.
+    if made != Recipe.preset(name, dtype=made.dtype):
         raise SystemExit(f"{folder} must hold a model made by preset {name}, got another recipe")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from corequant._validation import check_index
 from corequant.errors import TaskError
 from corequant.specs import Granularity
 from corequant_torch.device.onednn import QuickForward
-from corequant_transformers.evaluation.families import Family, families
+from corequant_transformers.evaluation.families import Family, divide, families
 from corequant_transformers.evaluation.perplexity import few_rows, token_log_probabilities
 from corequant_transformers.model.logits import Reading, placed
 from corequant_transformers.model.quantized_linear import QuantizedLinear
@@ -30,7 +30,7 @@ BATCH_TOKENS = 2048
 """Tokens that are read at once, padding included."""
 
 _WORTHWHILE = 64
-"""Tokens that reading what rows share must save: it takes a pass of its own."""
+"""Tokens that a pass of its own must save, since reading all weights takes about as long."""
 
 _TRIED = 32
 """Tokens on which a model must show that it goes on from what it has read."""
@@ -188,19 +188,27 @@ def _goes_on(model: Any, row: tuple[int, ...]) -> bool:
 
 
 def _jobs(rows: list[tuple[int, ...]], found: Sequence[Family], budget: int) -> Iterator[_Job]:
-    """Yield families with as many tokens in common, then all other rows by length."""
-    single: list[int] = []
-    alike: dict[int, list[Family]] = {}
-    for family in found:
-        alike.setdefault(family.shared, []).append(family)
-    for shared, group in sorted(alike.items(), reverse=True):
-        if sum(len(family.members) - 1 for family in group) * shared < _WORTHWHILE:
-            single += [index for family in group for index in family.members]
-            continue
-        group.sort(key=lambda family: -max(len(rows[index]) for index in family.members))
-        most = max(1, budget // shared)
-        for start in range(0, len(group), most):
-            yield _Job(group[start : start + most], shared)
+    """Yield families with about as many tokens in common, then all other rows by length."""
+    single = [family.members[0] for family in found if not family.shared]
+    alike = sorted((f for f in found if f.shared), key=lambda family: -family.shared)
+    sizes = [len(family.members) for family in alike]
+    members = [0, *accumulate(sizes)]
+    tokens = [0, *accumulate(n * f.shared for n, f in zip(sizes, alike, strict=True))]
+
+    def cost(start: int, end: int) -> int | None:
+        shared, count = alike[end - 1].shared, end - start
+        if count * shared > budget:
+            return None
+        # What a family has in common besides is read by each of its rows.
+        besides = tokens[end] - tokens[start] - shared * (members[end] - members[start])
+        return count * shared + besides + _WORTHWHILE
+
+    for start, end in divide(len(alike), cost):
+        shared = alike[end - 1].shared
+        if (members[end] - members[start] - (end - start)) * shared < _WORTHWHILE:
+            single += [index for family in alike[start:end] for index in family.members]
+        else:
+            yield _Job(alike[start:end], shared)
     for part in _by_length(rows, single, budget, 0):
         yield _Job([Family((index,), 0) for index in part], 0)
 
@@ -208,19 +216,21 @@ def _jobs(rows: list[tuple[int, ...]], found: Sequence[Family], budget: int) -> 
 def _by_length(
     rows: list[tuple[int, ...]], members: list[int], budget: int, shared: int
 ) -> Iterator[list[int]]:
-    """Cut rows, the longest first, into parts of few tokens to read and to hold."""
-    part: list[int] = []
-    widest = 0
-    for index in sorted(members, key=lambda index: -len(rows[index])):
-        count = len(part) + 1
+    """Cut rows, the longest first, where padding and passes together cost least.
+
+    The tokens of a part, padding included, are few enough to read and to hold.
+    """
+    order = sorted(members, key=lambda index: -len(rows[index]))
+    widths = [len(rows[index]) - shared for index in order]
+
+    def cost(start: int, end: int) -> int | None:
+        read = (end - start) * widths[start]
         # What was read before is in a row's cache, which takes memory if no time.
-        if part and (count * (widest - shared) > budget or count * widest > 4 * budget):
-            yield part
-            part = []
-        widest = widest if part else len(rows[index])
-        part.append(index)
-    if part:
-        yield part
+        held = read + (end - start) * shared
+        return None if read > budget or held > 4 * budget else read + _WORTHWHILE
+
+    for start, end in divide(len(order), cost):
+        yield order[start:end]
 
 
 class _Scores:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-__all__ = ["Family", "families"]
+__all__ = ["Family", "divide", "families"]
 
 _MOST = 64
 """Rows of a family at most, which bounds the time to find them."""
@@ -69,6 +69,45 @@ def families(rows: Sequence[tuple[int, ...]]) -> list[Family]:
         found.append(Family(tuple(order[start:end]), shared))
         start = end
     return found
+
+
+def divide(count: int, cost: Callable[[int, int], int | None]) -> list[tuple[int, int]]:
+    """Divide a sequence into parts that cost least together.
+
+    Parameters
+    ----------
+    count : int
+    cost : callable
+        Returns what the part from ``start`` to before ``end`` costs; None where it, and any with an
+        earlier start, is too large. One element is a part whatever it costs.
+
+    Returns
+    -------
+    list of (int, int)
+        Start and end of each part, in order.
+
+    Examples
+    --------
+    >>> from corequant_transformers.evaluation.families import divide
+    >>> widths = [9, 8, 2, 2, 2]
+    >>> divide(5, lambda start, end: (end - start) * widths[start] + 4)
+    [(0, 2), (2, 5)]
+    """
+    # What the first elements cost at least, and where their last part begins.
+    least, starts = [0] * (count + 1), [0] * (count + 1)
+    for end in range(1, count + 1):
+        least[end], starts[end] = least[end - 1] + (cost(end - 1, end) or 0), end - 1
+        for start in range(end - 2, -1, -1):
+            own = cost(start, end)
+            if own is None:
+                break
+            if least[start] + own < least[end]:
+                least[end], starts[end] = least[start] + own, start
+    parts, end = [], count
+    while end:
+        parts.append((starts[end], end))
+        end = starts[end]
+    return parts[::-1]
 
 
 def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
