@@ -59,6 +59,17 @@ def test_permuted_model_computes_the_same_and_stays_tied(scripts):
         assert float((other.state_dict()[name] - before).abs().max()) > 1e-3, name
 
 
+def test_rows_that_are_to_stay_tied_do(scripts):
+    model = cqhf.tiny_model(
+        "llama", tie_word_embeddings=True, hidden_size=64, intermediate_size=128
+    )
+    for row in scripts[0].TIED:
+        recipe = scripts[1].recipe_of(row)
+        assert cqhf.plan(model, recipe).tied
+        assert (recipe.head is not None) == row.endswith("int8")
+    assert scripts[1].recipe_of("w4a16") == Recipe.preset("w4a16")
+
+
 def test_sides_are_measured_as_by_evaluate(scripts, tmp_path):
     model = cqhf.tiny_model("llama")
     windows = np.arange(192).reshape(3, 64) % 100

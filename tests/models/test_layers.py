@@ -368,7 +368,7 @@ def test_a_group_that_does_not_divide_a_layer_is_named():
 def test_a_plan_says_what_vllm_cannot_load():
     model = cqhf.tiny_model("llama")
     (note,) = cqhf.plan(model, Recipe(keep=("layers.1.self_attn.v_proj",))).notes
-    assert "model.layers.1.self_attn.q_proj and model.layers.1.self_attn.v_proj as by one" in note
+    assert "model.layers.1.self_attn.q_proj and model.layers.1.self_attn.v_proj into one" in note
     assert not cqhf.plan(model, Recipe(keep=("layers.1.self_attn",))).notes
 
 

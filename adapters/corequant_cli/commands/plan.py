@@ -56,6 +56,6 @@ def plan(
     plans.sizes(sizes)
     if tied is not None:
         layout = READERS[reader]
-        plans.sizes_if_tied(sizes[layout], tied[layout], rotation)
+        plans.sizes_if_tied(sizes[layout], tied[layout], rotation, reader)
     if taken is not None:
         data.taken("to be calibrated on", taken)

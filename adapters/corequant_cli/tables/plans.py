@@ -17,6 +17,9 @@ _PRICE = {
     "heads": "but the residual stream isn't rotated, and the result loses more",
     "online": "but the inputs of all layers are rotated at run time",
 }
+_BYTES = {"llama.cpp": "int8:group32", "vllm": ""}
+"""Quantizers of eight bits that readers take for embedding and head, where it isn't by channel."""
+
 _WORTH_SAYING = 0.1
 """Share of a result's size that another option would save."""
 
@@ -144,7 +147,7 @@ def sizes(found: dict[str, int | None]) -> None:
     console().print(f"size of the result: {', '.join(words)}")
 
 
-def sizes_if_tied(size: int | None, tied: int | None, rotation: str) -> None:
+def sizes_if_tied(size: int | None, tied: int | None, rotation: str, reader: str) -> None:
     """Print how much smaller the result is with one matrix for embedding and head, if it is.
 
     Parameters
@@ -153,13 +156,17 @@ def sizes_if_tied(size: int | None, tied: int | None, rotation: str) -> None:
         Bytes as it is, and with one matrix.
     rotation : str
         The option with which it has one.
+    reader : str
+        Program that it is for.
     """
     if size is None or tied is None or size - tied < _WORTH_SAYING * size:
         return
+    spec = _BYTES.get(reader, "int8:channel")
+    halved = f"; --embeddings {spec} --head {spec} halve it" if spec else ""
     console().print(
         f"{(size - tied) / 1e6:.1f} MB of it ({1 - tied / size:.0%}) are there because embedding "
         f"and head don't stay one matrix. With --rotation {rotation} they do: "
-        f"{tied / 1e6:.1f} MB, {_PRICE[rotation]}. --embeddings and --head round them"
+        f"{tied / 1e6:.1f} MB, {_PRICE[rotation]}{halved}"
     )
 
 
