@@ -102,7 +102,6 @@ if TYPE_CHECKING:
     )
     from corequant.rounding.binary import Additive, Partition, arb, billm
     from corequant.rounding.codebooks import (
-        ClaqReport,
         Codebook,
         CodedWeight,
         CodingReport,
@@ -111,15 +110,14 @@ if TYPE_CHECKING:
         LevelTable,
         RoundedWeight,
         SharedCodebook,
-        SkimReport,
         SparseOutliers,
-        claq,
         kmeans_levels,
         kmeans_table,
         lloyd_max,
         load_coded,
-        skim,
     )
+    from corequant.rounding.codebooks.claq import ClaqReport, claq
+    from corequant.rounding.codebooks.skim import SkimReport, skim
     from corequant.rounding.gpfq import gpfq
     from corequant.rounding.gptq import gptq
     from corequant.rounding.magr import magr
@@ -167,10 +165,11 @@ _PARTS = {
     ),
     "corequant.rounding.binary": "Additive Partition arb billm",
     "corequant.rounding.codebooks": (
-        "ClaqReport Codebook CodedWeight CodingReport ColumnScaled KeptOutliers LevelTable "
-        "RoundedWeight SharedCodebook SkimReport SparseOutliers claq kmeans_levels kmeans_table "
-        "lloyd_max load_coded skim"
+        "Codebook CodedWeight CodingReport ColumnScaled KeptOutliers LevelTable RoundedWeight "
+        "SharedCodebook SparseOutliers kmeans_levels kmeans_table lloyd_max load_coded"
     ),
+    "corequant.rounding.codebooks.claq": "ClaqReport claq",
+    "corequant.rounding.codebooks.skim": "SkimReport skim",
     "corequant.rounding.gpfq": "gpfq",
     "corequant.rounding.gptq": "gptq",
     "corequant.rounding.magr": "magr",
