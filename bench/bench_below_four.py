@@ -143,7 +143,7 @@ def _schemes():
 SCHEMES = {**dict(_schemes()), **dict(_planes())}
 DEFAULT = (
     "gptq-3,qronos-3,skim-published-3,skim-3,claq-published-3,claq-3,gptq-2,qronos-2,"
-    "claq-published-2.05-outliers,claq-2.25-keep0.002,skim-2.25"
+    "claq-published-2.05-outliers,claq-2.25-keep0.002,skim-2.25,watersic-3,watersic-2.25"
 )
 
 
@@ -211,21 +211,30 @@ def run(block, states, kwargs):
 
 
 def block_moments(block, float_states, states, kwargs):
-    """Return H and G of each group of layers in a block, and the float stream behind it."""
-    inputs, sums = Inputs(block), defaultdict(lambda: [0.0, 0.0])
+    """Return H and G of each group of layers by stream, and the float stream behind the block.
+
+    ``states`` has the states before the block of each stream by its label.
+    """
+    inputs = Inputs(block)
+    sums = {label: defaultdict(lambda: [0.0, 0.0]) for label in states}
     moved, count = [], 0
-    for reference, own, more in zip(float_states, states, kwargs, strict=True):
+    for k, (reference, more) in enumerate(zip(float_states, kwargs, strict=True)):
         moved.append(run(block, reference, more))
-        exact, seen = dict(inputs.seen), None
-        if own is not reference:
-            run(block, own, more)
-        seen = inputs.seen
-        for name, x in seen.items():
-            sums[name][0] = sums[name][0] + x.T @ x
-            sums[name][1] = sums[name][1] + exact[name].T @ x
-        count += len(seen["self_attn.q_proj"])
+        exact = dict(inputs.seen)
+        for label, own in states.items():
+            if own[k] is not reference:
+                run(block, own[k], more)
+            seen = dict(inputs.seen) if own[k] is not reference else exact
+            for name, x in seen.items():
+                pair = sums[label][name]
+                pair[0] = pair[0] + x.T @ x
+                pair[1] = pair[1] + exact[name].T @ x
+        count += len(exact["self_attn.q_proj"])
     inputs.close()
-    moments = {n: [np.asarray(m / count, np.float32) for m in pair] for n, pair in sums.items()}
+    moments = {
+        label: {n: [np.asarray(m / count, np.float32) for m in pair] for n, pair in own.items()}
+        for label, own in sums.items()
+    }
     return moments, moved, count
 
 
@@ -237,10 +246,10 @@ def layerwise(model, windows, chosen, layers):
     for index, block in enumerate(model.model.layers):
         if index > max(layers):
             break
-        moments, moved, _ = block_moments(block, states, states, kwargs)
+        found, moved, _ = block_moments(block, states, {"float": states}, kwargs)
         for name, source in READS.items() if index in layers else ():
             W = block.get_submodule(name).weight.detach().numpy().astype(np.float32)
-            H, G = moments[source]
+            H, G = found["float"][source]
             energy = cq.reconstruction_loss(W, np.zeros_like(W), H)
             for label in chosen:
                 started = time.process_time()
@@ -269,13 +278,12 @@ def whole(model, windows, chosen, tokens):
     made = {label: copy.deepcopy(model) for label in chosen}
     bits = defaultdict(list)
     for index, block in enumerate(model.model.layers):
-        moved = None
+        moments, moved, count = block_moments(block, float_states, states, kwargs)
         for label in chosen:
-            moments, moved, count = block_moments(block, float_states, states[label], kwargs)
             target = made[label].model.layers[index]
             for name, source in READS.items():
                 W = block.get_submodule(name).weight.detach().numpy().astype(np.float32)
-                values, size = apply(SCHEMES[label], W, *moments[source])
+                values, size = apply(SCHEMES[label], W, *moments[label][source])
                 bits[label].append((size * W.size, W.size))
                 target.get_submodule(name).weight.data.copy_(torch.from_numpy(values))
             states[label] = [

@@ -106,6 +106,7 @@ if TYPE_CHECKING:
         CodedWeight,
         CodingReport,
         ColumnScaled,
+        EntropyCoded,
         KeptOutliers,
         LevelTable,
         RoundedWeight,
@@ -118,6 +119,7 @@ if TYPE_CHECKING:
     )
     from corequant.rounding.codebooks.claq import ClaqReport, claq
     from corequant.rounding.codebooks.skim import SkimReport, skim
+    from corequant.rounding.codebooks.watersic import watersic
     from corequant.rounding.gpfq import gpfq
     from corequant.rounding.gptq import gptq
     from corequant.rounding.magr import magr
@@ -165,11 +167,13 @@ _PARTS = {
     ),
     "corequant.rounding.binary": "Additive Partition arb billm",
     "corequant.rounding.codebooks": (
-        "Codebook CodedWeight CodingReport ColumnScaled KeptOutliers LevelTable RoundedWeight "
-        "SharedCodebook SparseOutliers kmeans_levels kmeans_table lloyd_max load_coded"
+        "Codebook CodedWeight CodingReport ColumnScaled EntropyCoded KeptOutliers LevelTable "
+        "RoundedWeight SharedCodebook SparseOutliers kmeans_levels kmeans_table lloyd_max "
+        "load_coded"
     ),
     "corequant.rounding.codebooks.claq": "ClaqReport claq",
     "corequant.rounding.codebooks.skim": "SkimReport skim",
+    "corequant.rounding.codebooks.watersic": "watersic",
     "corequant.rounding.gpfq": "gpfq",
     "corequant.rounding.gptq": "gptq",
     "corequant.rounding.magr": "magr",
@@ -195,6 +199,7 @@ __all__ = [
     "CodingReport",
     "ColumnScaled",
     "CorequantError",
+    "EntropyCoded",
     "Granularity",
     "HadamardOrderError",
     "HessianError",
@@ -292,6 +297,7 @@ __all__ = [
     "unpack_bytes",
     "unpack_quantized",
     "valid_block_sizes",
+    "watersic",
     "zigzag",
 ]
 

@@ -12,6 +12,7 @@ from corequant.rounding.codebooks.coded import (
     load_coded,
 )
 from corequant.rounding.codebooks.columns import ColumnProblem, ColumnQuantizer
+from corequant.rounding.codebooks.entropy import EntropyCoded
 from corequant.rounding.codebooks.levels import (
     LevelTable,
     kmeans_levels,
@@ -22,6 +23,7 @@ from corequant.rounding.codebooks.outliers import KeptOutliers, SparseOutliers
 from corequant.rounding.codebooks.scaled import ColumnScaled
 from corequant.rounding.codebooks.shared import SharedCodebook
 from corequant.rounding.codebooks.skim import SkimReport, skim
+from corequant.rounding.codebooks.watersic import watersic
 
 __all__ = [
     "ClaqReport",
@@ -31,6 +33,7 @@ __all__ = [
     "ColumnProblem",
     "ColumnQuantizer",
     "ColumnScaled",
+    "EntropyCoded",
     "KeptOutliers",
     "LevelTable",
     "RoundedWeight",
@@ -43,4 +46,5 @@ __all__ = [
     "lloyd_max",
     "load_coded",
     "skim",
+    "watersic",
 ]

@@ -37,6 +37,7 @@ _KINDS = {
     "additive": "binary.additive:Additive",
     "codebook": "codebooks.codebook:Codebook",
     "column scaled": "codebooks.scaled:ColumnScaled",
+    "entropy coded": "codebooks.entropy:EntropyCoded",
     "kept outliers": "codebooks.outliers:KeptOutliers",
     "shared codebook": "codebooks.shared:SharedCodebook",
 }
