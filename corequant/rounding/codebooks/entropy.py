@@ -201,7 +201,10 @@ class EntropyCoded(CodedWeight):
 def _level(squares: Array) -> npt.NDArray[np.uint8]:
     """Return levels of spread of mean squares, the smallest 0."""
     found = np.rint(_STEPS / 2 * np.log2(squares))
-    return np.minimum(found - found.min(), (1 << _LEVEL_BITS) - 1).astype(np.uint8)
+    levels: npt.NDArray[np.uint8] = np.minimum(found - found.min(), (1 << _LEVEL_BITS) - 1).astype(
+        np.uint8
+    )
+    return levels
 
 
 def _weights(counts: Array) -> npt.NDArray[np.int64]:
