@@ -34,7 +34,7 @@ _EXAMPLES = """
 Examples:
   corequant quantize MODEL -o OUT --preset w4a16
   corequant quantize MODEL -o OUT.gguf --for llama.cpp
-  corequant evaluate OUT --text test.txt --against MODEL
+  corequant evaluate OUT --text test.txt --against MODEL --windows 10
 
 MODEL is a Transformers directory or a GGUF file.
 """
@@ -96,7 +96,7 @@ Examples:
     evaluate: """
 Examples:
   corequant evaluate OUT --text test.txt
-  corequant evaluate OUT --text test.txt --against MODEL
+  corequant evaluate OUT --text test.txt --against MODEL --windows 10
   corequant evaluate OUT --against MODEL --tasks hellaswag.jsonl --limit 500
 """,
     presets: """

@@ -143,7 +143,7 @@ def test_quantize_evaluate_inspect(folder, tmp_path):
         cqhf.load(out), TEXT, cqhf.load_tokenizer(out), windows=3, sequence_length=64
     )
     assert evaluation["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
-    assert "after permutation" in run("inspect", out).stdout
+    assert "before and after permuting" in run("inspect", out).stdout
     assert json.loads(run("inspect", out, "--json").stdout)["files"]["corequant.safetensors"] > 0
 
 

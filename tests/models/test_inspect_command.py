@@ -87,6 +87,7 @@ def test_words_come_first_and_can_be_copied(command, folder, tmp_path):
         ("inspect", "first", *MEASURED),
         ("inspect", "second", *MEASURED),
         ("inspect", "first", "second"),
+        ("inspect", "first"),
         ("inspect", "model", "--text", "text.txt", "--sequence-length", "32"),
     ],
 )
@@ -105,7 +106,7 @@ def test_two_runs(command, folder):
     assert re.search(r"^A first: 0\.\d MB", shown, re.M)
     assert "rounding: gptq → qronos" in shown
     assert "activations: int4:token:asymmetric → none" in shown
-    assert "0.mlp.down_proj" in shown
+    assert "can't be compared where activations differ" in shown.replace("\n", " ")
     found = json.loads(command("inspect", "first", "second", *MEASURED, "--json")[1])
     assert found["recipe"]["rounding"] == ["gptq", "qronos"]
     assert set(found["recipe"]) == {

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from corequant_cli.tables.console import column, console, marked, plain, table
+from corequant_cli.tables.console import column, console, counted, marked, plain, table
 from corequant_cli.tables.data import taken
 
 __all__ = ["comparison", "inspection", "layers", "outliers"]
@@ -41,27 +41,64 @@ def _roundings(rows: list[dict[str, Any]]) -> None:
     seen = [row for row in rows if row.get("loss") is not None]
     if not seen:
         return
-    names = [str(row["name"]).split(".") for row in seen]
-    columns = enumerate(zip(*names, strict=False))
-    shared = next((k for k, column in columns if len(set(column)) > 1), 0)
-    layer, method = (column(name, overflow="fold") for name in ("layer", "method"))
-    heads = ("loss, nearest", "loss", "damping", "dead", "s", "MiB")
-    grid = table(layer, method, *heads, box=None, padding=(0, 1, 0, 0))
-    for row, name in zip(seen, names, strict=True):
+    methods = sorted({row["method"] for row in seen})
+    title, most = f"{counted(len(seen), 'layer')} rounded by {', '.join(methods)}", seen
+    if len(seen) > _MOST_ROWS:
+        title += "; those that lose most"
+        most = sorted(seen, key=lambda row: -row["loss"])[:_MOST_ROWS]
+    console().print(f"{marked(title)}:", highlight=False)
+    names, several = _short_names(seen), ("method",) if len(methods) > 1 else ()
+    grid = _plain_table("layer", *several, "nearest", "loss", "damping", "dead", "s")
+    for row in most:
         damping = row.get("relative_damping")
         again = "" if (row.get("damping_tries") or 1) == 1 else f" (try {row['damping_tries']})"
         grid.add_row(
-            marked(".".join(name[shared:])),
-            marked(row["method"]),
+            marked(names[row["name"]]),
+            *(marked(row["method"]) for _ in several),
             _figure(row.get("loss_nearest")),
             _figure(row["loss"]),
             "" if damping is None else f"{damping:.2g}{again}",
             str(row.get("dead_columns") or ""),
             f"{row['seconds']:.1f}",
-            str(row["peak_rss_mib"]),
         )
     console().print(grid)
-    console().print(_LOSSES)
+    if len(seen) > len(most):
+        console().print(f"and {len(seen) - len(most)} more that lose less: --json has them all")
+    console().print(f"nearest: what rounding to nearest loses. {_LOSSES}")
+
+
+def _regions(rows: list[dict[str, Any]]) -> None:
+    """Print how evenly blocks share the mass of what is permuted, the heaviest first."""
+    lonely = [row for row in rows if row.get("mean_block_mass") is None]
+    if lonely:
+        console().print(
+            f"{counted(len(lonely), 'region')} with too few tokens routed to their expert, the "
+            f"first of them {marked(lonely[0]['name'])} with {marked(lonely[0].get('tokens', 0))}"
+        )
+    known = [row for row in rows if row.get("mean_block_mass") is not None]
+    whole = [row for row in known if row["largest_block_mass"] == row["mean_block_mass"]]
+    if whole:
+        console().print(
+            f"{counted(len(whole), 'region')} with one block for all channels: nothing to balance"
+        )
+    split = [row for row in known if row["largest_block_mass"] != row["mean_block_mass"]]
+    if not split:
+        return
+
+    def before(row: dict[str, Any]) -> float:
+        return float(row["largest_block_mass"] / (row["mean_block_mass"] or math.nan))
+
+    console().print("largest mass of a block over the mean, before and after permuting:")
+    grid = _plain_table("region", "tokens", "before", "after")
+    names = _short_names(split)
+    for row in sorted(split, key=lambda row: -before(row))[:_MOST_ROWS]:
+        after = row["largest_block_mass_permuted"] / (row["mean_block_mass"] or math.nan)
+        tokens = marked(row.get("tokens", ""))
+        grid.add_row(marked(names[row["name"]]), tokens, f"{before(row):.3f}", f"{after:.3f}")
+    console().print(grid)
+    if len(split) > _MOST_ROWS:
+        rest = len(split) - _MOST_ROWS
+        console().print(f"and {rest} more that are more even: --json has them all")
 
 
 def inspection(
@@ -73,7 +110,8 @@ def inspection(
 ) -> None:
     """Print recipe, verification, regions and files of a quantized directory."""
     console().print(f"[bold]{marked(model)}[/bold]")
-    console().print(recipe.to_toml().rstrip(), highlight=False, markup=False)
+    # To be copied: wrapped by the terminal alone.
+    console().print(recipe.to_toml().rstrip(), highlight=False, markup=False, soft_wrap=True)
     if "calibration" in report:
         taken("calibrated on", report["calibration"])
     found = report.get("verification", {})
@@ -81,22 +119,7 @@ def inspection(
         f"verified: logits to {found['logits_error']:.1e}, "
         f"{marked(found.get('matrices_changed'))} matrices changed"
     )
-    regions = report.get("regions", [])
-    if regions:
-        grid = table("region", "tokens", "largest block mass / mean", "after permutation")
-        for row in regions:
-            if row.get("mean_block_mass") is None:
-                few = marked(row.get("tokens", 0))
-                grid.add_row(marked(row["name"]), few, "too few tokens routed to this expert", "")
-                continue
-            mean = row["mean_block_mass"] or math.nan
-            grid.add_row(
-                marked(row["name"]),
-                marked(row.get("tokens", "")),
-                f"{row['largest_block_mass'] / mean:.3f}",
-                f"{row['largest_block_mass_permuted'] / mean:.3f}",
-            )
-        console().print(grid)
+    _regions(report.get("regions", []))
     _roundings(report.get("matrices", []))
     files = table("file", "bytes")
     for name, size in sizes.items():
@@ -205,6 +228,11 @@ def comparison(paths: Sequence[Path], found: Any, errors: Sequence[Any]) -> None
         for layer in two.layers:
             pairs[layer.name] = (pairs.get(layer.name, (None,))[0], 1000 * layer.kl)
         _pairs("KL·10³ of each layer alone", pairs)
+    elif "activations" in found.recipe:
+        console().print(
+            "What layers lose can't be compared where activations differ, since no rounding of "
+            "weights changes their part: --against FLOAT measures each layer."
+        )
     elif found.losses:
         _pairs("loss of each layer on the calibration text", found.losses)
         console().print(_LOSSES)
@@ -259,8 +287,8 @@ def _plain_table(first: str, *numbers: str, **options: Any) -> Any:
     return table(column(first, overflow="fold"), *columns, **options)
 
 
-def _short(names: Sequence[str]) -> list[str]:
-    """Return names without the parts that all of them begin and end with.
+def _short(names: Sequence[str], *, ends: bool = False) -> list[str]:
+    """Return names without the parts that all of them begin and, unless ``ends``, end with.
 
     Examples
     --------
@@ -272,8 +300,13 @@ def _short(names: Sequence[str]) -> list[str]:
     if len(parts) < 2:
         return list(names)
     first = _shared(parts)
-    last = _shared([row[first:][::-1] for row in parts])
+    last = 0 if ends else _shared([row[first:][::-1] for row in parts])
     return [".".join(row[first : len(row) - last]) or ".".join(row) for row in parts]
+
+
+def _short_names(rows: list[dict[str, Any]]) -> dict[str, str]:
+    names = [str(row["name"]) for row in rows]
+    return dict(zip(names, _short(names, ends=True), strict=True))
 
 
 def _shared(rows: list[list[str]]) -> int:
