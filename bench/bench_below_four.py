@@ -140,7 +140,19 @@ def _schemes():
             yield f"{name}-rotated", Scheme(coded(cq.claq, bits, outliers=share), True)
 
 
-SCHEMES = {**dict(_schemes()), **dict(_planes())}
+def _streams():
+    """Yield names and schemes of entropy-coded integers."""
+    for bits in (1, 1.5, 2, 2.12, 2.25, 2.5, 3, 3.25, 4):
+        for suffix, more in {
+            "": {},
+            "-equal": {"waterfilling": False},
+            "-gptq": {"cross": False},
+        }.items():
+            yield f"watersic-{bits:g}{suffix}", Scheme(coded(cq.watersic, bits, **more), True)
+        yield f"watersic-{bits:g}-unrotated", Scheme(coded(cq.watersic, bits))
+
+
+SCHEMES = {**dict(_schemes()), **dict(_planes()), **dict(_streams())}
 DEFAULT = (
     "gptq-3,qronos-3,skim-published-3,skim-3,claq-published-3,claq-3,gptq-2,qronos-2,"
     "claq-published-2.05-outliers,claq-2.25-keep0.002,skim-2.25,watersic-3,watersic-2.25"
