@@ -25,6 +25,7 @@ from corequant_transformers.evaluation.families import divide, families
 from corequant_transformers.evaluation.measurement import replica_of
 from corequant_transformers.evaluation.perplexity import token_log_probabilities
 from corequant_transformers.evaluation.task_files import Item, Task
+from corequant_transformers.model.quantized_linear import QuantizedLinear
 from tests.models.test_architectures import DESCRIBED, SPARSE
 from tests.models.test_described import VARIANTS
 
@@ -115,7 +116,12 @@ def test_activations_of_4_bits_with_a_scale_for_each_token(tokens, readings):
     recipe = Recipe(block_size=16, weights="int4:channel", activations="int4:token:asymmetric")
     model = cqhf.quantize(cqhf.tiny_model("llama"), recipe, tokens).model.double()
     pairs = random_pairs()
-    found = score_pairs(replica_of(model), pairs, 256)
+    replica = replica_of(model)
+    found = score_pairs(replica, pairs, 256)
+    # What is tried out with activations in float leaves no trace.
+    layers = [layer for layer in replica.modules() if isinstance(layer, QuantizedLinear)]
+    assert layers
+    assert all(layer.activations == recipe.activations for layer in layers)
     assert {shape for shape, how in readings if how == KEPT} == {(1, 16), (1, 70), (1, 45)}
     for score, pair in zip(found, pairs, strict=True):
         assert score.total == pytest.approx(plainly(model, pair)[0], abs=1e-5)
