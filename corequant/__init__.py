@@ -14,6 +14,7 @@ from corequant.errors import (
     ArchitectureError,
     BackendError,
     BlockSizeError,
+    BudgetError,
     CalibrationError,
     CheckpointError,
     CorequantError,
@@ -91,9 +92,11 @@ if TYPE_CHECKING:
     from corequant.rotation import block_hadamard, random_signs
     from corequant.rounding import (
         AccumulatorSpec,
+        Allocation,
         Certificate,
         RoundedTensor,
         RoundingReport,
+        allocate_bits,
         certify,
         fit_scales,
         learned_rounding,
@@ -162,8 +165,8 @@ _PARTS = {
     "corequant.range_search": "rangediff sign_descent",
     "corequant.rotation": "block_hadamard random_signs",
     "corequant.rounding": (
-        "AccumulatorSpec Certificate RoundedTensor RoundingReport certify fit_scales "
-        "learned_rounding reconstruction_loss round_to_nearest"
+        "AccumulatorSpec Allocation Certificate RoundedTensor RoundingReport allocate_bits certify "
+        "fit_scales learned_rounding reconstruction_loss round_to_nearest"
     ),
     "corequant.rounding.binary": "Additive Partition arb billm",
     "corequant.rounding.codebooks": (
@@ -187,9 +190,11 @@ __all__ = [
     "AccumulatorSpec",
     "ActivationStats",
     "Additive",
+    "Allocation",
     "ArchitectureError",
     "BackendError",
     "BlockSizeError",
+    "BudgetError",
     "CalibrationError",
     "Certificate",
     "CheckpointError",
@@ -231,6 +236,7 @@ __all__ = [
     "VerificationError",
     "absmax",
     "accumulator_bits",
+    "allocate_bits",
     "arb",
     "available_backends",
     "balanced_scales",

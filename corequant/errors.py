@@ -14,6 +14,7 @@ __all__ = [
     "ArchitectureError",
     "BackendError",
     "BlockSizeError",
+    "BudgetError",
     "CalibrationError",
     "CheckpointError",
     "CorequantError",
@@ -42,6 +43,10 @@ class ShapeError(CorequantError, ValueError):
 
 class BlockSizeError(CorequantError, ValueError):
     """A block or group size does not divide the length of its axis."""
+
+
+class BudgetError(CorequantError, ValueError):
+    """No choice of formats is within a budget of size or loss; the message names what can be."""
 
 
 class HadamardOrderError(CorequantError, ValueError):

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from corequant.errors import BackendError, CheckpointError, OutputError
-from corequant.recipe import Recipe
+from corequant.recipe import Recipe, has_budget
 from corequant_transformers.architectures.known import own_config
 from corequant_transformers.calibration.choices import Calibration, check_calibration
 from corequant_transformers.calibration.data.given import (
@@ -27,6 +27,7 @@ from corequant_transformers.checkpoint.origin import report_description
 from corequant_transformers.checkpoint.quantized import Quantized
 from corequant_transformers.checkpoint.tensors import assemble
 from corequant_transformers.exports.destination import Destination
+from corequant_transformers.exports.room import settle_budget
 from corequant_transformers.model.forward import check_ids, check_positions
 from corequant_transformers.model.layouts import (
     check_blocks,
@@ -62,13 +63,15 @@ Progress = Callable[[str, int, int], None]
 
 
 @undisturbed()
-def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
+def plan(model: str | Path | Any, recipe: Recipe, *, reader: str = "corequant") -> ModelPlan:
     """Plan what ``quantize`` would do to a model, from its config and the names of its weights.
 
     Parameters
     ----------
     model : str, Path or transformers.PreTrainedModel
     recipe : Recipe
+    reader : str
+        Program that the result is for, which tells what ``bits`` and ``size`` choose from.
 
     Returns
     -------
@@ -76,7 +79,7 @@ def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
 
     Raises
     ------
-    ArchitectureError, BlockSizeError, CheckpointError, HadamardOrderError
+    ArchitectureError, BlockSizeError, BudgetError, CheckpointError, HadamardOrderError
         If the model can't be read or the recipe can't be carried out on it.
 
     Examples
@@ -99,10 +102,12 @@ def plan(model: str | Path | Any, recipe: Recipe) -> ModelPlan:
         )
     own = config if source else next(cast(Any, model).parameters(), config)
     recipe = settle_dtype(recipe, own)
-    if source:
-        table = plan_for(source.skeleton, recipe, config, source.tensor_names)
-    else:
-        table = plan_for(model, recipe)
+
+    def made(recipe: Recipe) -> ModelPlan:
+        more = (config, source.tensor_names) if source else ()
+        return plan_for(source.skeleton if source else model, recipe, *more)
+
+    table = made(settle_budget(recipe, reader, made, source.path if source else model))
     if source is None:
         check_untouched(model)
         _check_structure(model, table)
@@ -277,7 +282,7 @@ def quantize(
     source = Source(model) if isinstance(model, str | Path) else None
     model = model if source else check_given(model)
     where = _device(device, None if source else model, executor)
-    table = plan(model, recipe)
+    table = plan(model, recipe, reader=reader)
     if source is None:
         names = [m.name for m in table.quantized]
         check_plain(model, names, table.architecture.linear_classes)
@@ -316,7 +321,8 @@ def quantize(
             goal.save(result, source)
             progress("save", 1, 1)
         return result
-    manifest = describe_run(source, recipe, taken.tokens, where, table)
+    given = table.recipe if has_budget(recipe) else recipe
+    manifest = describe_run(source, given, taken.tokens, where, table)
     with begin_run(goal.output, manifest, resume=resume, check=goal.check) as run:
         job, float_config = task.run(run, Pace(steps_of(table), run.log, events).step)
         result = task.result(job, float_config, path=Path(goal.output).absolute())
@@ -385,6 +391,7 @@ class _Task:
             "calibration": dict(self.taken.data),
             "signs": found["signs"],
             "regions": found["regions"],
+            **({} if found["widths"] is None else {"widths": found["widths"]}),
             "matrices": found["matrices"],
             "seconds": round(time.monotonic() - self.started, 1),
             "peak_rss_mib": round(peak_rss_mib()),

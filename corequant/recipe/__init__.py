@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from corequant.recipe.budget import WIDTHS, candidates_of, has_budget
 from corequant.recipe.fields import (
     DTYPES,
     FACTORS,
@@ -10,6 +11,8 @@ from corequant.recipe.fields import (
     ROTATIONS,
     ROUNDINGS,
     SAMPLINGS,
+    SENSITIVITIES,
+    UNITS,
 )
 from corequant.recipe.layers import LayerRule
 from corequant.recipe.model import Recipe
@@ -21,6 +24,7 @@ from corequant.recipe.preset import (
     check_reader,
     find_preset,
 )
+from corequant.recipe.readers import takes
 from corequant.recipe.settings import FLOAT, LayerSettings
 
 __all__ = [
@@ -35,10 +39,16 @@ __all__ = [
     "ROTATIONS",
     "ROUNDINGS",
     "SAMPLINGS",
+    "SENSITIVITIES",
+    "UNITS",
+    "WIDTHS",
     "LayerRule",
     "LayerSettings",
     "Preset",
     "Recipe",
+    "candidates_of",
     "check_reader",
     "find_preset",
+    "has_budget",
+    "takes",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
+from corequant._validation import check_index
 from corequant.errors import RecipeError, SpecError
 from corequant.rounding.methods import rounding_methods
 from corequant.selection import METHODS
@@ -20,8 +21,11 @@ __all__ = [
     "ROTATIONS",
     "ROUNDINGS",
     "SAMPLINGS",
+    "SENSITIVITIES",
+    "UNITS",
     "activation_spec",
     "check_choice",
+    "check_numbers",
     "check_rotation",
     "check_specs",
     "scales_beside",
@@ -52,8 +56,17 @@ SAMPLINGS = ("consecutive", "random")
 RARE_EXPERTS = ("shared", "nearest")
 """Names that ``Recipe.rare_experts`` takes."""
 
+SENSITIVITIES = ("kl", "output", "weights")
+"""Names that ``Recipe.sensitivity`` takes."""
+
+UNITS = ("layers", "inputs")
+"""Names that ``Recipe.units`` takes."""
+
 ROUNDINGS = tuple(rounding_methods())
 """Names that ``Recipe.rounding`` takes."""
+
+_LEAST = {"samples": 1, "sequence_length": 2, "seed": 0, "steps": 0, "sign_trials": 1}
+_LEAST |= {"expert_tokens": 1}
 
 CHOICES = {
     "permutation": PERMUTATIONS,
@@ -64,6 +77,8 @@ CHOICES = {
     "reference": REFERENCES,
     "sampling": SAMPLINGS,
     "rare_experts": RARE_EXPERTS,
+    "sensitivity": SENSITIVITIES,
+    "units": UNITS,
 }
 """Names that each field takes, in the order in which they are checked."""
 
@@ -72,6 +87,30 @@ def check_choice(field: str, value: Any) -> None:
     """Raise RecipeError unless a value is among those of a field."""
     if value not in CHOICES[field]:
         raise RecipeError(f"{field} must be one of {', '.join(CHOICES[field])}, got {value!r}")
+
+
+def check_numbers(recipe: Any) -> None:
+    """Raise RecipeError unless the numbers of a recipe and its flag are what they have to be."""
+    size, tolerance = recipe.block_size, recipe.tolerance
+    if isinstance(size, str) and size != "auto":
+        raise RecipeError(f"block_size must be an integer, several, 'auto' or None, got {size!r}")
+    whole = [(name, getattr(recipe, name), least) for name, least in _LEAST.items()]
+    if size is not None and size != "auto":
+        whole += [("block_size", each, 1) for each in (size if isinstance(size, tuple) else [size])]
+    if recipe.head_block_size is not None:
+        whole.append(("head_block_size", recipe.head_block_size, 1))
+    for name, value, least in whole:
+        try:
+            check_index(name, value, least)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(str(error)) from error
+    check_rotation(recipe)
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float):
+        raise RecipeError(f"tolerance must be a number, got {tolerance!r}")
+    if not 0 <= tolerance < float("inf"):
+        raise RecipeError(f"tolerance must be finite and not negative, got {tolerance}")
+    if not isinstance(recipe.random_signs, bool):
+        raise RecipeError(f"random_signs must be true or false, got {recipe.random_signs!r}")
 
 
 def check_rotation(recipe: Any) -> None:

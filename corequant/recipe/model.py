@@ -8,13 +8,14 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from corequant._validation import check_index, need_packages
+from corequant._validation import need_packages
 from corequant.errors import AccumulatorError, RecipeError
+from corequant.recipe.budget import has_budget, settle_budget
 from corequant.recipe.fields import (
     CHOICES,
     activation_spec,
     check_choice,
-    check_rotation,
+    check_numbers,
     check_specs,
     scales_beside,
     spec_text,
@@ -30,8 +31,6 @@ from corequant.specs import QuantSpec
 
 __all__ = ["Recipe"]
 
-_LEAST = {"samples": 1, "sequence_length": 2, "seed": 0, "steps": 0, "sign_trials": 1}
-_LEAST |= {"expert_tokens": 1}
 _WEIGHTS = QuantSpec.parse("int4:channel:symmetric:mse")
 _ACTIVATIONS = QuantSpec.parse("int4:token:asymmetric")
 
@@ -142,6 +141,24 @@ class Recipe:
     keep : tuple of str
         Patterns of layers that stay in float, such as down_proj, model.layers.0 or re:.*o_proj.
         They do so whatever ``layers`` says; see ``LayerRule`` about patterns.
+    bits : float, optional
+        Mean bits of a weight of all linear layers, scales included, that are not exceeded while
+        each layer gets the width that serves the model best. The widths become rules of ``layers``;
+        layers that have a rule for their weights keep to it. None gives all layers ``weights``.
+    size : int or str, optional
+        Size of the result, such as 80MB, that is not exceeded while each layer gets its width, as
+        with ``bits``.
+    candidates : tuple of QuantSpec
+        Quantizers of weights that ``bits`` and ``size`` choose from; by default the integers of 2,
+        3, 4, 5, 6 and 8 bits, with the scales of ``weights``, that the result's program can load.
+    sensitivity : str
+        What a layer's width costs, for ``bits`` and ``size``: one of ``SENSITIVITIES``. ``kl`` is
+        what errors of its outputs do to the predicted probabilities, by gradients; ``output`` is
+        their relative squared error, ``weights`` that of the weights.
+    units : str
+        Layers that get one width, for ``bits`` and ``size``: one of ``UNITS``. ``layers`` is each
+        for itself, but for the experts of a block; ``inputs`` all that read the same input, such as
+        query, key and value, as vLLM needs.
 
     Raises
     ------
@@ -191,6 +208,11 @@ class Recipe:
     rare_experts: str = "shared"
     layers: tuple[LayerRule, ...] = ()
     keep: tuple[str, ...] = ()
+    bits: float | None = None
+    size: int | None = None
+    candidates: tuple[QuantSpec, ...] = ()
+    sensitivity: str = "kl"
+    units: str = "layers"
 
     if TYPE_CHECKING:
         # Fields have the types that are read; these are those that are accepted.
@@ -227,6 +249,11 @@ class Recipe:
             rare_experts: str = ...,
             layers: Sequence[LayerRule | str | Mapping[str, Any]] = ...,
             keep: Sequence[str] = ...,
+            bits: float | None = ...,
+            size: int | str | None = ...,
+            candidates: Sequence[QuantSpec | str] = ...,
+            sensitivity: str = ...,
+            units: str = ...,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -235,28 +262,9 @@ class Recipe:
         object.__setattr__(self, "activations", activation_spec(self.activations))
         for name in CHOICES:
             check_choice(name, getattr(self, name))
-        if isinstance(self.block_size, str) and self.block_size != "auto":
-            raise RecipeError(
-                f"block_size must be an integer, several, 'auto' or None, got {self.block_size!r}"
-            )
         if isinstance(self.block_size, list):
             object.__setattr__(self, "block_size", tuple(self.block_size))
-        whole = [(name, getattr(self, name), least) for name, least in _LEAST.items()]
-        whole += [("block_size", size, 1) for size in self._sizes()]
-        if self.head_block_size is not None:
-            whole.append(("head_block_size", self.head_block_size, 1))
-        for name, value, least in whole:
-            try:
-                check_index(name, value, least)
-            except (TypeError, ValueError) as error:
-                raise RecipeError(str(error)) from error
-        check_rotation(self)
-        if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, int | float):
-            raise RecipeError(f"tolerance must be a number, got {self.tolerance!r}")
-        if not 0 <= self.tolerance < float("inf"):
-            raise RecipeError(f"tolerance must be finite and not negative, got {self.tolerance}")
-        if not isinstance(self.random_signs, bool):
-            raise RecipeError(f"random_signs must be true or false, got {self.random_signs!r}")
+        check_numbers(self)
         if not isinstance(self.weights, QuantSpec):
             raise RecipeError(f"weights must be a QuantSpec, got {type(self.weights).__name__}")
         check_specs(self.weights, self.activations)
@@ -270,6 +278,8 @@ class Recipe:
             object.__setattr__(self, name, vocabulary_spec(self, name))
         self.rounding_options()
         self._settle_layers()
+        for name, value in settle_budget(self).items():
+            object.__setattr__(self, name, value)
 
     def _settle_layers(self) -> None:
         given = {"layers": self.layers, "keep": self.keep}
@@ -282,11 +292,6 @@ class Recipe:
         object.__setattr__(self, "keep", tuple(self.keep))
         for pattern in self.keep:
             check_pattern("a pattern of keep", pattern)
-
-    def _sizes(self) -> tuple[Any, ...]:
-        if self.block_size is None or self.block_size == "auto":
-            return ()
-        return self.block_size if isinstance(self.block_size, tuple) else (self.block_size,)
 
     def settings_of(self, layer: str) -> LayerSettings:
         """Return how a linear layer is quantized, by the path of its module.
@@ -379,6 +384,9 @@ class Recipe:
             values["block_size"] = list(self.block_size)
         values["layers"] = [rule.to_dict() for rule in self.layers] or None
         values["keep"] = list(self.keep) or None
+        values["candidates"] = [spec_text(spec) for spec in self.candidates] or None
+        if not has_budget(self):
+            values |= dict.fromkeys(("sensitivity", "units"))
         return {name: value for name, value in values.items() if value is not None}
 
     @classmethod

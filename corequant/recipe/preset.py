@@ -83,8 +83,8 @@ class Preset:
         A change that goes with another rotation brings it: ``block_size`` and ``factors`` make a
         rotation without any at run time ``merged``, and such a rotation removes both. Another
         ``rounding`` leaves out what only the preset's method takes, other ``weights`` leave out the
-        rules and the ``refit`` of the preset's. Rules of ``layers`` and patterns of ``keep`` are
-        added to those that remain.
+        rules and the ``refit`` of the preset's, ``bits`` and ``size`` its rules. Rules of
+        ``layers`` and patterns of ``keep`` are added to those that remain.
 
         Raises
         ------
@@ -101,6 +101,9 @@ class Preset:
             left |= _OF_METHODS
         if "weights" in changes:
             left |= _OF_WEIGHTS
+        if {"bits", "size"} & set(changes):
+            # Which layers get more bits is what they ask for.
+            left |= {"layers"}
         values = {name: value for name, value in values.items() if name not in left}
         for name in _ADDED & set(changes):
             changes[name] = [*values.get(name, ()), *changes[name]]

@@ -6,6 +6,8 @@ from corequant.rounding.accumulators import (
     certify,
     integer_codes,
 )
+from corequant.rounding.allocation import Allocation, allocate_bits
+from corequant.rounding.expectation import expected_losses, unpredicted
 from corequant.rounding.fitting import fit_scales
 from corequant.rounding.gpfq import gpfq
 from corequant.rounding.gptq import gptq
@@ -21,6 +23,7 @@ from corequant.rounding.together import round_together
 
 __all__ = [
     "AccumulatorSpec",
+    "Allocation",
     "Certificate",
     "Damping",
     "InputMoments",
@@ -28,7 +31,9 @@ __all__ = [
     "RoundingMethod",
     "RoundingOptions",
     "RoundingReport",
+    "allocate_bits",
     "certify",
+    "expected_losses",
     "fit_scales",
     "gpfq",
     "gptq",
@@ -40,4 +45,5 @@ __all__ = [
     "round_to_nearest",
     "round_together",
     "rounding_methods",
+    "unpredicted",
 ]

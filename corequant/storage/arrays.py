@@ -10,6 +10,7 @@ the name ``weight``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,8 +29,9 @@ from corequant.packing.codes import (
 from corequant.quantization import QuantizedTensor
 from corequant.specs import Granularity, QuantSpec, qparams_shape
 from corequant.storage.scales import load_scales, store_scales
+from corequant.storage.tensor_file import ITEM_BYTES
 
-__all__ = ["Layout", "from_arrays", "layout_of", "to_arrays"]
+__all__ = ["Layout", "from_arrays", "layout_of", "stored_bytes", "to_arrays"]
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -110,6 +112,28 @@ def layout_of(name: str, shape: tuple[int, int], spec: QuantSpec) -> Layout:
     if spec.granularity is Granularity.TENSOR_GROUP:
         found[f"{name}.weight_global_scale"] = ("F32", (1,))
     return dict(sorted(found.items()))
+
+
+def stored_bytes(shape: tuple[int, int], spec: QuantSpec) -> int:
+    """Return the bytes of what ``to_arrays`` returns for a weight.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        (out_features, in_features).
+    spec : QuantSpec
+        Scales of bfloat16 count as stored, two bytes each.
+
+    Examples
+    --------
+    >>> from corequant.specs import QuantSpec
+    >>> from corequant.storage.arrays import stored_bytes
+    >>> stored_bytes((2, 8), QuantSpec.parse("int4:channel"))
+    32
+    """
+    arrays = layout_of("", shape, spec)
+    scales = math.prod(arrays.pop(".weight_scale")[1]) * spec.scale_format.bits // 8
+    return scales + sum(math.prod(part) * ITEM_BYTES[tag] for tag, part in arrays.values())
 
 
 def from_arrays(

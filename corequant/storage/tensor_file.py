@@ -23,7 +23,7 @@ import numpy.typing as npt
 from corequant.errors import CheckpointError
 from corequant.storage.files import open_regular
 
-__all__ = ["RawTensor", "TensorFile", "file_bytes", "parse_header", "write_tensors"]
+__all__ = ["ITEM_BYTES", "RawTensor", "TensorFile", "file_bytes", "parse_header", "write_tensors"]
 
 Array = npt.NDArray[Any]
 
@@ -33,7 +33,7 @@ LONGEST_HEADER = 100_000_000
 _MOST_AXES = 16
 _ALIGNMENT = 8
 _KEYS = {"dtype", "shape", "data_offsets"}
-_SIZES = {
+ITEM_BYTES = {
     "BOOL": 1,
     "U8": 1,
     "I8": 1,
@@ -236,7 +236,7 @@ def file_bytes(layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in layout.items():
-        start, end = end, end + math.prod(shape) * _SIZES[dtype]
+        start, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"))
     return 8 + -(-len(text) // _ALIGNMENT) * _ALIGNMENT + end
@@ -313,7 +313,7 @@ def write_tensors(
     pairs = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
     header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     # Wide types first, so that every tensor's bytes are aligned to its type.
-    pairs.sort(key=lambda pair: -_SIZES[pair[1].dtype])
+    pairs.sort(key=lambda pair: -ITEM_BYTES[pair[1].dtype])
     end = 0
     for name, tensor in pairs:
         first, end = end, end + tensor.data.nbytes
@@ -354,14 +354,14 @@ def _entry(name: str, value: Any) -> Entry:
     if not isinstance(value, dict) or set(value) != _KEYS:
         raise CheckpointError(f"{name!r} must have dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _SIZES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(f"{name!r} has the unknown dtype {str(dtype)[:40]!r}")
     if not _whole(shape) or len(shape) > _MOST_AXES:
         raise CheckpointError(f"the shape of {name!r} must be a list of sizes")
     if not _whole(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"data_offsets of {name!r} must be two ascending numbers")
-    if math.prod(shape) * _SIZES[dtype] != offsets[1] - offsets[0]:
-        needs, has = math.prod(shape) * _SIZES[dtype], offsets[1] - offsets[0]
+    if math.prod(shape) * ITEM_BYTES[dtype] != offsets[1] - offsets[0]:
+        needs, has = math.prod(shape) * ITEM_BYTES[dtype], offsets[1] - offsets[0]
         raise CheckpointError(f"{name!r} must have {needs} bytes for its shape, got {has}")
     return dtype, tuple(shape), offsets[0], offsets[1]
 

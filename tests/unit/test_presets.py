@@ -87,7 +87,7 @@ def test_another_rounding_leaves_out_what_only_the_presets_takes():
         ({"name": "w4a16", "reader": "vlm"}, "one of corequant, .* did you mean 'vllm'"),
         ({"name": "w4a4", "reader": "llama.cpp"}, "presets for llama.cpp: w4a16, .*gguf-q4_0"),
         ({"name": "gguf-q4_1", "reader": "vllm"}, "'gguf-q4_1' can't be run by vllm"),
-        ({"name": "w4a16", "bits": 4}, "unknown recipe key 'bits'"),
+        ({"name": "w4a16", "bit": 4}, "unknown recipe key 'bit'"),
     ],
 )
 def test_refusals(arguments, words):

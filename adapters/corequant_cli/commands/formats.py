@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from corequant.errors import SpecError
 from corequant.formats import FormatKind
 from corequant.formats import formats as known
 from corequant.recipe import READERS
@@ -21,9 +20,6 @@ _WEIGHTS = (
     *("mxfp4", "nvfp4", "mxfp6_e2m3", "mxfp8_e4m3", "mxint8", "float8_e4m3fn:channel", "nf4"),
 )
 """Weights that people ask for."""
-
-_VLLM_BITS = (4, 8)
-"""Widths of weights that vLLM has kernels for, of those that compressed-tensors holds."""
 
 
 def formats(as_json: Json = False) -> None:
@@ -65,20 +61,7 @@ def _parts() -> dict[str, list[str]]:
 
 def _readers() -> dict[str, list[str]]:
     """Return the programs that take weights of each kind, as their writers say."""
-    from corequant.storage.compressed_tensors import Scheme
-    from corequant.storage.gguf import block_type_of
+    from corequant.recipe.readers import takes
 
-    # Each of these refuses what its files can't hold.
-    layouts: dict[str, Any] = {"compressed-tensors": Scheme, "gguf": block_type_of}
-    found = {}
-    for text in _WEIGHTS:
-        spec, readers = QuantSpec.parse(text), []
-        for reader, layout in READERS.items():
-            try:
-                layouts.get(layout, str)(spec)
-            except SpecError:
-                continue
-            if reader != "vllm" or spec.format.bits in _VLLM_BITS:
-                readers.append(reader)
-        found[text] = readers
-    return found
+    specs = {text: QuantSpec.parse(text) for text in _WEIGHTS}
+    return {text: [r for r in READERS if takes(r, spec)] for text, spec in specs.items()}

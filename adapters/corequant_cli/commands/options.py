@@ -33,23 +33,29 @@ _METAVARS = {
     "head_block_size": "<int>|none",
     "damping": "<float>|none",
     "accumulator": "[<int>x]<int>|none",
+    "bits": "<float>|none",
+    "size": "<int>[MB|GB]|none",
 }
 _REPEATED = {
     "layers": ("--layer", "<pattern>=<spec>[,...]"),
     "keep": ("--keep", "<pattern>"),
+    "candidates": ("--candidates", "<spec>"),
 }
 """Option that may be given several times, and its value, by field."""
 _NUMBERS: dict[str, type[int] | type[float]] = {
     "block_size": int,
     "head_block_size": int,
     "damping": float,
+    "bits": float,
+    "size": int,
 }
 """Fields that take a number, or something else."""
 
 _PANELS = {
     **dict.fromkeys(("weights", "activations", "embeddings", "head", "layers", "keep"), WHAT),
+    **dict.fromkeys(("bits", "size", "candidates"), WHAT),
     **dict.fromkeys(("dtype", "rotation", "block_size"), WHAT),
-    **dict.fromkeys(("rounding", "permutation", "factors"), QUALITY),
+    **dict.fromkeys(("rounding", "permutation", "factors", "sensitivity"), QUALITY),
     **dict.fromkeys(("samples", "sequence_length", "sampling"), QUALITY),
 }
 """Panel of each field's option; those that aren't here are for experts."""

@@ -37,7 +37,7 @@ def plan(
     from corequant_transformers.exports.destination import Destination
     from corequant_transformers.exports.sizes import sizes_if_tied
 
-    table, source = cqhf.plan(model, recipe), cqhf.Source(model)
+    table, source = cqhf.plan(model, recipe, reader=reader), cqhf.Source(model)
     Destination("", reader).check_plan(table, source.config(), source)
     sizes = cqhf.sizes(table, model)
     at_run_time = reader == "corequant" and table.recipe.rotation == "merged"

@@ -73,13 +73,15 @@ def quantize(
 
     load_adapter()
     if dry_run:
-        fates = cqhf.fates(cqhf.plan(model, recipe))
+        fates = cqhf.fates(cqhf.plan(model, recipe, reader=reader))
         if as_json:
             print_json({"tensors": fates})
         else:
             plans.fates(fates)
         return
-    limit = None if memory is None else cqhf.limit_memory(memory, cqhf.plan(model, recipe))
+    limit = None
+    if memory is not None:
+        limit = cqhf.limit_memory(memory, cqhf.plan(model, recipe, reader=reader))
     note = "" if calibration or as_json else data.CARRIED
     with console.progress(note) as progress:
         result = cqhf.quantize(

@@ -8,6 +8,7 @@ from typing import Any
 
 from corequant_cli.tables.console import column, console, marked, table
 from corequant_cli.tables.data import taken
+from corequant_cli.tables.widths import widths
 
 __all__ = ["demo", "quantized"]
 
@@ -21,6 +22,8 @@ def quantized(result: Any, model: Path, output: Path, reader: str) -> None:
         f"{found.logits_error:.1e} (float64), {found.matrices_changed} matrices changed, "
         f"{found.rotations_online} online rotations, {found.permutations} permutations"
     )
+    if "widths" in result.report:
+        widths(result.report["widths"])
     console().print(
         f"saved to {marked(output)} in {result.report['seconds']} s, "
         f"peak memory {result.report['peak_rss_mib']} MiB"

@@ -34,6 +34,7 @@ __all__ = [
     "check_positions",
     "check_tokens",
     "enter",
+    "follow_block",
     "leaving",
     "run_block",
 ]
@@ -240,6 +241,16 @@ def run_block(
     block: Any, hidden: torch.Tensor, arguments: Mapping[str, Any], window: int = 0
 ) -> torch.Tensor:
     """Return what a decoder block makes of hidden states (1, length, hidden), where it is.
+
+    Parameters are those of ``follow_block``.
+    """
+    return follow_block(block, hidden, arguments, window)
+
+
+def follow_block(
+    block: Any, hidden: torch.Tensor, arguments: Mapping[str, Any], window: int = 0
+) -> torch.Tensor:
+    """Return what a decoder block makes of hidden states, as ``run_block``, with gradients.
 
     Parameters
     ----------

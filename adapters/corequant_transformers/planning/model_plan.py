@@ -44,6 +44,7 @@ from corequant_transformers.planning.rules import (
     settle_dtype,
     tie,
 )
+from corequant_transformers.planning.widths import Shares, budget_note, stand_in
 
 __all__ = ["VERIFIED_TOKENS", "ModelPlan", "plan_model", "replan"]
 
@@ -248,6 +249,8 @@ def plan_model(config: Any, recipe: Recipe, architecture: Architecture | None = 
         If the architecture is unknown or its config malformed.
     BlockSizeError, HadamardOrderError
         If a rotation or a group doesn't fit a width; the message names the width.
+    BudgetError
+        If the recipe's bits can't be met; names those that can.
     RecipeError
         If signs or scales are asked for where the path isn't linear, or a rule for layers names
         none or can't be carried out.
@@ -261,6 +264,10 @@ def plan_model(config: Any, recipe: Recipe, architecture: Architecture | None = 
         architecture = resolved(architecture, config)
     sizes, inner_config = dimensions_of(config, architecture), decoder_config(config)
     matrices, notes = plan_matrices(architecture, inner_config, sizes, recipe)
+    if recipe.bits is not None:
+        shares = Shares.of(recipe, architecture, matrices)
+        matrices, _ = plan_matrices(architecture, inner_config, sizes, stand_in(shares))
+        notes = (*notes, budget_note(shares))
     tied, untied = tie(architecture, sizes, recipe, matrices)
     blocks = tuple(architecture.in_block(inner_config, i) for i in range(sizes.blocks))
     pairs = [(architecture.block_path(i), block) for i, block in enumerate(blocks)]
@@ -299,7 +306,12 @@ def replan(plan: ModelPlan, config: Any, recipe: Recipe) -> ModelPlan:
     recipe : Recipe
     """
     other = plan_model(config, recipe, plan.architecture)
-    return replace(other, tied=plan.tied, notes=plan.notes)
+    if other.recipe.bits == plan.recipe.bits:
+        return replace(other, tied=plan.tied, notes=plan.notes)
+    # What is said about widths that were to be chosen is over.
+    before = plan_model(config, plan.recipe, plan.architecture).notes
+    more = tuple(note for note in plan.notes if note not in before)
+    return replace(other, tied=plan.tied, notes=(*other.notes, *more))
 
 
 def _notes_outside(a: Architecture) -> Iterator[str]:

@@ -14,7 +14,7 @@ from corequant_transformers.architectures.description import Architecture
 from corequant_transformers.architectures.dimensions import Dimensions
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 
-__all__ = ["check_rules", "folds_gains", "fusion_conflict", "settle_dtype", "tie"]
+__all__ = ["check_rules", "folds_gains", "fusion_conflict", "is_layer", "settle_dtype", "tie"]
 
 _OUTPUTS = ("attention_output", "mlp_output")
 """Roles of matrices whose input's channels are permuted by themselves."""
@@ -38,7 +38,7 @@ def check_rules(recipe: Recipe, matrices: Sequence[MatrixPlan]) -> None:
         quantize it differently.
     """
     names = [m.name for m in matrices]
-    layers = [m.name for m in matrices if _is_layer(m)]
+    layers = [m.name for m in matrices if is_layer(m)]
     for pattern in recipe.keep:
         _check_matches("keep must name layers", pattern, names)
     for rule in recipe.layers:
@@ -65,7 +65,8 @@ def check_rules(recipe: Recipe, matrices: Sequence[MatrixPlan]) -> None:
     _check_inputs(matrices)
 
 
-def _is_layer(matrix: MatrixPlan) -> bool:
+def is_layer(matrix: MatrixPlan) -> bool:
+    """Return whether a matrix is a linear layer of a decoder block, which rules can be for."""
     return matrix.block is not None and matrix.role not in ("router", "steering")
 
 
@@ -115,7 +116,7 @@ def fusion_conflict(matrices: Iterable[MatrixPlan]) -> str | None:
     """
     first: dict[str, MatrixPlan] = {}
     for matrix in matrices:
-        if not _is_layer(matrix):
+        if not is_layer(matrix):
             continue
         other = first.setdefault(matrix.reads, matrix)
         if _scheme(other) != _scheme(matrix):

@@ -20,6 +20,7 @@ import torch
 
 from corequant.errors import ArchitectureError
 from corequant.recipe import Recipe
+from corequant.recipe.layers import as_rule
 from corequant_torch.device.onednn import QuickForward
 from corequant_transformers.calibration.choices import (
     Calibration,
@@ -35,17 +36,19 @@ from corequant_transformers.model.parts import ENTRY, EXIT, OUTSIDE, Parts, part
 from corequant_transformers.model.surroundings import to_host
 from corequant_transformers.planning.matrix_plan import Region
 from corequant_transformers.planning.model_plan import VERIFIED_TOKENS, ModelPlan, replan
+from corequant_transformers.planning.widths import with_rules
 from corequant_transformers.rounding.block import groups_of, round_block
 from corequant_transformers.rounding.layers import check_tied, round_nearest, round_unquantized
 from corequant_transformers.run.ledger import Ledger, quantizes, steps_of
 from corequant_transformers.run.sign_trials import SignTrials
 from corequant_transformers.run.stacks import Stacks
+from corequant_transformers.run.summary import summarize
+from corequant_transformers.run.widths import Widths
 from corequant_transformers.transforms.embeddings import transform_entry, transform_exit
 from corequant_transformers.transforms.matrices import Choices
 from corequant_transformers.transforms.outside import transform_writers
 from corequant_transformers.transforms.verification import (
     KeepFloat64,
-    Verification,
     check_any_changed,
     check_block_error,
     check_choices,
@@ -112,6 +115,7 @@ class Job:
         self._states = (*tokens.shape, plan.dimensions.hidden)
         self._verified = tokens[0, :VERIFIED_TOKENS]
         self._stacks = Stacks(parts, tokens, self._verified)
+        self._widths = Widths(parts, plan, tokens, ledger, progress)
 
     def _check_rounding(self) -> None:
         for matrix in self.plan.quantized:
@@ -152,22 +156,32 @@ class Job:
             If a transformed part doesn't compute what the float one does.
         """
         self._stacks.prepare()
+        self._widths.prepare()
         resumed = self.ledger.resume(self.steps)
         for step in self.steps[:resumed]:
             self._absorb(step)
         self._collector.restore(self.ledger.state())
         for step in self.steps[resumed:]:
             started = time.monotonic()
-            kind, _, index = step.partition("-")
-            action: Callable[..., None] = getattr(self, f"_do_{kind}")
             with QuickForward():
-                action(step, *([int(index)] if index else []))
+                self._carry_out(step)
             self._absorb(step)
             self.after(step, time.monotonic() - started)
         return resumed
 
+    def _carry_out(self, step: str) -> None:
+        if step in self._widths.steps:
+            self._widths.carry_out(step, self.plan, self.choices)
+            return
+        kind, _, index = step.partition("-")
+        action: Callable[..., None] = getattr(self, f"_do_{kind}")
+        action(step, *([int(index)] if index else []))
+
     def _absorb(self, step: str) -> None:
         """Take over what a step chose."""
+        if step == "allocate":
+            rules = map(as_rule, self.ledger.report(step)["rules"])
+            self.plan = self._replanned(with_rules(self.plan.recipe, rules))
         if not step.startswith("calibrate") and step != "choose":
             return
         report = self.ledger.report(step)
@@ -424,21 +438,5 @@ class Job:
         return found
 
     def report(self) -> dict[str, Any]:
-        """Return the report's rows: signs, regions, verification and matrices."""
-        reports = {step: self.ledger.report(step) for step in self.steps}
-        regions = [row for r in reports.values() for row in r.get("regions", [])]
-        regions.sort(key=lambda row: row["index"])
-        blocks = [r for step, r in reports.items() if step.startswith("block")]
-        verification = Verification(
-            reports[EXIT]["error"],
-            tuple(r["error"] for r in blocks),
-            sum(reports[step]["changed"] for step in self.quantizing_steps),
-            len(self.plan.online),
-            reports[ENTRY]["moving"],
-        )
-        return {
-            "verification": verification,
-            "signs": reports["choose"]["signs"],
-            "regions": [{k: v for k, v in row.items() if k != "index"} for row in regions],
-            "matrices": [row for r in reports.values() for row in r.get("matrices", [])],
-        }
+        """Return the report's rows, as ``summarize``."""
+        return summarize(self.ledger, self.steps, len(self.plan.online))

@@ -12,7 +12,10 @@ from corequant_transformers.model.forward import Windows
 from corequant_transformers.model.parts import ENTRY, EXIT, OUTSIDE
 from corequant_transformers.planning.model_plan import ModelPlan
 
-__all__ = ["Ledger", "MemoryLedger", "quantizes", "steps_of"]
+__all__ = ["ALLOCATE", "Ledger", "MemoryLedger", "quantizes", "steps_of", "width_steps"]
+
+ALLOCATE = "allocate"
+"""The step that chooses widths from what those before it measured."""
 
 
 def steps_of(plan: ModelPlan) -> list[str]:
@@ -21,11 +24,23 @@ def steps_of(plan: ModelPlan) -> list[str]:
     return [
         *(f"calibrate-{i:05d}" for i in blocks),
         "choose",
+        *width_steps(plan),
         *([OUTSIDE] if plan.architecture.outside else []),
         ENTRY,
         *(f"block-{i:05d}" for i in blocks),
         EXIT,
     ]
+
+
+def width_steps(plan: ModelPlan) -> list[str]:
+    """Return the names of the steps that choose widths within a budget; none without one."""
+    if plan.recipe.bits is None:
+        return []
+    blocks = [f"{i:05d}" for i in range(plan.dimensions.blocks)]
+    steps = [f"measure-{i}" for i in blocks]
+    if plan.recipe.sensitivity == "kl":
+        steps += ["gradient", *(f"gradient-{i}" for i in reversed(blocks))]
+    return [*steps, ALLOCATE]
 
 
 def quantizes(step: str) -> bool:

@@ -1,0 +1,294 @@
+"""The formats of a model's layers, chosen together: the least loss that fits into a size.
+
+Each unit, a layer or a group of rows, takes one of several formats, each with a loss and a size.
+What is sought is the choice of least total loss within a total size, or of least total size within
+a total loss: the multiple-choice knapsack problem. Its relaxation is solved exactly by following
+each unit's lower convex hull, the steepest step of all units first; where the last step fits, that
+is the optimum, which is the known case of convex losses. Otherwise sizes that are whole multiples
+of few units are solved exactly by dynamic programming, and for others the relaxation bounds what
+exchanges between units can still gain.
+
+Source: Kellerer, Pferschy and Pisinger, "Knapsack Problems", Springer 2004, chapter 11. Shoham and
+Gersho, "Efficient bit allocation for an arbitrary set of quantizers", IEEE Transactions on
+Acoustics, Speech, and Signal Processing 36 (1988), is the same for quantizers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from corequant._validation import check_number
+from corequant.errors import BudgetError, NonFiniteError, ShapeError
+from corequant.rounding.exchanges import improve
+
+__all__ = ["Allocation", "allocate_bits"]
+
+Array = npt.NDArray[np.float64]
+Choice = npt.NDArray[np.int64]
+
+_MOST_WORK = 1 << 28
+"""Table entries that dynamic programming may compute."""
+
+_MOST_STATES = 1 << 27
+"""Table entries that it may keep, a byte each."""
+
+_WHOLE = float(1 << 53)
+"""Integers below are exact in float64."""
+
+
+@dataclass(frozen=True, eq=False)
+class Allocation:
+    """Result of ``allocate_bits``.
+
+    Attributes
+    ----------
+    choices : numpy.ndarray (units,), int64
+        Index of each unit's format.
+    loss, size : float
+        Their totals.
+    gap : float
+        What no other choice can gain more than: of loss within a size, of size within a loss. It is
+        0 of a choice that is proven to be the best.
+    """
+
+    choices: npt.NDArray[np.int64]
+    loss: float
+    size: float
+    gap: float
+
+
+def allocate_bits(
+    losses: Any, sizes: Any, budget: float | None = None, *, loss: float | None = None
+) -> Allocation:
+    """Choose a format for each of several units, with the least loss that fits into a size.
+
+    Losses of units have to add up, as the squared errors of layers' outputs do, weighted by what
+    they do to the model.
+
+    Parameters
+    ----------
+    losses : array (units, formats)
+        Loss of each unit in each format; infinity where it can't have that format.
+    sizes : array (units, formats) or (formats,)
+        Sizes, not negative, in bits or bytes. Where they are integers with a large common divisor
+        the best choice is found in any case.
+    budget : float, optional
+        Total size that the choice must not exceed.
+    loss : float, optional
+        Total loss that the choice must not exceed, in place of ``budget``; the least size is sought
+        then.
+
+    Returns
+    -------
+    Allocation
+        Of several choices that are equally good, always the same.
+
+    Raises
+    ------
+    BudgetError
+        If no choice is within the budget; names the range that can be reached.
+    NonFiniteError
+        If a loss is NaN or minus infinity, or a size isn't finite.
+    ShapeError, TypeError, ValueError
+        If the arrays don't fit each other, a size is negative, a unit has no format at all, or not
+        one of ``budget`` and ``loss`` is given.
+
+    Examples
+    --------
+    >>> import corequant as cq
+    >>> losses = [[9.0, 2.0, 0.5], [4.0, 1.0, 0.2]]
+    >>> found = cq.allocate_bits(losses, sizes=[2, 3, 4], budget=6)
+    >>> found.choices, found.loss, found.gap
+    (array([1, 1]), 3.0, 0.0)
+    >>> cq.allocate_bits(losses, [2, 3, 4], loss=2.0).size
+    7.0
+    """
+    cost, weight = _checked(losses, sizes)
+    if (budget is None) == (loss is None):
+        given = "none" if budget is None else "both"
+        raise ValueError(f"one of budget and loss must be given, got {given}")
+    if budget is not None:
+        limit = _checked_limit("budget", budget, weight, cost)
+    else:
+        limit = _checked_limit("loss", loss, cost, weight)
+    by_size = budget is not None
+    objective, constraint = (cost, weight) if by_size else (weight, cost)
+    choices, bound = _follow_hulls(objective, constraint, limit)
+    gap = _total(objective, choices) - bound
+    if gap > 0:
+        better = _by_programming(cost, weight, limit, choices, by_size=by_size)
+        if better is None:
+            choices = improve(objective, constraint, limit, choices, bound)
+            gap = max(0.0, _total(objective, choices) - bound)
+        else:
+            choices, gap = better, 0.0
+    return Allocation(choices, _total(cost, choices), _total(weight, choices), max(float(gap), 0.0))
+
+
+def _checked(losses: Any, sizes: Any) -> tuple[Array, Array]:
+    """Return losses, and sizes (units, formats), infinite where a unit can't have a format."""
+    cost = np.asarray(losses, np.float64)
+    weight = np.asarray(sizes, np.float64)
+    if cost.ndim != 2 or cost.size == 0:
+        raise ShapeError(f"losses must be (units, formats), got shape {cost.shape}")
+    if weight.shape not in (cost.shape, cost.shape[1:]):
+        raise ShapeError(
+            f"sizes must be {cost.shape} or {cost.shape[1:]}, as losses are, got {weight.shape}"
+        )
+    for name, values, bad in (
+        ("losses", cost, np.isnan(cost) | (cost == -np.inf)),
+        ("sizes", weight, ~np.isfinite(weight)),
+    ):
+        if bad.any():
+            index = tuple(int(k) for k in np.argwhere(bad)[0])
+            raise NonFiniteError(name, int(bad.sum()), index, float(values[index]))
+    if (weight < 0).any():
+        raise ValueError(f"sizes must not be negative, got {weight.min()}")
+    possible = np.isfinite(cost)
+    if not possible.any(1).all():
+        unit = int(np.argmin(possible.any(1)))
+        raise ValueError(f"each unit must have a format with a finite loss, got none for {unit}")
+    return cost, np.where(possible, weight, np.inf)
+
+
+def _checked_limit(name: str, value: Any, constraint: Array, objective: Array) -> float:
+    limit = check_number(name, value)
+    # Where several formats need as little, the best of them.
+    least = _total(constraint, np.argmin(constraint, 1))
+    best = np.lexsort((constraint, objective))[:, 0]
+    if not limit >= least:
+        raise BudgetError(
+            f"{name} must be at least {least:.10g}, what all units take in their smallest format, "
+            f"and more than {_total(constraint, best):.10g} gains nothing, got {value}"
+            if name == "budget"
+            else f"{name} must be at least {least:.10g}, that of all units in their best format, "
+            f"and more than {_total(constraint, best):.10g} saves nothing, got {value}"
+        )
+    return limit
+
+
+def _total(values: Array, choices: Choice) -> float:
+    return math.fsum(values[np.arange(len(values)), choices])
+
+
+def _follow_hulls(objective: Array, constraint: Array, limit: float) -> tuple[Choice, float]:
+    """Return the choice that steps along the units' convex hulls reach, and a bound of the best.
+
+    The bound is the optimum of the relaxation, which takes the first step that doesn't fit in part.
+    """
+    start, owners, ends, needs, gains = _steps(objective, constraint)
+    choices = start.copy()
+    ratios = gains / needs
+    for k in range(1, len(owners)):
+        if owners[k] == owners[k - 1]:
+            # Rounded, they might ask for a step before the one that leads to it.
+            ratios[k] = min(ratios[k], ratios[k - 1])
+    order = np.argsort(-ratios, kind="stable")
+    spent, reached = _total(constraint, choices), _total(objective, choices)
+    needed = spent + np.cumsum(needs[order])
+    fitting = int(np.searchsorted(needed, limit, side="right"))
+    for k in order[:fitting]:
+        choices[owners[k]] = ends[k]
+    spent, reached = _total(constraint, choices), _total(objective, choices)
+    while spent > limit:
+        # The running sum was rounded.
+        fitting -= 1
+        k = order[fitting]
+        choices[owners[k]] = ends[k - 1] if k and owners[k - 1] == owners[k] else start[owners[k]]
+        spent, reached = _total(constraint, choices), _total(objective, choices)
+    bound = reached
+    if fitting < len(order):
+        k = order[fitting]
+        bound -= gains[k] * (limit - spent) / needs[k]
+    return choices, bound
+
+
+def _steps(objective: Array, constraint: Array) -> tuple[Choice, Choice, Choice, Array, Array]:
+    """Return each unit's least format, and the steps from vertex to vertex of its hull.
+
+    Steps are owner, index of the format that it leads to, what it needs and what it gains; those of
+    a unit are in a row and their ratios of gain to need fall.
+    """
+    start, owners, ends, needs, gains = [], [], [], [], []
+    for unit, (y, x) in enumerate(zip(objective, constraint, strict=True)):
+        hull: list[int] = []
+        for k in np.lexsort((y, x)):
+            if not np.isfinite(x[k]) or not np.isfinite(y[k]) or (hull and y[k] >= y[hull[-1]]):
+                continue
+            while len(hull) > 1 and _is_above(hull[-2], hull[-1], int(k), x, y):
+                hull.pop()
+            hull.append(int(k))
+        start.append(hull[0])
+        for before, after in itertools.pairwise(hull):
+            owners.append(unit)
+            ends.append(after)
+            needs.append(x[after] - x[before])
+            gains.append(y[before] - y[after])
+    indices = [np.array(values, np.int64) for values in (start, owners, ends)]
+    return indices[0], indices[1], indices[2], np.array(needs), np.array(gains)
+
+
+def _is_above(first: int, middle: int, last: int, x: Array, y: Array) -> bool:
+    """Return whether the middle one of three points is on or above the line through the others."""
+    here = (y[first] - y[middle]) * (x[last] - x[middle])
+    return bool(here <= (y[middle] - y[last]) * (x[middle] - x[first]))
+
+
+def _by_programming(
+    cost: Array, weight: Array, limit: float, found: Choice, *, by_size: bool
+) -> Choice | None:
+    """Return the best choice by dynamic programming over the size; None where that is too much.
+
+    Parameters
+    ----------
+    cost, weight : numpy.ndarray (units, formats)
+        Losses and sizes.
+    limit : float
+        Of the size, or else of the loss.
+    found : numpy.ndarray (units,)
+        A choice within the limit, whose size is enough in the latter case.
+    by_size : bool
+    """
+    possible = np.isfinite(weight)
+    whole = weight[possible]
+    if (whole != np.floor(whole)).any() or whole.max() >= _WHOLE / len(weight):
+        return None
+    least = np.where(possible, weight, np.inf).min(1)
+    more = np.where(possible, weight - least[:, None], 0).astype(np.int64)
+    unit = int(np.gcd.reduce(more, axis=None)) or 1
+    steps = more // unit
+    room = limit if by_size else _total(weight, found)
+    most = int(steps.max(1).sum())
+    room = min(most, int((room - math.fsum(least)) // unit))
+    if room < 0 or len(cost) * (room + 1) > _MOST_STATES or cost.size * (room + 1) > _MOST_WORK:
+        return None
+    taken = np.empty((len(cost), room + 1), np.uint8 if cost.shape[1] < 256 else np.int64)
+    reached = np.zeros(room + 1)
+    for index in range(len(cost)):
+        following = np.full(room + 1, np.inf)
+        for k in np.argsort(steps[index], kind="stable"):
+            first = int(steps[index, k])
+            if first > room or not possible[index, k]:
+                continue
+            offered = reached[: room + 1 - first] + cost[index, k]
+            better = offered < following[first:]
+            np.copyto(following[first:], offered, where=better)
+            np.copyto(taken[index, first:], taken.dtype.type(k), where=better)
+        reached = following
+    state = room
+    if not by_size:
+        fits = reached <= limit
+        # Sums in another order may differ in their last bits from the one that is known to fit.
+        state = int(np.argmax(fits)) if fits.any() else room
+    choices = np.empty(len(cost), np.int64)
+    for index in reversed(range(len(cost))):
+        choices[index] = taken[index, state]
+        state -= int(steps[index, choices[index]])
+    held, allowed = (weight, limit) if by_size else (cost, limit)
+    return choices if _total(held, choices) <= allowed else None
