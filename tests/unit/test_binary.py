@@ -67,8 +67,8 @@ def test_alternation_never_raises_the_error(order, base, variants):
     start = start_parameters(values, alphabet)
     errors = []
     for steps in range(16):
-        parameters, letters = alternate(values, alphabet, start, weights, steps)
-        gap = values - alphabet.values(letters, parameters)
+        parameters, codes = alternate(values, alphabet, start, weights, steps)
+        gap = values - alphabet.values(codes, parameters)
         errors.append((gap**2 * weights).sum(1))
     assert (np.diff(errors, axis=0) <= 1e-9).all()
     assert errors[-1].sum() < errors[0].sum()
@@ -372,7 +372,7 @@ def test_turns_after_the_loop_never_raise_the_loss(order):
         coding.code(2)
         losses = [coding.loss()]
         for _ in range(5):
-            coding.better(1)
+            coding.refine(1)
             losses.append(coding.loss())
         # What is stored is rounded to float16 in between.
         assert (np.diff(losses) < 1e-4 * losses[0]).all()

@@ -346,12 +346,12 @@ class Additive(CodedWeight):
             alphabet = self.alphabets[kind]
             for j in side:
                 levels = self._levels_of(int(j), bool(kind))
-                letters = nearest(values[:, j, None], levels.astype(values.dtype))
-                digits[: alphabet.order, :, j] = alphabet.digits(letters)[..., 0]
+                codes = nearest(values[:, j, None], levels.astype(values.dtype))
+                digits[: alphabet.order, :, j] = alphabet.digits(codes)[..., 0]
         return replace(self, planes=self._layout.pack(digits))
 
     def _levels_of(self, j: int, salient: bool) -> Array:
-        """Return the values (rows, letters) that column j can take within each weight's part."""
+        """Return the values (rows, codes) that column j can take within each weight's part."""
         levels = self._column_levels(j, salient)
         if self.partition is None or self.alphabets[salient].variants == 1:
             return levels
@@ -359,7 +359,7 @@ class Additive(CodedWeight):
         return np.where(self.partition.large_of(j)[:, None], levels[:, half:], levels[:, :half])
 
     def _column_levels(self, j: int, salient: bool) -> Array:
-        """Return the values (rows, letters) that column j can take."""
+        """Return the values (rows, codes) that column j can take."""
         alphabet, g = self.alphabets[salient], j // self.group
         layout = self._layout
         sides, ends = layout.sides(), layout.ends()

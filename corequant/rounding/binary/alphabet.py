@@ -15,9 +15,9 @@ Array = npt.NDArray[Any]
 
 
 class Alphabet:
-    """The letters of a kind of columns: a part and a digit of each plane.
+    """The codes of a kind of columns: a part and a digit of each plane.
 
-    A letter's value is the product of its row of ``patterns`` with the parameters of a weight's row
+    A code's value is the product of its row of ``patterns`` with the parameters of a weight's row
     and group: for each part a mean, where there are means, and a scale for each plane.
 
     Attributes
@@ -26,7 +26,7 @@ class Alphabet:
         Number of parts, of planes, and of values of a digit: 2 (-1, 1) or 3 (-1, 0, 1).
     mean : bool
         Whether each part has a mean.
-    patterns : numpy.ndarray (letters, parameters), float64
+    patterns : numpy.ndarray (codes, parameters), float64
     """
 
     def __init__(self, variants: int, order: int, base: int, mean: bool) -> None:
@@ -39,31 +39,24 @@ class Alphabet:
         return self.order + self.mean
 
     def levels(self, parameters: Array) -> Array:
-        """Return the letters' values (..., letters) for parameters (..., parameters)."""
+        """Return the codes' values (..., codes) for parameters (..., parameters)."""
         levels: Array = parameters @ self.patterns.T.astype(parameters.dtype)
         return levels
 
-    def values(self, letters: Array, parameters: Array) -> Array:
-        """Return the values of letters (rows, n) for parameters (rows, parameters)."""
-        values: Array = np.take_along_axis(self.levels(parameters), letters.astype(np.intp), 1)
+    def values(self, codes: Array, parameters: Array) -> Array:
+        """Return the values of codes (rows, n) for parameters (rows, parameters)."""
+        values: Array = np.take_along_axis(self.levels(parameters), codes.astype(np.intp), 1)
         return values
 
-    def letters(self, large: Array | None, digits: Array) -> npt.NDArray[np.uint8]:
-        """Return letters (rows, n) from parts and digits (planes, rows, n)."""
-        found = np.zeros(digits.shape[1:], np.uint8) if large is None else large.astype(np.uint8)
-        for plane in digits:
-            found = found * np.uint8(self.base) + plane.astype(np.uint8)
-        return found
-
-    def parts(self, letters: Array) -> Array:
-        """Return whether letters are of the second part."""
-        second: Array = letters >= self.base**self.order
+    def parts(self, codes: Array) -> Array:
+        """Return whether codes are of the second part."""
+        second: Array = codes >= self.base**self.order
         return second
 
-    def digits(self, letters: Array) -> npt.NDArray[np.uint8]:
-        """Return the digits (planes, rows, n) of letters (rows, n)."""
+    def digits(self, codes: Array) -> npt.NDArray[np.uint8]:
+        """Return the digits (planes, rows, n) of codes (rows, n)."""
         steps = [self.base ** (self.order - 1 - k) for k in range(self.order)]
-        return np.stack([letters // np.uint8(s) % np.uint8(self.base) for s in steps])
+        return np.stack([codes // np.uint8(s) % np.uint8(self.base) for s in steps])
 
 
 @lru_cache(maxsize=64)
@@ -85,7 +78,7 @@ def nearest(values: Array, levels: Array) -> npt.NDArray[np.uint8]:
     Parameters
     ----------
     values : numpy.ndarray (rows, n)
-    levels : numpy.ndarray (rows, letters)
+    levels : numpy.ndarray (rows, codes)
     """
     best = np.full(values.shape, np.inf, values.dtype)
     found = np.zeros(values.shape, np.uint8)

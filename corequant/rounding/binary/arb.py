@@ -1,4 +1,4 @@
-"""ARB-LLM: planes of signs with scales of rows and columns, bettered by turns."""
+"""ARB-LLM: planes of signs with scales of rows and columns, refined alternately."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def arb(
         Size of the blocks that columns are rotated in first; ``"auto"`` takes the rotation by the
         largest power of two up to 128 where it leaves less loss than none.
     rounds : int
-        How often scales and signs are bettered, the one for the other, after the column loop.
+        Alternating refinements of scales and signs after the column loop.
     G : numpy.ndarray (in_features, in_features), optional
         ``XᵀX̃ / n`` with the float network's inputs X: aims at ``W X`` (Qronos's correction).
     published : bool
@@ -166,7 +166,7 @@ def arb(
             weights = np.diagonal(target.H)
             coding.start(0, d, target.values, weights, 10)
         coding.code(_REFITS)
-        coding.better(rounds)
+        coding.refine(rounds)
         found.append(target.result("arb", measured, coding.weight(rotated)))
     return min(found, key=lambda result: result.report.loss or 0.0)
 

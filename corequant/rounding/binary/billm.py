@@ -112,7 +112,7 @@ def billm(
     form = Form(orders=(1, 2), split=True, mean=True, group=block)
     coding = _Salient(target, form, np.zeros(W.shape[1], np.bool_))
     coding.code(_REFITS)
-    coding.better(_ROUNDS)
+    coding.refine(_ROUNDS)
     return target.result("billm", measured, coding.weight(None))
 
 
@@ -144,7 +144,7 @@ def _errors(values: Array, alphabet: Alphabet, weights: Array) -> Array:
     if not values.shape[1]:
         return np.zeros(0)
     parameters = start_parameters(values, alphabet)
-    parameters, letters = alternate(values, alphabet, parameters, weights, 2)
-    gap = values - alphabet.values(letters, parameters)
+    parameters, codes = alternate(values, alphabet, parameters, weights, 2)
+    gap = values - alphabet.values(codes, parameters)
     found: Array = np.einsum("ij,ij->j", gap, gap, dtype=np.float64) * weights
     return found

@@ -1,4 +1,4 @@
-"""Letters, row parameters and column scales of a target: found in a column loop, then bettered."""
+"""Codes, row parameters and column scales of a target: found in a column loop, then refined."""
 
 from __future__ import annotations
 
@@ -67,29 +67,29 @@ class Table:
 
     levels: Array
     middles: Array
-    letters: npt.NDArray[np.uint8]
+    codes: npt.NDArray[np.uint8]
 
     @classmethod
     def of(cls, levels: Array) -> Table:
-        """Sort levels (rows, letters)."""
+        """Sort levels (rows, codes)."""
         order = np.argsort(levels, axis=1, kind="stable")
         ordered = np.ascontiguousarray(np.take_along_axis(levels, order, 1).T)
         middles = (ordered[1:] + ordered[:-1]) / 2
         return cls(ordered, middles, np.ascontiguousarray(order.T.astype(np.uint8)))
 
     def nearest(self, w: Array, scale: Any) -> tuple[Array, Array]:
-        """Return the values nearest to w (rows,) in a column of some scale, and their letters."""
+        """Return the values nearest to w (rows,) in a column of some scale, and their codes."""
         if len(self.middles) == 1:
             above = w / scale > self.middles[0]
             values = np.where(above, self.levels[1], self.levels[0]) * scale
-            return values, np.where(above, self.letters[1], self.letters[0])
+            return values, np.where(above, self.codes[1], self.codes[0])
         rank = (w / scale > self.middles).sum(0)
         rows = np.arange(len(w))
-        return self.levels[rank, rows] * scale, self.letters[rank, rows]
+        return self.levels[rank, rows] * scale, self.codes[rank, rows]
 
 
 class Coding:
-    """A target's letters (rows, columns), parameters and scales, in the order of its loop.
+    """A target's codes (rows, columns), parameters and scales, in the order of its loop.
 
     Parameters
     ----------
@@ -106,7 +106,7 @@ class Coding:
         self.live = (~target.dead)[target.order]
         self.group = form.group or d
         self.groups = target.order // self.group
-        self.letters = np.zeros((rows, d), np.uint8)
+        self.codes = np.zeros((rows, d), np.uint8)
         self.values = np.zeros_like(target.values)
         self.scales = np.ones(d, target.values.dtype)
         count = -(-d // self.group)
@@ -153,10 +153,10 @@ class Coding:
         self.scales = np.where(stored > 0, stored, 1)
 
     def code(self, refit: int) -> None:
-        """Choose letters column by column, each for what the errors of those before have left.
+        """Choose codes column by column, each for what the errors of those before have left.
 
-        Parameters of groups are chosen when a group is reached, and bettered together with its
-        letters, ``refit`` times; those of whole rows must have been chosen before.
+        Parameters of a group are chosen when it is reached, and refined with its codes ``refit``
+        times; those of whole rows must have been chosen before.
         """
         target, L = self.target, self.target.factor.L
         errors = np.zeros_like(target.values)
@@ -178,8 +178,8 @@ class Coding:
                 self._code_run(first, last, sums, block)
             errors[:, first:last] = target.values[:, first:last] - self.values[:, first:last]
 
-    def better(self, rounds: int) -> None:
-        """Better scales and letters by turns in the metric of the whole row.
+    def refine(self, rounds: int) -> None:
+        """Refine scales and codes alternately in the metric of the whole row.
 
         Each turn is the best choice with all else as it is, but for the rounding of scales.
         """
@@ -208,17 +208,17 @@ class Coding:
     def weight(self, rotation: int | None) -> Additive:
         """Return what has been found, packed."""
         form, back = self.form, np.argsort(self.target.order)
-        letters, kinds = self.letters[:, back], self.kinds[back]
-        rows, d = letters.shape
+        codes, kinds = self.codes[:, back], self.kinds[back]
+        rows, d = codes.shape
         present = [k for k in (0, 1) if k == 0 or kinds.any()]
         digits = np.zeros((max(form.orders[k] for k in present), rows, d), np.uint8)
         large = np.zeros((rows, d), np.bool_)
         for kind in present:
             here = kinds == kind
-            found = self.alphabets[kind].digits(letters[:, here])
+            found = self.alphabets[kind].digits(codes[:, here])
             digits[: len(found), :, here] = found
             if self.alphabets[kind].variants == 2:
-                large[:, here] = self.alphabets[kind].parts(letters[:, here])
+                large[:, here] = self.alphabets[kind].parts(codes[:, here])
         scales: list[Array] = []
         means: list[Array] = []
         for kind in present:
@@ -254,12 +254,12 @@ class Coding:
         self.tables[group, kind] = Table.of(levels)
 
     def _restore(self, first: int, last: int) -> None:
-        """Compute the values of columns of one group from letters, parameters and scales."""
+        """Compute the values of columns of one group from codes, parameters and scales."""
         group = int(self.groups[first])
         for kind, alphabet in enumerate(self.alphabets):
             here = first + np.flatnonzero(self.kinds[first:last] == kind)
             if len(here):
-                values = alphabet.values(self.letters[:, here], self.parameters[kind][group])
+                values = alphabet.values(self.codes[:, here], self.parameters[kind][group])
                 self.values[:, here] = values * self.scales[here]
 
     def _spans(self) -> list[tuple[int, int]]:
@@ -267,18 +267,18 @@ class Coding:
         return [(0, len(self.groups))] if self.form.group is None else self.runs()
 
     def _code_run(self, first: int, last: int, sums: Array, L: Array) -> None:
-        """Choose the letters of a run; ``sums`` are of the errors so far, L is its factor."""
+        """Choose the codes of a run; ``sums`` are of the errors so far, L is its factor."""
         group, behind = int(self.groups[first]), np.ascontiguousarray(sums.T)
         centers = np.ascontiguousarray(self.target.values[:, first:last].T)
         for j in range(last - first - 1, -1, -1):
             wanted = centers[j] + behind[j] / L[j, j]
             table = self.tables[group, int(self.kinds[first + j])]
-            value, letter = table.nearest(wanted, self.scales[first + j])
-            self.values[:, first + j], self.letters[:, first + j] = value, letter
+            value, code = table.nearest(wanted, self.scales[first + j])
+            self.values[:, first + j], self.codes[:, first + j] = value, code
             behind[:j] += L[j, :j, None] * (centers[j] - value)
 
     def _sweep(self, first: int, last: int, pull: Array, metric: Array) -> None:
-        """Choose each letter of a run anew, the best with all others as they are.
+        """Choose each code of a run anew, the best with all others as they are.
 
         ``pull`` is the error (rows, n) times the metric.
         """
@@ -287,14 +287,14 @@ class Coding:
         for j in range(last - first - 1, -1, -1):
             wanted = now[j] + slope[j] / metric[j, j]
             table = self.tables[group, int(self.kinds[first + j])]
-            value, letter = table.nearest(wanted, self.scales[first + j])
+            value, code = table.nearest(wanted, self.scales[first + j])
             change = value - now[j]
             if change.any():
-                self.values[:, first + j], self.letters[:, first + j] = value, letter
+                self.values[:, first + j], self.codes[:, first + j] = value, code
                 slope -= metric[j, :, None] * change
 
     def _fit(self, first: int, last: int, pull: Array, metric: Array) -> None:
-        """Choose the parameters of a group anew, the best for its letters."""
+        """Choose the parameters of a group anew, the best for its codes."""
         group = int(self.groups[first])
         kinds = [k for k in (0, 1) if (self.kinds[first:last] == k).any()]
         widths = [self.parameters[k].shape[2] for k in kinds]
@@ -318,18 +318,18 @@ class Coding:
 
     def _terms(self, rows: slice, first: int, last: int, kinds: list[int]) -> Array:
         """Return what each parameter is multiplied by (parameters, rows, n); 0 in dead columns."""
-        letters = self.letters[rows, first:last]
+        codes = self.codes[rows, first:last]
         factors = self.scales[first:last] * self.live[first:last]
         found: list[Array] = []
         for kind in kinds:
             patterns = self.alphabets[kind].patterns.astype(self.values.dtype)
             side = factors * (self.kinds[first:last] == kind)
-            safe = np.where(self.kinds[first:last] == kind, letters, 0)
+            safe = np.where(self.kinds[first:last] == kind, codes, 0)
             found.extend(patterns[:, f][safe] * side for f in range(patterns.shape[1]))
         return np.stack(found)
 
     def _fit_columns(self) -> None:
-        """Choose the columns' scales anew, the best for letters and parameters."""
+        """Choose the columns' scales anew, the best for codes and parameters."""
         terms = self.values / self.scales
         found = column_scales(
             self.target.values, terms, self.target.H, self.scales, kept=~self.live

@@ -1,4 +1,4 @@
-"""Planes of signs and their scales in closed form, and the alternations that better them.
+"""Planes of signs and their scales in closed form, and their alternating refinement.
 
 All functions take values (rows, n) and, where only some of a row's weights count, a mask of their
 shape. A row without any has scales and means of zero.
@@ -121,7 +121,7 @@ def residual_planes(values: Array, order: int, mask: Mask | None = None) -> RowP
 def row_column_planes(
     values: Array, order: int, mask: Mask | None = None, steps: int = 15
 ) -> RowColumnPlanes:
-    """Return planes with scales of rows times scales of columns, bettered by turns.
+    """Return planes with scales of rows times scales of columns, refined alternately.
 
     Each step finds the best row scales of a plane, all else being as it is, then its best column
     scales, plane after plane, and then the nearest of all sums of planes for each weight; none
@@ -168,9 +168,9 @@ def row_column_planes(
 def alternate(
     values: Array, alphabet: Alphabet, parameters: Array, weights: Array, steps: int = 15
 ) -> tuple[Array, npt.NDArray[np.uint8]]:
-    """Return parameters and letters, the one best for the other by turns.
+    """Return parameters and codes, refined alternately, each the best for the other.
 
-    Letters are the nearest ones; means and scales of a row are then found together, by weighted
+    Codes are the nearest ones; means and scales of a row are then found together, by weighted
     least squares. No step makes the weighted squared error of a row larger.
 
     Parameters
@@ -186,28 +186,28 @@ def alternate(
     -----
     ARB-LLM (arXiv 2410.03129), theorem 1, with one step for what it updates one after another.
     """
-    letters = nearest(values, alphabet.levels(parameters))
+    codes = nearest(values, alphabet.levels(parameters))
     for _ in range(steps):
-        parameters = diagonal_parameters(values, letters, alphabet, parameters, weights)
+        parameters = diagonal_parameters(values, codes, alphabet, parameters, weights)
         moved = nearest(values, alphabet.levels(parameters))
-        if np.array_equal(moved, letters):
+        if np.array_equal(moved, codes):
             break
-        letters = moved
-    return parameters, letters
+        codes = moved
+    return parameters, codes
 
 
 def diagonal_parameters(
-    values: Array, letters: Array, alphabet: Alphabet, parameters: Array, weights: Array
+    values: Array, codes: Array, alphabet: Alphabet, parameters: Array, weights: Array
 ) -> Array:
-    """Return the best parameters (rows, parameters) for given letters, by weighted least squares.
+    """Return the best parameters (rows, parameters) for given codes, by weighted least squares.
 
     Those that no weight has stay what they are.
     """
     patterns = alphabet.patterns
     counts, sums = [], []
     heavy = values * weights
-    for letter in range(len(patterns)):
-        here = letters == letter
+    for code in range(len(patterns)):
+        here = codes == code
         counts.append(here @ weights)
         sums.append(np.einsum("ij,ij->i", here, heavy))
     count, total = np.stack(counts, 1).astype(np.float64), np.stack(sums, 1).astype(np.float64)
