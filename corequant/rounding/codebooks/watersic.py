@@ -82,7 +82,7 @@ def watersic(
     The step of all is found by trying: bits fall as it grows. At last the scales of columns are
     fitted to the output error.
 
-    Decoding takes about ten nanoseconds for a weight, and can't begin in the middle.
+    Decoding takes some 25 nanoseconds for a weight, and can't begin in the middle.
 
     Examples
     --------
