@@ -47,8 +47,7 @@ from corequant_transformers.model.surroundings import (
     peak_rss_mib,
     undisturbed,
 )
-from corequant_transformers.planning.model_plan import ModelPlan
-from corequant_transformers.planning.rules import settle_dtype
+from corequant_transformers.planning.model_plan import ModelPlan, settle_dtype
 from corequant_transformers.run.job import Job
 from corequant_transformers.run.ledger import Ledger, MemoryLedger, steps_of
 from corequant_transformers.run.output import begin_run, describe_run, has_run, save_run

@@ -7,7 +7,7 @@ follows carries out rows, so each matrix can be transformed alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,10 +16,8 @@ import numpy.typing as npt
 
 from corequant._validation import divisors, join_some
 from corequant.errors import BlockSizeError
-from corequant.hadamard import hadamard_factors, valid_block_sizes
 from corequant.recipe import Recipe
 from corequant.rotation import random_signs
-from corequant.specs import ScaleFormat
 from corequant_transformers.architectures.description import Architecture
 from corequant_transformers.architectures.dimensions import Dimensions, dimensions_of
 from corequant_transformers.architectures.known import (
@@ -29,6 +27,7 @@ from corequant_transformers.architectures.known import (
     resolved,
 )
 from corequant_transformers.architectures.writer import Writer
+from corequant_transformers.planning.cost import cost_of
 from corequant_transformers.planning.matrix_plan import (
     RESIDUAL,
     MatrixPlan,
@@ -37,16 +36,10 @@ from corequant_transformers.planning.matrix_plan import (
     regions_of,
 )
 from corequant_transformers.planning.rows import plan_matrices
-from corequant_transformers.planning.rules import (
-    check_rules,
-    folds_gains,
-    fusion_conflict,
-    settle_dtype,
-    tie,
-)
+from corequant_transformers.planning.rules import check_rules, fusion_conflict
 from corequant_transformers.planning.widths import Shares, budget_note, stand_in
 
-__all__ = ["VERIFIED_TOKENS", "ModelPlan", "plan_model", "replan"]
+__all__ = ["VERIFIED_TOKENS", "ModelPlan", "plan_model", "replan", "settle_dtype"]
 
 VERIFIED_TOKENS = 128
 """Tokens of the first window on which the transformed model is compared with the float one."""
@@ -121,27 +114,7 @@ class ModelPlan:
         ``peak_mib`` is the estimated peak memory of ``quantize`` for a model on disk, whatever its
         depth.
         """
-        rotations = [(self.share(m), m) for m in self.online]
-        additions = sum(
-            share * m.shape[1] * _additions_per_channel(m.input.rotation or 1)
-            for share, m in rotations
-        )
-        # Each rotated channel is read and written once, in float16 as models run.
-        traffic = sum(share * 2 * 2 * m.shape[1] for share, m in rotations)
-        layers = [m for m in self.quantized if m.role != "embedding"]
-        products = sum(m.shape[0] * m.shape[1] for m in layers)
-        used = sum(self.share(m) * m.shape[0] * m.shape[1] for m in layers)
-        stored = sum(_stored_bytes(m) for m in layers)
-        return {
-            "online_rotations": len(rotations),
-            "online_additions_per_token": round(additions),
-            "online_bytes_per_token": round(traffic),
-            "online_share": additions / used,
-            "quantized_mib": stored / 2**20,
-            "float_mib": 4 * products / 2**20,
-            "peak_mib": self.peak_bytes() / 2**20,
-            "block_sizes": self._possible_block_sizes(),
-        }
+        return cost_of(self)
 
     def peak_bytes(self) -> int:
         """Return the estimated peak memory of quantizing a model on disk.
@@ -171,14 +144,6 @@ class ModelPlan:
         parts = (running, rounding, vocabulary, 2 * self.outside_bytes)
         return _BASE + max(parts)
 
-    def _possible_block_sizes(self) -> list[int]:
-        rotated = self.mlp_outputs or self.online
-        if self.recipe.rotation == "online":
-            rotated = self.online
-        else:
-            rotated = tuple(m for m in rotated if m.quantized) or rotated
-        return list(valid_block_sizes(math.gcd(*(m.shape[1] for m in rotated)) or 1))
-
     def share(self, matrix: MatrixPlan) -> float:
         """Return the share of the tokens that a matrix sees."""
         sizes = self.dimensions
@@ -187,7 +152,7 @@ class ModelPlan:
     @property
     def folds(self) -> bool:
         """Whether the norms' gains are folded into the weights."""
-        return folds_gains(self.architecture, self.recipe)
+        return _folds_gains(self.architecture, self.recipe)
 
     def folds_norm(self, matrix: MatrixPlan) -> bool:
         """Return whether the gain of the norm that a matrix reads is folded into it."""
@@ -268,15 +233,17 @@ def plan_model(config: Any, recipe: Recipe, architecture: Architecture | None = 
         shares = Shares.of(recipe, architecture, matrices)
         matrices, _ = plan_matrices(architecture, inner_config, sizes, stand_in(shares))
         notes = (*notes, budget_note(shares))
-    tied, untied = tie(architecture, sizes, recipe, matrices)
+    tied, untied = _tie(architecture, sizes, recipe, matrices)
     blocks = tuple(architecture.in_block(inner_config, i) for i in range(sizes.blocks))
     pairs = [(architecture.block_path(i), block) for i, block in enumerate(blocks)]
     inner = [f"{path}.{norm}" for path, block in pairs for norm in block.norms]
     left = tuple(f"{path}.{name}" for path, block in pairs for name in block.untouched)
     norms = () if architecture.enclosed else (architecture.final_norm, *inner)
-    check_rules(recipe, matrices)
+    conflict = None
+    if recipe.layers or recipe.keep:
+        check_rules(recipe, matrices)
+        conflict = fusion_conflict(matrices)
     _check_groups(matrices)
-    conflict = fusion_conflict(matrices)
     fused = () if conflict is None else (f"{conflict}; it can't load an export of this plan",)
     rare = _rare_experts(recipe, sizes, matrices)
     notes = (*notes, *untied, *fused, *rare, *_notes_outside(architecture))
@@ -336,23 +303,6 @@ def _rare_experts(
             yield f"{count} keeps its channels in place and is rounded to nearest"
 
 
-def _additions_per_channel(block_size: int) -> int:
-    core, power = hadamard_factors(block_size)
-    return power.bit_length() - 1 + (core if core > 1 else 0)
-
-
-def _stored_bytes(matrix: MatrixPlan) -> float:
-    """Return the bytes of a quantized matrix: codes, scales and zero points."""
-    spec, (rows, columns) = matrix.weights, matrix.shape
-    # A whole tensor's single scale is not worth a special case.
-    groups = columns / (spec.group_size or columns)
-    # NumPy has no bfloat16.
-    own = spec.scale_format is ScaleFormat.BFLOAT16
-    scale = 2 if own else np.dtype(spec.scale_format.dtype).itemsize
-    zero_point = 0 if spec.symmetric else spec.format.bits / 8
-    return rows * (columns * spec.format.bits / 8 + groups * (scale + zero_point))
-
-
 def _check_groups(matrices: Iterable[MatrixPlan]) -> None:
     for what in ("weights", "activations"):
         specs = [(m, getattr(m.settings, what)) for m in matrices]
@@ -366,3 +316,80 @@ def _check_groups(matrices: Iterable[MatrixPlan]) -> None:
                     f"{group} for {matrix.name} with {matrix.shape[1]} inputs; these divide all of "
                     f"{join_some(widths)}: {join_some(works)}"
                 )
+
+
+# ---- what stays in float
+
+
+def settle_dtype(recipe: Recipe, model: Any) -> Recipe:
+    """Return a recipe that names the dtype which ``auto`` is for a model.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    model : transformers.PreTrainedConfig or torch.Tensor
+        A config or a weight, whose ``dtype`` is the model's own.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> from corequant.recipe import Recipe
+    >>> from corequant_transformers.planning.model_plan import settle_dtype
+    >>> settle_dtype(Recipe(), SimpleNamespace(dtype="float32")).dtype
+    'bfloat16'
+    """
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}")
+    if recipe.dtype != "auto":
+        return recipe
+    own = str(getattr(model, "dtype", None)).removeprefix("torch.")
+    # Float32 and float64 weights have far more digits than quantized ones.
+    return replace(recipe, dtype="float16" if own == "float16" else "bfloat16")
+
+
+def _folds_gains(a: Architecture, recipe: Recipe) -> bool:
+    """Return whether the gains of the residual stream's norms are folded into the weights."""
+    return recipe.rotation in ("merged", "offline") and a.merges and not a.enclosed
+
+
+def _tie(
+    a: Architecture, sizes: Dimensions, recipe: Recipe, matrices: Sequence[MatrixPlan]
+) -> tuple[bool, tuple[str, ...]]:
+    """Return whether embedding and head are one matrix after their transforms, and notes.
+
+    Parameters
+    ----------
+    a : Architecture
+    sizes : Dimensions
+    recipe : Recipe
+    matrices : sequence of MatrixPlan
+        All rows of a plan.
+
+    Notes
+    -----
+    With a rotation R of the residual stream and the gain g of the final norm, the embedding E
+    becomes E R and the head, whose norm then multiplies by w, E diag(g) R diag(w)⁻¹. If E has full
+    column rank, the two are equal only if diag(g) R = R diag(w): every column of R is an
+    eigenvector of diag(g). One without zeros, as those of a Hadamard matrix are, is that for equal
+    gains alone.
+    """
+    if not sizes.tied:
+        return False, ()
+    embedding = next(m for m in matrices if m.name == a.embedding)
+    head = next(m for m in matrices if m.name == a.head)
+    same = embedding.settings.weights == head.settings.weights
+    if not _folds_gains(a, recipe) and embedding.input == head.input and same:
+        return True, ()
+    if not same:
+        here, there = (m.settings.weights or recipe.dtype for m in (embedding, head))
+        note = (
+            f"{a.embedding} and {a.head} don't stay tied: the first is stored as {here}, "
+            f"the second as {there}"
+        )
+        return False, (note,)
+    note = (
+        f"{a.embedding} and {a.head} don't stay tied: the gain of {a.final_norm} is folded into "
+        "only one of them, since it doesn't commute with the rotation of the residual stream; "
+        "rotation 'heads' keeps them tied"
+    )
+    return False, (note,)

@@ -1,20 +1,16 @@
-"""A recipe applied to a model: its dtype, its rules for layers, and what stays tied."""
+"""A recipe's rules for layers, checked against a model: names that exist, layers that agree."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import Any
 
 from corequant.errors import RecipeError
 from corequant.recipe import Recipe
 from corequant.recipe.layers import is_match
-from corequant_transformers.architectures.description import Architecture
-from corequant_transformers.architectures.dimensions import Dimensions
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 
-__all__ = ["check_rules", "folds_gains", "fusion_conflict", "is_layer", "settle_dtype", "tie"]
+__all__ = ["check_rules", "fusion_conflict", "is_layer"]
 
 _OUTPUTS = ("attention_output", "mlp_output")
 """Roles of matrices whose input's channels are permuted by themselves."""
@@ -133,80 +129,3 @@ def _scheme(matrix: MatrixPlan) -> object:
 
 def _words(matrix: MatrixPlan) -> str:
     return str(matrix.weights) if matrix.quantized else "float"
-
-
-# ---- what stays in float
-
-
-def settle_dtype(recipe: Recipe, model: Any) -> Recipe:
-    """Return a recipe that names the dtype which ``auto`` is for a model.
-
-    Parameters
-    ----------
-    recipe : Recipe
-    model : transformers.PreTrainedConfig or torch.Tensor
-        A config or a weight, whose ``dtype`` is the model's own.
-
-    Examples
-    --------
-    >>> from types import SimpleNamespace
-    >>> from corequant.recipe import Recipe
-    >>> from corequant_transformers.planning.rules import settle_dtype
-    >>> settle_dtype(Recipe(), SimpleNamespace(dtype="float32")).dtype
-    'bfloat16'
-    """
-    if not isinstance(recipe, Recipe):
-        raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}")
-    if recipe.dtype != "auto":
-        return recipe
-    own = str(getattr(model, "dtype", None)).removeprefix("torch.")
-    # Float32 and float64 weights have far more digits than quantized ones.
-    return replace(recipe, dtype="float16" if own == "float16" else "bfloat16")
-
-
-def folds_gains(a: Architecture, recipe: Recipe) -> bool:
-    """Return whether the gains of the residual stream's norms are folded into the weights."""
-    return recipe.rotation in ("merged", "offline") and a.merges and not a.enclosed
-
-
-def tie(
-    a: Architecture, sizes: Dimensions, recipe: Recipe, matrices: Sequence[MatrixPlan]
-) -> tuple[bool, tuple[str, ...]]:
-    """Return whether embedding and head are one matrix after their transforms, and notes.
-
-    Parameters
-    ----------
-    a : Architecture
-    sizes : Dimensions
-    recipe : Recipe
-    matrices : sequence of MatrixPlan
-        All rows of a plan.
-
-    Notes
-    -----
-    With a rotation R of the residual stream and the gain g of the final norm, the embedding E
-    becomes E R and the head, whose norm then multiplies by w, E diag(g) R diag(w)⁻¹. If E has full
-    column rank, the two are equal only if diag(g) R = R diag(w): every column of R is an
-    eigenvector of diag(g). One without zeros, as those of a Hadamard matrix are, is that for equal
-    gains alone.
-    """
-    if not sizes.tied:
-        return False, ()
-    embedding = next(m for m in matrices if m.name == a.embedding)
-    head = next(m for m in matrices if m.name == a.head)
-    same = embedding.settings.weights == head.settings.weights
-    if not folds_gains(a, recipe) and embedding.input == head.input and same:
-        return True, ()
-    if not same:
-        here, there = (m.settings.weights or recipe.dtype for m in (embedding, head))
-        note = (
-            f"{a.embedding} and {a.head} don't stay tied: the first is stored as {here}, "
-            f"the second as {there}"
-        )
-        return False, (note,)
-    note = (
-        f"{a.embedding} and {a.head} don't stay tied: the gain of {a.final_norm} is folded into "
-        "only one of them, since it doesn't commute with the rotation of the residual stream; "
-        "rotation 'heads' keeps them tied"
-    )
-    return False, (note,)
