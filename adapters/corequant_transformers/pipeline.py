@@ -13,9 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from corequant.errors import BackendError, CheckpointError, OutputError
+from corequant.errors import CheckpointError, OutputError
 from corequant.recipe import Recipe, has_budget
-from corequant_transformers.architectures.known import own_config
+from corequant_transformers.architectures.known import (
+    UnknownArchitectureError,
+    kept_architecture,
+    own_config,
+)
 from corequant_transformers.calibration.choices import Calibration, check_calibration
 from corequant_transformers.calibration.data.given import (
     CalibrationData,
@@ -37,17 +41,17 @@ from corequant_transformers.model.layouts import (
 from corequant_transformers.model.origins import origin_of
 from corequant_transformers.model.parts import ModelWeights, Parts, is_tied, outside_bytes, skeleton
 from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
-from corequant_transformers.model.recognition import plan_for
+from corequant_transformers.model.recognition import plan_recognized
 from corequant_transformers.model.replicas import check_given, check_plain, unwrap
 from corequant_transformers.model.source_files import read_generation
 from corequant_transformers.model.sources import Source
 from corequant_transformers.model.surroundings import (
-    check_device,
+    device_for,
     device_of,
     peak_rss_mib,
     undisturbed,
 )
-from corequant_transformers.planning.model_plan import ModelPlan, settle_dtype
+from corequant_transformers.planning.model_plan import ModelPlan, plan_model, settle_dtype
 from corequant_transformers.run.job import Job
 from corequant_transformers.run.ledger import Ledger, MemoryLedger, steps_of
 from corequant_transformers.run.output import begin_run, describe_run, has_run, save_run
@@ -118,6 +122,17 @@ def plan(model: str | Path | Any, recipe: Recipe, *, reader: str = "corequant") 
         read_generation(source.path)
     shared = source.weights(bare, table).shared
     return replace(table, tied=table.tied and bool(shared))
+
+
+def plan_for(
+    model: Any, recipe: Recipe, config: Any = None, names: Callable[[], list[str]] | None = None
+) -> ModelPlan:
+    """Plan for a model, or for what makes it, whose type is described or else recognized."""
+    config = own_config(model) if config is None else config
+    try:
+        return plan_model(config, recipe, kept_architecture(model))
+    except UnknownArchitectureError as error:
+        return plan_recognized(model, recipe, config, names, error)
 
 
 @undisturbed()
@@ -280,7 +295,7 @@ def quantize(
         goal.check(begun=resume and has_run(goal.output))
     source = Source(model) if isinstance(model, str | Path) else None
     model = model if source else check_given(model)
-    where = _device(device, None if source else model, executor)
+    where = device_for(device, None if source else model, executor)
     table = plan(model, recipe, reader=reader)
     if source is None:
         names = [m.name for m in table.quantized]
@@ -290,7 +305,7 @@ def quantize(
     if goal is not None:
         goal.check_plan(table, source.config() if source else cast(Any, model).config, source)
     if source is not None:
-        tokenizer = _tokenizer(source, needed=needs_tokenizer(calibration))
+        tokenizer = source.tokenizer(needed=needs_tokenizer(calibration))
     # Too little text should be known before the model is read.
     taken = take_windows(calibration, recipe, tokenizer)
     _check_windows(table, taken.tokens)
@@ -414,34 +429,9 @@ def _config_text(model: Any) -> str:
     return text
 
 
-def _tokenizer(source: Source, *, needed: bool) -> Any:
-    """Return a source's tokenizer; None where it isn't needed, doesn't load and can be copied."""
-    try:
-        return source.tokenizer()
-    except CheckpointError:
-        if needed or source.is_gguf:
-            raise
-        return None
-
-
 def _check_windows(table: ModelPlan, tokens: npt.NDArray[np.int64]) -> None:
     check_positions(table.architecture, table.dimensions, tokens)
     check_ids(tokens, table.dimensions.vocabulary)
-
-
-def _device(
-    device: str | torch.device | None, model: Any, executor: Executor | None
-) -> torch.device:
-    if device is None:
-        where = torch.device("cpu") if model is None else device_of(model)
-    else:
-        where = check_device(device)
-    if executor is not None and where.type != "cpu":
-        raise BackendError(
-            f"executor must be left out where the device is not the CPU, got device {where}: its "
-            "workers would share the device"
-        )
-    return where
 
 
 def _check_structure(model: Any, table: ModelPlan) -> None:

@@ -23,6 +23,8 @@ __all__ = [
     "is_composite",
     "is_enclosed",
     "is_shipped",
+    "keep_architecture",
+    "kept_architecture",
     "known_architectures",
     "own_config",
     "register",
@@ -36,6 +38,7 @@ class UnknownArchitectureError(ArchitectureError):
 
 _SHIPPED = {architecture.model_type: architecture for architecture in described()}
 _KNOWN = dict(_SHIPPED)
+_KEPT = "_corequant_architecture"
 
 
 def known_architectures() -> Mapping[str, Architecture]:
@@ -81,6 +84,17 @@ def own_config(model: Any) -> Any:
     config = copy.copy(model.config)
     config.architectures = [type(model).__name__]
     return config
+
+
+def keep_architecture(model: Any, architecture: Architecture) -> None:
+    """Attach a description to a model, whose quantized modules no longer reveal it."""
+    model.__dict__[_KEPT] = architecture
+
+
+def kept_architecture(model: Any) -> Architecture | None:
+    """Return the description that is attached to a model; None without one."""
+    found: Architecture | None = getattr(model, _KEPT, None)
+    return found
 
 
 def register(architecture: Architecture) -> None:

@@ -18,6 +18,7 @@ from corequant.quantization import QuantizedTensor
 from corequant.recipe import Recipe
 from corequant.storage.arrays import from_arrays
 from corequant.storage.tensor_file import RawTensor, TensorFile
+from corequant_transformers.architectures.known import keep_architecture
 from corequant_transformers.checkpoint.origin import read_description
 from corequant_transformers.checkpoint.saving import Saving
 from corequant_transformers.checkpoint.tensors import array_of
@@ -32,7 +33,6 @@ from corequant_transformers.model.layouts import (
 from corequant_transformers.model.parts import codes_of_embedding, tie
 from corequant_transformers.model.quantized_embedding import QuantizedEmbedding, without_rows
 from corequant_transformers.model.quantized_linear import QuantizedLinear
-from corequant_transformers.model.recognition import keep_architecture
 from corequant_transformers.model.surroundings import check_finite
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import plan_model

@@ -17,6 +17,7 @@ from corequant.recipe import Recipe
 from corequant.storage.arrays import from_arrays
 from corequant.storage.files import open_regular, read_text
 from corequant.storage.tensor_file import RawTensor, TensorFile
+from corequant_transformers.architectures.known import keep_architecture
 from corequant_transformers.checkpoint.origin import read_description
 from corequant_transformers.checkpoint.saving import Saving
 from corequant_transformers.checkpoint.tensors import place_tensors
@@ -32,7 +33,6 @@ from corequant_transformers.model.configs import (
 )
 from corequant_transformers.model.layouts import check_description, standardize
 from corequant_transformers.model.parts import skeleton
-from corequant_transformers.model.recognition import keep_architecture
 from corequant_transformers.model.source_files import files_to_copy, read_generation
 from corequant_transformers.model.surroundings import quiet_transformers, undisturbed
 from corequant_transformers.planning.matrix_plan import MatrixPlan

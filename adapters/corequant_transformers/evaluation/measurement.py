@@ -14,6 +14,7 @@ import torch
 from corequant.errors import ArchitectureError
 from corequant_torch.device.onednn import QuickForward
 from corequant_transformers.architectures.dimensions import dimensions_of
+from corequant_transformers.architectures.known import keep_architecture
 from corequant_transformers.calibration.data.given import TextData, text_windows
 from corequant_transformers.checkpoint.reader import is_quantized, load
 from corequant_transformers.evaluation.divergence import Divergence, compare_positions, summarize
@@ -21,7 +22,7 @@ from corequant_transformers.evaluation.perplexity import perplexity_with_error, 
 from corequant_transformers.model.forward import check_ids, check_positions
 from corequant_transformers.model.layouts import check_places
 from corequant_transformers.model.logits import window_logits
-from corequant_transformers.model.recognition import architecture_in, keep_architecture
+from corequant_transformers.model.recognition import architecture_in
 from corequant_transformers.model.replicas import check_given, replicate
 from corequant_transformers.model.sources import Source
 from corequant_transformers.model.surroundings import device_of, undisturbed

@@ -17,10 +17,11 @@ from corequant_transformers.architectures.known import (
 )
 from corequant_transformers.inspection.guess import guess
 from corequant_transformers.model.parts import skeleton
-from corequant_transformers.model.recognition import Recognition, plan_for, recognize
+from corequant_transformers.model.recognition import Recognition, recognize
 from corequant_transformers.model.replicas import unwrap
 from corequant_transformers.model.sources import Source
 from corequant_transformers.model.surroundings import undisturbed
+from corequant_transformers.pipeline import plan_for
 from corequant_transformers.planning.model_plan import ModelPlan, plan_model
 from corequant_transformers.transforms.rehearsal import rehearse
 

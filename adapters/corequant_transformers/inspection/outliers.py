@@ -25,10 +25,9 @@ from corequant.recipe import Recipe
 from corequant.rotation import block_hadamard
 from corequant.selection import rotation_error
 from corequant_transformers.model.forward import check_tokens
-from corequant_transformers.model.recognition import plan_for
 from corequant_transformers.model.replicas import unwrap
 from corequant_transformers.model.surroundings import undisturbed
-from corequant_transformers.pipeline import calibrate
+from corequant_transformers.pipeline import calibrate, plan_for
 
 __all__ = ["Inspection", "LayerInspection", "inspect"]
 

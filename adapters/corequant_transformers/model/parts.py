@@ -19,12 +19,11 @@ import torch
 import transformers
 
 from corequant.quantization import QuantizedTensor
-from corequant_transformers.architectures.known import own_config
+from corequant_transformers.architectures.known import keep_architecture, own_config
 from corequant_transformers.model.expert_list import ExpertList, check_experts
 from corequant_transformers.model.layouts import check_modules, standardize, standardized
 from corequant_transformers.model.loaders import make_model
 from corequant_transformers.model.quantized_linear import QuantizedWeight
-from corequant_transformers.model.recognition import keep_architecture
 from corequant_transformers.model.replicas import replicate
 from corequant_transformers.model.surroundings import check_finite, quiet_transformers, trim_memory
 from corequant_transformers.planning.model_plan import ModelPlan

@@ -22,6 +22,7 @@ from corequant_transformers.architectures.description import Architecture
 from corequant_transformers.architectures.known import (
     UnknownArchitectureError,
     architecture_of,
+    kept_architecture,
     known_architectures,
     own_config,
 )
@@ -32,13 +33,11 @@ from corequant_transformers.planning.model_plan import ModelPlan, plan_model
 __all__ = [
     "Recognition",
     "architecture_in",
-    "keep_architecture",
     "norm_behaves",
-    "plan_for",
+    "plan_recognized",
     "recognize",
 ]
 
-_KEPT = "_corequant_architecture"
 _MOST_NAMED = 4
 _UNFIT = (ArchitectureError, AttributeError, IndexError, KeyError, RuntimeError, TypeError)
 """Errors of a description whose modules differ in kind from the model's."""
@@ -74,39 +73,40 @@ class Recognition:
         )
 
 
-def plan_for(
-    model: Any, recipe: Recipe, config: Any = None, names: Callable[[], list[str]] | None = None
+def plan_recognized(
+    model: Any,
+    recipe: Recipe,
+    config: Any,
+    names: Callable[[], list[str]] | None,
+    error: UnknownArchitectureError,
 ) -> ModelPlan:
-    """Plan for a model whose type is described or recognized.
+    """Plan for a model whose type has no description but is recognized.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel or callable
-        The model or its skeleton, or what makes it if it is needed.
+        Model or its skeleton, or a function that makes it.
     recipe : Recipe
-    config : transformers.PreTrainedConfig, optional
-        The model's, of a model that isn't made yet.
+    config : transformers.PreTrainedConfig
+        Config of the model.
     names : callable, optional
         Returns the names of the model's parameters, for an error message.
+    error : UnknownArchitectureError
+        Error of planning without a description.
 
     Raises
     ------
     ArchitectureError
-        If there is no description; says what one would have to say.
+        If no description fits; says what one would have to say.
     """
-    own = getattr(model, _KEPT, None)
-    config = own_config(model) if config is None else config
-    try:
-        return plan_model(config, recipe, own)
-    except UnknownArchitectureError as error:
-        made = model if isinstance(model, torch.nn.Module) else model()
-        found = _find(made, recipe)
-        if isinstance(found, Recognition):
-            table = plan_model(config, recipe, found.architecture)
-            return replace(table, notes=(found.note, *table.notes))
-        if found is not None:
-            raise found from None
-        raise undescribed(error, list(made.state_dict()) if names is None else names()) from None
+    made = model if isinstance(model, torch.nn.Module) else model()
+    found = _find(made, recipe)
+    if isinstance(found, Recognition):
+        table = plan_model(config, recipe, found.architecture)
+        return replace(table, notes=(found.note, *table.notes))
+    if found is not None:
+        raise found from None
+    raise undescribed(error, list(made.state_dict()) if names is None else names()) from None
 
 
 def architecture_in(model: Any) -> Architecture:
@@ -117,7 +117,7 @@ def architecture_in(model: Any) -> Architecture:
     ArchitectureError
         If there is none.
     """
-    own: Architecture | None = getattr(model, _KEPT, None)
+    own = kept_architecture(model)
     if own is not None:
         return own
     try:
@@ -127,11 +127,6 @@ def architecture_in(model: Any) -> Architecture:
         if found is None:
             raise
         return found.architecture
-
-
-def keep_architecture(model: Any, architecture: Architecture) -> None:
-    """Attach a description to a model, whose quantized modules no longer reveal it."""
-    model.__dict__[_KEPT] = architecture
 
 
 def recognize(model: Any) -> Recognition | None:

@@ -241,8 +241,16 @@ class Source:
         """Where the config is: in a file of its own, or in the GGUF file."""
         return self.path if self.is_gguf else self.path / "config.json"
 
-    def tokenizer(self) -> Any:
-        """Return the tokenizer."""
+    def tokenizer(self, *, needed: bool = True) -> Any:
+        """Return the tokenizer; None if it isn't ``needed``, can't be loaded and can be copied."""
+        try:
+            return self._tokenizer()
+        except CheckpointError:
+            if needed or self.is_gguf:
+                raise
+            return None
+
+    def _tokenizer(self) -> Any:
         where, options = self._location()
         if self.is_compressed and not self._compared:
             check_digests(

@@ -16,6 +16,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -31,6 +32,7 @@ from corequant_transformers.planning.model_plan import ModelPlan
 __all__ = [
     "check_device",
     "check_finite",
+    "device_for",
     "device_of",
     "limit_memory",
     "peak_rss_mib",
@@ -76,6 +78,28 @@ def device_of(module: torch.nn.Module) -> torch.device:
     for parameter in module.parameters():
         return parameter.device
     return torch.device("cpu")
+
+
+def device_for(
+    device: str | torch.device | None, model: Any, executor: Executor | None
+) -> torch.device:
+    """Return the device that was asked for, that of a model, or the CPU.
+
+    Raises
+    ------
+    BackendError
+        If there is no such device, or it is not the CPU although there is an executor.
+    """
+    if device is None:
+        where = torch.device("cpu") if model is None else device_of(model)
+    else:
+        where = check_device(device)
+    if executor is not None and where.type != "cpu":
+        raise BackendError(
+            f"executor must be left out where the device is not the CPU, got device {where}: its "
+            "workers would share the device"
+        )
+    return where
 
 
 def to_host(tensor: torch.Tensor) -> npt.NDArray[Any]:
