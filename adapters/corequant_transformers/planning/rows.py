@@ -13,9 +13,10 @@ from corequant_transformers.architectures.description import Architecture
 from corequant_transformers.architectures.dimensions import (
     Dimensions,
     dimensions_in,
+    evaluate,
 )
 from corequant_transformers.architectures.where import holds
-from corequant_transformers.planning.attention_rows import attention_rows, cross_attention_rows
+from corequant_transformers.planning.latent_rows import latent_rows
 from corequant_transformers.planning.matrix_plan import (
     MatrixPlan,
     RowSlice,
@@ -64,8 +65,8 @@ def plan_matrices(
         if block.mixers:
             matrices += mixer_rows(block, config, own[i], i, stream, recipe)
         if block.attention_output is not None:
-            matrices += attention_rows(block, config, own[i], i, stream, recipe)
-        matrices += cross_attention_rows(block, config, own[i], i, stream, recipe)
+            matrices += _attention(block, config, own[i], i, stream, recipe)
+        matrices += _cross_attention(block, config, own[i], i, stream, recipe)
         matrices += _mlps(block, own[i], i, stream, sparse[i], lengths[i], recipe)
     if a.enclosed:
         return tuple(matrices), stream.notes
@@ -124,6 +125,113 @@ def _check_enclosed(a: Architecture, recipe: Recipe) -> None:
                 f"{name} must be None for {a.model_type!r}, of which only the blocks are "
                 f"quantized, got {spec}"
             )
+
+
+def _attention(
+    a: Architecture, config: Any, sizes: Dimensions, block: int, stream: Stream, recipe: Recipe
+) -> Iterator[MatrixPlan]:
+    """Yield the rows of a decoder block's attention, in the order in which they run."""
+    path, latent = a.block_path(block), a.latent
+    if latent is not None:
+        width = evaluate(latent.value, config, block)
+        sizes = replace(sizes, kv_heads=sizes.heads, head_dim=width)
+        value, output = _values(a, sizes, block, stream, recipe)
+        yield from latent_rows(a, latent, config, sizes, block, stream, recipe, value)
+        yield output
+        return
+    queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    gates = queries if a.query_gate else 0
+    value, output = _values(a, sizes, block, stream, recipe)
+    known = {
+        "query": (a.query, RowSlice(queries + gates)),
+        "key": (a.key, RowSlice(keys)),
+        "value": (a.value, RowSlice(keys, value)),
+    }
+    projections = [
+        (name, rows) for name, rows in (known[which] for which in a.qkv_order) if name is not None
+    ]
+    groups = evaluate(a.qkv_groups, config, block)
+    yield from reader_rows(
+        path, a.attention_norm, projections, recipe, sizes, stream, groups,
+        block=block, role="attention_input",
+    )  # fmt: skip
+    yield output
+
+
+def _cross_attention(
+    a: Architecture, config: Any, sizes: Dimensions, block: int, stream: Stream, recipe: Recipe
+) -> Iterator[MatrixPlan]:
+    """Yield the rows of a block's attention to the output of another stack, if it has one.
+
+    Keys and values don't read this stack's stream, so their inputs have names of their own.
+    """
+    second = a.second
+    if second is None or block < second.first:
+        return
+    other = replace(
+        a,
+        query=second.query,
+        key=second.key,
+        value=second.value,
+        attention_output=second.output,
+        qkv_order=("query", "key", "value"),
+    )
+    path = a.block_path(block)
+    reads = dict.fromkeys((f"{path}.{second.key}", f"{path}.{second.value}"), f"{path}.memory")
+    for row in _attention(other, config, sizes, block, stream, recipe):
+        own = row.name if row.role == "attention_input" else row.reads
+        yield replace(row, reads=reads.get(row.name, own))
+
+
+def _values(
+    a: Architecture, sizes: Dimensions, block: int, stream: Stream, recipe: Recipe
+) -> tuple[Side, MatrixPlan]:
+    """Return what happens to the values' channels, and the row of the output projection."""
+    path = a.block_path(block)
+    name = f"{path}.{a.attention_output}"
+    queries = sizes.heads * sizes.head_dim
+    online = recipe.rotation == "online"
+    linear = a.linear_values and (a.value is not None or a.latent is not None)
+    width: int | None
+    if online:
+        given = recipe.block_size if isinstance(recipe.block_size, int) else None
+        width = check_rotation("block_size", given, "heads times head_dim", queries)
+    else:
+        width = check_rotation(
+            "head_block_size", recipe.head_block_size, "head_dim", sizes.head_dim
+        )
+    settings = recipe.settings_of(name)
+    value = read = Side()
+    if not linear and recipe.rotation in ("offline", "heads"):
+        width = None
+    if settings.weights is None or width is None:
+        # Nothing is done for the sake of an input that stays as it is.
+        online = False
+    else:
+        # A block that holds whole heads leaves nothing to balance inside them.
+        within = width < sizes.head_dim and sizes.head_dim % width == 0
+        moved = within and linear and settings.permutation != "identity"
+        region = name if moved else None
+        group = sizes.heads // sizes.kv_heads if region else 1
+        heads = sizes.kv_heads if region else 1
+        # What values are not linear in is rotated at run time alone.
+        online = online or not linear
+        value = Side(permutation=region, rotation=None if online else width, heads=heads)
+        read = Side(permutation=region, rotation=width, heads=heads, repeat=group)
+    output = MatrixPlan(
+        name,
+        (sizes.hidden, queries),
+        inside(path, a.attention_inner_norm),
+        own_norm=a.attention_inner_norm is not None,
+        input=read,
+        output=stream.written,
+        online=online,
+        settings=settings,
+        reads=name,
+        block=block,
+        role="attention_output",
+    )
+    return value, output
 
 
 def _mlps(
