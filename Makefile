@@ -95,7 +95,7 @@ test-vllm: $(VENV)/.dev
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
 	.venv-vllm/bin/python -m pip install --quiet $(VLLM) -e ".[transformers]"
-	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/python bench/vllm_job.py check build/vllm
 
 test-newest-core:

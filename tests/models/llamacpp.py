@@ -26,7 +26,7 @@ class Served:
         self.server, self.vocabulary = server, vocabulary
 
     def __call__(self, prompt):
-        (row,) = self._completed(prompt, 1, self.vocabulary)
+        (row,) = self._completed(prompt, n_predict=1, n_probs=self.vocabulary)
         found = np.full(self.vocabulary, -np.inf)
         rows = row["top_logprobs"]
         found[[row["id"] for row in rows]] = [row["logprob"] for row in rows]
@@ -34,17 +34,10 @@ class Served:
 
     def generate(self, prompt, count):
         """Return the likeliest tokens after a prompt, one after the other."""
-        return [row["id"] for row in self._completed(prompt, count, 1)]
+        rows = self._completed(prompt, n_predict=count, n_probs=1)
+        return [row["id"] for row in rows]
 
-    def _completed(self, prompt, count, choices):
+    def _completed(self, prompt, **options):
         prompt = prompt if isinstance(prompt, str) else [int(i) for i in prompt]
-        answer = self.server.handle_completions(
-            {
-                "prompt": prompt,
-                "n_predict": count,
-                "n_probs": choices,
-                "temperature": 0.0,
-                "ignore_eos": True,
-            }
-        )
+        answer = self.server.handle_completions({"prompt": prompt, "temperature": 0.0, **options})
         return answer["choices"][0]["logprobs"]["content"]
