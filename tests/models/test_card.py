@@ -156,7 +156,7 @@ def test_a_model_without_a_name_or_a_licence(tokens, tmp_path):
     assert "base_model" not in front(text)
     assert "# A llama model, quantized to int4\n" in text
     assert "This is a model of the type `llama` with" in text
-    assert "The inputs of 2 layers are rotated by blocks at run time." in text
+    assert "The inputs of 2 layers are rotated at run time, by blocks of 16." in text
 
 
 def test_names_cannot_change_the_page(made, tokens):

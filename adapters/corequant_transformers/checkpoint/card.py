@@ -182,15 +182,21 @@ class _Card:
             made_of = f"a model of the type `{plain_name(plan.architecture.model_type)}`"
         layers = [m for m in plan.quantized if m.role not in ("embedding", "head")]
         bits = 8 * _bytes(sizes, layers) / _parameters(layers)
-        online = len(plan.online)
-        rotated = (
-            f" The inputs of {online} layers are rotated by blocks at run time." if online else ""
-        )
         return (
             f"This is {made_of} with the weights of {len(layers)} linear layers in "
             f"{bits:.3g} bits each, scales included, written by corequant as {self.kind}. Its "
-            f"weights take {_megabytes(sum(sizes.values()))}.{rotated}\n"
+            f"weights take {_megabytes(sum(sizes.values()))}.{self._rotation}\n"
         )
+
+    @property
+    def _rotation(self) -> str:
+        rows = self.plan.online
+        if not rows:
+            return ""
+        sizes = [(m.input.rotation or 0, m.shape[1]) for m in rows]
+        blocks = sorted({size for size, width in sizes if size != width})
+        how = f"by blocks of {' or '.join(map(str, blocks))}" if blocks else "over their full width"
+        return f" The inputs of {len(rows)} layers are rotated at run time, {how}."
 
     def _contents(self, sizes: Mapping[str, int], dtypes: Mapping[str, str]) -> str:
         lines = ["| what | format | inputs | parameters | bits each | size |"]
