@@ -1,7 +1,7 @@
 """Zero-shot accuracy of quantized models, question by question beside the float model's.
 
 Usage: python bench/bench_tasks.py --model M --tasks blimp.jsonl --tasks hellaswag.jsonl --json J
-       [--limit N] [--write] NAME=FOLDER ...
+       [--limit N] [--table] [--write] NAME=FOLDER ...
 
 M is the float model, a directory or a GGUF file; each FOLDER holds a quantized one. A NAME that is
 a preset's needs a model that was made by today's recipe of it. Whether each answer is right is kept
@@ -113,8 +113,7 @@ def table(found: dict[str, Any]) -> list[str]:
                     continue
                 beside = compare(right, _right(reference[metric], count))
                 row += [_figure(beside.difference, beside.difference_se), f"{beside.p:.2g}"]
-            seconds = 100 * cell["seconds"] / len(cell["acc"])
-            rows.append(f"| {' | '.join(row)} | {seconds:.1f} |")
+            rows.append(f"| {' | '.join(row)} |")
     return rows
 
 
@@ -134,11 +133,10 @@ def report(found: dict[str, Any]) -> str:
             "standard error. A difference is that of a model's accuracy less the float model's on "
             "the same questions; p is McNemar's exact test of the questions that one of the two "
             "alone has right. Questions are the first ones of 2,000 of HellaSwag's validation set "
-            "and of 40 pairs of each of BLiMP's 67 paradigms, in files of their own. The last "
-            "column has seconds of one processor for 100 questions.",
+            "and of 40 pairs of each of BLiMP's 67 paradigms, in files of their own.",
             "",
-            "| task | | questions | acc | difference | p | acc_norm | difference | p | s / 100 |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "| task | | questions | acc | difference | p | acc_norm | difference | p |",
+            "|---|---|---|---|---|---|---|---|---|",
             *table(found),
         ]
     )
@@ -158,6 +156,7 @@ def main() -> None:
     parser.add_argument("--tasks", required=True, action="append", type=Path, help="JSON lines")
     parser.add_argument("--json", required=True, type=Path, help="answers; goes on from there")
     parser.add_argument("--limit", type=int, help="questions of each task; all by default")
+    parser.add_argument("--table", action="store_true", help="only print what is in --json")
     parser.add_argument("--write", action="store_true", help="write the table to bench/README.md")
     options = parser.parse_args()
     models = {FLOAT: options.model}
@@ -183,7 +182,7 @@ def main() -> None:
         cells = found["answers"].setdefault(task.name, {})
         for name, path in models.items():
             cell = cells.setdefault(name, {"acc": "", "seconds": 0.0})
-            if len(cell["acc"]) < len(task.items):
+            if len(cell["acc"]) < len(task.items) and not options.table:
                 answer(*load(path), task, cell, keep)
                 print("\n".join(table({task.name: cells})), flush=True)
     section = report(found["answers"])

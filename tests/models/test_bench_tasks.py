@@ -79,6 +79,11 @@ def test_a_run_that_was_ended_goes_on(script, given, tmp_path, monkeypatch, caps
     with pytest.raises(KeyboardInterrupt):
         run(script, monkeypatch, *given)
     assert calls == [3, 3, 1, 3, 3]
+    capsys.readouterr()
+    run(script, monkeypatch, *given, "--table")
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| pairs |")]
+    assert [row.split(" | ")[1:3] for row in rows] == [["float", "7"], ["int2", "6"]]
+    assert calls == [3, 3, 1, 3, 3]
     monkeypatch.setattr(
         cqhf, "evaluate_tasks", lambda *a: calls.append(len(a[1][0].items)) or read(*a)
     )
