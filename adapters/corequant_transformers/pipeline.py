@@ -110,7 +110,9 @@ def plan(model: str | Path | Any, recipe: Recipe, *, reader: str = "corequant") 
         more = (config, source.tensor_names) if source else ()
         return plan_for(source.skeleton if source else model, recipe, *more)
 
-    table = made(settle_budget(recipe, reader, made, source.path if source else model))
+    if has_budget(recipe):
+        recipe = settle_budget(recipe, reader, made, source.path if source else model)
+    table = made(recipe)
     if source is None:
         check_untouched(model)
         _check_structure(model, table)

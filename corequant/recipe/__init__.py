@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from corequant.recipe.budget import WIDTHS, candidates_of, has_budget
+from corequant.recipe.budget import WIDTHS, candidates_of
 from corequant.recipe.fields import (
     DTYPES,
     FACTORS,
@@ -13,6 +13,7 @@ from corequant.recipe.fields import (
     SAMPLINGS,
     SENSITIVITIES,
     UNITS,
+    has_budget,
 )
 from corequant.recipe.layers import LayerRule
 from corequant.recipe.model import Recipe

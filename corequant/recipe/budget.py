@@ -13,7 +13,7 @@ from corequant.formats import FormatKind, find_format
 from corequant.recipe.fields import check_specs, scales_beside, weight_spec
 from corequant.specs import QuantSpec
 
-__all__ = ["WIDTHS", "candidates_of", "has_budget", "settle_budget"]
+__all__ = ["WIDTHS", "candidates_of", "settle_budget"]
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 """Bits of the integers that a budget chooses from where no candidates are named."""
@@ -21,11 +21,6 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _FAMILIES = (("mxfp4", "mxfp6_e2m3", "mxfp8_e4m3"),)
 """Whole formats that share their scales, by ascending bits."""
-
-
-def has_budget(recipe: Any) -> bool:
-    """Return whether widths of a recipe's layers are still to be chosen."""
-    return recipe.bits is not None or recipe.size is not None
 
 
 def settle_budget(recipe: Any) -> dict[str, Any]:

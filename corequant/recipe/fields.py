@@ -28,6 +28,7 @@ __all__ = [
     "check_numbers",
     "check_rotation",
     "check_specs",
+    "has_budget",
     "scales_beside",
     "spec_text",
     "vocabulary_spec",
@@ -133,6 +134,11 @@ def check_rotation(recipe: Any) -> None:
             "head_block_size must be None with rotation 'online', which rotates the output "
             f"projection's input by block_size, got {recipe.head_block_size}"
         )
+
+
+def has_budget(recipe: Any) -> bool:
+    """Return whether widths of a recipe's layers are still to be chosen."""
+    return recipe.bits is not None or recipe.size is not None
 
 
 # ---- quantizers

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from corequant._validation import need_packages
 from corequant.errors import AccumulatorError, RecipeError
-from corequant.recipe.budget import has_budget, settle_budget
+from corequant.recipe.budget import settle_budget
 from corequant.recipe.fields import (
     CHOICES,
     activation_spec,
     check_choice,
     check_numbers,
     check_specs,
+    has_budget,
     scales_beside,
     spec_text,
     vocabulary_spec,
@@ -278,8 +279,9 @@ class Recipe:
             object.__setattr__(self, name, vocabulary_spec(self, name))
         self.rounding_options()
         self._settle_layers()
-        for name, value in settle_budget(self).items():
-            object.__setattr__(self, name, value)
+        if has_budget(self) or self.candidates != ():
+            for name, value in settle_budget(self).items():
+                object.__setattr__(self, name, value)
 
     def _settle_layers(self) -> None:
         given = {"layers": self.layers, "keep": self.keep}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from corequant.errors import BudgetError, RecipeError
-from corequant.recipe import READERS, Recipe, candidates_of, has_budget, takes
+from corequant.recipe import READERS, Recipe, candidates_of, takes
 from corequant_transformers.exports.sizes import sizes
 from corequant_transformers.planning.model_plan import ModelPlan
 from corequant_transformers.planning.widths import Shares
@@ -30,7 +30,7 @@ def settle_budget(
     Parameters
     ----------
     recipe : Recipe
-        Without a budget it is returned as it is.
+        Recipe with a budget.
     reader : str
         One of ``READERS``.
     make_plan : callable
@@ -44,8 +44,6 @@ def settle_budget(
     RecipeError
         If the program can load none of the candidates.
     """
-    if not has_budget(recipe):
-        return recipe
     given = candidates_of(recipe)
     candidates = tuple(spec for spec in given if takes(reader, spec))
     if not candidates:

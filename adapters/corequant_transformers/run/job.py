@@ -39,10 +39,9 @@ from corequant_transformers.planning.model_plan import VERIFIED_TOKENS, ModelPla
 from corequant_transformers.planning.widths import with_rules
 from corequant_transformers.rounding.block import groups_of, round_block
 from corequant_transformers.rounding.layers import check_tied, round_nearest, round_unquantized
-from corequant_transformers.run.ledger import Ledger, quantizes, steps_of
+from corequant_transformers.run.ledger import Ledger, quantizes, steps_of, summarize
 from corequant_transformers.run.sign_trials import SignTrials
 from corequant_transformers.run.stacks import Stacks
-from corequant_transformers.run.summary import summarize
 from corequant_transformers.run.widths import Widths
 from corequant_transformers.transforms.embeddings import transform_entry, transform_exit
 from corequant_transformers.transforms.matrices import Choices
@@ -115,7 +114,8 @@ class Job:
         self._states = (*tokens.shape, plan.dimensions.hidden)
         self._verified = tokens[0, :VERIFIED_TOKENS]
         self._stacks = Stacks(parts, tokens, self._verified)
-        self._widths = Widths(parts, plan, tokens, ledger, progress)
+        budget = plan.recipe.bits is not None
+        self._widths = Widths(parts, plan, tokens, ledger, progress) if budget else None
 
     def _check_rounding(self) -> None:
         for matrix in self.plan.quantized:
@@ -156,7 +156,8 @@ class Job:
             If a transformed part doesn't compute what the float one does.
         """
         self._stacks.prepare()
-        self._widths.prepare()
+        if self._widths is not None:
+            self._widths.prepare()
         resumed = self.ledger.resume(self.steps)
         for step in self.steps[:resumed]:
             self._absorb(step)
@@ -170,7 +171,7 @@ class Job:
         return resumed
 
     def _carry_out(self, step: str) -> None:
-        if step in self._widths.steps:
+        if self._widths is not None and step in self._widths.steps:
             self._widths.carry_out(step, self.plan, self.choices)
             return
         kind, _, index = step.partition("-")

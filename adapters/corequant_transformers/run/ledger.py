@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,8 +11,17 @@ import torch
 from corequant_transformers.model.forward import Windows
 from corequant_transformers.model.parts import ENTRY, EXIT, OUTSIDE
 from corequant_transformers.planning.model_plan import ModelPlan
+from corequant_transformers.transforms.verification import Verification
 
-__all__ = ["ALLOCATE", "Ledger", "MemoryLedger", "quantizes", "steps_of", "width_steps"]
+__all__ = [
+    "ALLOCATE",
+    "Ledger",
+    "MemoryLedger",
+    "quantizes",
+    "steps_of",
+    "summarize",
+    "width_steps",
+]
 
 ALLOCATE = "allocate"
 """The step that chooses widths from what those before it measured."""
@@ -134,3 +143,34 @@ class MemoryLedger:
     def state(self) -> dict[str, Windows]:
         """Return the hidden states of the last step that is done."""
         return self._state
+
+
+def summarize(ledger: Ledger, steps: Sequence[str], online: int) -> dict[str, Any]:
+    """Return a report's rows: signs, regions, verification, matrices and the widths chosen.
+
+    Parameters
+    ----------
+    ledger : Ledger
+    steps : sequence of str
+        All of them are done.
+    online : int
+        Number of rotations at run time.
+    """
+    reports = {step: ledger.report(step) for step in steps}
+    regions = [row for r in reports.values() for row in r.get("regions", [])]
+    regions.sort(key=lambda row: row["index"])
+    changes = [r["changed"] for r in reports.values() if "changed" in r]
+    verification = Verification(
+        reports[EXIT]["error"],
+        tuple(r["error"] for step, r in reports.items() if step.startswith("block")),
+        sum(changes),
+        online,
+        reports[ENTRY]["moving"],
+    )
+    return {
+        "verification": verification,
+        "signs": reports["choose"]["signs"],
+        "regions": [{k: v for k, v in row.items() if k != "index"} for row in regions],
+        "matrices": [row for r in reports.values() for row in r.get("matrices", [])],
+        "widths": reports[ALLOCATE]["widths"] if ALLOCATE in reports else None,
+    }
