@@ -112,8 +112,9 @@ def claq(
     second block of 128 columns on what a column keeps is that of its place in the first one.
 
     Otherwise levels are fitted to what isn't kept; columns get the widths that lower the loss
-    most, the error of k-means times H_jj, for what they take; and those weights are kept that are
-    farthest from their columns' means, in the same measure.
+    most for what they take, the loss being the error of k-means times L_jj², what it costs after
+    feedback, H being ``L Lᵀ``; and those weights are kept that are farthest from their columns'
+    means, in the same measure.
 
     Examples
     --------
@@ -261,7 +262,8 @@ def _chosen(
     """Return which weights are kept, and the width of each column, by what errors cost."""
     W = problem.W.astype(np.float64)
     rows, columns = W.shape
-    curvature = np.diagonal(problem.H).astype(np.float64)
+    curvature = np.empty(columns)
+    curvature[problem.order] = np.square(np.diagonal(problem.factor.L).astype(np.float64))
     count = round(share * W.size)
     kept = np.zeros(W.shape, np.bool_)
     fixed = 7.0 * (len(widths) + 1) + columns * bits_for(len(widths))
