@@ -59,15 +59,17 @@ def side_by_side(
     try:
         with _threads(processors // len(shares)):
             for index, share in enumerate(shares):
-                ours, theirs = context.Pipe(duplex=False)
+                # Windows' type of a pipe's end is another class with the same methods.
+                ends: Any = context.Pipe(duplex=False)
+                ours, theirs = ends
                 process = context.Process(target=_serve, args=(work, share, theirs), daemon=True)
                 process.start()
                 theirs.close()
                 processes.append(process)
                 pipes[ours] = index
         while pipes:
-            for pipe in wait(list(pipes)):
-                assert isinstance(pipe, Connection)
+            ready: list[Any] = wait(list(pipes))
+            for pipe in ready:
                 _receive(pipe, pipes, results, report)
     finally:
         for process in processes:
