@@ -1,13 +1,13 @@
-"""Zero-shot accuracy of quantized models, question by question beside the float model's.
+"""Zero-shot accuracy of quantized models against the float model, question by question.
 
 Usage: python bench/bench_tasks.py --model M --tasks blimp.jsonl --tasks hellaswag.jsonl --json J
        [--limit N] [--table] [--write] NAME=FOLDER ...
 
-M is the float model, a directory or a GGUF file; each FOLDER holds a quantized one. A NAME that is
-a preset's needs a model that was made by today's recipe of it. Whether each answer is right is kept
-in J after every few questions, so that a run that was ended goes on where it was, and the float
-model answers once for all others. J is for one set of questions and models: other ones under the
-same names are refused.
+M is the float model, a directory or a GGUF file; each FOLDER holds a quantized one. If NAME is a
+preset's, the model must have been made with the preset's current recipe. Whether each answer is
+right is saved in J after every few questions, so that an interrupted run can be resumed, and the
+float model answers only once. J is for one set of questions and models: others under the same names
+are refused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from corequant_transformers.evaluation.results import Accuracy
 from corequant_transformers.evaluation.task_files import Task
 
 PIECE = 250
-"""Questions between two times that answers are kept."""
+"""Number of questions between two saves of answers."""
 
 FLOAT = "float"
 
@@ -132,8 +132,8 @@ def report(found: dict[str, Any]) -> str:
             "Written by `bench_tasks.py`: SmolLM2-135M-Instruct, zero-shot, in percent, each ± its "
             "standard error. A difference is that of a model's accuracy less the float model's on "
             "the same questions; p is McNemar's exact test of the questions that one of the two "
-            "alone has right. Questions are the first ones of 2,000 of HellaSwag's validation set "
-            "and of 40 pairs of each of BLiMP's 67 paradigms, in files of their own.",
+            "alone has right. BLiMP's questions are 40 pairs of each of its 67 paradigms, "
+            "HellaSwag's the first ones of 2,000 of its validation set.",
             "",
             "| task | | questions | acc | difference | p | acc_norm | difference | p |",
             "|---|---|---|---|---|---|---|---|---|",

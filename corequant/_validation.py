@@ -47,7 +47,7 @@ __all__ = [
 
 
 _FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
-"""What every framework calls them, after the framework's own name."""
+"""Names of these dtypes in every framework, after the framework's own name."""
 
 
 @lru_cache(maxsize=64)

@@ -84,7 +84,7 @@ def decode(codes: Any, form: NumberFormat | str) -> Any:
     Parameters
     ----------
     codes : array (..., d), int8 or uint8
-        Those of a signed integer format are numbers where they are int8, and bits where uint8.
+        Codes. For a signed integer format, int8 codes are numbers and uint8 codes are bits.
     form : NumberFormat or str
         The format.
 

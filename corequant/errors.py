@@ -46,7 +46,7 @@ class BlockSizeError(CorequantError, ValueError):
 
 
 class BudgetError(CorequantError, ValueError):
-    """No choice of formats is within a budget of size or loss; the message names what can be."""
+    """No choice of formats meets a budget of size or loss; the message states the range."""
 
 
 class HadamardOrderError(CorequantError, ValueError):

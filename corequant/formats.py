@@ -239,7 +239,7 @@ class NumberFormat:
 
     @property
     def values(self) -> npt.NDArray[np.float64]:
-        """What the codes ``0, 1, ..., 2**bits - 1`` (as bits) stand for; read-only."""
+        """Values of the codes ``0, 1, ..., 2**bits - 1`` (as bits); read-only."""
         return _values(self)
 
     @property
@@ -357,7 +357,7 @@ def _table() -> Iterable[NumberFormat]:
     for bits in range(2, 9):
         yield NumberFormat.integer(bits)
         yield NumberFormat.integer(bits, signed=False)
-    # The element of MXINT8: 8 bits, 6 of them behind the binary point.
+    # The element of MXINT8: 8 bits, 6 of them after the binary point.
     yield NumberFormat("int8f6", 8, FormatKind.INTEGER, fraction_bits=6)
     for bits in range(3, 9):
         for e in range(1, bits):

@@ -162,7 +162,7 @@ class Backend(Protocol):
 
 @runtime_checkable
 class RegisteredBackend(Backend, Protocol):
-    """What an entry point must give: the kernels, and the way in and out of the backend."""
+    """A backend that an entry point provides: kernels, and conversions from and to NumPy."""
 
     def from_numpy(self, array: npt.NDArray[Any]) -> Array:
         """Return a NumPy array as one of the backend's, in host memory."""

@@ -303,7 +303,7 @@ def fake_quantize(
         raise ValueError(f"nonfinite must be one of {', '.join(_POLICIES)}, got {nonfinite!r}")
     check_out(x, out)
     if nonfinite == "raise" and isinstance(out, np.ndarray) and np.may_share_memory(x, out):
-        # Looked for first: a result in the place of x would leave half of it.
+        # Checked first: an error halfway would leave a partly overwritten x.
         bad = backend.first_nonfinite(x)
         if bad is not None:
             raise NonFiniteError("x", *bad)

@@ -49,7 +49,7 @@ SQUARED = 400
 """Exponents of float64 up to which sums of squares neither overflow nor vanish."""
 
 _FEW = 32
-"""Entries beside a percentile up to which they are found without sorting the whole group."""
+"""Number of entries beyond a percentile up to which a group isn't sorted to find it."""
 
 FOUR_OVER_SIX_TOP = 256.0
 """The largest block scale that maps to 6, so that 1.5 times as much, for 4, is still in E4M3."""

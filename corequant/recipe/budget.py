@@ -1,4 +1,4 @@
-"""Bits or bytes that a recipe's layers share, and the quantizers that it chooses from."""
+"""Budgets of recipes, in bits or bytes, and the quantizers that they choose from."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from corequant.specs import QuantSpec
 __all__ = ["WIDTHS", "candidates_of", "settle_budget"]
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
-"""Bits of the integers that a budget chooses from where no candidates are named."""
+"""Bits of the integers that a budget chooses from by default."""
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _FAMILIES = (("mxfp4", "mxfp6_e2m3", "mxfp8_e4m3"),)
-"""Whole formats that share their scales, by ascending bits."""
+"""Families of formats with the same scales, by ascending bits."""
 
 
 def settle_budget(recipe: Any) -> dict[str, Any]:
-    """Return the fields of a recipe's budget, checked and read where they are strings.
+    """Return the fields of a recipe's budget, checked, with strings parsed.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ def settle_budget(recipe: Any) -> dict[str, Any]:
     Raises
     ------
     RecipeError
-        If one is invalid, or two contradict each other.
+        If a field is invalid, or two fields contradict each other.
     """
     bits, given = recipe.bits, recipe.candidates
     if bits is not None and recipe.size is not None:
@@ -63,7 +63,7 @@ def settle_budget(recipe: Any) -> dict[str, Any]:
 
 
 def _read_size(value: Any) -> int:
-    """Return bytes, which may be given with a unit."""
+    """Return a size in bytes, which may be given with a unit."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     text = value.strip().lower() if isinstance(value, str) else ""
@@ -77,8 +77,8 @@ def _read_size(value: Any) -> int:
 def candidates_of(recipe: Any) -> tuple[QuantSpec, ...]:
     """Return the quantizers that a recipe's budget chooses from, by ascending bits.
 
-    Without names they are the integers of 2, 3, 4, 5, 6 and 8 bits with the scales of ``weights``,
-    or, of MXFP4, MXFP6 and MXFP8, all three.
+    By default they are the integers of 2, 3, 4, 5, 6 and 8 bits with the scales of ``weights``, or
+    MXFP4, MXFP6 and MXFP8 if ``weights`` is one of these.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def candidates_of(recipe: Any) -> tuple[QuantSpec, ...]:
     Raises
     ------
     RecipeError
-        If ``weights`` are of another kind, so that candidates must be named.
+        If ``weights`` has another format, so that candidates must be named.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What fields of a recipe accept: names, quantizers, and values that depend on each other."""
+"""Values that the fields of a recipe accept: names, quantizers, and combinations of them."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def check_choice(field: str, value: Any) -> None:
 
 
 def check_numbers(recipe: Any) -> None:
-    """Raise RecipeError unless the numbers of a recipe and its flag are what they have to be."""
+    """Raise RecipeError unless the numbers of a recipe and its flag are valid."""
     size, tolerance = recipe.block_size, recipe.tolerance
     if isinstance(size, str) and size != "auto":
         raise RecipeError(f"block_size must be an integer, several, 'auto' or None, got {size!r}")
@@ -137,7 +137,7 @@ def check_rotation(recipe: Any) -> None:
 
 
 def has_budget(recipe: Any) -> bool:
-    """Return whether widths of a recipe's layers are still to be chosen."""
+    """Return whether the widths of a recipe's layers are still to be chosen."""
     return recipe.bits is not None or recipe.size is not None
 
 
@@ -145,7 +145,7 @@ def has_budget(recipe: Any) -> bool:
 
 
 def weight_spec(value: Any, scales: ScaleFormat = ScaleFormat.FLOAT32) -> Any:
-    """Return a quantizer of weights that may be given as a string; it searches its scales then.
+    """Return a quantizer of weights; one that is given as a string searches its scales.
 
     ``scales`` is the format of its scales unless the string names one.
     """
@@ -158,7 +158,7 @@ def weight_spec(value: Any, scales: ScaleFormat = ScaleFormat.FLOAT32) -> Any:
 
 
 def scales_beside(weights: QuantSpec) -> ScaleFormat:
-    """Return the format of scales that go along with those of a recipe's weights in one file."""
+    """Return the format of scales that can be combined with the weights' scales in one file."""
     if weights.scale_format in (ScaleFormat.E8M0, ScaleFormat.E4M3):
         # Readers compute in bfloat16 with four-bit floats.
         return ScaleFormat.BFLOAT16
@@ -168,7 +168,7 @@ def scales_beside(weights: QuantSpec) -> ScaleFormat:
 
 
 def activation_spec(value: Any) -> Any:
-    """Return a quantizer of activations that may be given as a string; ``none`` is None."""
+    """Return a quantizer of activations, parsed if it is a string; ``none`` is None."""
     if not isinstance(value, str):
         return value
     if value.strip().lower() == "none":
@@ -180,7 +180,7 @@ def activation_spec(value: Any) -> Any:
 
 
 def check_specs(weights: Any, activations: Any) -> None:
-    """Raise RecipeError unless both are quantizers for what they are meant for, or None."""
+    """Raise RecipeError unless both are None or quantizers for weights and activations."""
     if weights is not None and not isinstance(weights, QuantSpec):
         raise RecipeError(f"weights must be a QuantSpec, got {type(weights).__name__}")
     if weights is not None and weights.granularity is Granularity.TOKEN:
@@ -196,8 +196,8 @@ def check_specs(weights: Any, activations: Any) -> None:
 
 
 def spec_text(spec: QuantSpec) -> str:
-    """Return a quantizer of weights as ``weight_spec`` reads it."""
-    # The default search of weights here is not QuantSpec's.
+    """Return a quantizer of weights as a string that ``weight_spec`` reads."""
+    # The default search for weights differs from QuantSpec's.
     text = str(spec)
     search = spec.scale_search.value
     given = any(part.startswith(search) for part in text.split(":"))
@@ -208,13 +208,13 @@ def spec_text(spec: QuantSpec) -> str:
 
 
 def vocabulary_spec(recipe: Any, name: str) -> QuantSpec | None:
-    """Return a quantizer of the embedding or the head, which may be given as a string.
+    """Return the quantizer of the embedding or of the head, parsed if it is a string.
 
     Parameters
     ----------
     recipe : Recipe
-        Read from a string, a quantizer searches its scales and stores them in the format of the
-        weights' scales, unless the string names others; ``none`` is None.
+        Recipe with the field. A quantizer given as a string searches its scales and stores them in
+        the format of the weights' scales, unless the string says otherwise; ``none`` is None.
     name : str
         Field of the recipe.
 
@@ -245,7 +245,7 @@ def vocabulary_spec(recipe: Any, name: str) -> QuantSpec | None:
 
 
 def vocabulary_text(recipe: Any, name: str) -> str | None:
-    """Return the string that ``vocabulary_spec`` reads as what a recipe has."""
+    """Return a string that ``vocabulary_spec`` reads as the field of a recipe."""
     spec: QuantSpec | None = getattr(recipe, name)
     if spec is None:
         return None

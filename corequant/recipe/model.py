@@ -143,23 +143,23 @@ class Recipe:
         Patterns of layers that stay in float, such as down_proj, model.layers.0 or re:.*o_proj.
         They do so whatever ``layers`` says; see ``LayerRule`` about patterns.
     bits : float, optional
-        Mean bits of a weight of all linear layers, scales included, that are not exceeded while
-        each layer gets the width that serves the model best. The widths become rules of ``layers``;
-        layers that have a rule for their weights keep to it. None gives all layers ``weights``.
+        Upper limit of the mean bits per weight of all linear layers, scales included. Within it,
+        each layer gets the width that suits the model best. The widths become rules of ``layers``;
+        layers that have a rule for their weights keep it. None gives all layers ``weights``.
     size : int or str, optional
-        Size of the result, such as 80MB, that is not exceeded while each layer gets its width, as
-        with ``bits``.
+        Upper limit of the size of the result, such as 80MB, within which the widths of layers are
+        chosen as with ``bits``.
     candidates : tuple of QuantSpec
         Quantizers of weights that ``bits`` and ``size`` choose from; by default the integers of 2,
         3, 4, 5, 6 and 8 bits, with the scales of ``weights``, that the result's program can load.
     sensitivity : str
-        What a layer's width costs, for ``bits`` and ``size``: one of ``SENSITIVITIES``. ``kl`` is
-        what errors of its outputs do to the predicted probabilities, by gradients; ``output`` is
-        their relative squared error, ``weights`` that of the weights.
+        Cost of a layer's width, for ``bits`` and ``size``: one of ``SENSITIVITIES``. ``kl`` is the
+        effect of errors of its outputs on the predicted probabilities, by gradients; ``output`` is
+        the relative squared error of the outputs, ``weights`` that of the weights.
     units : str
-        Layers that get one width, for ``bits`` and ``size``: one of ``UNITS``. ``layers`` is each
-        for itself, but for the experts of a block; ``inputs`` all that read the same input, such as
-        query, key and value, as vLLM needs.
+        Layers that get the same width, for ``bits`` and ``size``: one of ``UNITS``. With
+        ``layers``, each layer gets its own, except for the experts of a block; with ``inputs``,
+        layers that read the same input, such as query, key and value, share one, as vLLM requires.
 
     Raises
     ------

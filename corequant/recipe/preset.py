@@ -144,7 +144,7 @@ def find_preset(name: str) -> Preset:
     Raises
     ------
     RecipeError
-        If there is none of that name; the message names what is near.
+        If no preset has that name; the message suggests similar names.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Which program takes weights of which kind."""
+"""The quantizers of weights that each program can run."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from corequant.storage.gguf import block_type_of
 __all__ = ["takes"]
 
 _VLLM_BITS = (4, 8)
-"""Widths of weights that vLLM has kernels for, of those that compressed-tensors holds."""
+"""Widths of weights in compressed-tensors files that vLLM has kernels for."""
 
 _LAYOUTS: dict[str, Callable[[QuantSpec], Any]] = {
     "compressed-tensors": Scheme,
     "gguf": block_type_of,
 }
-"""What refuses the weights that a layout can't hold."""
+"""Functions that raise for weights that a layout can't hold."""
 
 
 def takes(reader: str, spec: QuantSpec) -> bool:
-    """Return whether a program can run weights of a quantizer.
+    """Return whether a program can run weights with a quantizer.
 
     Parameters
     ----------

@@ -1,12 +1,12 @@
-"""The formats of a model's layers, chosen together: the least loss that fits into a size.
+"""Joint choice of formats for a model's layers, with the least loss within a total size.
 
 Each unit, a layer or a group of rows, takes one of several formats, each with a loss and a size.
-What is sought is the choice of least total loss within a total size, or of least total size within
-a total loss: the multiple-choice knapsack problem. Its relaxation is solved exactly by following
-each unit's lower convex hull, the steepest step of all units first; where the last step fits, that
-is the optimum, which is the known case of convex losses. Otherwise sizes that are whole multiples
-of few units are solved exactly by dynamic programming, and for others the relaxation bounds what
-exchanges between units can still gain.
+The choice of least total loss within a total size, or of least total size within a total loss, is
+the multiple-choice knapsack problem. Its relaxation is solved exactly by following the lower convex
+hull of each unit, always taking the steepest step of all units. If the last step fits, this is the
+optimum, the well-known case of convex losses. Otherwise the problem is solved exactly by dynamic
+programming if sizes are small integer multiples of a common divisor; if they aren't, the choice is
+improved by exchanges between units, and the relaxation bounds what is left to gain.
 
 Source: Kellerer, Pferschy and Pisinger, "Knapsack Problems", Springer 2004, chapter 11. Shoham and
 Gersho, "Efficient bit allocation for an arbitrary set of quantizers", IEEE Transactions on
@@ -33,13 +33,13 @@ Array = npt.NDArray[np.float64]
 Choice = npt.NDArray[np.int64]
 
 _MOST_WORK = 1 << 28
-"""Table entries that dynamic programming may compute."""
+"""Limit of the table entries that dynamic programming computes."""
 
 _MOST_STATES = 1 << 27
-"""Table entries that it may keep, a byte each."""
+"""Limit of the table entries that it keeps, one byte each."""
 
 _WHOLE = float(1 << 53)
-"""Integers below are exact in float64."""
+"""Integers below this limit are exact in float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +51,10 @@ class Allocation:
     choices : numpy.ndarray (units,), int64
         Index of each unit's format.
     loss, size : float
-        Their totals.
+        Total loss and total size.
     gap : float
-        What no other choice can gain more than: of loss within a size, of size within a loss. It is
-        0 of a choice that is proven to be the best.
+        Upper bound of what any other choice could gain, in loss if the size is limited, in size if
+        the loss is. It is 0 if the choice is proven to be optimal.
     """
 
     choices: npt.NDArray[np.int64]
@@ -66,38 +66,38 @@ class Allocation:
 def allocate_bits(
     losses: Any, sizes: Any, budget: float | None = None, *, loss: float | None = None
 ) -> Allocation:
-    """Choose a format for each of several units, with the least loss that fits into a size.
+    """Choose a format for each of several units, with the least total loss within a size.
 
-    Losses of units have to add up, as the squared errors of layers' outputs do, weighted by what
-    they do to the model.
+    Losses of units must be additive, such as squared errors of layers' outputs, weighted by their
+    effect on the model.
 
     Parameters
     ----------
     losses : array (units, formats)
-        Loss of each unit in each format; infinity where it can't have that format.
+        Loss of each unit in each format; infinity if the unit can't have that format.
     sizes : array (units, formats) or (formats,)
-        Sizes, not negative, in bits or bytes. Where they are integers with a large common divisor
-        the best choice is found in any case.
+        Non-negative sizes in bits or bytes. If they are integers with a large common divisor, the
+        choice is always optimal.
     budget : float, optional
         Total size that the choice must not exceed.
     loss : float, optional
-        Total loss that the choice must not exceed, in place of ``budget``; the least size is sought
+        Total loss that the choice must not exceed, instead of ``budget``; the size is minimized
         then.
 
     Returns
     -------
     Allocation
-        Of several choices that are equally good, always the same.
+        The choice; ties are resolved deterministically.
 
     Raises
     ------
     BudgetError
-        If no choice is within the budget; names the range that can be reached.
+        If no choice is within the budget; the message states the possible range.
     NonFiniteError
         If a loss is NaN or minus infinity, or a size isn't finite.
     ShapeError, TypeError, ValueError
-        If the arrays don't fit each other, a size is negative, a unit has no format at all, or not
-        one of ``budget`` and ``loss`` is given.
+        If the arrays don't match, a size is negative, a unit has no format, or not exactly one of
+        ``budget`` and ``loss`` is given.
 
     Examples
     --------
@@ -112,7 +112,7 @@ def allocate_bits(
     cost, weight = _checked(losses, sizes)
     if (budget is None) == (loss is None):
         given = "none" if budget is None else "both"
-        raise ValueError(f"one of budget and loss must be given, got {given}")
+        raise ValueError(f"exactly one of budget and loss must be given, got {given}")
     if budget is not None:
         limit = _checked_limit("budget", budget, weight, cost)
     else:
@@ -132,14 +132,15 @@ def allocate_bits(
 
 
 def _checked(losses: Any, sizes: Any) -> tuple[Array, Array]:
-    """Return losses, and sizes (units, formats), infinite where a unit can't have a format."""
+    """Return losses and sizes (units, formats), infinite for formats that a unit can't have."""
     cost = np.asarray(losses, np.float64)
     weight = np.asarray(sizes, np.float64)
     if cost.ndim != 2 or cost.size == 0:
         raise ShapeError(f"losses must be (units, formats), got shape {cost.shape}")
     if weight.shape not in (cost.shape, cost.shape[1:]):
         raise ShapeError(
-            f"sizes must be {cost.shape} or {cost.shape[1:]}, as losses are, got {weight.shape}"
+            f"sizes must have shape {cost.shape} or {cost.shape[1:]} to match losses, got "
+            f"{weight.shape}"
         )
     for name, values, bad in (
         ("losses", cost, np.isnan(cost) | (cost == -np.inf)),
@@ -159,7 +160,7 @@ def _checked(losses: Any, sizes: Any) -> tuple[Array, Array]:
 
 def _checked_limit(name: str, value: Any, constraint: Array, objective: Array) -> float:
     limit = check_number(name, value)
-    # Where several formats need as little, the best of them.
+    # The best of several formats that need the same.
     least = _total(constraint, np.argmin(constraint, 1))
     best = np.lexsort((constraint, objective))[:, 0]
     if not limit >= least:
@@ -178,16 +179,17 @@ def _total(values: Array, choices: Choice) -> float:
 
 
 def _follow_hulls(objective: Array, constraint: Array, limit: float) -> tuple[Choice, float]:
-    """Return the choice that steps along the units' convex hulls reach, and a bound of the best.
+    """Return the choice reached by steps along the convex hulls, and a bound of the optimum.
 
-    The bound is the optimum of the relaxation, which takes the first step that doesn't fit in part.
+    The bound is the optimum of the relaxation, which takes a part of the first step that doesn't
+    fit.
     """
     start, owners, ends, needs, gains = _steps(objective, constraint)
     choices = start.copy()
     ratios = gains / needs
     for k in range(1, len(owners)):
         if owners[k] == owners[k - 1]:
-            # Rounded, they might ask for a step before the one that leads to it.
+            # Rounding might order a step before the one that leads to it.
             ratios[k] = min(ratios[k], ratios[k - 1])
     order = np.argsort(-ratios, kind="stable")
     spent, reached = _total(constraint, choices), _total(objective, choices)
@@ -210,10 +212,10 @@ def _follow_hulls(objective: Array, constraint: Array, limit: float) -> tuple[Ch
 
 
 def _steps(objective: Array, constraint: Array) -> tuple[Choice, Choice, Choice, Array, Array]:
-    """Return each unit's least format, and the steps from vertex to vertex of its hull.
+    """Return each unit's cheapest format, and the steps from vertex to vertex of its hull.
 
-    Steps are owner, index of the format that it leads to, what it needs and what it gains; those of
-    a unit are in a row and their ratios of gain to need fall.
+    Steps are given by their unit, the index of the format that they lead to, their need and their
+    gain. Steps of a unit are consecutive, with falling ratios of gain to need.
     """
     start, owners, ends, needs, gains = [], [], [], [], []
     for unit, (y, x) in enumerate(zip(objective, constraint, strict=True)):
@@ -235,7 +237,7 @@ def _steps(objective: Array, constraint: Array) -> tuple[Choice, Choice, Choice,
 
 
 def _is_above(first: int, middle: int, last: int, x: Array, y: Array) -> bool:
-    """Return whether the middle one of three points is on or above the line through the others."""
+    """Return whether the middle of three points is on or above the line through the others."""
     here = (y[first] - y[middle]) * (x[last] - x[middle])
     return bool(here <= (y[middle] - y[last]) * (x[middle] - x[first]))
 
@@ -243,17 +245,18 @@ def _is_above(first: int, middle: int, last: int, x: Array, y: Array) -> bool:
 def _by_programming(
     cost: Array, weight: Array, limit: float, found: Choice, *, by_size: bool
 ) -> Choice | None:
-    """Return the best choice by dynamic programming over the size; None where that is too much.
+    """Return the best choice by dynamic programming over the size; None if that is too expensive.
 
     Parameters
     ----------
     cost, weight : numpy.ndarray (units, formats)
         Losses and sizes.
     limit : float
-        Of the size, or else of the loss.
+        Limit of the size, or of the loss unless ``by_size``.
     found : numpy.ndarray (units,)
-        A choice within the limit, whose size is enough in the latter case.
+        A choice within the limit. If the loss is limited, no size above this choice's is searched.
     by_size : bool
+        Whether the size is limited.
     """
     possible = np.isfinite(weight)
     whole = weight[possible]
@@ -284,7 +287,7 @@ def _by_programming(
     state = room
     if not by_size:
         fits = reached <= limit
-        # Sums in another order may differ in their last bits from the one that is known to fit.
+        # Sums in another order may differ in their last bits from the sum that is known to fit.
         state = int(np.argmax(fits)) if fits.any() else room
     choices = np.empty(len(cost), np.int64)
     for index in reversed(range(len(cost))):

@@ -1,4 +1,4 @@
-"""Choices of formats improved by exchanges: one unit takes another format, or two units do."""
+"""Improvement of a choice of formats by changing the format of one unit, or of two at once."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ Array = npt.NDArray[np.float64]
 Choice = npt.NDArray[np.int64]
 
 _PASSES = 256
-"""Exchanges after which the search ends."""
+"""Limit of the number of exchanges."""
 
 _CLOSE = 1e-9
-"""Gap, relative to the bound, that isn't worth another exchange."""
+"""Gap, relative to the bound, at which the search ends."""
 
 
 def improve(
     objective: Array, constraint: Array, limit: float, choices: Choice, bound: float
 ) -> Choice:
-    """Return a choice that is at least as good, by exchanges that fit into a limit.
+    """Return a choice that is at least as good, found by exchanges within a limit.
 
     Parameters
     ----------
     objective, constraint : numpy.ndarray (units, formats)
-        What is to be small in total, and what has a limit.
+        Values whose total is minimized, and values whose total is limited.
     limit : float
     choices : numpy.ndarray (units,), int64
-        Within the limit.
+        A choice within the limit.
     bound : float
-        Below which the objective can't fall.
+        Lower bound of the total objective.
     """
     choices, rows = choices.copy(), np.arange(len(choices))
     for _ in range(_PASSES):
@@ -57,7 +57,7 @@ def improve(
 
 
 def _best_pair(needs: Array, gains: Array, left: float) -> list[tuple[int, int]]:
-    """Return the one or two changes, of different units, that fit and together gain most."""
+    """Return the one or two changes, of different units, that fit and gain most together."""
     units, formats = np.nonzero(gains > 0)
     order = np.argsort(needs[units, formats], kind="stable")
     units, formats = units[order], formats[order]
@@ -87,10 +87,7 @@ def _best_pair(needs: Array, gains: Array, left: float) -> list[tuple[int, int]]
 
 
 def _best_so_far(gained: Array, units: Choice) -> tuple[list[int], list[int]]:
-    """Return the best change among the first ones, for each number, and the best of another unit.
-
-    The latter is -1 where there is none.
-    """
+    """Return the best change of each prefix, and the best of another unit, -1 if there is none."""
     first: list[int] = []
     second: list[int] = []
     one = two = -1

@@ -1,11 +1,11 @@
-"""What rounding a weight in several formats would cost, without the work of rounding it so.
+"""Expected losses of rounding a weight in several formats, without actually rounding it.
 
-A method with error feedback rounds column j at ``w_j + Σ_{i>j} D_i L_ij / L_jj``, its columns in
-reverse order of rounding and ``H = L Lᵀ``, so that its loss is ``Σ_j L_jj² e_j²`` with the
-distances e to the grid at that moment. They are about as large as those of rounding to nearest,
-which are known: only the columns' factors ``L_jj²``, the variance of an input that the others don't
-predict, tell the methods apart. One factorization serves all formats and all weights that read an
-input.
+A method with error feedback rounds column j at ``w_j + Σ_{i>j} D_i L_ij / L_jj``, with columns in
+reverse order of rounding and ``H = L Lᵀ``. Its loss is ``Σ_j L_jj² e_j²``, where e are the
+distances to the grid at that moment. They are about as large as in rounding to nearest, where they
+are known. The methods differ only in the factors ``L_jj²`` of the columns, the variance of an input
+that the others don't predict. One factorization is enough for all formats and all weights with the
+same input.
 """
 
 from __future__ import annotations
@@ -40,22 +40,23 @@ _ROWS = 512
 def unpredicted(
     H: Any, *, damping: float = 0.01, act_order: bool = True, tokens: int | None = None
 ) -> npt.NDArray[np.float64]:
-    """Return each input's variance that those rounded after it don't predict, in H's own order.
+    """Return the variance of each input that inputs rounded after it don't predict.
 
     Parameters
     ----------
     H : numpy.ndarray (d, d)
         ``XᵀX / n`` of the inputs.
     damping : float
-        Added to the diagonal of H, times its mean.
+        Addition to the diagonal of H, relative to its mean.
     act_order : bool
         Whether columns of large H_jj are rounded first.
     tokens : int, optional
-        Number n of tokens; a lack of them is compensated for as in ``gptq``.
+        Number n of tokens; too few are compensated for as in ``gptq``.
 
     Returns
     -------
     numpy.ndarray (d,), float64
+        Variances in the order of H.
 
     Examples
     --------
@@ -80,7 +81,7 @@ def unpredicted(
 def expected_losses(
     W: Any, specs: Sequence[QuantSpec | str], *, H: Any = None, weights: Any = None
 ) -> npt.NDArray[np.float64]:
-    """Return the loss that rounding a weight to nearest has in each of several formats.
+    """Return the loss of rounding a weight to nearest in each of several formats.
 
     Parameters
     ----------
@@ -89,10 +90,10 @@ def expected_losses(
     specs : sequence of QuantSpec or str
         The formats.
     H : numpy.ndarray (in_features, in_features), optional
-        ``XᵀX / n`` of the inputs: the loss is the error of the outputs.
+        ``XᵀX / n`` of the inputs; the loss is then the error of the outputs.
     weights : numpy.ndarray (out_features, in_features) or (in_features,), optional
-        What each squared error counts, in place of H. With what ``unpredicted`` makes of H the loss
-        is about what a method with error feedback would leave.
+        Weights of the squared errors, instead of H. With the result of ``unpredicted`` for H, the
+        loss approximates that of a method with error feedback.
 
     Returns
     -------
@@ -102,8 +103,8 @@ def expected_losses(
     Raises
     ------
     BlockSizeError, HessianError, NonFiniteError, ShapeError, SpecError, TypeError
-        If an array is invalid or of another shape, a spec doesn't fit W, or not one of ``H`` and
-        ``weights`` is given.
+        If an array is invalid or has another shape, a spec doesn't fit W, or not exactly one of
+        ``H`` and ``weights`` is given.
 
     Examples
     --------
@@ -116,7 +117,7 @@ def expected_losses(
     W = check_matrix("W", W)
     if (H is None) == (weights is None):
         given = "none" if H is None else "both"
-        raise TypeError(f"one of H and weights must be given, got {given}")
+        raise TypeError(f"exactly one of H and weights must be given, got {given}")
     if H is not None:
         moments = check_hessian(H, W.shape[1], "W")
         return np.array([_quadratic(W, _rounded(W, spec), moments) for spec in specs])

@@ -21,7 +21,7 @@ __all__ = ["CHUNK", "FACTORS", "SWEEPS", "check_fitted", "fit_scales", "leading_
 Array = npt.NDArray[Any]
 
 FACTORS = np.concatenate([[1.0], np.linspace(0.75, 1.25, 41)]).astype(np.float32)
-"""What a group's scale is multiplied by in turn; the first wins ties."""
+"""Factors of a group's scale, tried in turn; the first wins ties."""
 
 SWEEPS = 2
 """Number of visits to each group of a row."""

@@ -89,10 +89,10 @@ class Scales:
         *,
         refit: bool = False,
     ) -> Scales:
-        """Choose scales for W by the spec's search, or check those that are given.
+        """Choose scales for W by the spec's search, or check the given ones.
 
-        With ``refit`` each group's will be searched when its values are known: until then those of
-        its range stand in.
+        With ``refit``, the scales of a group are searched when its values are known; until then,
+        scales from its range are used.
         """
         if global_scale is None and spec.granularity is Granularity.TENSOR_GROUP and scales is None:
             global_scale = choose_global_scale(W, spec)

@@ -1,4 +1,4 @@
-"""What a rounding method solves and reports: the output error, its arguments, and the result."""
+"""The problem of a rounding method: the output error, its arguments, and the result."""
 
 from __future__ import annotations
 

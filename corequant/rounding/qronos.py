@@ -122,16 +122,17 @@ def correct(
     order: Array,
     dead: npt.NDArray[np.bool_],
 ) -> Array:
-    """Bring weights to their best values given the inputs that the layer really sees.
+    """Return the best weights for the inputs that the layer will see, before rounding.
 
     Parameters
     ----------
     centers : array (rows, d)
-        The weight, its columns in the loop's order. It becomes what errors are measured from.
+        The weight, with columns in the order of the loop. It is overwritten with the values that
+        errors are measured from.
     gap : array (rows, d)
         ``W (G - H)`` in the same order. It is overwritten.
     factor : Factor
-        Of the damped H.
+        Factor of the damped H.
     H : array (d, d)
     order : array (d,)
         Columns in reverse order of their rounding.
@@ -141,7 +142,7 @@ def correct(
     Returns
     -------
     array (rows, d)
-        What is rounded.
+        Weights to round.
     """
     last = gap[:, -1:].copy()
     # The system without the first column, which is the last here: its share is zero on the way.

@@ -108,7 +108,7 @@ def to_blocks(quantized: QuantizedTensor) -> tuple[str, Array]:
     SpecError
         If GGUF has no block type for the spec; the message names those that it has.
     ValueError
-        If a scale or an offset is no finite number of its format.
+        If a scale or an offset is not finite in its format.
 
     Examples
     --------
@@ -148,7 +148,7 @@ def from_blocks(blocks: Array, block_type: str) -> QuantizedTensor:
     blocks : numpy.ndarray (..., bytes), uint8
     block_type : str
         Q8_0 or MXFP4, or Q4_0 if its scales are positive, as those of ``to_blocks`` are. Not Q4_1,
-        whose offsets are no multiples of the scales.
+        whose offsets are not multiples of the scales.
 
     Returns
     -------
@@ -157,7 +157,7 @@ def from_blocks(blocks: Array, block_type: str) -> QuantizedTensor:
     Raises
     ------
     ShapeError, SpecError, ValueError
-        If the bytes are no whole blocks, the type is another, or a scale is negative.
+        If the bytes are not whole blocks, the type is another, or a scale is negative.
 
     Examples
     --------

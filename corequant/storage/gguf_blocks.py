@@ -56,7 +56,7 @@ def decode_blocks(blocks: Array, block_type: str) -> npt.NDArray[np.float32]:
     Raises
     ------
     ShapeError, SpecError
-        If the bytes are no whole blocks, or the type is another.
+        If the bytes are not whole blocks, or the type is another.
 
     Examples
     --------
@@ -246,7 +246,7 @@ def _tq2_0(b: Array) -> Array:
 
 
 def _mxfp4(b: Array) -> Array:
-    # Half the scales and twice the numbers: 2 ** 128 is no number of float32.
+    # Half the scales and twice the numbers: 2 ** 128 is not a float32 number.
     scales = np.ldexp(np.float32(1), b[:, :1].astype(np.int32) - 128)
     return scales * _TWICE_FP4[_planes(b[:, 1:], 16, 4)]
 

@@ -101,7 +101,7 @@ class GgufFile:
     Raises
     ------
     CheckpointError
-        If it is no such file, damaged, or has a tensor of a type that isn't read here.
+        If it isn't such a file, is damaged, or has a tensor of a type that isn't read here.
 
     Examples
     --------

@@ -407,7 +407,7 @@ def test_a_result_serves_for_several_comparisons(tokens):
     ours, theirs = (cqhf.evaluate_tasks(m, questions(), Letters()) for m in (other, model))
     for own, reference, result in zip(ours, theirs, wanted, strict=True):
         assert own.beside(reference, 5).to_dict() == result.to_dict()
-    with pytest.raises(cq.TaskError, match="same questions, got 9 of p beside 12 of c"):
+    with pytest.raises(cq.TaskError, match="same questions, got 9 of p and 12 of c"):
         ours[0].beside(theirs[1])
 
 

@@ -181,7 +181,7 @@ def test_rules_and_kept_layers_are_respected(tokens):
     assert {m.options.method for m in result.plan.quantized if "o_proj" in m.name} == {"gptq"}
     bits = result.report["widths"]["bits"]
     assert 4 < bits <= 4.5
-    with pytest.raises(cq.RecipeError, match="need a layer without a rule for its weights"):
+    with pytest.raises(cq.RecipeError, match="require a layer without a rule for its weights"):
         cqhf.plan(model, budget(layers=["re:.*=int4:channel"]))
 
 
@@ -195,7 +195,7 @@ def test_experts_of_a_block_get_one_width(tokens):
             own = {t for n, t in given.items() if f"layers.{block}." in n and f".{part}" in n}
             assert len(own) <= 1
     one = result.plan.quantized[-1].name
-    with pytest.raises(cq.RecipeError, match="must be for all layers that get one width"):
+    with pytest.raises(cq.RecipeError, match="must apply to all layers that get the same width"):
         cqhf.plan(model, budget(4, layers=[f"{one}=int8:group16"]))
 
 
@@ -241,7 +241,7 @@ def test_a_plan_shows_widths_within_the_budget(source):
     table = cqhf.plan(source, budget())
     assert table.recipe.bits == 3.5
     assert len({m.weights for m in table.quantized}) > 1
-    assert any("within 3.5 bits of a weight on average" in note for note in table.notes)
+    assert any("within 3.5 bits per weight on average" in note for note in table.notes)
     count = sum(m.shape[0] * m.shape[1] for m in table.quantized)
     assert 3.2 < 8 * 2**20 * table.cost()["quantized_mib"] / count <= 3.5
 
@@ -298,8 +298,8 @@ def test_the_command(source, tmp_path):
     run = CliRunner()
     done = run.invoke(app, ["quantize", str(source), "-o", str(tmp_path / "out"), *options])
     assert done.exit_code == 0, done.output
-    assert "bits of a weight with its scales, of 4.5" in done.output
-    assert "nats a token" in done.output
+    assert "bits per weight with scales, of 4.5" in done.output
+    assert "nats per token" in " ".join(done.output.split())
     options = [*options[:-2], "--size", "110kB", "--candidates", "int4:group16", "--candidates",
                "int8:group16", "--sensitivity", "output", "--json"]  # fmt: skip
     done = run.invoke(app, ["plan", str(source), *options])

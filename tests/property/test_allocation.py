@@ -141,7 +141,13 @@ def test_more_room_never_costs_loss(rng):
     ("losses", "sizes", "options", "error", "text"),
     [
         ([1.0, 2.0], [1, 2], {"budget": 3}, cq.ShapeError, r"losses must be \(units, formats\)"),
-        ([[1.0, 2.0]], [1, 2, 3], {"budget": 3}, cq.ShapeError, r"sizes must be \(1, 2\) or \(2,"),
+        (
+            [[1.0, 2.0]],
+            [1, 2, 3],
+            {"budget": 3},
+            cq.ShapeError,
+            r"sizes must have shape \(1, 2\) or \(2,",
+        ),
         ([[1.0, np.nan]], [1, 2], {"budget": 3}, cq.NonFiniteError, "losses must be finite"),
         ([[1.0, 2.0]], [1, np.inf], {"budget": 3}, cq.NonFiniteError, "sizes must be finite"),
         ([[1.0, 2.0]], [-1, 2], {"budget": 3}, ValueError, "sizes must not be negative, got -1"),

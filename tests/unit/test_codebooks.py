@@ -230,7 +230,7 @@ def test_bad_input_is_refused(rng):
         cq.Codebook.of(W, np.ones((4, 2)), 2)
     with pytest.raises(ShapeError, match="outliers must have base's shape"):
         cq.KeptOutliers(cq.Codebook.fit(W, 1), cq.SparseOutliers.of(W[:2], W[:2] > 1))
-    with pytest.raises(TypeError, match="mask must be of bool"):
+    with pytest.raises(TypeError, match="mask must have dtype bool"):
         cq.SparseOutliers.of(W, W)
     with pytest.raises(ShapeError, match="scales must have one number for each of 24 columns"):
         cq.ColumnScaled.of(cq.Codebook.fit(W, 1), np.ones(3))

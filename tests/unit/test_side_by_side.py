@@ -43,7 +43,7 @@ def test_one_processor_works_on_all_here(monkeypatch):
     [
         ("refused", CorequantError, "^share must be another$"),
         ("failed", RuntimeError, "KeyError: 'there is none'"),
-        ("stopped", RunError, "must return a result, got its end"),
+        ("stopped", RunError, "must return a result, but it ended"),
     ],
 )
 def test_what_goes_wrong_elsewhere_is_told_here(share, error, message):

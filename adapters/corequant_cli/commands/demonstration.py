@@ -205,7 +205,7 @@ def run(
 
 @dataclass(frozen=True, eq=False)
 class _Share:
-    """Variants to be made in one process, of a model and from tokens that others have too."""
+    """Variants to make in one process; all shares have the same model and tokens."""
 
     source: Path
     variants: tuple[Variant, ...]
@@ -216,7 +216,7 @@ class _Share:
 
 @dataclass(frozen=True)
 class _Made:
-    """What came of a share: the float model's row, those of its variants, what was saved."""
+    """Results of a share: the float model's row, the rows of its variants, and their answers."""
 
     reference: Row
     rows: tuple[Row, ...]

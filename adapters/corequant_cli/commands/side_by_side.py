@@ -1,4 +1,4 @@
-"""Shares of work, each in a process of its own on its part of the processors."""
+"""Work in several processes, each with its part of the processors."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ def side_by_side(
     report: Report,
     processors: int,
 ) -> list[Result]:
-    """Return ``work(share, report)`` of each share, computed at the same time.
+    """Return ``work(share, report)`` for each share, computed at the same time.
 
     Parameters
     ----------
     work : callable
-        A function of a module, which other processes can import. What it takes and returns must be
-        picklable.
+        Module-level function, which other processes can import. Its arguments and its result must
+        be picklable.
     shares : sequence
     report : callable
-        Called here with what ``work`` calls its own with.
+        Called in this process with the arguments that ``work`` passes to its own ``report``.
     processors : int
-        How many there are. With fewer than shares, the shares are computed in this process, one
-        after the other.
+        Number of processors. If there are fewer than shares, the shares are computed in this
+        process, one after the other.
 
     Raises
     ------
     CorequantError
-        If ``work`` does, with its message.
+        If ``work`` raises one; it has the same message.
     RunError
-        If a process ends in another way.
+        If a process ends without a result or an error.
     """
     if processors < len(shares):
         return [work(share, report) for share in shares]
-    # Not forked: libraries that have threads in this process would wait for them in the other.
+    # Not forked: libraries with threads in this process would wait for them in the new one.
     context = multiprocessing.get_context("spawn")
     results: dict[int, Result] = {}
     pipes: dict[Connection, int] = {}
@@ -59,7 +59,7 @@ def side_by_side(
     try:
         with _threads(processors // len(shares)):
             for index, share in enumerate(shares):
-                # Windows' type of a pipe's end is another class with the same methods.
+                # On Windows, a pipe's end has another class with the same methods.
                 ends: Any = context.Pipe(duplex=False)
                 ours, theirs = ends
                 process = context.Process(target=_serve, args=(work, share, theirs), daemon=True)
@@ -85,8 +85,8 @@ def _receive(
         kind, value = pipe.recv()
     except EOFError:
         raise RunError(
-            f"the process of share {pipes[pipe] + 1} must return a result, got its end: it was "
-            "stopped, or there was too little memory"
+            f"the process of share {pipes[pipe] + 1} must return a result, but it ended: it was "
+            "killed, or ran out of memory"
         ) from None
     if kind == "report":
         report(*value)
@@ -100,8 +100,8 @@ def _receive(
 
 
 def _serve(work: Callable[[Any, Report], Any], share: Any, pipe: Connection) -> None:
-    """Work on a share and send what comes of it."""
-    # Whoever started this process is interrupted, too, and ends it.
+    """Work on a share and send the result, or the error."""
+    # The parent process is interrupted, too, and ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         message = ("result", work(share, lambda *event: pipe.send(("report", event))))
@@ -114,7 +114,7 @@ def _serve(work: Callable[[Any, Report], Any], share: Any, pipe: Connection) -> 
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Let processes that are started use so many threads, unless the user has said how many."""
+    """Let new processes use ``count`` threads each, unless the user has set their number."""
     added = [name for name in _THREADS if name not in os.environ]
     os.environ.update(dict.fromkeys(added, str(max(1, count))))
     try:

@@ -1,4 +1,4 @@
-"""What inspections show, in words and tables that fit 60 columns."""
+"""Results of inspections, in sentences and tables that fit 60 columns."""
 
 from __future__ import annotations
 

@@ -18,10 +18,10 @@ _PRICE = {
     "online": "but the inputs of all layers are rotated at run time",
 }
 _BYTES = {"llama.cpp": "int8:group32", "vllm": ""}
-"""Quantizers of eight bits that readers take for embedding and head, where it isn't by channel."""
+"""8-bit quantizers of embedding and head for readers that don't take int8 by channel."""
 
 _WORTH_SAYING = 0.1
-"""Share of a result's size that another option would save."""
+"""Share of a result's size that another option must save to be mentioned."""
 
 
 def fates(rows: list[dict[str, Any]]) -> None:
@@ -153,11 +153,11 @@ def sizes_if_tied(size: int | None, tied: int | None, rotation: str, reader: str
     Parameters
     ----------
     size, tied : int, optional
-        Bytes as it is, and with one matrix.
+        Size of the result in bytes, as planned and with one matrix.
     rotation : str
-        The option with which it has one.
+        Value of ``--rotation`` with which there is one matrix.
     reader : str
-        Program that it is for.
+        Program that the result is for.
     """
     if size is None or tied is None or size - tied < _WORTH_SAYING * size:
         return

@@ -1,7 +1,7 @@
 """Models around a decoder: a language model with a vision tower and a projector.
 
-The decoder of such a model is one that is described by itself. What lies outside of it stays as it
-is, but for the last products before the residual stream, which are rotated as the embedding is.
+The decoder of such a model has a description of its own. Everything outside of it stays unchanged,
+except for the last products before the residual stream, which are rotated like the embedding.
 """
 
 from __future__ import annotations

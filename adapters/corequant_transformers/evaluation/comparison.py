@@ -32,8 +32,8 @@ class Comparison:
     only_model, only_reference : int
         Questions that one of them alone has right.
     p : float
-        McNemar's exact test, two-sided: probability that so uneven a split of these questions, or
-        one more so, comes of tossing a coin for each. 1 where there are none.
+        Two-sided p-value of McNemar's exact test: the probability that coin tosses split these
+        questions at least as unevenly. 1 if there are none.
     """
 
     difference: float

@@ -1,9 +1,9 @@
-"""Log-likelihoods of continuations of contexts, what begins alike read once.
+"""Log-likelihoods of continuations of contexts, with common prefixes read once.
 
-Rows that begin with the same tokens, such as a question with each of its choices, are a family:
-what they share is read once, together with that of other families where it is as long, and each
-row goes on from there. Rows of a batch end in padding, which causal attention lets no token of a
-row see, so that results don't depend on what else is in a batch, beyond rounding.
+Rows that begin with the same tokens, such as a question with each of its choices, form a family.
+Their common prefix is read once, in a batch with prefixes of the same length, and each row goes on
+from there. Rows of a batch end in padding, which no token of a row sees in causal attention, so
+that results don't depend on the rest of the batch, up to rounding.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from corequant_transformers.model.quantized_linear import QuantizedLinear
 __all__ = ["BATCH_TOKENS", "Likelihood", "Pair", "score_pairs"]
 
 BATCH_TOKENS = 2048
-"""Tokens that are read at once, padding included."""
+"""Number of tokens read at once, padding included."""
 
 _WORTHWHILE = 64
-"""Tokens that a pass of its own must save, since reading all weights takes about as long."""
+"""Tokens that a separate pass must save, since reading all weights takes about as long as these."""
 
 _TRIED = 32
-"""Tokens on which a model must show that it goes on from what it has read."""
+"""Number of tokens on which a model is tested for continuing from what it has read."""
 
 
 @dataclass(frozen=True)
@@ -46,25 +46,25 @@ class Pair:
 
     @property
     def row(self) -> tuple[int, ...]:
-        """What the model reads: all but the last token."""
+        """Tokens that the model reads, all but the last one."""
         return self.tokens[:-1]
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """The context's and the continuation's tokens."""
+        """Tokens of the context and the continuation."""
         return (*self.context, *self.continuation)
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """How probable a continuation is.
+    """Log-likelihood of a continuation.
 
     Attributes
     ----------
     total : float
         Sum of its tokens' log-probabilities, in nats.
     greedy : bool
-        Whether each token is the most probable one at its place.
+        Whether each token is the most probable one at its position.
     """
 
     total: float
@@ -86,12 +86,12 @@ def score_pairs(
     model : transformers.PreTrainedModel
         A replica, which no other thread runs.
     pairs : sequence of Pair
-        What several of them begin with is read once where that pays, and if the model can go on
-        from there.
+        Contexts and continuations. Common prefixes are read once if that saves time and the model
+        can continue from them.
     longest : int
-        Tokens that the model can read; longer contexts lose their beginning.
+        Number of tokens that the model can read; longer contexts lose their beginning.
     batch_tokens : int
-        Tokens that are read at once at most, padding included, unless one row has more. A model
+        Largest number of tokens read at once, padding included, unless one row has more. A model
         that quantizes activations with one scale for several rows reads each row alone.
     progress : callable
         Called as ``progress(done, total)``, counting pairs.
@@ -125,7 +125,7 @@ def score_pairs(
 
 @dataclass(frozen=True)
 class _Job:
-    """Families that are read at once, and how many tokens of their rows are read before."""
+    """Families that are read at once, and the number of tokens of their rows read before."""
 
     families: list[Family]
     shared: int
@@ -144,12 +144,12 @@ def _cut(pair: Pair, longest: int) -> Pair:
 
 
 def _couples_rows(model: Any) -> bool:
-    """Return whether the values of one row have influence on how another is rounded."""
+    """Return whether the values of one row affect the rounding of another."""
     return any(map(_has_one_scale, model.modules()))
 
 
 def _has_one_scale(module: Any) -> bool:
-    """Return whether a layer rounds its whole input with a scale that depends on all of it."""
+    """Return whether a layer rounds its input with a scale that depends on the whole input."""
     coupled = (Granularity.TENSOR, Granularity.TENSOR_GROUP)
     if isinstance(module, QuantizedLinear):
         return module.activations is not None and module.activations.granularity in coupled
@@ -163,13 +163,13 @@ def _has_one_scale(module: Any) -> bool:
 
 
 def _goes_on(model: Any, row: tuple[int, ...]) -> bool:
-    """Return whether going on from what a model has read is as good as reading all at once.
+    """Return whether continuing from what a model has read is as good as reading all at once.
 
-    Some models keep nothing of what they read, or a state from which they go on by single tokens
-    only. A short row is read both ways. The scale is what leaving out its beginning makes of the
-    logits, which what is left of rounding in any dtype stays far below. Activations are not rounded
-    to codes here: at 4 bits, a difference in the last bit grows with every code that it changes, to
-    as much as all rounding together makes.
+    Some models keep nothing of what they read, or a state that continues only by single tokens. So
+    a short row is read both ways, and the difference is compared with the effect of omitting the
+    beginning of the row, which rounding errors of any dtype stay far below. Activations are not
+    rounded to codes here: at 4 bits, a difference in the last bit grows with every code that it
+    changes, up to the size of all rounding errors together.
     """
     with _activations_in_float(model):
         return _agrees(model, row)
@@ -177,7 +177,7 @@ def _goes_on(model: Any, row: tuple[int, ...]) -> bool:
 
 @contextmanager
 def _activations_in_float(model: Any) -> Iterator[None]:
-    """Let a replica's quantized layers take their inputs as they are within the context."""
+    """Let a replica's quantized layers use their inputs unrounded within the context."""
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     before = [layer.activations for layer in layers]
     for layer in layers:
@@ -190,7 +190,7 @@ def _activations_in_float(model: Any) -> Iterator[None]:
 
 
 def _agrees(model: Any, row: tuple[int, ...]) -> bool:
-    """Return whether a row that is read in two steps has the logits of one that is read at once."""
+    """Return whether a row has the same logits read in two steps as read at once."""
     row = row[-_TRIED:]
     begin, end = row[: len(row) // 2], row[len(row) // 2 :]
     if not begin:
@@ -211,7 +211,7 @@ def _agrees(model: Any, row: tuple[int, ...]) -> bool:
 
 
 def _jobs(rows: list[tuple[int, ...]], found: Sequence[Family], budget: int) -> Iterator[_Job]:
-    """Yield families with about as many tokens in common, then all other rows by length."""
+    """Yield families with common prefixes of similar lengths, then all other rows by length."""
     single = [family.members[0] for family in found if not family.shared]
     alike = sorted((f for f in found if f.shared), key=lambda family: -family.shared)
     sizes = [len(family.members) for family in alike]
@@ -222,7 +222,7 @@ def _jobs(rows: list[tuple[int, ...]], found: Sequence[Family], budget: int) -> 
         shared, count = alike[end - 1].shared, end - start
         if count * shared > budget:
             return None
-        # What a family has in common besides is read by each of its rows.
+        # The rest of a family's common prefix is read by each of its rows.
         besides = tokens[end] - tokens[start] - shared * (members[end] - members[start])
         return count * shared + besides + _WORTHWHILE
 
@@ -239,16 +239,16 @@ def _jobs(rows: list[tuple[int, ...]], found: Sequence[Family], budget: int) -> 
 def _by_length(
     rows: list[tuple[int, ...]], members: list[int], budget: int, shared: int
 ) -> Iterator[list[int]]:
-    """Cut rows, the longest first, where padding and passes together cost least.
+    """Divide rows, the longest first, so that padding and passes together cost least.
 
-    The tokens of a part, padding included, are few enough to read and to hold.
+    A part has few enough tokens, padding included, to be read and held in memory.
     """
     order = sorted(members, key=lambda index: -len(rows[index]))
     widths = [len(rows[index]) - shared for index in order]
 
     def cost(start: int, end: int) -> int | None:
         read = (end - start) * widths[start]
-        # What was read before is in a row's cache, which takes memory if no time.
+        # Tokens read before are in a row's cache, which takes memory but no time.
         held = read + (end - start) * shared
         return None if read > budget or held > 4 * budget else read + _WORTHWHILE
 
@@ -257,7 +257,7 @@ def _by_length(
 
 
 class _Scores:
-    """Log-likelihoods as far as they are known.
+    """Log-likelihoods, accumulated as logits are read.
 
     Parameters
     ----------
@@ -274,14 +274,14 @@ class _Scores:
     def add(
         self, reading: Reading, lines: list[tuple[int, list[int]]], first: int, end: int
     ) -> None:
-        """Add what is predicted at places from ``first`` to ``end`` of rows.
+        """Add the predictions at positions ``first`` to ``end`` of rows.
 
         Parameters
         ----------
         reading : Reading
-            Of those places.
+            Reading of those positions.
         lines : list of (int, list of int)
-            Lines of the batch, and the rows that each one stands for.
+            Lines of the batch, each with the rows that it stands for.
         first, end : int
         """
         asked: dict[tuple[int, int], list[int]] = {}
@@ -305,11 +305,11 @@ class _Scores:
                 self._take(part, wanted)
 
     def _take(self, logits: torch.Tensor, wanted: list[tuple[int, int, int]]) -> None:
-        """Add rows of logits: row, index of the pair and token of each that is wanted."""
+        """Add logits: for each wanted value, its row, the index of its pair and its token."""
         rows, _, targets = torch.tensor(wanted, device=logits.device).T
         values = token_log_probabilities("logits", logits, targets, rows)
         best = logits[rows, targets] == logits.amax(dim=-1)[rows]
-        # Of tokens that are equally probable the first is the greedy one.
+        # Of equally probable tokens, the first is the greedy one.
         if best.any():
             best[best.clone()] = logits[rows[best]].argmax(dim=-1) == targets[best]
         for (_, index, _), value, same in zip(wanted, values.tolist(), best.tolist(), strict=True):
@@ -318,7 +318,7 @@ class _Scores:
 
 
 def _run(model: Any, scores: _Scores, job: _Job, budget: int) -> None:
-    """Read what families share, then what each row has besides."""
+    """Read the common prefixes of families, then the rest of each row."""
     shared = job.shared
     lines = {index: k for k, family in enumerate(job.families) for index in family.members}
     reading = None
@@ -331,7 +331,7 @@ def _run(model: Any, scores: _Scores, job: _Job, budget: int) -> None:
     for part in _by_length(scores.rows, longer, budget, shared):
         rows = [scores.rows[index][shared:] for index in part]
         width = max(map(len, rows))
-        # Padding that no model takes for padding, and warns of.
+        # A token that no model recognizes as padding, which would cause a warning.
         ids = torch.tensor([[*row, *([row[0]] * (width - len(row)))] for row in rows])
         arguments: dict[str, Any] = {}
         if reading is not None:

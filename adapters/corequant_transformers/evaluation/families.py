@@ -1,4 +1,4 @@
-"""Rows of tokens that begin alike, found so that the fewest tokens are read."""
+"""Families of rows of tokens with a common prefix, found so that the fewest tokens are read."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from itertools import pairwise
 __all__ = ["Family", "divide", "families"]
 
 _MOST = 64
-"""Rows of a family at most, which bounds the time to find them."""
+"""Largest number of rows in a family, which bounds the search time."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Rows that begin alike.
+    """Rows with a common prefix.
 
     Attributes
     ----------
     members : tuple of int
-        Their indices.
+        Indices of the rows.
     shared : int
-        Tokens with which all of them begin; 0 for one that is alone.
+        Number of tokens in the common prefix; 0 for a single row.
     """
 
     members: tuple[int, ...]
@@ -29,7 +29,7 @@ class Family:
 
 
 def families(rows: Sequence[tuple[int, ...]]) -> list[Family]:
-    """Divide rows into families, so that reading once what each one shares saves most tokens.
+    """Divide rows into families, so that reading each common prefix once saves the most tokens.
 
     Parameters
     ----------
@@ -38,8 +38,8 @@ def families(rows: Sequence[tuple[int, ...]]) -> list[Family]:
     Returns
     -------
     list of Family
-        Each row is in one of them. Rows of a family are next to each other in lexicographic
-        order, at most 64.
+        Families that together have each row once. A family has at most 64 rows, which are
+        consecutive in lexicographic order.
 
     Examples
     --------
@@ -50,7 +50,7 @@ def families(rows: Sequence[tuple[int, ...]]) -> list[Family]:
     """
     order = sorted(range(len(rows)), key=rows.__getitem__)
     common = [_common(rows[a], rows[b]) for a, b in pairwise(order)]
-    # The most tokens that can be saved among the last rows, and the first family's size for that.
+    # The most tokens that the rows from each start can save, and the size of the first family then.
     saved, sizes = [0] * (len(rows) + 1), [1] * len(rows)
     for start in reversed(range(len(rows))):
         saved[start] = saved[start + 1]
@@ -72,14 +72,14 @@ def families(rows: Sequence[tuple[int, ...]]) -> list[Family]:
 
 
 def divide(count: int, cost: Callable[[int, int], int | None]) -> list[tuple[int, int]]:
-    """Divide a sequence into parts that cost least together.
+    """Divide a sequence into parts with the least total cost.
 
     Parameters
     ----------
     count : int
     cost : callable
-        Returns what the part from ``start`` to before ``end`` costs; None where it, and any with an
-        earlier start, is too large. One element is a part whatever it costs.
+        Returns the cost of the part from ``start`` to before ``end``; None if this part, and any
+        with an earlier start, is too large. A single element is always allowed.
 
     Returns
     -------
@@ -93,7 +93,7 @@ def divide(count: int, cost: Callable[[int, int], int | None]) -> list[tuple[int
     >>> divide(5, lambda start, end: (end - start) * widths[start] + 4)
     [(0, 2), (2, 5)]
     """
-    # What the first elements cost at least, and where their last part begins.
+    # Least cost of the first elements, and the start of their last part.
     least, starts = [0] * (count + 1), [0] * (count + 1)
     for end in range(1, count + 1):
         least[end], starts[end] = least[end - 1] + (cost(end - 1, end) or 0), end - 1
@@ -111,7 +111,7 @@ def divide(count: int, cost: Callable[[int, int], int | None]) -> list[tuple[int
 
 
 def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    """Return with how many equal elements both begin."""
+    """Return the length of the common prefix."""
     for count, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
             return count

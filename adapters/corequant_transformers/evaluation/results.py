@@ -113,7 +113,7 @@ class TaskResult:
         if self.task.items != reference.task.items:
             raise TaskError(
                 f"reference must answer the same questions, got {reference.count} of "
-                f"{reference.name} beside {self.count} of {self.name}"
+                f"{reference.name} and {self.count} of {self.name}"
             )
         norm = None
         if self.acc_norm is not None and reference.acc_norm is not None:

@@ -1,4 +1,4 @@
-"""What a GGUF file says about a model besides its tensors: sizes, and the tokenizer.
+"""Metadata of a GGUF file: sizes of the model, and the tokenizer.
 
 Sizes come from the Transformers config. A tokenizer is carried over from a GGUF source as it is,
 one of ``tokenizer.json`` is translated.

@@ -113,7 +113,7 @@ def _prefix(file: Path, values: dict[str, Any]) -> bool:
             found.append(str(split.get("type")))
     if sorted(found) not in (["replace"], ["prepend", "replace"]):
         raise CheckpointError(
-            f"normalizer and pre_tokenizer of {file} must put {_SPACE} in the place of spaces and "
+            f"normalizer and pre_tokenizer of {file} must replace spaces by {_SPACE} and "
             f"may put one before the text, and nothing else, got {', '.join(found) or 'none'}; "
             f"{_CARRIED}"
         )

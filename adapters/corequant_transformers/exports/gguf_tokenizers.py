@@ -164,7 +164,7 @@ def _check_added(file: Path, values: dict[str, Any]) -> None:
             if token.get(name):
                 raise CheckpointError(
                     f"{name} of the added token {token['content']!r} in {file} must be false, "
-                    "since llama.cpp doesn't ask what is beside a token"
+                    "since llama.cpp ignores the characters around a token"
                 )
 
 

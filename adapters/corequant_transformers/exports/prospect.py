@@ -1,4 +1,4 @@
-"""What an export asks about a model, for one that is still to be quantized."""
+"""The interface that exports read, for a model that is still to be quantized."""
 
 from __future__ import annotations
 
@@ -57,4 +57,4 @@ class Prospect:
 
 
 Candidate = Stored | Prospect
-"""What can be checked; only a ``Stored`` can be written."""
+"""Models that can be checked; only a ``Stored`` can be written."""

@@ -1,4 +1,4 @@
-"""What a program's files leave to a recipe that shares bits or bytes among its layers."""
+"""The part of a budget that is left for layers in the files of a program."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from corequant_transformers.planning.widths import Shares
 __all__ = ["settle_budget"]
 
 _SLACK = 1024
-"""Bytes that a file's header and the places of its tensors may differ by."""
+"""Bytes by which a file's header and the alignment of its tensors may differ."""
 
 
 def settle_budget(
@@ -25,7 +25,7 @@ def settle_budget(
     make_plan: Callable[[Recipe], ModelPlan],
     model: str | Path | Any,
 ) -> Recipe:
-    """Return a recipe whose layers share bits, of candidates that a program can load.
+    """Return a recipe with a budget in bits, and candidates that a program can load.
 
     Parameters
     ----------
@@ -34,13 +34,13 @@ def settle_budget(
     reader : str
         One of ``READERS``.
     make_plan : callable
-        Plans for the model.
+        Returns the plan of a recipe for the model.
     model : str, Path or transformers.PreTrainedModel
 
     Raises
     ------
     BudgetError
-        If the size can't be met; names those that can.
+        If the size can't be met; the message states the range.
     RecipeError
         If the program can load none of the candidates.
     """
@@ -63,7 +63,7 @@ def settle_budget(
 def _bits_for(
     recipe: Recipe, reader: str, make_plan: Callable[[Recipe], ModelPlan], model: Any
 ) -> float:
-    """Return the mean bits of a weight with which a result of any widths keeps to its size."""
+    """Return the mean bits per weight with which any choice of widths keeps to the size."""
     size = recipe.size or 0
     plain = replace(recipe, size=None, candidates=())
     table = make_plan(plain)

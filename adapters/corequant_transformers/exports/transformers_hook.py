@@ -1,8 +1,8 @@
 """Teach Transformers the run-time rotations that a compressed-tensors directory declares.
 
 Transformers 5.17 to 5.24 ignores ``transform_config`` and would compute nonsense. Importing
-``corequant_transformers`` puts this module's config and quantizer in the place of Transformers' own
-for the method compressed-tensors; they do what those do, and rotate. Directories that corequant
+``corequant_transformers`` replaces Transformers' own config and quantizer for the method
+compressed-tensors with this module's, which do the same and rotate. Directories that corequant
 writes carry ``GUARD`` where Transformers alone expects one of four words, so that it stops with an
 error that names the package to import; vLLM, which has rotations of its own, doesn't read it.
 """
@@ -190,7 +190,7 @@ def _refuse_to_save(*given: Any, **options: Any) -> None:
 
 
 def install() -> None:
-    """Put config and quantizer in the place of Transformers' own; doing it twice changes nothing.
+    """Replace Transformers' own config and quantizer; doing it twice changes nothing.
 
     Importing ``corequant_transformers`` has it done as soon as Transformers loads its quantizers.
 

@@ -7,8 +7,8 @@ digests of these and its own, for which zeros stand while it is computed. A GGUF
 own in the same way.
 
 This is about accidents: a disk or a transfer that lost bits, a file that was edited, exchanged,
-removed or added. Whoever can change files on purpose can change the list as well, unless it is kept
-elsewhere.
+removed or added. Anyone who can change files on purpose can change the list as well, unless it is
+kept elsewhere.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _GGUF_FIELD = b"%s%s\x08\0\0\0%s" % (
     GGUF_DIGEST.encode(),
     len(_BLANK).to_bytes(8, "little"),
 )
-"""Key, the type string, and length, in front of the digest."""
+"""Key, the type string, and length, which precede the digest."""
 
 
 def pieces(folder: Path) -> list[str]:

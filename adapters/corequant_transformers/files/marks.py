@@ -21,7 +21,7 @@ CARD = "README.md"
 FORMAT_VERSION = 1
 
 GUARD = "import corequant_transformers first"
-"""What stands where Transformers alone expects something else, so that its error says it.
+"""A value where Transformers alone expects another one, so that its error names the import.
 
 In exports with run-time rotations it is the ``quantization_status``; their weights are compressed,
 unless their real status follows in brackets. In directories that ``quantize`` writes it is

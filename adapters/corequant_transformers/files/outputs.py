@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 UNFINISHED = ".corequant.*.tmp"
-"""What is written inside a directory that was there already has such a name until it is whole."""
+"""Pattern of the names that files in an existing directory have until they are complete."""
 
 _SYSTEMS = {
     *("lost+found", "System Volume Information", "$RECYCLE.BIN"),

@@ -331,7 +331,7 @@ def _wider(spec: QuantSpec) -> tuple[str | None, int]:
         return None, 0
     if spec.granularity is Granularity.GROUP and spec.format.kind is FormatKind.INTEGER:
         return f"int8:group{spec.group_size}", spec.scale_format.bits
-    # Scales of a rule are the recipe's, or bfloat16 beside those that integers don't have.
+    # Scales of a rule are the recipe's, or bfloat16 if integers don't have such scales.
     floats = (ScaleFormat.FLOAT32, ScaleFormat.FLOAT16, ScaleFormat.BFLOAT16)
     scale = spec.scale_format if spec.scale_format in floats else ScaleFormat.BFLOAT16
     return "int8:channel", scale.bits

@@ -61,7 +61,7 @@ class ExpertList(torch.nn.Module):
         Parameters
         ----------
         hidden_states : torch.Tensor (tokens, hidden)
-            Of experts with scaled inputs (experts · tokens, hidden), all tokens for each expert,
+            For experts with scaled inputs (experts · tokens, hidden), all tokens for each expert,
             zeros where a token doesn't visit it; the result has the same rows then.
         chosen, weights : torch.Tensor (tokens, experts per token), optional
             Indices of experts, and their shares, by which the result is the sum of what they give.

@@ -398,7 +398,7 @@ def _blocks_pass(
             if len(args) > len(names):
                 raise ArchitectureError(
                     f"decoder block {index} must name the arguments that it takes, {names}, got "
-                    f"{len(args)} besides hidden states"
+                    f"{len(args)} in addition to hidden states"
                 )
             if index == first and entered is not None:
                 entered.append(hidden_states)

@@ -18,7 +18,7 @@ __all__ = ["Reading", "placed", "window_logits"]
 
 _MOST_ROWS = 256
 _MOST_LOGITS = 1 << 24
-"""The vocabulary is wide: logits of a few hundred positions at a time, 64 MiB, bound the memory."""
+"""Largest number of logits at a time, 64 MiB: a few hundred positions of a wide vocabulary."""
 
 
 def window_logits(model: Any, window: npt.NDArray[np.int64]) -> Iterator[torch.Tensor]:
@@ -40,7 +40,7 @@ def window_logits(model: Any, window: npt.NDArray[np.int64]) -> Iterator[torch.T
 
 
 class Reading:
-    """What a model made of a batch of tokens: for logits, and to go on from.
+    """Results of a model on a batch of tokens: logits, and a state to continue from.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ class Reading:
     ids : torch.Tensor (batch, length), int64
         On the model's device.
     **arguments
-        More of the model's arguments, such as those of ``onward``.
+        Further arguments of the model, such as the result of ``onward``.
     """
 
     def __init__(self, model: Any, ids: torch.Tensor, **arguments: Any) -> None:
@@ -77,12 +77,12 @@ class Reading:
         whole = self._output.logits
         rows = max(1, min(_MOST_ROWS, _MOST_LOGITS // whole.shape[-1]))
         if not self._found:
-            # A function in the place of the model's forward found another trunk by itself.
+            # A function that replaces the model's forward found another trunk on its own.
             yield from torch.split(choose(whole), rows)
             return
         output, states = self._found[0]
-        # What stands between the last hidden states and the logits besides the head, such as a
-        # soft cap, is the model's own affair: it runs with a trunk that has its answer already.
+        # Anything between the last hidden states and the logits in addition to the head, such as a
+        # soft cap, is left to the model, which runs with a trunk that already has its result.
         with standing_in(self._trunk, lambda *args, **kwargs: output):
             for part in torch.split(choose(states), rows):
                 output.last_hidden_state = part[None]
@@ -91,18 +91,18 @@ class Reading:
                 yield logits
 
     def onward(self, lines: torch.Tensor) -> dict[str, Any]:
-        """Return the arguments with which the model goes on from rows of the batch.
+        """Return the arguments with which the model continues rows of the batch.
 
         Parameters
         ----------
         lines : torch.Tensor (rows,), int64
-            Which row of this batch each row of the next one goes on from.
+            Row of this batch that each row of the next one continues.
 
         Returns
         -------
         dict
-            For another ``Reading``, and only one; empty if the model keeps nothing of what it
-            reads, or was not told to, by ``use_cache``.
+            Arguments for a single further ``Reading``; empty if the model keeps no state, or
+            ``use_cache`` wasn't set.
         """
         # Its name changed in Transformers 5.24.
         taken = inspect.signature(self._model.forward).parameters
@@ -110,7 +110,7 @@ class Reading:
         cache = getattr(self._output, name, None)
         if cache is None:
             return {}
-        # Going on changes it, and some of its tensors in place.
+        # Continuing changes the cache, and some of its tensors in place.
         cache = copy.deepcopy(cache)
         cache.reorder_cache(lines)
         return {name: cache, "use_cache": True}
@@ -129,7 +129,7 @@ def _trunk(model: Any) -> Any:
 
 
 def _watched(forward: Callable[..., Any], found: list[Any]) -> Callable[..., Any]:
-    """Return a forward pass that keeps its output and last hidden states, and hands on few."""
+    """Return a forward pass that keeps its output and last hidden states, and passes on few."""
 
     # Through the whole model: what its own forward and its hooks do before the trunk counts. Its
     # head sees one position.

@@ -18,7 +18,7 @@ from corequant.errors import CheckpointError
 __all__ = ["FLOAT8", "ScaledWeights", "block_of"]
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
-"""What safetensors files call the types of such weights."""
+"""Names of the dtypes of such weights in safetensors files."""
 
 _METHOD = "fp8"
 _SCALES = ("_scale_inv", "_scale")

@@ -15,7 +15,7 @@ __all__ = ["cost_of"]
 
 
 def cost_of(plan: Any) -> dict[str, Any]:
-    """Return what a ``ModelPlan`` costs; see its method ``cost``."""
+    """Return the cost of a ``ModelPlan``; see its method ``cost``."""
     rotations = [(plan.share(m), m) for m in plan.online]
     additions = sum(
         share * m.shape[1] * _additions_per_channel(m.input.rotation or 1) for share, m in rotations

@@ -1,4 +1,4 @@
-"""What a plan does to each tensor of a model, in words."""
+"""Descriptions of what a plan does to each tensor of a model."""
 
 from __future__ import annotations
 

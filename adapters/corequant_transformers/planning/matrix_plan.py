@@ -41,7 +41,7 @@ RESIDUAL = "residual"
 
 @dataclass(frozen=True)
 class Side:
-    """What happens to the channels on one side of a matrix, in the order of the attributes.
+    """Transformations of the channels on one side of a matrix, in the order of the attributes.
 
     Attributes
     ----------

@@ -13,7 +13,7 @@ from corequant_transformers.planning.matrix_plan import MatrixPlan
 __all__ = ["check_rules", "fusion_conflict", "is_layer"]
 
 _OUTPUTS = ("attention_output", "mlp_output")
-"""Roles of matrices whose input's channels are permuted by themselves."""
+"""Roles of matrices whose input channels are permuted on their own."""
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 

@@ -1,7 +1,7 @@
-"""Layers whose widths a budget chooses: which go together, what they take, and rules for them.
+"""Layers whose widths a budget chooses: units of equal width, their sizes, and rules for them.
 
-Until calibration has told the layers apart, a plan shows widths that stand in for those to be
-chosen: as even as the budget lets them be.
+Until calibration has measured the layers, a plan shows provisional widths, as even as the budget
+allows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _UNSET: dict[str, Any] = {
     for field in fields(Recipe)
     if field.name in ("bits", "size", "candidates", "sensitivity", "units")
 }
-"""Fields of a budget, and what they are without one."""
+"""Fields of a budget, and their values in a recipe without one."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Shares:
     recipe : Recipe
     architecture : Architecture
     units : tuple of tuple of MatrixPlan
-        Layers that get one width, in the order of the model.
+        Groups of layers that get the same width, in the order of the model.
     fixed : tuple of MatrixPlan
         Quantized layers that have a rule for their weights.
     candidates : tuple of QuantSpec
-        By ascending bits.
+        Quantizers to choose from, by ascending bits.
     """
 
     recipe: Recipe
@@ -66,7 +66,7 @@ class Shares:
         Raises
         ------
         RecipeError
-            If there are none, or candidates must be named.
+            If there are no such layers, or candidates must be named.
         """
         own = [rule.pattern for rule in recipe.layers if rule.weights is not None]
         units: dict[object, list[MatrixPlan]] = {}
@@ -79,12 +79,12 @@ class Shares:
         if mixed := [unit for unit in units if unit in fixed]:
             one, other = units[mixed[0]][0].name, fixed[mixed[0]][0].name
             raise RecipeError(
-                "a rule for weights must be for all layers that get one width, got one for "
+                "a rule for weights must apply to all layers that get the same width, got one for "
                 f"{other} and none for {one}"
             )
         if not units:
             raise RecipeError(
-                "bits and size need a layer without a rule for its weights, got rules for all of "
+                "bits and size require a layer without a rule for its weights, got rules for all "
                 f"{len(fixed)}"
             )
         groups = tuple(map(tuple, units.values()))
@@ -93,7 +93,7 @@ class Shares:
 
     @property
     def weights(self) -> int:
-        """Number of weights that ``bits`` is the mean of."""
+        """Number of weights over which ``bits`` is averaged."""
         rows = [*self.fixed, *(row for unit in self.units for row in unit)]
         return sum(row.shape[0] * row.shape[1] for row in rows)
 
@@ -108,7 +108,7 @@ class Shares:
         return np.array(rows, np.int64)
 
     def bits(self, size: float) -> float:
-        """Return the mean bits of a weight where the units take ``size`` bytes."""
+        """Return the mean bits per weight if the units take ``size`` bytes."""
         return 8 * (size + self.fixed_bytes) / self.weights
 
     def allocate(self, losses: Callable[[MatrixPlan, int], float]) -> Allocation:
@@ -117,12 +117,12 @@ class Shares:
         Parameters
         ----------
         losses : callable
-            Returns the loss of a row with the candidate of an index.
+            Returns the loss of a row with the candidate at an index.
 
         Raises
         ------
         BudgetError
-            If the bits can't be met; names those that can.
+            If the bits can't be met; the message states the range.
         """
         table = np.array(
             [
@@ -141,7 +141,7 @@ class Shares:
                 )
         sizes, bits = self.sizes(), self.recipe.bits
         if bits is None:
-            raise RecipeError("bits must be given to share them")
+            raise RecipeError("bits must be given to choose widths, got None")
         budget = np.floor(bits * self.weights / 8) - self.fixed_bytes
         try:
             return allocate_bits(table, sizes, float(budget))
@@ -151,13 +151,13 @@ class Shares:
             most = self.bits(np.where(np.isfinite(table), sizes, 0).max(1).sum())
             names = join_some([str(spec) for spec in self.candidates])
             raise BudgetError(
-                f"bits must be at least {np.ceil(least * 1000) / 1000:g}, what all layers take in "
-                f"their smallest format, and more than {most:.4g} gains nothing, with {names}; "
+                f"bits must be at least {np.ceil(least * 1000) / 1000:g}, the bits of all layers "
+                f"in their smallest format, and more than {most:.4g} gains nothing, with {names}; "
                 f"got {bits:g}"
             ) from None
 
     def rules(self, choices: Sequence[int] | npt.NDArray[np.int64]) -> tuple[LayerRule, ...]:
-        """Return rules for units that get other weights than the recipe's, one for many blocks."""
+        """Return rules for units whose weights differ from the recipe's, each for many blocks."""
         found: dict[tuple[str, str, QuantSpec], list[str]] = {}
         for unit, choice in zip(self.units, choices, strict=True):
             spec = self.candidates[choice]
@@ -170,12 +170,12 @@ class Shares:
         )
 
     def settled(self, choices: Sequence[int] | npt.NDArray[np.int64]) -> Recipe:
-        """Return the recipe with rules in place of its budget."""
+        """Return the recipe with rules instead of its budget."""
         return with_rules(self.recipe, self.rules(choices))
 
 
 def with_rules(recipe: Recipe, rules: Iterable[LayerRule]) -> Recipe:
-    """Return a recipe with further rules in place of its budget."""
+    """Return a recipe with additional rules instead of its budget."""
     return replace(recipe, layers=(*recipe.layers, *rules), **_UNSET)
 
 
@@ -186,23 +186,23 @@ def _any_of(numbers: Iterable[str]) -> str:
 
 def _bytes(unit: Sequence[MatrixPlan], spec: QuantSpec) -> int:
     group = spec.group_size
-    # One that doesn't fit is not chosen.
+    # A candidate whose groups don't fit is never chosen.
     return sum(stored_bytes(m.shape, spec) for m in unit if not group or m.shape[1] % group == 0)
 
 
 def _unit_of(matrix: MatrixPlan, recipe: Recipe, a: Architecture) -> object:
-    """Return what rows have in common that get one width."""
+    """Return a key that is equal for rows that get the same width."""
     if recipe.units == "inputs":
         return (matrix.block, matrix.role) if matrix.expert is not None else matrix.reads
     return _pieces(matrix, a) if matrix.expert is not None else matrix.name
 
 
 def _pieces(matrix: MatrixPlan, a: Architecture) -> tuple[str, str, str]:
-    """Return a row's name around the number of its block, as parts of a regular expression.
+    """Return a row's name before, at and after the number of its block, as regular expressions.
 
-    Of an expert's, any number stands for its own: they get one width.
+    In an expert's name, any number matches the expert's index, since all experts get one width.
     """
-    assert matrix.block is not None  # of a layer that a rule can be for
+    assert matrix.block is not None  # rules are only for layers of blocks
     path = a.block_path(matrix.block)
     stem, _, number = path.rpartition(".")
     rest = matrix.name.removeprefix(f"{path}.")
@@ -214,23 +214,23 @@ def _pieces(matrix: MatrixPlan, a: Architecture) -> tuple[str, str, str]:
 
 
 def stand_in(shares: Shares) -> Recipe:
-    """Return a recipe with widths as even as the budget lets them be, until they are chosen.
+    """Return a recipe with provisional widths, as even as the budget allows.
 
     Raises
     ------
     AccumulatorError, RecipeError
-        If a candidate can't be carried out on a layer.
+        If a candidate can't be applied to a layer.
     BudgetError
         If the bits can't be met.
     """
     a, sensitivity = shares.architecture, shares.recipe.sensitivity
     if sensitivity == "kl" and (a.enclosed or a.second is not None):
         raise RecipeError(
-            f"sensitivity must be output or weights for {a.model_type!r}, of which only the blocks "
-            f"are quantized, got {sensitivity!r}, which asks for probabilities"
+            f"sensitivity must be output or weights for {a.model_type!r}, since only its blocks "
+            f"are quantized, got {sensitivity!r}, which needs predicted probabilities"
         )
     for k in range(len(shares.candidates)):
-        # Whatever may be chosen later should be refused before any work.
+        # Any choice that is invalid should be refused before any work.
         trial = shares.settled([k] * len(shares.units))
         for row in (row for unit in shares.units for row in unit):
             trial.settings_of(row.name)
@@ -241,11 +241,11 @@ def stand_in(shares: Shares) -> Recipe:
 
 
 def budget_note(shares: Shares) -> str:
-    """Return what a plan says about widths that are still to be chosen."""
+    """Return a plan's note on widths that are still to be chosen."""
     names = ", ".join(dict.fromkeys(spec.format.name for spec in shares.candidates))
     count, bits = len(shares.units), shares.recipe.bits
     return (
         f"calibration chooses the widths of {count} {'layers' if count > 1 else 'layer'} from "
-        f"{names}, within {bits:g} bits of a weight on average; those of this plan stand in for "
-        "them"
+        f"{names}, within {bits:g} bits per weight on average; the widths of this plan are "
+        "provisional"
     )

@@ -1,9 +1,9 @@
-"""Forward passes of a decoder block that stop in front of given layers.
+"""Forward passes of a decoder block that stop before given layers.
 
-While the block's layers are rounded group by group, each window has to get as far as a group's
-input with the layers before it rounded. A pass that has got there ends, and another one starts for
-the next group, so that nothing is held in between. What earlier passes recorded is not computed
-again, if that gives the same on the first window.
+While the block's layers are rounded group by group, each window has to reach a group's input with
+the layers before it rounded. A pass that reaches it ends, and another one starts for the next
+group, so that nothing is held in between. Recorded results of earlier passes are not computed
+again, provided that a pass without them gives the same on the first window.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from corequant_transformers.rounding.replay import Records, left_out
 __all__ = ["BlockPasses"]
 
 Prepare = Callable[[str, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
-"""Called as ``prepare(layer, x, window)``: what the layer is called with instead of ``x``, and what
-``reach`` returns."""
+"""Called as ``prepare(layer, x, window)``; returns what the layer is called with instead of ``x``,
+and what ``reach`` returns."""
 
 _END = 1 << 62
-"""A group beyond all others: nothing stops the pass."""
+"""Index beyond all groups: the pass is complete."""
 
 
 class _Reached(BaseException):
-    """Ends a pass in front of a group; not an Exception, so that no model catches it."""
+    """Ends a pass before a group; not an Exception, so that no model catches it."""
 
 
 class BlockPasses:
@@ -46,7 +46,7 @@ class BlockPasses:
     prepare : callable
         Called for the first of a group's layers that is reached; the others share its result.
     records : Records, optional
-        Where groups' inputs are recorded, so that later passes can leave out what leads to them.
+        Records of groups' inputs, with which later passes can skip what leads to them.
     experts : collection of int, optional
         Groups of experts.
 
@@ -103,7 +103,7 @@ class BlockPasses:
             )
         if group < self._group:
             raise ArchitectureError(f"{name} must run before the layers described after it")
-        # The last group's input is let go before the next one is made.
+        # Release the last group's input before the next one is computed.
         self._prepared = self._found = None
         if self._records is not None and group == self._target:
             self._records.keep(group, self.window, x)
@@ -116,7 +116,7 @@ class BlockPasses:
         return self._prepared
 
     def reach(self, window: int, group: int) -> torch.Tensor | None:
-        """Return what the group's layers read; None if the window's tokens don't get there."""
+        """Return the input of the group's layers; None if no token of the window reaches them."""
         return self._economically(window, group)
 
     def finish(self, window: int) -> torch.Tensor:
@@ -126,13 +126,13 @@ class BlockPasses:
         return output
 
     def _economically(self, window: int, target: int) -> torch.Tensor | None:
-        """Run a pass without what is proven not to matter to it."""
+        """Run a pass without the groups that are proven not to affect it."""
         omitted = self._proven.get(target)
         if omitted:
             found = self._run(window, target, omitted)
             if found is None or bool(found.isfinite().all()):
                 return found
-            # Either these are the block's own numbers or something else reads what was left out.
+            # Either the block itself computes NaN, or something else reads the skipped outputs.
             self._proven[target] = frozenset()
         found = self._run(window, target)
         if omitted is None and found is not None and self._records is not None:
@@ -140,7 +140,7 @@ class BlockPasses:
         return found
 
     def _prove(self, window: int, target: int, found: torch.Tensor) -> frozenset[int]:
-        """Return groups without which a pass gives the same on a window."""
+        """Return groups without which a pass gives the same result on a window."""
         assert self._records is not None
         for omitted in self._records.candidates(target, self._experts):
             if not all(isinstance(m, torch.nn.Linear) for g in omitted for m in self._layers[g]):
@@ -151,14 +151,14 @@ class BlockPasses:
                 same = None
             if same is not None and same.dtype == found.dtype and torch.equal(same, found):
                 return omitted
-            # Whoever looks on has seen NaN.
+            # Observers of the pass have seen NaN, so show them the right numbers again.
             self._run(window, target)
         return frozenset()
 
     def _run(
         self, window: int, target: int, omitted: frozenset[int] = frozenset()
     ) -> torch.Tensor | None:
-        """Return a pass's result; None if it ends without getting to its group."""
+        """Return the result of a pass, or None if it ends without reaching its group."""
         self.window, self._target, self._group, self._omitted = window, target, -1, omitted
         layers = [layer for group in sorted(omitted) for layer in self._layers[group]]
         output = None
@@ -187,6 +187,6 @@ class BlockPasses:
     ) -> None:
         for handle in self._handles:
             handle.remove()
-        # The block's layers may lead here: it would stay until cycles are looked for.
+        # The block's layers may refer to this object, which would live until cycles are collected.
         del self._forward, self._prepare
         self._clear()

@@ -1,9 +1,9 @@
-"""What passes through a block need not compute again: recorded inputs, and layers left out.
+"""Passes through a block without repeated work, using recorded inputs of layers.
 
-A pass that starts again for a later group repeats what the one before it did. Where the input of a
-group was recorded, layers before it need not run, nor the attention between them, unless something
-else reads what they give. Whether something does is not known beforehand: it is tried on the first
-window, with NaN in the place of their outputs.
+A pass for a later group starts at the block's input and repeats the work of the pass before it. If
+the input of a group was recorded, the layers before it, and the attention between them, need not
+run, unless something else reads their outputs. Whether it does isn't known in advance, so it is
+tested on the first window, with NaN instead of their outputs.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from corequant_transformers.model.forward import Windows
 __all__ = ["Records", "left_out", "worth_recording"]
 
 Room = Callable[[str, tuple[int, ...]], Windows | None]
-"""Called as ``room(name, shape)``: a place for float32 windows, or None if there is none."""
+"""Called as ``room(name, shape)``; returns storage for float32 windows, or None."""
 
 
 def worth_recording(groups: Sequence[tuple[int, int, bool]]) -> list[int]:
-    """Return the groups whose input is narrower than the outputs that it makes unnecessary.
+    """Return the groups whose input is narrower than the outputs that a record of it saves.
 
     Parameters
     ----------
     groups : sequence of (int, int, bool)
-        Width of the input and of all outputs together, and whether a group's input has all tokens
+        Width of the input, total width of the outputs, and whether a group's input has all tokens
         of a window, unlike an expert's.
 
     Examples
     --------
-    Of query, key and value, output, gate and up, and down:
+    The groups are query, key and value; output; gate and up; and down:
 
     >>> from corequant_transformers.rounding.replay import worth_recording
     >>> worth_recording([(64, 96, True), (64, 64, True), (64, 256, True), (128, 64, True)])
@@ -55,7 +55,7 @@ def worth_recording(groups: Sequence[tuple[int, int, bool]]) -> list[int]:
 
 
 class Records:
-    """Inputs of groups, window by window.
+    """Recorded inputs of groups, window by window.
 
     Parameters
     ----------
@@ -71,11 +71,11 @@ class Records:
 
     @property
     def groups(self) -> list[int]:
-        """Groups with a record, in their order."""
+        """Groups with a record, in ascending order."""
         return sorted(self._kept)
 
     def keep(self, group: int, window: int, x: torch.Tensor) -> None:
-        """Record a group's input, unless it isn't wanted or has another shape than the others."""
+        """Record a group's input, unless it isn't wanted or its shape differs from the others."""
         if group not in self._wanted:
             return
         if group not in self._kept and window == 0 and x.dtype == torch.float32:
@@ -91,7 +91,7 @@ class Records:
             else:
                 place[window] = x.reshape(-1)
         except OutputError:
-            # A full disk costs the time that the record would have saved.
+            # With a full disk, only the time that the record would have saved is lost.
             del self._kept[group]
 
     def read(self, group: int, window: int) -> torch.Tensor:
@@ -100,14 +100,14 @@ class Records:
         return place[window : window + 1].reshape(shape).to(device)
 
     def candidates(self, target: int, experts: Collection[int]) -> list[frozenset[int]]:
-        """Return sets of groups that a pass to ``target`` may leave out, those with most first.
+        """Return sets of groups that a pass to ``target`` may skip, the largest sets first.
 
         Parameters
         ----------
         target : int
-            The group that the pass is for; beyond all of them for a pass to the block's end.
+            The group that the pass is for, or an index beyond all groups for a complete pass.
         experts : collection of int
-            Groups of experts, whose outputs are summed behind all of them.
+            Groups of experts, whose outputs are summed after the last of them.
         """
         known = [group for group in self.groups if group < target]
         sets = []
@@ -120,7 +120,7 @@ class Records:
 
 @contextmanager
 def left_out(layers: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Let linear layers return NaN, and attention to NaN too, without computing anything."""
+    """Let linear layers, and attention with NaN queries, return NaN without computing anything."""
     before = [vars(layer).get("forward") for layer in layers]
     with _IdleAttention():
         for layer in layers:

@@ -1,4 +1,4 @@
-"""What layers read and write in an unrounded block, and what each width would cost them."""
+"""Cost of each width for the layers of an unrounded block, from their inputs and outputs."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ class Watch:
         return hook
 
     def trace_back(self, x: torch.Tensor, y: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of a block's input (length, hidden), and add up those of weights.
+        """Return the gradient of a block's input (length, hidden), and add those of the weights.
 
         Parameters
         ----------
         x, y : torch.Tensor (1, length, hidden)
-            What the block read, and gave, while it was watched.
+            Input and output of the block in the pass that was watched.
         gradient : torch.Tensor (1, length, hidden)
-            That of ``y``.
+            Gradient of ``y``.
         """
         calls = [call for call in self._calls if call[2].requires_grad]
         self._calls = []
@@ -106,7 +106,7 @@ class Watch:
         return result
 
     def moments(self, row: MatrixPlan) -> InputMoments:
-        """Return the moments of what a row read."""
+        """Return the moments of a row's inputs."""
         return self._moments[self._key(row)]
 
 
@@ -122,19 +122,19 @@ def gradient_of_logits(
     Parameters
     ----------
     parts : Parts
-        With the exit open, which isn't transformed.
+        Parts with the exit open and untransformed.
     hidden : torch.Tensor (1, length, hidden)
-        What the last block gave.
+        Output of the last block.
     ids : numpy.ndarray (length,), int64
     restored : callable
-        Undoes on hidden states what their channels were transformed by.
+        Undoes the transformations of the channels of hidden states.
     generator : torch.Generator
         Draws the labels, on the CPU.
 
     Returns
     -------
     torch.Tensor (length, hidden)
-        At each position that of its own label.
+        Gradient at each position, for the label of that position.
     """
     found = []
     for first in range(0, hidden.shape[1], _POSITIONS):
@@ -157,22 +157,22 @@ def layer_losses(
     watch: Watch,
     tokens: int,
 ) -> dict[str, list[float]]:
-    """Return what each of a recipe's candidates costs each of some layers, by the rows' names.
+    """Return the loss of each of a recipe's candidates for each layer, by the rows' names.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        With the layers' block open, transformed.
+        Model with the layers' block open and transformed.
     recipe : Recipe
     rows : sequence of MatrixPlan
     watch : Watch
-        Of these rows.
+        Watch of these rows.
     tokens : int
-        How many tokens of all windows there were.
+        Number of tokens of all windows.
     """
     candidates, found = candidates_of(recipe), {}
     for row in rows:
-        # A group that doesn't divide the inputs isn't chosen in any case.
+        # A candidate whose groups don't divide the inputs is never chosen.
         fits = [not s.group_size or row.shape[1] % s.group_size == 0 for s in candidates]
         specs = [spec for spec, fit in zip(candidates, fits, strict=True) if fit]
         W = to_host(model.get_submodule(row.name).weight).astype(np.float32, copy=False)
@@ -194,7 +194,7 @@ def _losses(
         return _relative(expected_losses(W, specs, weights=np.ones(row.shape[1])), power)
     moments = watch.moments(row)
     if not moments.count:
-        # An expert that no token visits.
+        # No token was routed to this expert.
         return np.zeros(len(specs))
     H = to_host(moments.H) if isinstance(moments.H, torch.Tensor) else moments.H
     feedback = row.options.method != "nearest"

@@ -1,4 +1,4 @@
-"""A run's steps: their names, what they left, and the hidden states that the next one reads."""
+"""A run's steps: their names, their results, and the hidden states that the next one reads."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ __all__ = [
 ]
 
 ALLOCATE = "allocate"
-"""The step that chooses widths from what those before it measured."""
+"""The step that chooses widths from the measurements of earlier steps."""
 
 
 def steps_of(plan: ModelPlan) -> list[str]:
-    """Return the names of the steps that quantizing a model takes, in their order."""
+    """Return the names of the steps of quantizing a model, in order."""
     blocks = range(plan.dimensions.blocks)
     return [
         *(f"calibrate-{i:05d}" for i in blocks),
@@ -42,7 +42,7 @@ def steps_of(plan: ModelPlan) -> list[str]:
 
 
 def width_steps(plan: ModelPlan) -> list[str]:
-    """Return the names of the steps that choose widths within a budget; none without one."""
+    """Return the names of the steps that choose widths, an empty list without a budget."""
     if plan.recipe.bits is None:
         return []
     blocks = [f"{i:05d}" for i in range(plan.dimensions.blocks)]
@@ -58,11 +58,11 @@ def quantizes(step: str) -> bool:
 
 
 _SPARE_BYTES = 128 << 20
-"""Of one record, of which a block has two to four."""
+"""Largest size of one record; a block has two to four."""
 
 
 class Ledger(Protocol):
-    """Where steps leave what they made. A step counts from ``commit`` on, or not at all."""
+    """Storage of the results of steps. A step is done once it is committed."""
 
     def windows(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Windows:
         """Return room for hidden states that the next commit will hand on under ``name``."""

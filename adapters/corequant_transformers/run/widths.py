@@ -1,17 +1,17 @@
 """The steps that choose layers' widths within a budget, before anything is rounded.
 
-Transformed, but not rounded, the model runs over a few thousand calibration tokens, block by block
-(``measure``). What a width costs a layer follows from the error of its outputs there, relative to
-the outputs; or, where it shall be what happens to the predicted probabilities, from gradients,
-which come back through the blocks from the last one on (``gradient``). Then the widths are chosen
-together (``allocate``), and become rules of the recipe.
+The transformed but unrounded model runs over a few thousand calibration tokens, block by block
+(``measure``). The cost of a width is the error of the layer's outputs relative to the outputs. With
+sensitivity ``kl`` it is the effect on the predicted probabilities, found from gradients that are
+traced back through the blocks, from the last one to the first (``gradient``). Then all widths are
+chosen together (``allocate``) and become rules of the recipe.
 
-For the latter, labels are drawn from the model's own predictions. The second moments of the
-gradients of their log-probabilities are then the Hessian of the KL divergence from the float model.
-Of a weight's gradient in a window, summed over its tokens, each squared entry says what a squared
-error there adds, twice: errors of rounding have little to do with each other, but that of one
-weight is the same for all tokens, which attention adds up. It is an estimate of each layer alone,
-for small errors.
+For ``kl``, labels are drawn from the model's own predictions. The second moments of the gradients
+of their log-probabilities are then the Hessian of the KL divergence from the float model. For the
+gradient of a weight in a window, summed over its tokens, each squared entry is twice what a squared
+error of that entry adds: rounding errors of different entries are nearly independent, but the error
+of one entry is the same for all tokens, which attention combines. The result is an estimate for
+each layer alone and for small errors.
 
 Source: Martens, "New insights and perspectives on the natural gradient method", Journal of Machine
 Learning Research 21 (2020), arXiv 1412.1193, section 9.2, about sampled labels.
@@ -45,13 +45,13 @@ from corequant_transformers.transforms.matrices import (
 __all__ = ["Widths"]
 
 _WINDOWS, _LENGTH = 8, 512
-"""Windows that are looked at, evenly taken, and their first tokens."""
+"""Number of windows to measure, evenly spaced, and number of their first tokens."""
 
 _INPUT = "input"
 
 
 class Widths:
-    """What a run measures to choose widths, and the choice.
+    """The measurements from which a run chooses widths, and the choice.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ class Widths:
     Attributes
     ----------
     steps : list of str
-        Names of its steps; none for a recipe without a budget.
+        Names of the steps; empty for a recipe without a budget.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Widths:
         self._shape = (*self._tokens.shape, parts.plan.dimensions.hidden)
 
     def prepare(self) -> None:
-        """Find out what the blocks get besides hidden states."""
+        """Record the arguments of the blocks other than hidden states."""
         if self.steps:
             self._stacks.prepare()
 
@@ -103,7 +103,7 @@ class Widths:
 
     @torch.no_grad()
     def _measure(self, step: str, index: int, plan: ModelPlan, choices: Choices) -> None:
-        """Run an unrounded block, and measure its layers unless gradients are to come."""
+        """Run an unrounded block, and measure its layers unless gradients are needed."""
         state = self._first(plan, choices) if index == 0 else self._ledger.state()
         state = self._stacks.arrive(index, state, self._ledger)
         following = self._ledger.windows("hidden-next", self._shape, torch.float32)
@@ -124,7 +124,7 @@ class Widths:
         self._ledger.commit(step, {"losses": losses}, inputs, {"hidden": following, **carried})
 
     def _first(self, plan: ModelPlan, choices: Choices) -> dict[str, Windows]:
-        """Return what the first block of the transformed model reads."""
+        """Return the input of the first block of the transformed model."""
         hidden = self._ledger.windows("hidden", self._shape, torch.float32)
         with self._parts.open(ENTRY):
             for k, window in enumerate(self._tokens):
@@ -153,7 +153,7 @@ class Widths:
     # ---- backward
 
     def _gradient(self, step: str, index: int | None, plan: ModelPlan, choices: Choices) -> None:
-        """Bring gradients back to a block's input, and measure its layers on the way."""
+        """Trace gradients back to a block's input, and measure its layers on the way."""
         state = self._ledger.state()
         before = self._ledger.windows("gradient-next", self._shape, torch.float32)
         losses: dict[str, list[float]] = {}
@@ -199,7 +199,7 @@ class Widths:
     # ---- the choice
 
     def _allocate(self, step: str, plan: ModelPlan) -> None:
-        """Choose the widths from what the steps before measured."""
+        """Choose the widths from the measurements of the earlier steps."""
         losses: Mapping[str, list[float]] = {
             name: values
             for each in self.steps[:-1]

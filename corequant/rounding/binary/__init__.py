@@ -1,4 +1,4 @@
-"""Weights as sums of planes of signs, with parts told by bitmaps: BiLLM and ARB-LLM."""
+"""Weights as sums of planes of signs, with parts marked by bitmaps: BiLLM and ARB-LLM."""
 
 from __future__ import annotations
 

@@ -31,35 +31,35 @@ class Additive(CodedWeight):
 
         ``c_j (μ_igp + Σ_k α_igpk b_ijk)``, or ``Σ_k c_jpk α_igpk b_ijk``
 
-    with digits b, means μ, scales α of rows, and scales c of columns. What the partition calls
-    salient columns may have another number of planes.
+    with digits b, means μ, scales α of rows, and scales c of columns. The columns that the
+    partition marks as salient may have another number of planes.
 
     Attributes
     ----------
     shape : tuple of int
         Rows and columns.
     group : int
-        Columns that share scales and means of a row.
+        Number of columns that share the scales and means of a row.
     orders : tuple of int
-        Planes of other columns, and of salient ones.
+        Number of planes of non-salient columns, and of salient ones.
     base : int
         2 for binary digits, 3 for ternary ones.
     planes : numpy.ndarray (bytes,), uint8
-        Digits: a bit each, or five ternary ones to a byte; those of the first plane row by row,
-        those of the second for the columns that have one, and so on.
+        Packed digits, one bit each, or five ternary digits to a byte. The first plane is stored row
+        by row, then the second one for the columns that have it, and so on.
     row_scales : numpy.ndarray (slots, rows, groups), float16
-        A slot for each plane of each part, in the parts' order.
+        Scales of rows, with a slot for each plane of each part, in the order of the parts.
     means : numpy.ndarray (parts, rows, groups), float16, or None
     column_scales : numpy.ndarray (n,), float16, or None
-        One a column, or those of each slot's columns one after another.
+        One scale per column, or, slot by slot, one for each column of the slot.
     shared : bool
         Whether a column has one scale for all its parts and planes.
     partition : Partition or None
-        The weight's parts; None for one part.
+        Parts of the weight; None for a single part.
     exponent : int
-        Scales and means of rows are those stored times ``2**exponent``.
+        Exponent of the power of two that stored scales and means of rows are multiplied by.
     rotation : int or None
-        Size of the blocks whose rotation of the columns is undone last.
+        Size of the blocks in which columns are rotated; ``dequantize`` undoes the rotation.
 
     Examples
     --------
@@ -109,25 +109,25 @@ class Additive(CodedWeight):
         Parameters
         ----------
         digits : numpy.ndarray (planes, rows, columns), bool or integer
-            Binary digits 0 for -1 and 1 for 1; ternary ones 0, 1, 2 for -1, 0, 1. Those of planes
-            that a column doesn't have are left out.
+            Binary digits 0 for -1 and 1 for 1; ternary digits 0, 1, 2 for -1, 0, 1. Digits of
+            planes that a column doesn't have are ignored.
         row_scales : numpy.ndarray (slots, rows, groups)
         group : int, optional
-            Columns of a group; by default all.
+            Number of columns of a group; all by default.
         orders : tuple of int, optional
-            Planes of other columns, and of salient ones; by default all.
+            Number of planes of non-salient columns, and of salient ones; all by default.
         base : int
         means : numpy.ndarray (parts, rows, groups), optional
         column_scales : numpy.ndarray (1, columns) or (slots, columns), optional
         partition : Partition, optional
         exponent : int
-            Scales and means of rows are stored divided by ``2**exponent``.
+            Exponent of the power of two by which scales and means of rows are divided when stored.
         rotation : int, optional
 
         Raises
         ------
         ShapeError, TypeError, ValueError
-            If the arrays don't belong together.
+            If the arrays don't match each other.
         """
         check_numpy("digits", digits)
         if digits.ndim != 3 or not 1 <= len(digits) <= MOST_PLANES or not digits.size:
@@ -183,7 +183,7 @@ class Additive(CodedWeight):
 
     @property
     def alphabets(self) -> tuple[Alphabet, Alphabet]:
-        """What other columns, and salient ones, are written in."""
+        """Alphabets of non-salient and of salient columns."""
         split = (1, 1) if self.partition is None else self.partition.variants()
         mean = self.means is not None
         first, second = (
@@ -192,7 +192,7 @@ class Additive(CodedWeight):
         return first, second
 
     def dequantize(self) -> npt.NDArray[np.float32]:
-        """Return the values (rows, columns), rotated back."""
+        """Return the values (rows, columns), with the rotation undone."""
         values = self.rotated()
         if self.rotation is not None:
             values = block_hadamard(values, self.rotation, inverse=True)
@@ -232,7 +232,7 @@ class Additive(CodedWeight):
         return values
 
     def to_tensors(self) -> dict[str, Array]:
-        """Return what a file holds: packed arrays by name."""
+        """Return the packed arrays that a file holds, by name."""
         found: dict[str, Array] = {"planes": self.planes, "row_scales": self.row_scales.reshape(-1)}
         if self.means is not None:
             found["means"] = self.means.reshape(-1)
@@ -243,7 +243,7 @@ class Additive(CodedWeight):
         return found
 
     def describe(self) -> dict[str, Any]:
-        """Return what the tensors don't say, as plain values of JSON."""
+        """Return what the tensors don't contain, as plain JSON values."""
         return {
             "kind": self.kind,
             "shape": list(self.shape),
@@ -258,7 +258,7 @@ class Additive(CodedWeight):
 
     @classmethod
     def from_tensors(cls, tensors: Any, description: Any) -> Additive:
-        """Return the weight of which these are the tensors and the description.
+        """Return the weight with these tensors and this description.
 
         Raises
         ------
@@ -315,7 +315,7 @@ class Additive(CodedWeight):
         return sum(a.nbytes for a in arrays if a is not None) + bitmaps
 
     def enter_block(self, columns: Any, values: Any, curvature: Any) -> None:
-        """Do nothing: scales are what they are, whatever the columns of a block come to."""
+        """Do nothing: scales are fixed."""
 
     def quantize_column(self, w: Array, j: int) -> Array:
         """Return the values of column j of the rotated weight nearest to ``w`` (rows,).
@@ -332,7 +332,7 @@ class Additive(CodedWeight):
         return replace(self, exponent=self.exponent + exponent)
 
     def encode(self, values: Any) -> Additive:
-        """Return the same scales and parts with the digits nearest to rotated ``values``.
+        """Return a weight with the same scales and parts, and the digits nearest to ``values``.
 
         Parameters
         ----------
@@ -407,7 +407,7 @@ def _check_scales(name: str, value: Any, shape: tuple[int, ...]) -> None:
 
 
 def _halved(values: Array, exponent: int) -> npt.NDArray[np.float16]:
-    """Return what is stored, or raise where float16 can't hold it."""
+    """Return numbers as they are stored, or raise if float16 can't hold them."""
     scaled = np.ldexp(np.asarray(values, np.float64), -exponent)
     if not np.isfinite(scaled).all() or np.abs(scaled).max(initial=0) > 65504:
         raise ValueError(

@@ -15,7 +15,7 @@ Array = npt.NDArray[Any]
 
 
 class Alphabet:
-    """The codes of a kind of columns: a part and a digit of each plane.
+    """The codes of salient or of other columns: a part, and a digit for each plane.
 
     A code's value is the product of its row of ``patterns`` with the parameters of a weight's row
     and group: for each part a mean, where there are means, and a scale for each plane.
@@ -23,7 +23,7 @@ class Alphabet:
     Attributes
     ----------
     variants, order, base : int
-        Number of parts, of planes, and of values of a digit: 2 (-1, 1) or 3 (-1, 0, 1).
+        Numbers of parts, planes, and values of a digit, 2 (-1, 1) or 3 (-1, 0, 1).
     mean : bool
         Whether each part has a mean.
     patterns : numpy.ndarray (codes, parameters), float64
@@ -49,7 +49,7 @@ class Alphabet:
         return values
 
     def parts(self, codes: Array) -> Array:
-        """Return whether codes are of the second part."""
+        """Return whether codes belong to the second part."""
         second: Array = codes >= self.base**self.order
         return second
 
@@ -73,7 +73,7 @@ def _patterns(variants: int, order: int, base: int, mean: bool) -> Array:
 
 
 def nearest(values: Array, levels: Array) -> npt.NDArray[np.uint8]:
-    """Return the index (rows, n) of the level nearest to each value; of equal ones the first.
+    """Return the index (rows, n) of the level nearest to each value, the first one in a tie.
 
     Parameters
     ----------

@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 
 _REFITS = 2
 _LARGEST_BLOCK = 128
-"""Of the block rotations that are tried: the groups of most formats have as many columns."""
+"""Largest block size of the rotations that are tried, the group size of most formats."""
 
 _PUBLISHED_GROUP = 128
 
@@ -45,7 +45,7 @@ def arb(
     tokens: int | None = None,
     name: str = "W",
 ) -> RoundedWeight:
-    """Write a weight as a sum of planes of signs, with scales of rows and columns.
+    """Approximate a weight by a sum of planes of signs with scales of rows and columns (ARB-LLM).
 
     Parameters
     ----------
@@ -54,42 +54,42 @@ def arb(
     H : numpy.ndarray (in_features, in_features)
         ``X̃ᵀX̃ / n`` of the inputs that the layer will see.
     order : int
-        Planes of a weight, 1 to 4: about as many bits.
+        Number of planes, 1 to 4, which is also about the number of bits per weight.
     salient : float
-        Share of the columns, 0 to 1, that have one plane more: those of the largest errors.
+        Share of the columns, 0 to 1, with one more plane: those with the largest errors.
     ternary : bool
-        Digits -1, 0, 1, of 1.6 bits, instead of -1, 1.
+        Use the digits -1, 0, 1, which take 1.6 bits, instead of -1, 1.
     bitmap : bool
-        A bit for each weight that tells which of two sets of scales it takes.
+        Store a bit for each weight that selects one of two sets of scales.
     mean : bool
         Whether rows have means.
     group : int, optional
-        Columns that share the scales of a row; by default all.
+        Number of columns that share the scales of a row; all by default.
     rotation : int or "auto" or None
-        Size of the blocks that columns are rotated in first; ``"auto"`` takes the rotation by the
-        largest power of two up to 128 where it leaves less loss than none.
+        Size of the blocks in which columns are rotated first. ``"auto"`` tries the largest power of
+        two up to 128 that columns can be rotated by, and rotates if that leaves less loss.
     rounds : int
-        Alternating refinements of scales and signs after the column loop.
+        Number of alternating refinements of scales and signs after the column loop.
     G : numpy.ndarray (in_features, in_features), optional
-        ``XᵀX̃ / n`` with the float network's inputs X: aims at ``W X`` (Qronos's correction).
+        ``XᵀX̃ / n`` with the float network's inputs X; makes ``W X`` the target (Qronos's
+        correction).
     published : bool
-        ARB-RC with its column-group bitmap as its authors have it, see Notes: an ``order`` of 1,
-        groups of 128, 15 steps. Of the options above it takes ``group`` alone; ``rounds`` don't
-        matter.
+        Use ARB-RC with its column-group bitmap as published: ``order`` 1, groups of 128, 15 steps;
+        see Notes. Of the options above, only ``group`` may be changed; ``rounds`` is ignored.
     damping : float, optional
-        Added to the diagonal of H, times its mean; with G, times its largest eigenvalue. By default
-        0.01, with G 1e-4.
+        Addition to the diagonal of H, relative to its mean, or, with G, to the largest eigenvalue
+        of H; 0.01 by default, with G 1e-4.
     act_order : bool
-        Code columns, or groups, of large H_jj first; as published, they come in their order.
+        Code columns, or groups, with large H_jj first; as published, they keep their order.
     tokens : int, optional
-        Number of tokens that H and G are the moments of, as for ``gptq``.
+        Number of tokens that H and G were computed from, as for ``gptq``.
     name : str
-        The layer's name, for errors and the report.
+        Name of the layer for errors and the report.
 
     Returns
     -------
     RoundedWeight
-        Its weight is an ``Additive``; ``weight.rotation`` says how its columns are rotated.
+        The weight is an ``Additive``; ``weight.rotation`` is the block size of its rotation.
 
     Raises
     ------
@@ -98,20 +98,20 @@ def arb(
     HessianError
         If H is asymmetric or not positive semidefinite.
     NonFiniteError, ShapeError, TypeError, ValueError
-        If an argument breaks its rule.
+        If an argument is invalid.
 
     Notes
     -----
-    Source: arXiv 2410.03129. As published, each block of 128 columns has salient ones, of two
-    planes, found as ``billm`` does with the same slips, and a bitmap of large weights in all
-    columns: four parts, each with scales of rows and columns of its own and without means, and the
-    block's errors are diffused as BiLLM's. That is 2.9 bits or more, not 1.1.
+    Source: arXiv 2410.03129. As published, each block of 128 columns has salient columns with two
+    planes, found as in ``billm`` and with the same errors, and a bitmap of large weights in all
+    columns. This makes four parts, each with its own scales of rows and columns and without means.
+    The errors of a block are diffused as in BiLLM. This takes 2.9 bits or more, not 1.1.
 
-    Otherwise the column loop of GPTQ chooses signs one column after another. Then three steps
-    alternate, each the best choice in the metric of the outputs with all else as it is: column
-    scales, by one system of ``in_features`` equations; the scales and means of each row together;
-    and each weight's signs. In blocks rotated before, weights are close to normal, and signs and a
-    scale alone leave ``1 - 2/π`` of the squared error, as scales of rows and columns do otherwise.
+    By default, the column loop of GPTQ chooses signs column by column. Then three steps alternate,
+    each optimal in the metric of the outputs with everything else fixed: the column scales, by one
+    system of ``in_features`` equations; the scales and means of each row together; and the signs of
+    each weight. Rotated weights are close to normal, so that signs and a single scale leave ``1 -
+    2/π`` of the squared error, as much as scales of rows and columns leave without a rotation.
 
     Examples
     --------
@@ -158,7 +158,7 @@ def arb(
     )
     found = []
     for rotated in _rotations(measured, rotation):
-        # Columns of one group stay together; within whole rows each is its own.
+        # Columns of a group stay together; without groups, each column is ordered alone.
         target = Target.of(measured.rotated(rotated), size or 1, damping, bool(act_order))
         coding = Coding(target, form, _salient(target, share))
         coding.start_columns()
@@ -192,7 +192,7 @@ def _check_share(value: Any) -> float:
 
 
 def _salient(target: Target, share: float) -> npt.NDArray[np.bool_]:
-    """Return the columns (columns,) of the largest errors that compensation leaves."""
+    """Return the columns (columns,) with the largest errors after compensation."""
     salient = np.zeros(len(target.order), np.bool_)
     count = round(share * len(salient))
     if count:

@@ -21,7 +21,7 @@ __all__ = ["billm"]
 Array = npt.NDArray[Any]
 
 _COUNTS = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32, 49, 64)
-"""Numbers of salient columns of a block that are tried."""
+"""Numbers of salient columns of a block to try."""
 
 _REFITS, _ROUNDS = 2, 2
 
@@ -38,9 +38,9 @@ def billm(
     tokens: int | None = None,
     name: str = "W",
 ) -> RoundedWeight:
-    """Binarize a weight by BiLLM: salient columns twice, the others once and in two parts.
+    """Binarize a weight, salient columns twice and the others once in two parts (BiLLM).
 
-    Every row has a mean and a scale for each part and each block of columns.
+    Each row has a mean and a scale for each part and each block of columns.
 
     Parameters
     ----------
@@ -49,49 +49,52 @@ def billm(
     H : numpy.ndarray (in_features, in_features)
         ``X̃ᵀX̃ / n`` of the inputs that the layer will see.
     G : numpy.ndarray (in_features, in_features), optional
-        ``XᵀX̃ / n`` with the float network's inputs X: aims at ``W X`` (Qronos's correction).
+        ``XᵀX̃ / n`` with the float network's inputs X; makes ``W X`` the target (Qronos's
+        correction).
     published : bool
-        Do as BiLLM's authors do, see Notes; takes no G.
+        Use the method as published, without G; see Notes.
     block : int
-        Columns of a block; the last may have fewer.
+        Number of columns of a block; the last block may have fewer.
     damping : float, optional
-        Added to the diagonal of H, times its mean; with G, times its largest eigenvalue. By default
-        0.01, with G 1e-4.
+        Addition to the diagonal of H, relative to its mean, or, with G, to the largest eigenvalue
+        of H; 0.01 by default, with G 1e-4.
     act_order : bool
-        Code the blocks of large H_jj first; as published, they come in their order.
+        Code the blocks with large H_jj first; as published, they keep their order.
     tokens : int, optional
-        Number of tokens that H and G are the moments of, as for ``gptq``.
+        Number of tokens that H and G were computed from, as for ``gptq``.
     name : str
-        The layer's name, for errors and the report.
+        Name of the layer for errors and the report.
 
     Returns
     -------
     RoundedWeight
-        Its weight is an ``Additive``.
+        The weight is an ``Additive``.
 
     Raises
     ------
     HessianError
         If H is asymmetric or not positive semidefinite.
     NonFiniteError, ShapeError, TypeError, ValueError
-        If an argument breaks its rule.
+        If an argument is invalid.
 
     Notes
     -----
-    Source: arXiv 2402.04291. As published, a block of columns is binarized at once; its salient
-    columns, 1 to 49, and the magnitude that splits the others, one of 81 percentiles, are searched.
-    What its authors' code does, and the paper doesn't say: the saliency ``w²/U_jj²`` takes the
-    Cholesky factor U of the inverse of H for the inverse itself; both searches binarize the
-    saliencies instead of the weights; percentiles count the salient columns as zeros; the error of
-    a column is diffused as if the columns before it in its block had had none.
+    Source: arXiv 2402.04291. As published, a block of columns is binarized at once, after searches
+    for its salient columns, 1 to 49, and for the magnitude that splits the others, one of 81
+    percentiles. Details of the published code that the paper doesn't mention are reproduced: the
+    saliency ``w²/U_jj²`` uses the Cholesky factor U of the inverse of H instead of the inverse;
+    both searches binarize the saliencies instead of the weights; percentiles count the salient
+    columns as zeros; and the error of a column is diffused as if earlier columns of its block had
+    no error.
 
-    Otherwise each weight of the others takes the nearest of its row's four values, the bitmap
-    included, for what the errors of the columns before have left, within a block too. Means and
-    scales are then fitted to the signs, and signs to these, in the metric of the outputs. The
-    number of salient columns is searched by the error of the weights, none among the choices.
+    By default, each weight outside of the salient columns takes the nearest of the four values of
+    its row, which determines the bitmap, too, after the errors of earlier columns have been
+    compensated for, also within a block. Then means and scales are fitted to the signs, and signs
+    to means and scales, in the metric of the outputs. The number of salient columns, which may be
+    0, is searched by the error of the weights.
 
-    Published bit counts, 1.07 to 1.11, leave out the bitmap, means and scales: with them it is 2.9
-    at blocks of 128, which ``bits_per_weight`` says.
+    Published bit counts, 1.07 to 1.11, leave out the bitmap, means and scales. With them, blocks of
+    128 take 2.9 bits, the value of ``bits_per_weight``.
 
     Examples
     --------
@@ -124,7 +127,7 @@ class _Salient(Coding):
         living = np.flatnonzero(self.live[first:last])
         inside, inside_weights = values[:, living], weights[living]
         errors = np.stack([_errors(inside, a, inside_weights) for a in self.alphabets])
-        # A column pays as salient for the share of its error that two planes would save.
+        # A salient column is worth the error that two planes would save.
         order = np.argsort(errors[1] - errors[0], kind="stable")
         best, found = np.inf, 0
         for count in _COUNTS:

@@ -1,4 +1,4 @@
-"""Codes, row parameters and column scales of a target: found in a column loop, then refined."""
+"""Codes, row parameters and column scales of a target, found by a column loop and then refined."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ __all__ = ["Coding", "Form", "Table"]
 Array = npt.NDArray[Any]
 
 _RUN = 128
-"""Columns between two products with the rest of a matrix, where a group is a whole row."""
+"""Columns between two products with the rest of a matrix, if a group is a whole row."""
 
 _ROOM = 1 << 24
-"""Numbers that the terms of a chunk of rows take at most."""
+"""Upper limit of the numbers in the terms of a chunk of rows."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a weight is written.
+    """The structure of an additive weight.
 
     Attributes
     ----------
     orders : tuple of int
-        Planes of other columns, and of salient ones.
+        Number of planes of non-salient columns, and of salient ones.
     split, everywhere : bool
-        Whether a bit tells large weights from others, and whether in salient columns too.
+        Whether a bit per weight marks large ones, and whether it does in salient columns, too.
     mean : bool
         Whether rows have means.
     columns : bool
         Whether columns have scales.
     base : int
-        Values of a digit: 2 or 3.
+        Number of values of a digit, 2 or 3.
     group : int or None
-        Columns that share scales and means of a row; all of them where it is None.
+        Number of columns that share scales and means of a row; None for all.
     """
 
     orders: tuple[int, int] = (1, 1)
@@ -56,14 +56,14 @@ class Form:
     group: int | None = None
 
     def alphabets(self) -> tuple[Alphabet, Alphabet]:
-        """Return what other columns, and salient ones, are written in."""
+        """Return the alphabets of non-salient and of salient columns."""
         first = Alphabet(1 + self.split, self.orders[0], self.base, self.mean)
         return first, Alphabet(1 + self.everywhere, self.orders[1], self.base, self.mean)
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """The levels of a group of columns, for each row in ascending order (levels, rows)."""
+    """The levels of a group of columns (levels, rows), ascending for each row."""
 
     levels: Array
     middles: Array
@@ -78,7 +78,7 @@ class Table:
         return cls(ordered, middles, np.ascontiguousarray(order.T.astype(np.uint8)))
 
     def nearest(self, w: Array, scale: Any) -> tuple[Array, Array]:
-        """Return the values nearest to w (rows,) in a column of some scale, and their codes."""
+        """Return the values nearest to w (rows,) in a column with this scale, and their codes."""
         if len(self.middles) == 1:
             above = w / scale > self.middles[0]
             values = np.where(above, self.levels[1], self.levels[0]) * scale
@@ -89,14 +89,14 @@ class Table:
 
 
 class Coding:
-    """A target's codes (rows, columns), parameters and scales, in the order of its loop.
+    """Codes (rows, columns), parameters and scales of a target, in the order of its loop.
 
     Parameters
     ----------
     target : Target
     form : Form
     salient : numpy.ndarray (columns,), bool
-        Salient columns, in the weight's own order.
+        Mask of the salient columns, in the order of the weight.
     """
 
     def __init__(self, target: Target, form: Form, salient: Array) -> None:
@@ -132,7 +132,7 @@ class Coding:
             here = self.kinds[first:last] == kind
             if not here.any():
                 continue
-            # What no input reaches has no say, unless there is nothing else.
+            # Columns that no input reaches are ignored, unless there are no others.
             living = here & self.live[first:last]
             here = living if living.any() else here
             inside = values[:, here] / scales[here]
@@ -141,7 +141,7 @@ class Coding:
             self._set(group, kind, found)
 
     def start_columns(self) -> None:
-        """Choose column scales by magnitude, once for all."""
+        """Choose column scales by magnitude, once for the whole loop."""
         size = np.abs(self.target.values)
         row = size[:, self.live].mean(1) if self.live.any() else size.mean(1)
         ratio = size / np.where(row > 0, row, 1)[:, None]
@@ -153,10 +153,10 @@ class Coding:
         self.scales = np.where(stored > 0, stored, 1)
 
     def code(self, refit: int) -> None:
-        """Choose codes column by column, each for what the errors of those before have left.
+        """Choose codes column by column, compensating for the errors of earlier columns.
 
-        Parameters of a group are chosen when it is reached, and refined with its codes ``refit``
-        times; those of whole rows must have been chosen before.
+        Parameters of a group are chosen when the loop reaches it, and refined with its codes
+        ``refit`` times; parameters of whole rows must have been chosen before.
         """
         target, L = self.target, self.target.factor.L
         errors = np.zeros_like(target.values)
@@ -181,7 +181,7 @@ class Coding:
     def refine(self, rounds: int) -> None:
         """Refine scales and codes alternately in the metric of the whole row.
 
-        Each turn is the best choice with all else as it is, but for the rounding of scales.
+        Each step is optimal with everything else fixed, up to the rounding of scales.
         """
         H = self.target.H
         for _ in range(rounds):
@@ -201,12 +201,12 @@ class Coding:
                 pull -= (self.values[:, first:last] - before) @ H[first:last]
 
     def loss(self) -> float:
-        """Return the squared error in the metric of the damped moments."""
+        """Return the squared error in the metric of the damped H."""
         gap = self.target.values - self.values
         return float(np.einsum("ij,ij->", gap, gap @ self.target.H, dtype=np.float64))
 
     def weight(self, rotation: int | None) -> Additive:
-        """Return what has been found, packed."""
+        """Return the packed weight."""
         form, back = self.form, np.argsort(self.target.order)
         codes, kinds = self.codes[:, back], self.kinds[back]
         rows, d = codes.shape
@@ -247,14 +247,14 @@ class Coding:
         ).scaled(self.target.scale)
 
     def _set(self, group: int, kind: int, parameters: Array) -> None:
-        """Take parameters, rounded to what is stored."""
+        """Set parameters, rounded as they are stored."""
         stored = _halved(parameters, self.target.exponent)
         self.parameters[kind][group] = stored
         levels = self.alphabets[kind].levels(self.parameters[kind][group])
         self.tables[group, kind] = Table.of(levels)
 
     def _restore(self, first: int, last: int) -> None:
-        """Compute the values of columns of one group from codes, parameters and scales."""
+        """Recompute values of columns of one group from codes, parameters and scales."""
         group = int(self.groups[first])
         for kind, alphabet in enumerate(self.alphabets):
             here = first + np.flatnonzero(self.kinds[first:last] == kind)
@@ -267,7 +267,7 @@ class Coding:
         return [(0, len(self.groups))] if self.form.group is None else self.runs()
 
     def _code_run(self, first: int, last: int, sums: Array, L: Array) -> None:
-        """Choose the codes of a run; ``sums`` are of the errors so far, L is its factor."""
+        """Choose the codes of a run from the sums of errors so far and its factor L."""
         group, behind = int(self.groups[first]), np.ascontiguousarray(sums.T)
         centers = np.ascontiguousarray(self.target.values[:, first:last].T)
         for j in range(last - first - 1, -1, -1):
@@ -278,7 +278,7 @@ class Coding:
             behind[:j] += L[j, :j, None] * (centers[j] - value)
 
     def _sweep(self, first: int, last: int, pull: Array, metric: Array) -> None:
-        """Choose each code of a run anew, the best with all others as they are.
+        """Update each code of a run to the best one with all others fixed.
 
         ``pull`` is the error (rows, n) times the metric.
         """
@@ -294,7 +294,7 @@ class Coding:
                 slope -= metric[j, :, None] * change
 
     def _fit(self, first: int, last: int, pull: Array, metric: Array) -> None:
-        """Choose the parameters of a group anew, the best for its codes."""
+        """Update the parameters of a group to the best ones for its codes."""
         group = int(self.groups[first])
         kinds = [k for k in (0, 1) if (self.kinds[first:last] == k).any()]
         widths = [self.parameters[k].shape[2] for k in kinds]
@@ -317,7 +317,7 @@ class Coding:
         self._restore(first, last)
 
     def _terms(self, rows: slice, first: int, last: int, kinds: list[int]) -> Array:
-        """Return what each parameter is multiplied by (parameters, rows, n); 0 in dead columns."""
+        """Return the factors of each parameter (parameters, rows, n), 0 in dead columns."""
         codes = self.codes[rows, first:last]
         factors = self.scales[first:last] * self.live[first:last]
         found: list[Array] = []
@@ -329,7 +329,7 @@ class Coding:
         return np.stack(found)
 
     def _fit_columns(self) -> None:
-        """Choose the columns' scales anew, the best for codes and parameters."""
+        """Update the scales of columns to the best ones for codes and parameters."""
         terms = self.values / self.scales
         found = column_scales(
             self.target.values, terms, self.target.H, self.scales, kept=~self.live
@@ -340,13 +340,13 @@ class Coding:
 
 
 def _halved(values: Array, exponent: int) -> Array:
-    """Return numbers as they will be stored, in float16 times a power of two."""
+    """Return numbers rounded as they are stored, float16 numbers times a power of two."""
     scaled = np.clip(np.ldexp(values, -exponent), -65504, 65504).astype(np.float16)
     return np.ldexp(scaled.astype(np.float64), exponent)
 
 
 def _undone(sums: Array, L: Array) -> Array:
-    """Return ``sums L⁻¹`` of a lower triangular L."""
+    """Return ``sums L⁻¹`` for a lower triangular L."""
     from scipy.linalg import solve_triangular
 
     found: Array = solve_triangular(L, sums.T, lower=True, trans=1, check_finite=False).T

@@ -1,4 +1,4 @@
-"""Where the digits and scales of an additive weight lie among its bytes."""
+"""The layout of the digits and scales of an additive weight in its arrays."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Layout:
     shape : tuple of int
         Rows and columns.
     orders : tuple of int
-        Planes of other columns, and of salient ones.
+        Number of planes of non-salient columns, and of salient ones.
     base : int
-        Values of a digit.
+        Number of values of a digit.
     partition : Partition or None
     """
 
@@ -51,14 +51,14 @@ class Layout:
         return sum(k == 0 for _, _, k in self.slots())
 
     def sides(self) -> tuple[Array, Array]:
-        """Return the indices of other columns, and of salient ones."""
+        """Return the indices of non-salient and of salient columns."""
         if self.partition is None:
             return np.arange(self.shape[1]), np.empty(0, np.intp)
         salient = self.partition.salient()
         return np.flatnonzero(~salient), np.flatnonzero(salient)
 
     def having(self) -> list[Array]:
-        """Return for each plane the columns that have it, in ascending order."""
+        """Return the columns that have each plane, in ascending order."""
         sides = self.sides()
         return [
             np.sort(np.concatenate([s for s, n in zip(sides, self.orders, strict=True) if n > k]))
@@ -66,7 +66,7 @@ class Layout:
         ]
 
     def ends(self) -> list[int]:
-        """Return where the column scales of each slot begin, and where the last ones end."""
+        """Return the offsets of each slot's column scales, and the end of the last one's."""
         sides, ends = self.sides(), [0]
         for kind, _, _ in self.slots():
             ends.append(ends[-1] + len(sides[kind]))
@@ -83,7 +83,7 @@ class Layout:
         return pack_digits(np.concatenate(pieces), self.base)
 
     def unpack(self, planes: Array) -> npt.NDArray[np.int8]:
-        """Return the digits as numbers (planes, rows, columns), zero where there are none."""
+        """Return the digits as numbers (planes, rows, columns), zero in absent planes."""
         rows, d = self.shape
         columns = self.having()
         found = np.zeros((len(columns), rows, d), np.int8)

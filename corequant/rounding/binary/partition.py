@@ -1,4 +1,4 @@
-"""Which part of a matrix each weight belongs to: a bit a column, a bit a weight, or both."""
+"""The parts of a matrix that weights belong to, as a bit per column, per weight, or both."""
 
 from __future__ import annotations
 
@@ -23,20 +23,19 @@ Bools = npt.NDArray[np.bool_]
 class Partition:
     """A matrix in up to four parts, as bitmaps.
 
-    Parts are numbered ``2 * salient + large``: salient columns are told from the others by a bit
-    each, large weights from the others by a bit each, of all columns or of those only that aren't
-    salient.
+    Parts are numbered ``2 * salient + large``. One bit per column marks salient columns. One bit
+    per weight marks large weights, in all columns or only in those that aren't salient.
 
     Attributes
     ----------
     shape : tuple of int
         Rows and columns.
     columns : numpy.ndarray (ceil(columns/8),), uint8, or None
-        Bits of the columns that are salient; None where none is.
+        Bitmap of salient columns; None if there are none.
     elements : numpy.ndarray (bytes,), uint8, or None
-        Bits of the weights that are large, row by row; None where there is no such distinction.
+        Bitmap of large weights, row by row; None if weights aren't divided by magnitude.
     everywhere : bool
-        Whether ``elements`` has bits of salient columns too.
+        Whether ``elements`` includes salient columns.
 
     Examples
     --------
@@ -59,23 +58,23 @@ class Partition:
     def of(
         cls, salient: Any, large: Any = None, *, rows: int | None = None, everywhere: bool = False
     ) -> Partition:
-        """Return the partition of some columns and weights.
+        """Return the partition with these salient columns and large weights.
 
         Parameters
         ----------
         salient : numpy.ndarray (columns,), bool
-            Salient columns.
+            Mask of the salient columns.
         large : numpy.ndarray (rows, columns), bool, optional
-            Large weights; those of salient columns count only with ``everywhere``.
+            Mask of the large weights; in salient columns it counts only with ``everywhere``.
         rows : int, optional
-            Rows of the matrix; needed without ``large``.
+            Number of rows of the matrix; required without ``large``.
         everywhere : bool
-            Whether large weights of salient columns are a part of their own.
+            Whether the large weights of salient columns form a separate part.
 
         Raises
         ------
         ShapeError, TypeError
-            If an array has another shape, or isn't of bools.
+            If an array has another shape or a dtype other than bool.
         """
         _check_bools("salient", salient, 1)
         if large is None:
@@ -125,7 +124,7 @@ class Partition:
         return 2 * self.salient().astype(np.uint8) + self.large().astype(np.uint8)
 
     def variants(self) -> tuple[int, int]:
-        """Return the number of parts within other columns, and within salient ones."""
+        """Return the number of parts of non-salient columns, and of salient ones."""
         split = 1 if self.elements is None else 2
         return split, split if self.everywhere else 1
 
@@ -135,19 +134,19 @@ class Partition:
         return sum(a.nbytes for a in (self.columns, self.elements) if a is not None)
 
     def to_tensors(self) -> dict[str, Array]:
-        """Return the bitmaps that there are by name."""
+        """Return the bitmaps in use, by name."""
         found = {"columns": self.columns, "elements": self.elements}
         return {name: array for name, array in found.items() if array is not None}
 
     def describe(self) -> dict[str, Any]:
-        """Return what the bitmaps don't say, as plain values."""
+        """Return what the bitmaps don't contain, as plain values."""
         return {"shape": list(self.shape), "everywhere": self.everywhere}
 
     @classmethod
     def from_tensors(
         cls, tensors: Mapping[str, Array], description: Mapping[str, Any]
     ) -> Partition:
-        """Return the partition of which these are the bitmaps and the description.
+        """Return the partition with these bitmaps and this description.
 
         Raises
         ------

@@ -1,7 +1,7 @@
 """Planes of signs and their scales in closed form, and their alternating refinement.
 
-All functions take values (rows, n) and, where only some of a row's weights count, a mask of their
-shape. A row without any has scales and means of zero.
+Functions take values (rows, n) and, if only some of the weights count, a mask of the same shape.
+Scales and means of a row without such weights are zero.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
 
 _RIDGE = 1e-6
-"""Of a system's mean diagonal: what keeps parameters that no weight has where they are."""
+"""Damping relative to the mean diagonal of a system, so that unused parameters don't change."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,11 +82,11 @@ class RowColumnPlanes:
 
 
 def residual_planes(values: Array, order: int, mask: Mask | None = None) -> RowPlanes:
-    """Return planes of which each binarizes what the ones before leave.
+    """Return planes that each binarize the residual of the earlier ones.
 
-    A plane has the mean of its residual, the mean magnitude of what is left then, and its signs:
-    the best mean for given signs and scale, the best scale for given signs and mean. With one plane
-    and signs of the mean that is found, that scale is the least-squares optimum.
+    A plane consists of the mean of its residual, and of the signs and the mean magnitude of the
+    rest. The mean is the best one for given signs and scale, the scale for given signs and mean.
+    With one plane, the scale is the least-squares optimum for the signs that follow from the mean.
 
     Parameters
     ----------
@@ -123,9 +123,9 @@ def row_column_planes(
 ) -> RowColumnPlanes:
     """Return planes with scales of rows times scales of columns, refined alternately.
 
-    Each step finds the best row scales of a plane, all else being as it is, then its best column
-    scales, plane after plane, and then the nearest of all sums of planes for each weight; none
-    makes the squared error larger.
+    Plane by plane, each step finds the best row scales with everything else fixed, then the best
+    column scales; then each weight takes the nearest of all sums of planes. No step increases the
+    squared error.
 
     Parameters
     ----------
@@ -168,10 +168,10 @@ def row_column_planes(
 def alternate(
     values: Array, alphabet: Alphabet, parameters: Array, weights: Array, steps: int = 15
 ) -> tuple[Array, npt.NDArray[np.uint8]]:
-    """Return parameters and codes, refined alternately, each the best for the other.
+    """Return parameters and codes, refined alternately, each optimal for the other.
 
-    Codes are the nearest ones; means and scales of a row are then found together, by weighted
-    least squares. No step makes the weighted squared error of a row larger.
+    Codes are the nearest ones; then the means and scales of a row are found together by weighted
+    least squares. No step increases the weighted squared error of a row.
 
     Parameters
     ----------
@@ -179,12 +179,13 @@ def alternate(
     alphabet : Alphabet
     parameters : numpy.ndarray (rows, parameters)
     weights : numpy.ndarray (n,)
-        How much the squared error of a column counts.
+        Weights of the squared errors of the columns.
     steps : int
 
     Notes
     -----
-    ARB-LLM (arXiv 2410.03129), theorem 1, with one step for what it updates one after another.
+    ARB-LLM (arXiv 2410.03129), theorem 1, but with a joint step for the parameters that ARB-LLM
+    updates one after another.
     """
     codes = nearest(values, alphabet.levels(parameters))
     for _ in range(steps):
@@ -201,7 +202,7 @@ def diagonal_parameters(
 ) -> Array:
     """Return the best parameters (rows, parameters) for given codes, by weighted least squares.
 
-    Those that no weight has stay what they are.
+    Parameters that no weight uses don't change.
     """
     patterns = alphabet.patterns
     counts, sums = [], []
@@ -217,10 +218,9 @@ def diagonal_parameters(
 
 
 def solve_near(system: Array, right: Array, start: Array) -> Array:
-    """Return solutions of small systems (rows, n, n), close to ``start`` where they aren't unique.
+    """Return solutions of small systems (rows, n, n), close to ``start`` if they aren't unique.
 
-    A step from ``start`` is damped a little, so that the quadratic form that is minimized can't
-    rise.
+    The step from ``start`` is slightly damped, so that the minimized quadratic form can't rise.
     """
     n = system.shape[-1]
     size = np.trace(system, axis1=-2, axis2=-1) / n
@@ -234,7 +234,7 @@ def solve_near(system: Array, right: Array, start: Array) -> Array:
 def column_scales(
     values: Array, terms: Array, H: Array, start: Array, kept: Mask | None = None
 ) -> Array:
-    """Return the scales c (n,) that bring ``terms * c`` closest to ``values`` in the metric H.
+    """Return the scales c (n,) for which ``terms * c`` is closest to ``values`` in the metric H.
 
     ``tr((V - T diag(c)) H (V - T diag(c))ᵀ)`` is quadratic in c: one system of n equations,
     ``((TᵀT) ∘ H) c = Σ_i t_i ∘ (H v_i)``.
@@ -244,9 +244,9 @@ def column_scales(
     values, terms : numpy.ndarray (rows, n)
     H : numpy.ndarray (n, n)
     start : numpy.ndarray (n,)
-        Scales that are damped towards, so that the error can't rise.
+        Scales that the solution is damped towards, so that the error can't rise.
     kept : numpy.ndarray (n,), bool, optional
-        Columns whose scales stay.
+        Mask of columns whose scales don't change.
     """
     from scipy.linalg import lapack
 
@@ -287,7 +287,7 @@ def _signs(values: Array) -> npt.NDArray[np.int8]:
 
 
 def _counts(values: Array, mask: Mask | None) -> Array:
-    """Return how many weights count in each row, at least 1."""
+    """Return the number of weights that count in each row, at least 1."""
     if mask is None:
         return np.full(len(values), values.shape[1], values.dtype)
     counts: Array = np.maximum(mask.sum(1), 1).astype(values.dtype)

@@ -1,4 +1,4 @@
-"""The block loop of BiLLM and ARB-LLM as they were published."""
+"""The block loop of BiLLM and ARB-LLM as published."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Array = npt.NDArray[Any]
 Bools = npt.NDArray[np.bool_]
 
 _BILLM_FORM = ((0, 0, 1), (0, 1, 1), (1, 0, 2))
-"""Whether columns are salient, whether weights are large, and how many planes they have."""
+"""Parts of BiLLM: whether columns are salient, whether weights are large, and number of planes."""
 
 _ARB_FORM = ((0, 0, 1), (0, 1, 1), (1, 0, 2), (1, 1, 2))
-"""The same of ARB-LLM."""
+"""The same for ARB-LLM."""
 
 
 def published_billm(target: Target, block: int) -> Additive:
-    """Return BiLLM's approximation of a target in the columns' own order."""
+    """Return BiLLM's approximation of a target in the original order of columns."""
     pieces, curvature = _Pieces(target.values.shape, block, 3, 4), _curvature(target)
 
     def fit(index: int, columns: slice, values: Array) -> Array:
@@ -38,7 +38,7 @@ def published_billm(target: Target, block: int) -> Additive:
 
 
 def published_arb(target: Target, block: int, steps: int) -> Additive:
-    """Return ARB-RC's approximation of a target in the columns' own order."""
+    """Return ARB-RC's approximation of a target in the original order of columns."""
     pieces, curvature = _Pieces(target.values.shape, block, 0, 6), _curvature(target)
 
     def fit(index: int, columns: slice, values: Array) -> Array:
@@ -49,13 +49,13 @@ def published_arb(target: Target, block: int, steps: int) -> Additive:
 
 
 def _curvature(target: Target) -> Array:
-    """Return ``1 / U_jj²`` (columns,) of the upper factor U of the inverse of H."""
+    """Return ``1 / U_jj²`` (columns,) for the upper Cholesky factor U of the inverse of H."""
     curvature: Array = np.diagonal(target.factor.L)[::-1] ** 2
     return curvature
 
 
 class _Pieces:
-    """What the blocks of a weight came to, side by side.
+    """The results of all blocks of a weight, concatenated.
 
     Attributes
     ----------
@@ -78,16 +78,16 @@ class _Pieces:
 
 
 def _diffuse_blocks(target: Target, block: int, fit: Callable[[int, slice, Array], Array]) -> None:
-    """Approximate blocks of columns one after another, and diffuse their errors to later ones.
+    """Approximate blocks of columns in turn, and diffuse their errors to later columns.
 
     Parameters
     ----------
     target : Target
-        In the columns' own order.
+        Target in the original order of columns.
     block : int
     fit : callable
-        From the pieces, the block's index, its columns and their weights now (rows, n) to their
-        approximation; enters it into the pieces.
+        Called with the pieces, the index of a block, its columns and their current weights (rows,
+        n). Adds the block to the pieces and returns its approximation.
     pieces : Pieces
     """
     from scipy.linalg import lapack
@@ -100,7 +100,7 @@ def _diffuse_blocks(target: Target, block: int, fit: Callable[[int, slice, Array
     for index, start in enumerate(range(0, d, block)):
         columns = slice(start, min(start + block, d))
         now = np.ascontiguousarray(values[:, columns])
-        # As published: each column's error as if those before it in the block had had none.
+        # As published: the error of a column, as if earlier ones of the block had no error.
         errors = (now - fit(index, columns, now)) / np.diagonal(U)[columns]
         values[:, columns.stop :] -= errors @ U[columns, columns.stop :]
 
@@ -108,7 +108,7 @@ def _diffuse_blocks(target: Target, block: int, fit: Callable[[int, slice, Array
 def _billm_block(
     pieces: _Pieces, index: int, columns: slice, values: Array, saliency: Array
 ) -> Array:
-    """Enter a block of BiLLM into the pieces and return its values."""
+    """Add a block of BiLLM to the pieces and return its values."""
     salient, large = published_parts(saliency, everywhere=False)
     pieces.salient[columns], pieces.large[:, columns] = salient, large
     found = np.zeros_like(values)
@@ -128,7 +128,7 @@ def _billm_block(
 def _arb_block(
     pieces: _Pieces, index: int, columns: slice, values: Array, saliency: Array, steps: int
 ) -> Array:
-    """Enter a block of ARB-RC with its column-group bitmap into the pieces; return its values."""
+    """Add a block of ARB-RC with its column-group bitmap to the pieces and return its values."""
     salient, large = published_parts(saliency, everywhere=True)
     pieces.salient[columns], pieces.large[:, columns] = salient, large
     found = np.zeros_like(values)
@@ -147,7 +147,7 @@ def _arb_block(
 
 
 def _packed(pieces: _Pieces, block: int, target: Target, rows_only: bool) -> Additive:
-    """Return the weight that some pieces make up."""
+    """Return the weight that consists of these pieces."""
     everywhere = not rows_only
     partition = Partition.of(pieces.salient, pieces.large, everywhere=everywhere)
     slots = len(pieces.row_scales) if pieces.salient.any() else 2
@@ -165,6 +165,6 @@ def _packed(pieces: _Pieces, block: int, target: Target, rows_only: bool) -> Add
 
 
 def _level(scales: Array) -> float:
-    """Return the mean of scales that aren't zero, to divide by; 1 if all are."""
+    """Return the mean of the nonzero scales, as a divisor; 1 if all are zero."""
     live = scales[scales != 0]
     return float(np.abs(live).mean()) if live.size else 1.0

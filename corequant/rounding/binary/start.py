@@ -1,4 +1,4 @@
-"""Means and scales to begin with."""
+"""Initial means and scales."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["start_parameters"]
 Array = npt.NDArray[Any]
 
 _TERNARY = 1.25
-"""Of the mean magnitude: about the best scale of a ternary plane for normal weights."""
+"""Scale of a ternary plane relative to the mean magnitude, nearly optimal for normal weights."""
 
 
 def start_parameters(values: Array, alphabet: Alphabet) -> Array:
-    """Return parameters (rows, parameters) that fit values (rows, n) roughly.
+    """Return parameters (rows, parameters) that roughly fit values (rows, n).
 
-    Where there are two parts, weights farther from the mean than the mean of their distances are
-    those of the second.
+    If there are two parts, the second one consists of the weights that are farther from the mean
+    than the average distance.
     """
     mean = values.mean(1) if alphabet.mean else np.zeros(len(values), values.dtype)
     size = np.abs(values - mean[:, None])
@@ -32,7 +32,7 @@ def start_parameters(values: Array, alphabet: Alphabet) -> Array:
 
 
 def _part(values: Array, mask: npt.NDArray[np.bool_], alphabet: Alphabet) -> list[Array]:
-    """Return the parameters (rows,) of the weights in a mask."""
+    """Return the parameters (rows,) for the weights in a mask."""
     count = np.maximum(mask.sum(1), 1).astype(values.dtype)
     found = []
     rest = np.where(mask, values, 0)

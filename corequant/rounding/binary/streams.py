@@ -12,7 +12,7 @@ __all__ = ["pack_digits", "plane_bytes", "unpack_digits"]
 Array = npt.NDArray[Any]
 
 _TRITS = 5
-"""Ternary digits of a byte: 3**5 is 243."""
+"""Ternary digits per byte: 3**5 is 243."""
 
 _POWERS = np.array([1, 3, 9, 27, 81], np.uint8)
 
@@ -33,7 +33,7 @@ def pack_digits(digits: Array, base: int) -> npt.NDArray[np.uint8]:
 
 
 def unpack_digits(packed: Array, base: int, count: int) -> npt.NDArray[np.uint8]:
-    """Return the first ``count`` digits of what ``pack_digits`` packed."""
+    """Return the first ``count`` digits packed by ``pack_digits``."""
     if base == 2:
         return np.unpackbits(packed, count=count, bitorder="little")
     digits = packed[:, None] // _POWERS % np.uint8(3)

@@ -15,10 +15,10 @@ Array = npt.NDArray[Any]
 Bools = npt.NDArray[np.bool_]
 
 _MOST_SALIENT = 50
-"""Columns of a block among which salient ones are searched; all of these are never taken."""
+"""Upper limit of the number of salient columns of a block, exclusive."""
 
 _SHARES = np.linspace(0.10, 0.90, 81)
-"""Shares of a block's weights that are tried as concentrated ones."""
+"""Shares of a block's weights to try as the concentrated ones."""
 
 
 def published_parts(saliency: Array, everywhere: bool) -> tuple[Bools, Bools]:
@@ -27,15 +27,15 @@ def published_parts(saliency: Array, everywhere: bool) -> tuple[Bools, Bools]:
     Parameters
     ----------
     saliency : numpy.ndarray (rows, n)
-        Of each weight; not negative. Both searches take it for the matrix to be approximated.
+        Non-negative saliency of each weight. Both searches approximate it in place of the weights.
     everywhere : bool
-        Whether salient columns are split too (ARB-LLM's column-group bitmap).
+        Whether salient columns are split, too (ARB-LLM's column-group bitmap).
     """
     salient = salient_columns(saliency)
     large = np.zeros(saliency.shape, np.bool_)
     if everywhere and salient.any():
         inside = np.ascontiguousarray(saliency[:, salient])
-        # What is zero, as all of the other columns there, is left out of these shares.
+        # Zeros, such as all of the other columns there, are excluded from these shares.
         candidates = inside[inside != 0]
         if candidates.size:
             level = _split_of_two_planes(inside, np.quantile(candidates, _SHARES))
@@ -50,10 +50,10 @@ def published_parts(saliency: Array, everywhere: bool) -> tuple[Bools, Bools]:
 
 
 def salient_columns(matrix: Array) -> Bools:
-    """Return which columns (n,) are salient: those of the largest sums, as many as pay.
+    """Return a mask of the salient columns (n,), those with the largest sums of magnitudes.
 
-    As many as leave the least squared error where both they and the others are binarized twice, at
-    least one and fewer than 50 or than there are.
+    Their number is the one with the least squared error if both they and the others are binarized
+    twice, at least one and fewer than 50 and than all columns.
     """
     n = matrix.shape[1]
     order = np.argsort(-np.abs(matrix).sum(0, dtype=np.float64), kind="stable")
@@ -69,9 +69,9 @@ def salient_columns(matrix: Array) -> Bools:
 
 
 def split_magnitude(matrix: Array, levels: Array) -> float:
-    """Return the level that splits each row's entries, none negative, with the least error.
+    """Return the level that splits each row's non-negative entries with the least error.
 
-    Entries below it and the others are binarized once each, with means and scales of their own.
+    Entries below the level, and the others, are binarized once, with separate means and scales.
     """
     ordered = np.sort(matrix, axis=1)
     zero = np.zeros((len(ordered), 1))

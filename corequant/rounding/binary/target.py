@@ -1,4 +1,4 @@
-"""What binary methods approximate: a weight, rotated and corrected, in a metric of its outputs."""
+"""The target of binary methods: a weight, rotated and corrected, and a metric of output errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _DAMPING, _CROSS_DAMPING = 0.01, 1e-4
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A weight and its moments as they were given, checked.
+    """A weight and its moments as passed by the user, checked.
 
     Attributes
     ----------
@@ -56,7 +56,7 @@ class Measured:
 
     @classmethod
     def of(cls, W: Any, H: Any, G: Any, tokens: Any, name: str) -> Measured:
-        """Check the arguments; raises as the public functions say."""
+        """Check the arguments; raises the errors of the public functions."""
         W = check_matrix("W", W)
         if not W.size:
             raise ShapeError(f"W must have at least one row and one column, got shape {W.shape}")
@@ -66,7 +66,7 @@ class Measured:
         return cls(W, H, G, check_tokens(tokens), name)
 
     def rotated(self, size: int | None) -> Measured:
-        """Return the same of columns rotated in blocks of some size."""
+        """Return weight and moments with columns rotated in blocks of this size."""
         if size is None:
             return self
         W, H = (M.astype(working_dtype(M)) for M in (self.W, self.H))
@@ -85,7 +85,7 @@ class Measured:
         )
 
     def check_rotation(self, size: Any) -> int:
-        """Return the size of blocks that W's columns can be rotated in."""
+        """Return the block size, or raise if W's columns can't be rotated in such blocks."""
         return check_block_size("rotation", check_index("rotation", size), self.W.shape[1])
 
 
@@ -98,16 +98,16 @@ class Target:
     order : numpy.ndarray (columns,)
         Columns of W in reverse order of their rounding.
     values : numpy.ndarray (rows, columns)
-        W, or the best weights for the float network's outputs where G was given, divided by
+        W, or, if G was given, the best weights for the float network's outputs, divided by
         ``2**scale``.
     H : numpy.ndarray (columns, columns)
-        Moments with their damping, times a power of two that brings their diagonal close to 1.
+        Damped moments, times a power of two that brings their diagonal close to 1.
     factor : Factor
-        ``L Lᵀ = H``.
+        Factor L with ``L Lᵀ = H``.
     dead : numpy.ndarray (columns,), bool
-        Columns that no input reached, in W's own order.
+        Mask of columns that no input reached, in the order of W.
     damping : Damping
-        In units of the moments that were given.
+        Damping in units of the moments that were passed.
     shrinkage : float
     name : str
     scale : int
@@ -125,11 +125,11 @@ class Target:
 
     @classmethod
     def of(cls, measured: Measured, group: int, damping: Any, act_order: bool) -> Target:
-        """Damp and factor the moments, and correct the weight where G is given."""
+        """Damp and factor the moments, and correct the weight if G is given."""
         name, dtype = measured.name, working_dtype(measured.W)
         H, G, shrinkage = shrunk(measured.H, measured.G, measured.tokens)
         dead = np.diagonal(H) <= 0
-        # Powers of two change nothing but the exponents, far from the ends of their range.
+        # Powers of two change only the exponents, which stay far from the limits of their range.
         unit = _exponent(mean_diagonal(np.diagonal(H).astype(np.float64), dead))
         scale = _exponent(float(np.abs(measured.W).max()))
         H, W = np.ldexp(H, -unit), np.ldexp(measured.W.astype(dtype), -scale)
@@ -155,11 +155,11 @@ class Target:
 
     @property
     def exponent(self) -> int:
-        """Exponent of what scales are stored in: the largest weight comes to about 2**8."""
+        """Exponent of stored scales, with which the largest weight is about 2**8."""
         return _exponent(float(np.abs(self.values).max())) - 8
 
     def result(self, method: str, measured: Measured, weight: Additive) -> RoundedWeight:
-        """Report on a weight that was found."""
+        """Return a weight with its report."""
         loss = losses_of(measured.W, [weight.dequantize()], measured.H, measured.G)[0]
         report = CodingReport(
             method,
@@ -181,7 +181,7 @@ def _exponent(value: float) -> int:
 def _group_order(score: Array, group: int, act_order: bool) -> Array:
     """Return the columns in reverse order of their rounding, those of a group together.
 
-    With ``act_order`` the group of the largest mean score is first, and its largest column.
+    With ``act_order``, groups are rounded by descending mean score, and their columns by score.
     """
     d = len(score)
     if not act_order:

@@ -1,6 +1,6 @@
-"""Weights below four bits by other means than a grid: codebooks, kept outliers, and their methods.
+"""Weights below four bits that are not on a grid: codebooks, kept outliers, and their methods.
 
-Each coded weight restores its values and serialises to exactly the bytes that it counts.
+Each coded weight restores its values and serialises to exactly ``nbytes`` bytes.
 """
 
 from corequant.rounding.codebooks.claq import ClaqReport, claq

@@ -1,4 +1,4 @@
-"""Widths of codebooks under a budget: who is given the next bit."""
+"""Widths of codebooks within a budget of bits."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ Array = npt.NDArray[Any]
 
 
 def step_choice(losses: Array, costs: Array, budget: float) -> npt.NDArray[np.int64]:
-    """Return a choice for each entry, by one step at a time where it saves most for its cost.
+    """Return a choice for each entry, found by a greedy search.
 
-    Steps are taken as long as the budget pays for them.
+    Each step moves one entry, that whose loss falls most for the cost, to its next choice. An entry
+    stops when the budget can't pay for its next step.
 
     Parameters
     ----------
     losses : array (entries, choices)
-        Of each choice, the cheapest first.
+        Loss of each choice, the cheapest choice first.
     costs : array (choices,)
-        Ascending.
+        Cost of each choice, ascending.
     budget : float
-        Most that the costs of all entries may come to.
+        Upper limit of the total cost of all entries.
 
     Returns
     -------
     array (entries,), int64
-        Index of each entry's choice. It is the best one where every entry's losses are convex
-        in their costs and the steps cost the same.
+        Index of each entry's choice. The choices are optimal if the losses of every entry are
+        convex in the costs and all steps cost the same.
 
     Raises
     ------
@@ -45,10 +46,11 @@ def step_choice(losses: Array, costs: Array, budget: float) -> npt.NDArray[np.in
 
 
 def hull_choice(losses: Array, costs: Array, budget: float) -> npt.NDArray[np.int64]:
-    """Return likewise a choice for each entry, by steps along the lower hull of its losses.
+    """Return a choice for each entry, found by greedy steps along the lower hull of its losses.
 
-    A choice above the line between two others is passed over, so that what comes after it counts;
-    whatever is left of the budget goes to single steps.
+    A choice that lies above the line between two others is skipped, so that it doesn't hide the
+    gain of later ones. The rest of the budget is then spent by ``step_choice``'s rule, as long as
+    losses fall.
     """
     on_hull = _on_hull(losses, costs)
     chosen = _climb(losses, costs, budget, on_hull)

@@ -26,10 +26,11 @@ Array = npt.NDArray[Any]
 
 _BLOCK = 128
 _THRESHOLD = 13.0
-"""Times the mean magnitude of the whole matrix from which a weight counts as an outlier."""
+"""Multiple of the mean magnitude of the matrix from which a weight counts as an outlier."""
 
 _MANY, _MUCH, _LITTLE = 0.1, 0.014, 0.004
-"""Published: the share of columns that keep more, and what a column keeps at each end."""
+"""As published: share of the columns that keep more weights, and the share of its weights that a
+column of either kind keeps at each end."""
 
 _HEADROOM = 7
 """Powers of two by which adjusted weights may exceed the weights before float16 overflows."""
@@ -65,7 +66,7 @@ def claq(
     tokens: int | None = None,
     name: str = "W",
 ) -> RoundedWeight:
-    """Code a weight by columns: each has levels of its own, fitted when its turn comes.
+    """Quantize a weight with a codebook for each column (CLAQ).
 
     Parameters
     ----------
@@ -74,15 +75,15 @@ def claq(
     H : numpy.ndarray (in_features, in_features)
         ``X̃ᵀX̃ / n`` of the inputs that the layer will see.
     bits : float
-        Average bits of a weight: of all that is stored, codebooks and outliers included; where
-        ``published``, of the indexes alone, 2 to 4.
+        Average bits per weight. Everything that is stored counts, including codebooks and outliers;
+        with ``published``, only the indexes do, and the range is 2 to 4.
     outliers : float, optional
-        Share of the weights that are kept in float16; by default none. Where ``published``, true
-        or false.
+        Share of the weights that are kept in float16; 0 by default. With ``published``, true or
+        false.
     G : numpy.ndarray (in_features, in_features), optional
-        ``XᵀX̃ / n`` with the float network's inputs X: adds Qronos's correction.
+        ``XᵀX̃ / n`` with the float network's inputs X; adds Qronos's correction.
     published : bool
-        The method as published; see Notes.
+        Use the method as published; see Notes.
     widths : sequence of int
         Bits that an index may have, 0 to 8.
     damping, act_order, tokens, name
@@ -91,30 +92,31 @@ def claq(
     Returns
     -------
     RoundedWeight
-        Its weight is a ``Codebook`` by column, or ``KeptOutliers`` around one; its report a
-        ``ClaqReport``.
+        The weight is a ``Codebook`` by column, or a ``KeptOutliers`` that wraps one; the report is
+        a ``ClaqReport``.
 
     Raises
     ------
     HessianError
         If H is asymmetric or not positive semidefinite.
     NonFiniteError, ShapeError, SpecError, TypeError, ValueError
-        If an argument breaks its rule. Where ``bits`` is out of reach, the error says what is not.
+        If an argument is invalid. If ``bits`` is out of range, the error states the range.
 
     Notes
     -----
-    CLAQ (arXiv 2405.17233): in GPTQ's loop each column's levels are those of k-means of what its
-    weights are by then. Columns with many weights beyond 13 times the mean magnitude get 4 bits,
-    the others 2 (3 from an average of 3 on); a tenth of the columns keep 2.8 % of their weights,
-    the others 0.8 %, half of it at each end. ``published`` does this, but for k-means, which is
-    exact, and the order of columns with equally many outliers, which is theirs in the weight. Two
-    slips of the published code are kept: levels are fitted to kept weights, too, and from the
-    second block of 128 columns on what a column keeps is that of its place in the first one.
+    CLAQ (arXiv 2405.17233): when GPTQ's loop reaches a column, k-means of the column's current
+    values gives its levels. Columns with many weights beyond 13 times the mean magnitude get 4
+    bits, the others 2 (or 3, if the average is 3 or more); a tenth of the columns keep 2.8 % of
+    their weights, the others 0.8 %, half of it at each end. ``published`` follows this, except that
+    k-means is exact and that columns with equally many outliers keep the order that they have in
+    the weight. Two errors of the published code are reproduced: levels are fitted to kept weights,
+    too, and from the second block of 128 columns on, the share that a column keeps is that of the
+    column at the same position in the first block.
 
-    Otherwise levels are fitted to what isn't kept; columns get the widths that lower the loss
-    most for what they take, the loss being the error of k-means times L_jj², what it costs after
-    feedback, H being ``L Lᵀ``; and those weights are kept that are farthest from their columns'
-    means, in the same measure.
+    By default, levels are fitted only to the weights that aren't kept. Columns get the widths that
+    lower the loss most for the bits that they take, where the loss is the error of k-means times
+    L_jj², its cost after feedback, with ``H = L Lᵀ``. The weights that are farthest from the means
+    of their columns by the same measure are kept.
 
     Examples
     --------
@@ -161,9 +163,9 @@ def claq(
 
 
 def outlier_order(W: Array, threshold: float = _THRESHOLD) -> npt.NDArray[np.int64]:
-    """Return the columns of W, those with most outliers first, equal ones in their order.
+    """Return the columns of W by descending number of outliers; ties keep their order.
 
-    An outlier is a weight of at least ``threshold`` times the mean magnitude of all.
+    An outlier is a weight of at least ``threshold`` times the mean magnitude of W.
     """
     magnitudes = np.abs(W.astype(np.float64))
     counts = (magnitudes >= threshold * magnitudes.mean()).sum(0)
@@ -172,10 +174,10 @@ def outlier_order(W: Array, threshold: float = _THRESHOLD) -> npt.NDArray[np.int
 
 @dataclass(frozen=True, eq=False)
 class _Columns:
-    """Levels for each column, fitted when it is reached.
+    """Levels of each column, fitted when the loop reaches it.
 
-    ``shares`` (d,), in the order of rounding, are what columns keep at each end; without them
-    ``kept`` (rows, d) says which weights are.
+    ``shares`` (d,), in the order of rounding, are the shares that columns keep at each end; without
+    them, ``kept`` (rows, d) marks the weights that are kept.
     """
 
     widths: npt.NDArray[np.uint8]
@@ -206,7 +208,7 @@ class _Columns:
         """Do nothing: columns are fitted one by one."""
 
     def quantize_column(self, w: Array, j: int) -> Array:
-        """Return the column rounded to levels of its own, but for what is kept."""
+        """Return the column rounded to its own levels, except for the weights that are kept."""
         size, fitted = 1 << int(self.widths[j]), w
         if self.shares is not None:
             share = float(self.shares[self.places[j]])
@@ -223,7 +225,7 @@ class _Columns:
 
     def coded(self, Q: Array) -> CodedWeight:
         """Return the weight whose values the loop returned."""
-        # A kept weight has a label, too, of which nothing is read.
+        # A kept weight has a label, too, which is never read.
         book = Codebook.of(Q, self.levels, self.widths, axis="column")
         if not self.kept.any():
             return book
@@ -247,12 +249,12 @@ def _published_widths(W: Array, bits: float) -> npt.NDArray[np.uint8]:
 
 
 def _published_shares(problem: ColumnProblem) -> Array:
-    """Return what columns keep at each end, in the order of their rounding."""
+    """Return the share that each column keeps at each end, in the order of rounding."""
     d = problem.W.shape[1]
     shares = np.full(d, _LITTLE)
     order = problem.order[::-1]
     shares[outlier_order(problem.W[:, order])[: round(_MANY * d)]] = _MUCH
-    # As published: a block reads those of the first one.
+    # As published: every block reads the shares of the first one.
     return np.resize(shares[:_BLOCK], d)
 
 
@@ -268,7 +270,7 @@ def _chosen(
     kept = np.zeros(W.shape, np.bool_)
     fixed = 7.0 * (len(widths) + 1) + columns * bits_for(len(widths))
     if count:
-        # From two levels on, one of them would take the place of a column's outlier.
+        # With two levels or more, one of them would be spent on a column's outlier.
         costly = np.square(W - W.mean(0)) * curvature
         order = np.argsort(-costly, axis=None, kind="stable")
         kept.reshape(-1)[order[:count]] = True

@@ -37,7 +37,7 @@ __all__ = ["AXES", "MOST_BITS", "Codebook", "check_choices", "check_widths"]
 Array = npt.NDArray[Any]
 
 AXES = ("row", "column", "group")
-"""What one codebook can belong to."""
+"""Units of a weight that can have a codebook each."""
 
 MOST_BITS = 8
 """Largest width of an index."""
@@ -45,20 +45,21 @@ MOST_BITS = 8
 
 @dataclass(frozen=True, eq=False)
 class Codebook(CodedWeight):
-    """A weight each of whose rows, columns or groups has levels of its own.
+    """A weight whose rows, columns or groups have levels of their own.
 
     Attributes
     ----------
     shape : tuple of int
         Rows and columns.
     axis : str
-        What one codebook belongs to: ``"row"``, ``"column"``, or ``"group"``, a run of
-        ``group_size`` columns of a row.
+        Unit that has a codebook: ``"row"``, ``"column"``, or ``"group"``, a run of ``group_size``
+        columns of a row.
     widths : numpy.ndarray (entries,), uint8
-        Bits of an index, 0 to 8, for each entry: each row, column or group, groups row by row.
+        Bits of an index, 0 to 8, for each entry, that is, each row, column or group (groups in
+        row-major order).
     levels : numpy.ndarray (entries, 2**max(widths)), float32
-        Ascending; an entry has the first ``2**width``. They are float16 numbers times
-        ``2**exponent``.
+        Levels in ascending order, float16 numbers times ``2**exponent``. Only the first
+        ``2**width`` of an entry are used.
     labels : numpy.ndarray (rows, columns), uint8
         Index of each weight's level.
     exponent : int
@@ -97,18 +98,18 @@ class Codebook(CodedWeight):
         axis: str = "row",
         group_size: int | None = None,
     ) -> Codebook:
-        """Give each weight the nearest of its entry's levels, which are brought to float16 first.
+        """Assign each weight to the nearest level of its entry, after rounding levels to float16.
 
         Parameters
         ----------
         W : numpy.ndarray (rows, columns)
             Floating.
         levels : numpy.ndarray (entries, K)
-            Ascending; an entry has the first ``2**width`` of them.
+            Levels in ascending order; only the first ``2**width`` of an entry are used.
         widths : int or numpy.ndarray (entries,)
             Bits of an index, 0 to 8.
         axis, group_size
-            As the attributes.
+            See the attributes.
 
         Raises
         ------
@@ -145,7 +146,7 @@ class Codebook(CodedWeight):
         axis: str = "row",
         group_size: int | None = None,
     ) -> Codebook:
-        """Code a weight with the levels of least weighted squared error for each entry.
+        """Quantize a weight to the levels of least weighted squared error for each entry.
 
         Parameters
         ----------
@@ -154,9 +155,9 @@ class Codebook(CodedWeight):
         widths : int or numpy.ndarray (entries,)
             Bits of an index, 0 to 8.
         weights : numpy.ndarray (columns,) or (rows, columns), optional
-            What an error counts, not negative; by default all the same.
+            Non-negative weights of the squared errors; equal by default.
         axis, group_size
-            As the attributes.
+            See the attributes.
 
         Raises
         ------
@@ -182,16 +183,16 @@ class Codebook(CodedWeight):
         return cls.of(W, levels, widths, axis=axis, group_size=group_size)
 
     def encode(self, values: Array) -> Codebook:
-        """Return the same levels with the labels of those nearest to ``values`` (rows, columns)."""
+        """Return a codebook with the same levels and the labels nearest to ``values``."""
         found = self._label(_by_entry(values, self.axis, self.group_size), slice(None))
         labels = _from_entries(found, self.shape, self.axis)
         return replace(self, labels=np.ascontiguousarray(labels))
 
     def enter_block(self, columns: Array, values: Array, curvature: Array) -> None:
-        """Do nothing: the levels are chosen already."""
+        """Do nothing: the levels are already chosen."""
 
     def quantize_column(self, w: Array, j: int) -> Array:
-        """Return the levels nearest to ``w`` (rows,) that column j can take, in w's dtype."""
+        """Return the levels for column j that are nearest to ``w`` (rows,), in the dtype of w."""
         part: slice | list[int]
         if self.axis == "column":
             part = [j]
@@ -237,7 +238,7 @@ class Codebook(CodedWeight):
         return tensors
 
     def describe(self) -> dict[str, Any]:
-        """Return shape, axis, group size, exponent and the widths that there are."""
+        """Return shape, axis, group size, exponent and the widths in use."""
         said = {
             "kind": self.kind,
             "shape": list(self.shape),
@@ -262,7 +263,7 @@ class Codebook(CodedWeight):
             entries = _entries(shape, axis, group_size)
             table = check_widths("widths", np.array(distinct), len(distinct))
         except (SpecError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the description is no codebook's: {error}") from error
+            raise CheckpointError(f"not the description of a codebook: {error}") from error
         widths = np.repeat(table[:1], entries)
         if len(table) > 1:
             width = bits_for(len(table))
@@ -289,7 +290,7 @@ class Codebook(CodedWeight):
 
     @cached_property
     def _middles(self) -> tuple[Array, Array]:
-        """What lies between neighbouring levels (entries, K-1), and how many of them count."""
+        """Midpoints of neighbouring levels (entries, K-1), and how many of them each entry uses."""
         wide = self.levels.astype(np.float64)
         middles = (wide[:, 1:] + wide[:, :-1]) / 2
         return np.ascontiguousarray(middles), (1 << self.widths.astype(np.int64)) - 1
@@ -308,7 +309,7 @@ class Codebook(CodedWeight):
 
 
 def check_widths(name: str, widths: Any, entries: int) -> npt.NDArray[np.uint8]:
-    """Return bits of an index for each entry, uint8 (entries,), all of them 0 to 8."""
+    """Return the bits of an index for each entry, uint8 (entries,), after checking them."""
     if not isinstance(widths, np.ndarray):
         widths = np.full(entries, check_index(name, widths, 0))
     if widths.dtype.kind not in "iu":
@@ -322,7 +323,7 @@ def check_widths(name: str, widths: Any, entries: int) -> npt.NDArray[np.uint8]:
 
 
 def check_choices(widths: Sequence[int]) -> tuple[int, ...]:
-    """Return the widths to choose from, different ones in ascending order."""
+    """Return the widths to choose from in ascending order, without duplicates."""
     given = check_widths("widths", np.array(list(widths), np.int64), len(widths))
     if not len(given):
         raise SpecError("widths must name at least one, got none")
@@ -343,7 +344,7 @@ def _entries(shape: tuple[int, ...], axis: str, group_size: int | None) -> int:
 
 
 def _used(widths: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """Return which levels of a padded table (entries, K) there are."""
+    """Return which levels of a padded table (entries, K) are in use."""
     counts = 1 << widths.astype(np.int64)
     return np.arange(int(counts.max(initial=1))) < counts[:, None]
 

@@ -1,4 +1,4 @@
-"""Weights that are coded by other means than a grid: what all of them offer, and their results."""
+"""Weights that are not on a grid: their common interface, and results of quantizing to them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _KINDS = {
     "kept outliers": "codebooks.outliers:KeptOutliers",
     "shared codebook": "codebooks.shared:SharedCodebook",
 }
-"""Module and class of each kind of coded weight that a description can name."""
+"""Module and class of each kind of coded weight."""
 
 _INNER = "base."
 
@@ -50,14 +50,14 @@ _TOP = 15
 
 
 class CodedWeight(ABC):
-    """A weight (rows, columns) that isn't on a grid, with everything that restores it.
+    """A weight (rows, columns) that isn't on a grid, with everything needed to restore it.
 
-    Subclasses are frozen dataclasses. Their tensors hold all that the weight takes in a file but
-    for the description, a few plain values.
+    Subclasses are frozen dataclasses. Their tensors hold everything that a file stores for the
+    weight, except for the description, a few plain values.
     """
 
     kind: ClassVar[str]
-    """What a description calls it."""
+    """Name of the kind in a description."""
 
     shape: tuple[int, int]
     """Rows and columns."""
@@ -68,16 +68,16 @@ class CodedWeight(ABC):
 
     @abstractmethod
     def to_tensors(self) -> dict[str, Array]:
-        """Return what a file holds: packed arrays by name."""
+        """Return the packed arrays that a file holds, by name."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Return what the tensors don't say, as plain values of JSON."""
+        """Return what the tensors don't contain, as plain JSON values."""
 
     @classmethod
     @abstractmethod
     def from_tensors(cls, tensors: Tensors, description: Description) -> CodedWeight:
-        """Return the weight of which these are the tensors and the description.
+        """Return the weight with these tensors and this description.
 
         Raises
         ------
@@ -97,14 +97,14 @@ class CodedWeight(ABC):
 
 
 def load_coded(tensors: Tensors, description: Description) -> CodedWeight:
-    """Return the coded weight of which these are the tensors and the description.
+    """Return the coded weight with these tensors and this description.
 
     Parameters
     ----------
     tensors : mapping of str to numpy.ndarray
-        As ``to_tensors`` gave them.
+        Result of ``to_tensors``.
     description : mapping of str
-        As ``describe`` gave it.
+        Result of ``describe``.
 
     Returns
     -------
@@ -141,17 +141,17 @@ class CodingReport:
     Attributes
     ----------
     method : str
-        Such as ``"skim"``.
+        Name of the method, such as ``"skim"``.
     name : str
-        The layer's name as it was given.
+        Name of the layer, as passed.
     bits_per_weight : float
         Everything that is stored, in bits, over the number of weights.
     loss : float or None
-        ``reconstruction_loss`` of the result; None where it wasn't asked for.
+        ``reconstruction_loss`` of the result; None if it wasn't requested.
     nearest_loss : float or None
-        The same where each weight takes the value nearest to it.
+        Loss if each weight takes the nearest value instead.
     damping : Damping or None
-        Addition to the diagonal of H; None for methods without.
+        Addition to the diagonal of H; None for methods without damping.
     dead_columns : tuple of int
         Columns that no input reached: H_jj = 0.
     shrinkage : float
@@ -208,17 +208,17 @@ def half(values: Array) -> tuple[npt.NDArray[np.float16], int]:
 
 
 def whole(stored: npt.NDArray[np.float16], exponent: int) -> npt.NDArray[np.float32]:
-    """Return the float32 numbers of which ``half`` gave float16 numbers and the exponent."""
+    """Return float16 numbers times ``2**exponent`` as float32, the inverse of ``half``."""
     return np.ldexp(stored.astype(np.float32), exponent)
 
 
 def as_inner(base: CodedWeight) -> dict[str, Array]:
-    """Return the tensors of a weight that another one wraps, under names of their own."""
+    """Return the tensors of a wrapped weight under prefixed names."""
     return {f"{_INNER}{name}": array for name, array in base.to_tensors().items()}
 
 
 def load_inner(tensors: Tensors, description: Description) -> CodedWeight:
-    """Return the weight that another one wraps, or raise CheckpointError."""
+    """Return the wrapped weight, or raise CheckpointError."""
     base, size = description.get("base"), len(_INNER)
     if not isinstance(base, dict):
         raise CheckpointError(f"base must be a description, got {base!r}")
@@ -227,7 +227,7 @@ def load_inner(tensors: Tensors, description: Description) -> CodedWeight:
 
 
 def check_shape(description: Description) -> tuple[int, int]:
-    """Return the shape that a description says, or raise CheckpointError."""
+    """Return the shape in a description, or raise CheckpointError."""
     shape = description.get("shape")
     good = isinstance(shape, list | tuple) and len(shape) == 2
     if not good or not all(isinstance(n, int) and n > 0 for n in shape or ()):
@@ -237,7 +237,7 @@ def check_shape(description: Description) -> tuple[int, int]:
 
 
 def take_tensor(tensors: Tensors, name: str, dtype: npt.DTypeLike, length: int) -> Array:
-    """Return a tensor (length,) of a dtype by its name, or raise CheckpointError."""
+    """Return the tensor (length,) of a name and dtype, or raise CheckpointError."""
     if name not in tensors:
         raise CheckpointError(f"tensors must hold {name!r}, got {', '.join(sorted(tensors))}")
     found = tensors[name]

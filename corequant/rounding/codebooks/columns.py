@@ -1,8 +1,8 @@
-"""The column loop of GPTQ and Qronos for weights that are coded by other means than a grid.
+"""The column loop of GPTQ and Qronos for weights that are not on a grid.
 
-It is that of ``corequant.rounding.loop`` with another rounding: columns in reverse order, ``H =
+It is the loop of ``corequant.rounding.loop`` with another rounding: columns in reverse order, ``H =
 L Lᵀ``, D = centers - rounded, and column j rounded at ``values_j + Σ_{i>j} D_i L_ij / L_jj``.
-Blocks of columns are separated by matrix products; what a column becomes is up to an object.
+Blocks of columns are separated by matrix products; a ``ColumnQuantizer`` rounds each column.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ Array = npt.NDArray[Any]
 
 _BLOCK = 128
 _PANEL = 32
-"""Columns within a block between two products: most of the sums are taken by BLAS."""
+"""Columns of a block between two products, so that BLAS computes most of the sums."""
 
 _GPTQ, _QRONOS = 0.01, 1e-4
-"""Dampings by default: times the mean of H's diagonal, and times its largest eigenvalue."""
+"""Default dampings, relative to the mean of H's diagonal and to its largest eigenvalue."""
 
 
 class ColumnQuantizer(Protocol):
-    """What the columns of a weight become."""
+    """Rounds the columns of a weight."""
 
     def enter_block(self, columns: Array, values: Array, curvature: Array) -> None:
         """Prepare for a block of columns.
@@ -51,37 +51,37 @@ class ColumnQuantizer(Protocol):
         Parameters
         ----------
         columns : array (B,), int64
-            The weight's own indexes of the columns, in the order of their rounding.
+            Indexes of the columns in the weight, in the order of rounding.
         values : array (rows, B)
-            What they would be if none of them were rounded.
+            Values that the columns would have if none of them were rounded.
         curvature : array (B,), float64
-            L_jj²: what the square of an error in a column costs where all later columns make up
+            L_jj², the cost of a squared error in a column after all later columns have compensated
             for it.
         """
 
     def quantize_column(self, w: Array, j: int) -> Array:
-        """Return what the weight's column j becomes.
+        """Return column j of the weight, rounded.
 
         Parameters
         ----------
         w : array (rows,)
-            What it should be, given all columns before.
+            Values to round, with the errors of all earlier columns compensated for.
         j : int
-            The weight's own index of the column.
+            Index of the column in the weight.
 
         Returns
         -------
         array (rows,)
-            In w's dtype.
+            Rounded values in the dtype of ``w``.
         """
 
 
 @dataclass(frozen=True, eq=False)
 class ColumnProblem:
-    """A weight, the moments of its inputs, and the order of its columns; all of it checked.
+    """A weight, the moments of its inputs, and the order of its columns, all checked.
 
-    ``values`` and ``centers`` (rows, d) have their columns in the loop's order, ``H`` and ``G`` are
-    what is worked with, ``measured`` what was given.
+    ``values`` and ``centers`` (rows, d) have their columns in the order of the loop. ``H`` and
+    ``G`` are the moments that the loop uses, ``measured`` those that were passed.
     """
 
     W: Array
@@ -110,19 +110,19 @@ class ColumnProblem:
         tokens: int | None = None,
         name: str = "W",
     ) -> ColumnProblem:
-        """Check every argument; raises as ``gptq`` and ``qronos`` do.
+        """Check the arguments; raises the errors of ``gptq`` and ``qronos``.
 
         Parameters
         ----------
         W : array (out_features, in_features)
         H : array (in_features, in_features)
         G : array (in_features, in_features), optional
-            Cross moments, with which Qronos's correction is made.
+            Cross moments for Qronos's correction.
         damping : float, optional
-            Addition to the diagonal of H; by default 0.01 times its mean, with G 1e-4 times the
-            largest eigenvalue of H.
+            Addition to the diagonal of H, relative to its mean, or, with G, to the largest
+            eigenvalue of H; 0.01 by default, with G 1e-4.
         act_order, dtype, tokens, name
-            As for ``gptq``.
+            See ``gptq``.
         """
         W = check_matrix("W", W)
         working = working_dtype(W, dtype)
@@ -188,7 +188,7 @@ class ColumnProblem:
     ) -> None:
         from scipy.linalg import blas
 
-        # What the columns would be if none of them were rounded: no pull is left over.
+        # The values of the columns if none of them were rounded, so that no pull remains.
         trsm = blas.get_blas_funcs("trsm", (sums,))
         shift = trsm(1.0, np.asfortranarray(part.T), sums.T, lower=False).T
         values = (self.values[:, start:stop] + shift)[:, ::-1]

@@ -1,4 +1,4 @@
-"""Densities of unit variance, and the levels of least squared error for each."""
+"""Densities of unit variance and their levels of least squared error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["DENSITIES", "Density"]
 Array = npt.NDArray[Any]
 
 _STEPS = 60
-"""Most of Newton's steps; four or five are taken."""
+"""Limit of Newton steps; four or five are usual."""
 
 
 class Density(ABC):
@@ -22,7 +22,7 @@ class Density(ABC):
 
     @abstractmethod
     def height(self, x: Array) -> Array:
-        """Return the density at each x ≥ 0, infinity among them."""
+        """Return the density at each x ≥ 0, which may be infinite."""
 
     @abstractmethod
     def above(self, x: Array) -> Array:
@@ -34,7 +34,7 @@ class Density(ABC):
 
     @abstractmethod
     def spread(self, p: Array) -> Array:
-        """Return x ≥ 0 above which a share p of the density's cube root lies."""
+        """Return the x ≥ 0 beyond which a share p of the density's cube root lies."""
 
     def levels(self, size: int) -> npt.NDArray[np.float64]:
         """Return ``size`` levels, each the mean of the numbers nearest to it, ascending."""
@@ -53,7 +53,7 @@ class Density(ABC):
 
         for _ in range(_STEPS):
             means, slopes, inner = self._means(levels, odd)
-            # A mean depends on its edges, and these on half of each neighbour.
+            # A mean depends on its edges, each of which is half the sum of two neighbours.
             lower, upper = slopes
             banded = np.zeros((3, len(levels)))
             banded[0, 1:] = -upper[:-1] / 2

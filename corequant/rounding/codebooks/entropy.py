@@ -1,4 +1,4 @@
-"""Weights as integers times a scale of their column, in as few bits as their frequencies allow."""
+"""Weights as entropy-coded integers times a scale of their column."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ LARGEST = 2047
 _TOTAL = 1 << PRECISION
 _WEIGHT_BITS = 6
 _WEIGHTS = np.concatenate([[0], np.rint(2.0 ** (np.arange(1, 4 * PRECISION + 1) / 4))])
-"""What a stored number stands for: frequencies by quarters of a factor of two, 0 for none."""
+"""Frequencies that stored numbers stand for, in steps of a quarter of an octave; 0 for none."""
 
 _LEVEL_BITS = 5
 _STEPS = 2.0
-"""Levels of spread for each factor of two: within half of that, a table costs 0.01 bits more."""
+"""Levels of spread per factor of two: half a step off, a table costs 0.01 bits more."""
 
 
 @dataclass(frozen=True, eq=False)
 class EntropyCoded(CodedWeight):
-    """A weight of integers, times a scale for each column, in a stream of varying lengths.
+    """A weight of entropy-coded integers, times a scale for each column.
 
-    A code takes as many bits as its frequency says: close to the entropy, which may be any number
-    of bits, less than one among them. Which table of frequencies holds depends on how far the
-    codes of its row and of its column spread.
+    The length of a code follows from its frequency, so that the average is close to the entropy,
+    which may be any number of bits, even less than one. The table of frequencies depends on the
+    spread of the codes in the same row and column.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ class EntropyCoded(CodedWeight):
     scales : numpy.ndarray (columns,), float32
         Float16 numbers times ``2**exponent``.
     row_levels, column_levels : numpy.ndarray (rows,) and (columns,), uint8
-        Spread, 0 to 31; the sum of both is the number of a code's table.
+        Levels of spread, 0 to 31; the sum of both is the index of a code's table.
     exponent : int
 
     Examples
@@ -82,7 +82,7 @@ class EntropyCoded(CodedWeight):
 
     @classmethod
     def of(cls, codes: Any, scales: Any) -> EntropyCoded:
-        """Choose tables for codes; scales are brought to float16 first.
+        """Choose tables for codes, and round scales to float16.
 
         Parameters
         ----------
@@ -99,7 +99,7 @@ class EntropyCoded(CodedWeight):
         if codes.dtype != np.int16:
             raise TypeError(f"codes must be int16, got {codes.dtype}")
         if codes.ndim != 2 or codes.size == 0:
-            raise ShapeError(f"codes must be (rows, columns) of any, got {codes.shape}")
+            raise ShapeError(f"codes must be (rows, columns), not empty, got shape {codes.shape}")
         if max(-int(codes.min()), int(codes.max())) > LARGEST:
             raise ValueError(
                 f"codes must be -{LARGEST} to {LARGEST}, got {codes.min()} to {codes.max()}"
@@ -153,7 +153,7 @@ class EntropyCoded(CodedWeight):
 
     @classmethod
     def from_tensors(cls, tensors: Tensors, description: Description) -> EntropyCoded:
-        """Return the weight of which these are the tensors and the description."""
+        """Return the weight with these tensors and this description."""
         shape, exponent = check_shape(description), description.get("exponent")
         if not isinstance(exponent, int):
             raise CheckpointError(f"exponent must be an integer, got {exponent!r}")
@@ -180,7 +180,7 @@ class EntropyCoded(CodedWeight):
 
     @cached_property
     def _coded(self) -> tuple[Array, Array, npt.NDArray[np.uint32]]:
-        """Lengths of tables, what they hold, packed, and the stream."""
+        """Lengths of the tables, their packed contents, and the stream."""
         rows, columns = (v.astype(np.int64) for v in (self.row_levels, self.column_levels))
         tables = int(rows.max()) + int(columns.max()) + 1
         size = 2 * LARGEST + 1
@@ -192,14 +192,14 @@ class EntropyCoded(CodedWeight):
         packed = pack_stream(np.concatenate(stored), _WEIGHT_BITS)
         frequencies = _frequencies(stored)
         starts = np.cumsum(frequencies, axis=1) - frequencies
-        # A word takes 32 bits, a symbol at most 14, and two words are the last state.
+        # A word has 32 bits, a symbol takes at most 14, and the last state takes two words.
         words = np.zeros(symbols.size * PRECISION // 32 + 4, np.uint32)
         used_words = encode_symbols(symbols, rows, columns, frequencies, starts, words)
         return lengths, packed, words[len(words) - used_words :].copy()
 
 
 def _level(squares: Array) -> npt.NDArray[np.uint8]:
-    """Return levels of spread of mean squares, the smallest 0."""
+    """Return the levels of spread for mean squares, the smallest as 0."""
     found = np.rint(_STEPS / 2 * np.log2(squares))
     levels: npt.NDArray[np.uint8] = np.minimum(found - found.min(), (1 << _LEVEL_BITS) - 1).astype(
         np.uint8
@@ -208,13 +208,13 @@ def _level(squares: Array) -> npt.NDArray[np.uint8]:
 
 
 def _weights(counts: Array) -> npt.NDArray[np.int64]:
-    """Return what is stored of a table: a number for each magnitude up to the largest one."""
+    """Return the stored form of a table: a number for each magnitude up to the largest in use."""
     both = counts[LARGEST:] + counts[LARGEST::-1]
     used = np.flatnonzero(both)
     if not len(used):
         return np.zeros(0, np.int64)
     both = both[: used[-1] + 1].astype(np.float64)
-    # Each sign of a magnitude has half of it, and 0 was counted twice.
+    # Each sign has half of a magnitude's count, and 0 was counted twice.
     share = both / 2 / counts.sum()
     with np.errstate(divide="ignore"):
         nearest = np.rint(4 * (PRECISION + np.log2(share)))
@@ -222,9 +222,9 @@ def _weights(counts: Array) -> npt.NDArray[np.int64]:
 
 
 def _frequencies(stored: list[Array]) -> npt.NDArray[np.int64]:
-    """Return the frequencies of all codes (tables, K) by what is stored, each table's in all 2**14.
+    """Return the frequencies of all codes (tables, K) from the stored form; a table sums to 2**14.
 
-    Both signs of a magnitude have the same, but for what rounding leaves over.
+    Both signs of a magnitude have the same frequency, up to the remainder of rounding.
     """
     found = np.zeros((len(stored), 2 * LARGEST + 1), np.int64)
     for table, row in enumerate(stored):
@@ -236,7 +236,7 @@ def _frequencies(stored: list[Array]) -> npt.NDArray[np.int64]:
         own = found[table]
         own[LARGEST : LARGEST + len(row)] = shares
         own[LARGEST - len(row) + 1 : LARGEST + 1] = shares[::-1]
-        # What is lacking goes to the most frequent, which bear it best; so does what is too much.
+        # The remainder, of either sign, goes to the most frequent codes, where it costs least.
         while (rest := _TOTAL - int(own.sum())) < 0:
             largest = int(own.argmax())
             own[largest] -= min(-rest, int(own[largest]) // 2)
@@ -251,7 +251,7 @@ def _decoded(
     rows, columns = (v.astype(np.int64) for v in levels)
     tables = rows[:, None] + columns
     if not frequencies[np.unique(tables)].any(1).all():
-        raise CheckpointError("frequencies must be there for each table in use")
+        raise CheckpointError("weights must hold frequencies of each table in use, got none of one")
     slots = np.zeros((len(frequencies), _TOTAL), np.int16)
     for table, row in enumerate(frequencies):
         if row.any():
@@ -262,5 +262,5 @@ def _decoded(
     words = np.ascontiguousarray(words)
     broken = not LEAST <= first < LEAST << 32
     if broken or decode_symbols(words, rows, columns, frequencies, starts, slots, symbols):
-        raise CheckpointError("stream must end with its last code, got a damaged one")
+        raise CheckpointError("stream must end with its last code, got damaged words")
     return (symbols - LARGEST).astype(np.int16)

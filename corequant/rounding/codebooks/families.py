@@ -1,4 +1,4 @@
-"""How rows get their levels: each its own, or all the same ones times a scale."""
+"""Levels of rows: own levels for each row, or shared ones times a scale of the row."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ Widths = tuple[int, ...]
 Book = TypeVar("Book", Codebook, SharedCodebook)
 
 _SAMPLE = 1 << 14
-"""Weights that shared levels are fitted to at first; what is left of errors is fitted later."""
+"""Weights in the sample that shared levels are first fitted to; ``refit`` improves them later."""
 
 _TURNS = 4
-"""Times that labels and scales of rows are found in turn."""
+"""Alternations between labels and scales of rows."""
 
 
 class Family(Protocol[Book]):
     """Levels for each width that a row may have."""
 
     def book(self, widths: npt.NDArray[np.uint8]) -> Book:
-        """Return a weight whose rows have these widths (rows,), each value the nearest level."""
+        """Return the weight rounded to nearest with these widths of rows (rows,)."""
 
     def refit(self, book: Book, targets: Array) -> Book:
-        """Return the labels of a book with levels that lower the output error."""
+        """Return a book with the same labels and levels that lower the output error."""
 
     def better(self, one: Book, other: Book) -> Book:
-        """Return the rows of two books that have the smaller output errors, where they mix."""
+        """Return the better of two books, row by row if their rows can be combined."""
 
     @staticmethod
     def row_bits(width: int) -> int:
-        """Return what a row takes besides its indexes."""
+        """Return the bits that a row takes in addition to its indexes."""
 
     @staticmethod
     def fixed_bits(widths: Widths) -> int:
-        """Return what all rows together take besides."""
+        """Return the bits that don't depend on the number of rows."""
 
 
 @dataclass(frozen=True, eq=False)
 class OwnLevels:
-    """Levels of each row by weighted k-means."""
+    """Own levels of each row by weighted k-means."""
 
     problem: ColumnProblem
     table: LevelTable
@@ -61,7 +61,7 @@ class OwnLevels:
         return cls(problem, kmeans_table(problem.W, weights, [1 << w for w in widths]))
 
     def book(self, widths: npt.NDArray[np.uint8]) -> Codebook:
-        """Return a weight whose rows have these widths (rows,), each value the nearest level."""
+        """Return the weight rounded to nearest with these widths of rows (rows,)."""
         levels = np.zeros((len(widths), 1 << int(widths.max())))
         for width in np.unique(widths):
             rows, size = widths == width, 1 << int(width)
@@ -69,11 +69,11 @@ class OwnLevels:
         return Codebook.of(self.problem.W, levels, widths)
 
     def refit(self, book: Codebook, targets: Array) -> Codebook:
-        """Return the labels of a book with the best levels of each row."""
+        """Return a book with the same labels and the best levels of each row."""
         return best_levels(book, self.problem.H, targets)
 
     def better(self, one: Codebook, other: Codebook) -> Codebook:
-        """Return each row of the one that has the smaller output error."""
+        """Return a book with each row from the one whose output error is smaller."""
         rows = (loss_by_row(self.problem, other) < loss_by_row(self.problem, one))[:, None]
         levels = np.where(rows, other.levels, one.levels)
         values = np.where(rows, other.dequantize(), one.dequantize())
@@ -92,7 +92,7 @@ class OwnLevels:
 
 @dataclass(frozen=True, eq=False)
 class SharedLevels:
-    """Levels that rows share, by weighted k-means of rows brought to one size, and their scales."""
+    """Levels shared by rows, by weighted k-means of the normalized rows, and scales of rows."""
 
     problem: ColumnProblem
     weights: Array
@@ -113,7 +113,7 @@ class SharedLevels:
         return cls(problem, spread, kmeans_table(values, masses, [1 << w for w in widths]))
 
     def book(self, widths: npt.NDArray[np.uint8]) -> SharedCodebook:
-        """Return a weight whose rows have these widths (rows,), each value the nearest level."""
+        """Return the weight rounded to nearest with these widths of rows (rows,)."""
         W = self.problem.W.astype(np.float64)
         tables = {int(w): self.table.levels(1 << int(w)) for w in np.unique(widths)}
         scales = _sizes(W, self.weights)
@@ -128,11 +128,11 @@ class SharedLevels:
         return book
 
     def refit(self, book: SharedCodebook, targets: Array) -> SharedCodebook:
-        """Return the labels of a book with better scales, and the best levels given these."""
+        """Return a book with the same labels, the best scales for them, then the best levels."""
         return best_shared(book, self.problem.H, targets)
 
     def better(self, one: SharedCodebook, other: SharedCodebook) -> SharedCodebook:
-        """Return each row of the better one where levels are the same, else the better book."""
+        """Return the better rows of both if their levels are equal, otherwise the better book."""
         before, after = (loss_by_row(self.problem, book) for book in (one, other))
         if any(not np.array_equal(one.tables[w], other.tables[w]) for w in one.tables):
             return other if after.sum() < before.sum() else one
@@ -158,7 +158,7 @@ def loss_by_row(problem: ColumnProblem, weight: Any) -> npt.NDArray[np.float64]:
 
 
 def _sizes(W: Array, weights: Array) -> npt.NDArray[np.float64]:
-    """Return the weighted root mean square of each row; the plain one where no weight counts."""
+    """Return the weighted root mean square of each row, unweighted if all its weights are zero."""
     mass = weights.sum(1)
     squares = np.where(mass > 0, (weights * np.square(W)).sum(1), np.square(W).sum(1))
     found: npt.NDArray[np.float64] = np.sqrt(squares / np.where(mass > 0, mass, W.shape[1]))

@@ -1,4 +1,4 @@
-"""Levels of least squared error: of given numbers, exactly, and of a distribution."""
+"""Levels of least squared error, for given numbers (exactly) and for distributions."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = ["MOST_LEVELS", "LevelTable", "kmeans_levels", "kmeans_table", "lloyd_
 Array = npt.NDArray[Any]
 
 MOST_LEVELS = 4096
-"""Largest number of levels; a table of places grows with it."""
+"""Largest number of levels; memory of the search grows with it."""
 
 _PANEL = 64
-"""Rows that are sorted at a time."""
+"""Rows sorted at a time."""
 
 _COST = 16
-"""Times that a value is looked at for each level, roughly."""
+"""Approximate number of visits to each value per level."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class LevelTable:
     sizes : tuple of int
         Numbers of levels, ascending.
     losses : numpy.ndarray (..., len(sizes)), float64
-        Weighted squared error of a row with each; infinite where float64 doesn't hold it.
+        Weighted squared error of a row for each size; infinite if it overflows float64.
     """
 
     sizes: tuple[int, ...]
@@ -49,12 +49,12 @@ class LevelTable:
     def levels(self, size: int) -> npt.NDArray[np.float64]:
         """Return the levels (..., size), ascending.
 
-        A row of fewer distinct values has its largest repeated.
+        If a row has fewer distinct values, its largest level is repeated.
 
         Raises
         ------
         ValueError
-            If ``size`` is none of the sizes.
+            If ``size`` is not one of ``sizes``.
         """
         if size not in self.sizes:
             raise ValueError(f"size must be one of {self.sizes}, got {size}")
@@ -70,25 +70,26 @@ def kmeans_levels(values: Any, weights: Any = None, levels: int = 16) -> npt.NDA
     values : numpy.ndarray (n,) or (rows, n)
         Floating and finite; rows are independent of each other.
     weights : numpy.ndarray (n,) or (rows, n), optional
-        What each value's squared error counts, not negative; by default all the same. Where all
-        of a row's are zero, its values count the same.
+        Non-negative weights of the squared errors; equal by default, and in rows where all are
+        zero.
     levels : int
         Number of levels, 1 to 4096.
 
     Returns
     -------
     numpy.ndarray (levels,) or (rows, levels), float64
-        Ascending. A row of fewer distinct values has its largest repeated.
+        Levels in ascending order. If a row has fewer distinct values, its largest level is
+        repeated.
 
     Raises
     ------
     NonFiniteError, ShapeError, TypeError, ValueError
-        If an argument breaks its rule.
+        If an argument is invalid.
 
     Notes
     -----
-    This is k-means in one dimension, solved exactly by dynamic programming: the least error of any
-    levels, up to rounding in float64, with nothing random. See ``kmeans_table``.
+    This is k-means in one dimension, solved exactly by dynamic programming: no levels have a
+    smaller error, up to rounding in float64, and nothing is random. See ``kmeans_table``.
 
     Examples
     --------
@@ -108,7 +109,7 @@ def kmeans_table(
     Parameters
     ----------
     values, weights
-        As for ``kmeans_levels``.
+        See ``kmeans_levels``.
     sizes : sequence of int
         Numbers of levels, each 1 to 4096.
 
@@ -123,9 +124,9 @@ def kmeans_table(
 
     Notes
     -----
-    The search for the largest size passes all smaller ones on its way, so that they cost next to
-    nothing. A row of n values takes ``O(n log n)`` steps for each level (arXiv 1701.07204); rows
-    are shared out over threads.
+    The search for the largest size solves all smaller ones on its way, so that they cost almost
+    nothing. A row of n values takes ``O(n log n)`` steps per level (arXiv 1701.07204); rows are
+    distributed over threads.
 
     Examples
     --------
@@ -166,7 +167,7 @@ def kmeans_table(
 
 
 def lloyd_max(distribution: str, levels: int) -> npt.NDArray[np.float64]:
-    """Return the levels of least squared error for numbers of a distribution.
+    """Return the levels of least mean squared error for a distribution.
 
     Parameters
     ----------
@@ -178,21 +179,21 @@ def lloyd_max(distribution: str, levels: int) -> npt.NDArray[np.float64]:
     Returns
     -------
     numpy.ndarray (levels,), float64
-        Ascending, symmetric about 0.
+        Levels in ascending order, symmetric about 0.
 
     Raises
     ------
     SpecError
-        If the distribution is another one.
+        If the distribution is unknown.
     TypeError, ValueError
         If ``levels`` is not 1 to 4096.
 
     Notes
     -----
-    Each level is the mean of the numbers nearest to it (Lloyd, 1957; Max, 1960), which for
-    densities with a concave logarithm has one solution (Fleischer, 1964). It is found by Newton's
-    method from the levels of the best companding quantizer, those at quantiles of the density's
-    cube root.
+    Each level is the mean of the numbers nearest to it (Lloyd, 1957; Max, 1960). For densities with
+    a concave logarithm this has a unique solution (Fleischer, 1964), found here by Newton's method
+    from the levels of the best companding quantizer, which are quantiles of the density's cube
+    root.
 
     Examples
     --------
@@ -213,14 +214,14 @@ def _check_values(values: Any) -> Array:
     check_numpy("values", values)
     check_floating("values", values)
     if values.ndim > 2 or values.size == 0:
-        raise ShapeError(f"values must be (n,) or (rows, n) of any, got shape {values.shape}")
+        raise ShapeError(f"values must be (n,) or (rows, n), not empty, got shape {values.shape}")
     check_finite("values", values)
     checked: Array = values
     return checked
 
 
 def _check_weights(weights: Any, values: Array) -> Array:
-    """Return weights of one row, or of each row of values."""
+    """Return the weights, of one row or of each row of ``values``, after checking them."""
     check_numpy("weights", weights)
     check_floating("weights", weights)
     if weights.shape not in (values.shape, values.shape[-1:]):
@@ -235,12 +236,12 @@ def _check_weights(weights: Any, values: Array) -> Array:
 
 
 def _exponent(numbers: Array) -> int:
-    """Return the exponent of the largest magnitude, which products must not leave."""
+    """Return the exponent of the largest magnitude, by which products are kept in range."""
     return math.frexp(max(abs(float(numbers.min())), abs(float(numbers.max()))))[1]
 
 
 def _sorted(rows: Array, weights: Array | None, unit: int, share: int) -> tuple[Array, Array]:
-    """Return rows in ascending order in float64 and in units, and their weights."""
+    """Return rows, scaled to float64 units and sorted, and their weights in the same order."""
     scaled = np.ldexp(rows.astype(np.float64), -unit)
     if weights is None:
         return np.sort(scaled, axis=1), np.empty((len(rows), 0))

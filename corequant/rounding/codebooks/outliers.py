@@ -1,4 +1,4 @@
-"""Weights that are kept as they are, beside others that are coded."""
+"""Coded weights some of whose values are kept in float16."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ class SparseOutliers:
     shape : tuple of int
         Rows and columns of the matrix.
     positions : numpy.ndarray (n,), int64
-        Places in the matrix read column by column, ``column * rows + row``, ascending.
+        Column-major positions ``column * rows + row``, ascending.
     values : numpy.ndarray (n,), float32
         Float16 numbers times ``2**exponent``.
     exponent : int
 
     Notes
     -----
-    Positions are stored as a bitmap, or as how many each column has and their rows, whichever is
-    smaller. Both are counted in ``nbytes``.
+    Positions are stored as a bitmap, or as the number in each column and the row of each one,
+    whichever is smaller. ``nbytes`` includes them.
 
     Examples
     --------
@@ -69,7 +69,7 @@ class SparseOutliers:
 
     @classmethod
     def of(cls, W: Any, mask: Any) -> SparseOutliers:
-        """Keep the weights of a matrix where a mask of its shape is true.
+        """Keep the weights of a matrix at which a mask of the same shape is true.
 
         Raises
         ------
@@ -79,7 +79,7 @@ class SparseOutliers:
         W = check_matrix("W", W)
         check_numpy("mask", mask)
         if mask.dtype != np.bool_:
-            raise TypeError(f"mask must be of bool, got {mask.dtype}")
+            raise TypeError(f"mask must have dtype bool, got {mask.dtype}")
         if mask.shape != W.shape:
             raise ShapeError(f"mask must have W's shape {W.shape}, got {mask.shape}")
         positions = np.flatnonzero(mask.T)
@@ -89,7 +89,7 @@ class SparseOutliers:
 
     @property
     def mask(self) -> npt.NDArray[np.bool_]:
-        """Which weights are kept (rows, columns)."""
+        """Mask of the weights that are kept (rows, columns)."""
         found = np.zeros(math.prod(self.shape), np.bool_)
         found[self.positions] = True
         return np.ascontiguousarray(found.reshape(self.shape[::-1]).T)
@@ -100,13 +100,13 @@ class SparseOutliers:
         return 2 * len(self.values) + min(self._bitmap, self._listed)
 
     def place(self, matrix: Array) -> Array:
-        """Return a matrix of the same shape with the kept weights in their places."""
+        """Return a copy of a matrix with the kept weights at their positions."""
         flat = np.ascontiguousarray(matrix.T).reshape(-1)
         flat[self.positions] = self.values
         return np.ascontiguousarray(flat.reshape(self.shape[::-1]).T)
 
     def to_tensors(self) -> dict[str, Array]:
-        """Return values, and positions in the smaller of two forms."""
+        """Return the values, and the positions in the smaller of two forms."""
         tensors: dict[str, Array] = {
             "values": np.ldexp(self.values, -self.exponent).astype(np.float16)
         }
@@ -129,7 +129,7 @@ class SparseOutliers:
 
     @classmethod
     def from_tensors(cls, tensors: Tensors, description: Description) -> SparseOutliers:
-        """Return what these are the tensors and the description of, or raise CheckpointError."""
+        """Return the outliers with these tensors and this description, or raise CheckpointError."""
         shape, count = check_shape(description), description.get("count")
         exponent = description.get("exponent")
         if not isinstance(count, int) or not isinstance(exponent, int) or count < 0:
@@ -153,7 +153,7 @@ class SparseOutliers:
             column = np.repeat(np.arange(columns), counts)
             positions = column * rows + unpack_stream(packed, width, count)
         if len(positions) != count or (np.diff(positions) <= 0).any():
-            raise CheckpointError(f"positions must be {count} different ones in ascending order")
+            raise CheckpointError(f"positions must be {count} distinct ones in ascending order")
         return cls(shape, positions.astype(np.int64), whole(stored, exponent), exponent)
 
     @property
@@ -175,7 +175,7 @@ class KeptOutliers(CodedWeight):
     ----------
     base : CodedWeight
     outliers : SparseOutliers
-        Of the same shape.
+        Kept values, of the same shape as ``base``.
 
     Examples
     --------
@@ -225,6 +225,6 @@ class KeptOutliers(CodedWeight):
 
     @classmethod
     def from_tensors(cls, tensors: Tensors, description: Description) -> KeptOutliers:
-        """Return the weight of which these are the tensors and the description."""
+        """Return the weight with these tensors and this description."""
         outliers = SparseOutliers.from_tensors(tensors, description)
         return cls(load_inner(tensors, description), outliers)

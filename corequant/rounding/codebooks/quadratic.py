@@ -1,8 +1,8 @@
-"""What the output error is quadratic in: a row's levels, and the scales of columns.
+"""Least-squares fits of levels and of column scales to the output error.
 
-The error of a layer is ``Σ_r (q_r H q_rᵀ - 2 q_r t_rᵀ)`` and a constant, q_r being the rows of the
-quantized weight and T = ``W G``, or ``W H``. Where it is fixed which weights share a level, q_r is
-linear in the levels; where all values but the scales of columns are fixed, in these.
+The error of a layer is ``Σ_r (q_r H q_rᵀ - 2 q_r t_rᵀ)`` plus a constant, with the rows q_r of the
+quantized weight and T = ``W G``, or ``W H``. For fixed labels, q_r is linear in the levels; for
+fixed values of the weight, it is linear in the scales of columns.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Array = npt.NDArray[Any]
 
 _PANEL = 64
 _RIDGE = 1e-7
-"""Pull of a row's levels towards what they were, relative to the mean of the system's diagonal."""
+"""Pull of a row's levels to their old values, relative to the mean of the system's diagonal."""
 
 
 def row_losses(W: Array, Q: Array, H: Array, G: Array | None = None) -> npt.NDArray[np.float64]:
-    """Return each row's share of ``reconstruction_loss`` (rows,), of checked matrices."""
+    """Return each row's share of ``reconstruction_loss`` (rows,), for checked matrices."""
     D = W.astype(np.float64) - Q
     wide = D.astype(H.dtype)
     products = wide @ H
@@ -43,7 +43,7 @@ def best_levels(book: Codebook, H: Array, targets: Array) -> Codebook:
     Parameters
     ----------
     book : Codebook
-        Its axis is ``"row"``. Levels without weights stay as they are.
+        Codebook with axis ``"row"``. Levels that no weight uses stay unchanged.
     H : array (columns, columns)
     targets : array (rows, columns)
         ``W H``, or ``W G``.
@@ -51,7 +51,8 @@ def best_levels(book: Codebook, H: Array, targets: Array) -> Codebook:
     Returns
     -------
     Codebook
-        Weights keep their levels' values, up to float16; their labels are in a new order.
+        Codebook in which each weight has the same level as before, with the level's new value
+        rounded to float16; labels are renumbered.
     """
     levels = np.array(book.levels, np.float64)
     for width in np.unique(book.widths):
@@ -80,8 +81,8 @@ def best_shared(book: SharedCodebook, H: Array, targets: Array) -> SharedCodeboo
     Returns
     -------
     SharedCodebook
-        Its rows keep their labels but for the order of levels. Scales that would not be positive,
-        and levels without weights, stay as they are.
+        Codebook with the same labels, up to the order of levels. Scales that would not be positive,
+        and levels that no weight uses, stay unchanged.
     """
     units = book.unit_values().astype(H.dtype)
     square = np.einsum("ij,ij->i", units @ H, units, dtype=np.float64)
@@ -112,7 +113,7 @@ def _solve_shared(table: Array, H: Array, targets: Array, labels: Array, scales:
 
 
 def _solve(levels: Array, H: Array, targets: Array, labels: Array) -> Array:
-    """Return the best levels (rows, K) of rows that have K each."""
+    """Return the best levels (rows, K) of rows with K levels each."""
     matrices, rights = _systems(levels.shape[1], H, targets, labels)
     return _pulled(matrices, rights, levels)
 
@@ -132,10 +133,10 @@ def _systems(size: int, H: Array, targets: Array, labels: Array) -> tuple[Array,
 
 
 def _pulled(matrices: Array, rights: Array, levels: Array) -> Array:
-    """Return the solutions (rows, K), pulled a little towards the levels that there were."""
+    """Return the solutions (rows, K), pulled slightly towards the previous levels."""
     diagonal = np.einsum("rkk->rk", matrices)
     pull = np.broadcast_to(_RIDGE * diagonal.mean(1, keepdims=True), diagonal.shape).copy()
-    # A row whose inputs are all zero has nothing but the pull.
+    # In a row whose inputs are all zero, only the pull remains.
     pull[pull == 0] = 1
     place = np.arange(levels.shape[1])
     matrices[:, place, place] += pull
@@ -144,7 +145,7 @@ def _pulled(matrices: Array, rights: Array, levels: Array) -> Array:
 
 
 def best_column_scales(Q: Array, H: Array, targets: Array, ridge: float = 1e-3) -> Array:
-    """Return the scales of columns (columns,) by which Q has the least output error.
+    """Return the scales of columns (columns,) with which Q has the least output error.
 
     Parameters
     ----------
@@ -158,7 +159,7 @@ def best_column_scales(Q: Array, H: Array, targets: Array, ridge: float = 1e-3) 
     Returns
     -------
     array (columns,)
-        At least 1e-3.
+        Scales, each at least 1e-3.
     """
     from scipy.linalg import solve
 

@@ -53,7 +53,7 @@ class ColumnScaled(CodedWeight):
 
     @classmethod
     def of(cls, base: CodedWeight, scales: Any) -> ColumnScaled:
-        """Multiply by scales, which are brought to float16 first.
+        """Multiply a coded weight by scales of columns, rounded to float16.
 
         Raises
         ------
@@ -96,7 +96,7 @@ class ColumnScaled(CodedWeight):
 
     @classmethod
     def from_tensors(cls, tensors: Tensors, description: Description) -> ColumnScaled:
-        """Return the weight of which these are the tensors and the description."""
+        """Return the weight with these tensors and this description."""
         base, exponent = load_inner(tensors, description), description.get("exponent")
         if not isinstance(exponent, int):
             raise CheckpointError(f"exponent must be an integer, got {exponent!r}")

@@ -31,9 +31,9 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class SharedCodebook(CodedWeight):
-    """A weight whose rows share levels, one table for each width, and have a scale each.
+    """A weight whose rows share a table of levels for each width, and have a scale each.
 
-    A row takes 16 bits besides its indexes, however many levels it has.
+    In addition to its indexes, a row takes 16 bits, whatever the number of levels.
 
     Attributes
     ----------
@@ -42,9 +42,9 @@ class SharedCodebook(CodedWeight):
     widths : numpy.ndarray (rows,), uint8
         Bits of a row's indexes, 0 to 8.
     tables : dict of int to numpy.ndarray (2**width,), float32
-        Levels of each width, ascending: float16 numbers times a power of two.
+        Levels of each width in ascending order, float16 numbers times a power of two.
     scales : numpy.ndarray (rows,), float32
-        Not negative: float16 numbers times ``2**exponent``.
+        Non-negative scales, float16 numbers times ``2**exponent``.
     labels : numpy.ndarray (rows, columns), uint8
         Index of each weight's level.
     exponent : int
@@ -72,16 +72,16 @@ class SharedCodebook(CodedWeight):
 
     @classmethod
     def of(cls, W: Any, tables: Mapping[int, Any], scales: Any, widths: Any) -> SharedCodebook:
-        """Give each weight the nearest of its row's levels; levels and scales become float16 first.
+        """Assign each weight to its row's nearest level; levels and scales become float16 first.
 
         Parameters
         ----------
         W : numpy.ndarray (rows, columns)
             Floating.
         tables : mapping of int to numpy.ndarray (2**width,)
-            Ascending levels of each width that there is.
+            Ascending levels of each width in use.
         scales : numpy.ndarray (rows,)
-            Not negative.
+            Non-negative scales of the rows.
         widths : int or numpy.ndarray (rows,)
             Bits of an index, 0 to 8.
 
@@ -112,14 +112,14 @@ class SharedCodebook(CodedWeight):
         return cls(shape, widths, rounded, whole(stored, exponent), none, exponent).encode(W)
 
     def encode(self, values: Array) -> SharedCodebook:
-        """Return the same levels with the labels of those nearest to ``values`` (rows, columns)."""
+        """Return a codebook with the same levels and the labels nearest to ``values``."""
         return replace(self, labels=self._rows.encode(values).labels)
 
     def enter_block(self, columns: Array, values: Array, curvature: Array) -> None:
-        """Do nothing: the levels are chosen already."""
+        """Do nothing: the levels are already chosen."""
 
     def quantize_column(self, w: Array, j: int) -> Array:
-        """Return the levels nearest to ``w`` (rows,) that column j can take, in w's dtype."""
+        """Return the levels for column j that are nearest to ``w`` (rows,), in the dtype of w."""
         return self._rows.quantize_column(w, j)
 
     def dequantize(self) -> npt.NDArray[np.float32]:
@@ -127,7 +127,7 @@ class SharedCodebook(CodedWeight):
         return replace(self._rows, labels=self.labels).dequantize()
 
     def unit_values(self) -> npt.NDArray[np.float32]:
-        """Return the levels that weights have, without their rows' scales (rows, columns)."""
+        """Return the levels of the weights (rows, columns), without the scales of the rows."""
         found = np.empty(self.shape, np.float32)
         for width, table in self.tables.items():
             rows = self.widths == width
@@ -170,7 +170,7 @@ class SharedCodebook(CodedWeight):
         return tensors
 
     def describe(self) -> dict[str, Any]:
-        """Return shape, exponents, and the widths that there are."""
+        """Return shape, exponents, and the widths in use."""
         distinct = [int(w) for w in np.unique(self.widths)]
         return {
             "kind": self.kind,
@@ -182,7 +182,7 @@ class SharedCodebook(CodedWeight):
 
     @classmethod
     def from_tensors(cls, tensors: Tensors, description: Description) -> SharedCodebook:
-        """Return the weight of which these are the tensors and the description."""
+        """Return the weight with these tensors and this description."""
         shape, distinct = check_shape(description), description.get("widths")
         exponents, exponent = description.get("tables"), description.get("exponent")
         if (
@@ -222,6 +222,6 @@ class SharedCodebook(CodedWeight):
 
     @cached_property
     def _rows(self) -> Codebook:
-        """The same levels as a codebook for each row."""
+        """The same levels as a ``Codebook`` by row, with all labels zero."""
         none = np.zeros(self.shape, np.uint8)
         return Codebook(self.shape, "row", self.widths, self.levels, none)

@@ -1,4 +1,4 @@
-"""SKIM: a codebook for each row, as wide as its errors are worth, and scales of columns."""
+"""SKIM: a codebook for each row, with a width chosen by its errors, and scales of columns."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ __all__ = ["SkimReport", "skim"]
 Array = npt.NDArray[Any]
 
 _REACH = 2
-"""Bits that a row may have more or fewer than all rows could have."""
+"""Bits by which the width of a row may differ from the largest uniform width."""
 
 _REFITS = 2
-"""Times that levels are fitted to labels, and labels found again; a third gains under 0.5 %."""
+"""Alternations between fitting levels and updating labels; a third gains less than 0.5 %."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class SkimReport(CodingReport):
     widths : dict of int to int
         Number of rows of each width.
     nonconvex_rows : int
-        Rows whose losses aren't convex in what their widths take; where there are none, and all
-        steps take the same, no choice of widths is better than the greedy one.
+        Number of rows whose losses aren't convex in the cost of their widths. If it is 0 and all
+        steps cost the same, the greedy choice of widths is optimal.
     scaled : bool
         Whether columns have scales.
     """
@@ -71,7 +71,7 @@ def skim(
     tokens: int | None = None,
     name: str = "W",
 ) -> RoundedWeight:
-    """Code a weight by rows: each has levels of its own, and as many as its errors are worth.
+    """Quantize a weight with a codebook for each row and a width chosen by its errors (SKIM).
 
     Parameters
     ----------
@@ -80,55 +80,56 @@ def skim(
     H : numpy.ndarray (in_features, in_features)
         ``X̃ᵀX̃ / n`` of the inputs that the layer will see.
     bits : float
-        Average bits of a weight: of all that is stored, codebooks included; where ``published``,
-        of the indexes alone.
+        Average bits per weight. Everything that is stored counts, including codebooks; with
+        ``published``, only the indexes do.
     G : numpy.ndarray (in_features, in_features), optional
-        ``XᵀX̃ / n`` with the float network's inputs X: adds Qronos's correction.
+        ``XᵀX̃ / n`` with the float network's inputs X; adds Qronos's correction.
     published : bool
-        The method as published, without what is added here; see Notes.
+        Use the method as published, without the additions made here; see Notes.
     shared : bool
-        Let rows share levels, each with a scale; otherwise each row has levels of its own.
+        Let rows share levels, each with a scale; otherwise each row has its own levels.
     sensitivity : numpy.ndarray (out_features, in_features), optional
-        What the square of each weight's error counts in k-means; by default H_jj.
+        Weights of the squared errors in k-means; H_jj by default.
     widths : sequence of int, optional
-        Bits that an index may have, 0 to 8; by default up to two more and two fewer than all rows
-        could have, at least 1.
+        Bits that an index may have, 0 to 8. By default, the largest width that all rows could
+        have, up to two bits more and up to two fewer, but at least 1.
     mixed : bool
-        Choose a width for each row; otherwise all rows have the largest that ``bits`` pays for.
+        Choose a width for each row; otherwise all rows have the largest width that fits ``bits``.
     feedback : bool
-        Round column after column, later ones making up for the errors of earlier ones.
+        Round column by column, so that later columns compensate for the errors of earlier ones.
     refits : int
-        Times that levels are fitted to labels by the output error, and labels found again.
+        Number of alternations between fitting levels to the output error and updating labels.
     scale : bool, optional
-        Multiply columns by scales, in closed form for the output error; by default where
-        ``published``.
+        Multiply columns by scales, found in closed form for the output error. By default, only
+        with ``published``.
     damping, act_order, tokens, name
-        As for ``gptq``, and for ``qronos`` where G is given.
+        See ``gptq``, and ``qronos`` if G is given.
 
     Returns
     -------
     RoundedWeight
-        Its weight is a ``Codebook``, or ``ColumnScaled``; its report a ``SkimReport``.
+        The weight is a ``Codebook``, ``SharedCodebook`` or ``ColumnScaled``; the report is a
+        ``SkimReport``.
 
     Raises
     ------
     HessianError
         If H is asymmetric or not positive semidefinite.
     NonFiniteError, ShapeError, SpecError, TypeError, ValueError
-        If an argument breaks its rule. Where ``bits`` is out of reach, the error says what is not.
+        If an argument is invalid. If ``bits`` is out of range, the error states the range.
 
     Notes
     -----
-    SKIM (arXiv 2412.04180): levels by k-means weighted with the diagonal of H or with squared
-    gradients; a bit more for the row whose output error falls most, until the average is reached;
-    then one scale for each column, trained on the output error with labels fixed. ``published``
-    does this, with k-means exact instead of Lloyd's, and the scales' minimum, which is a linear
-    system, instead of gradient descent.
+    SKIM (arXiv 2412.04180) finds levels by k-means, weighted with the diagonal of H or with squared
+    gradients, gives one more bit to the row whose output error falls most until the average is
+    reached, and then trains one scale for each column on the output error with labels fixed.
+    ``published`` follows this, except that k-means is exact, where the paper uses Lloyd's
+    algorithm, and that the scales are the solution of a linear system, where the paper uses
+    gradient descent.
 
-    Otherwise rows are rounded by the column loop of GPTQ, or Qronos where G is given, each to its
-    own levels; the losses by which widths are chosen are those of that loop; levels are fitted to
-    labels by the output error, the solution of K equations for each row; and a row takes a new
-    step's result only where that is better.
+    By default, rows are rounded by the column loop of GPTQ, or of Qronos if G is given. Widths are
+    chosen by the losses after that loop. Levels are fitted to labels by the output error, which is
+    a system of K equations for each row. A row takes the result of a step only if it is better.
 
     Examples
     --------
@@ -191,7 +192,7 @@ def skim(
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """What is coded, and what of it counts."""
+    """A weight, its budget of bits, and the options of ``skim``."""
 
     problem: ColumnProblem
     feedback: bool
@@ -201,21 +202,21 @@ class _Task:
 
     @property
     def targets(self) -> Array:
-        """``W H``, or ``W G``: what outputs are compared with."""
+        """``W H``, or ``W G`` if G is given: the right-hand sides of all fits."""
         p = self.problem
         return p.W.astype(p.H.dtype) @ (p.H if p.G is None else p.G)
 
     def fed_back(self, book: Any) -> Any:
-        """Return the same levels with labels from the column loop."""
+        """Return a book with the same levels and the labels of the column loop."""
         return book.encode(self.problem.run(book))
 
     def default_widths(self) -> tuple[int, ...]:
-        """Return the widths around the largest one that all rows could have, ascending."""
+        """Return the widths around the largest uniform one, ascending."""
         payable = self._widest(range(MOST_BITS + 1)) or 0
         return tuple(range(max(1, payable - _REACH), min(MOST_BITS, max(1, payable) + _REACH) + 1))
 
     def _widest(self, widths: Iterable[int]) -> int | None:
-        """Return the largest width that all rows could have, if there is one."""
+        """Return the largest uniform width within the budget, or None."""
         found = None
         for width in widths:
             budget, costs = self._budget((width,), False, False)
@@ -226,7 +227,7 @@ class _Task:
     def start(
         self, family: Any, widths: tuple[int, ...], mixed: bool, scaled: bool
     ) -> tuple[Any, int]:
-        """Return a book of the widths that are worth most, and how many rows aren't convex."""
+        """Return a book with the chosen widths, and the number of rows that aren't convex."""
         rows = len(self.problem.W)
         if not mixed:
             widest = self._widest(widths)
@@ -242,7 +243,7 @@ class _Task:
         choose = step_choice if self.published else hull_choice
         faults = nonconvex_rows(losses, costs)
         chosen = choose(losses, costs, budget)
-        # What was set aside for tables of widths that no row has goes to rows.
+        # Bits reserved for tables of widths that no row has go to the rows.
         used = np.unique(chosen)
         budget, costs = self._budget(tuple(np.array(widths)[used]), True, scaled)
         chosen = used[choose(losses[:, used], costs, budget)]
@@ -251,7 +252,7 @@ class _Task:
     def _payable(
         self, widths: tuple[int, ...], mixed: bool, scaled: bool
     ) -> tuple[float, npt.NDArray[np.float64]]:
-        """Return the same, or raise SpecError where no choice of widths comes to it."""
+        """Return ``_budget``'s result, or raise SpecError if no choice of widths meets it."""
         budget, costs = self._budget(widths, mixed, scaled)
         size = self.problem.W.size
         fixed = self.bits * size - budget
@@ -269,7 +270,7 @@ class _Task:
     def _budget(
         self, widths: tuple[int, ...], mixed: bool, scaled: bool
     ) -> tuple[float, npt.NDArray[np.float64]]:
-        """Return the bits that all rows may take, and what a row takes at each width."""
+        """Return the bits available to all rows together, and the bits of a row at each width."""
         rows, columns = self.problem.W.shape
         costs = np.array([float(w) * columns for w in widths])
         fixed = 0
@@ -277,7 +278,7 @@ class _Task:
             kind: Any = SharedLevels if self.shared else OwnLevels
             costs += [kind.row_bits(w) for w in widths]
             fixed = 16 * columns * scaled + kind.fixed_bits(widths)
-            # Labels of each width, and widths, end with a whole byte.
+            # The labels of each width, and the widths, are padded to whole bytes.
             fixed += 7 + mixed * (7 * len(widths) + rows * bits_for(len(widths)))
         return self.bits * rows * columns - fixed, costs
 

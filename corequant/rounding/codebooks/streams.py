@@ -10,11 +10,11 @@ import numpy.typing as npt
 __all__ = ["bits_for", "pack_stream", "stream_bytes", "unpack_stream"]
 
 _CHUNK = 1 << 16
-"""Numbers that are taken apart at a time; a multiple of eight, so that chunks end with bytes."""
+"""Numbers per chunk; a multiple of eight, so that chunks end at byte boundaries."""
 
 
 def bits_for(count: int) -> int:
-    """Return how many bits tell ``count`` things apart."""
+    """Return the number of bits that distinguish ``count`` values."""
     return max(0, count - 1).bit_length()
 
 

@@ -1,4 +1,4 @@
-"""WaterSIC: integers for all columns at the steps that serve the output best, entropy coded."""
+"""WaterSIC: entropy-coded integers, with a step for each column that suits the output error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Array = npt.NDArray[Any]
 _MOST_BITS = 8.0
 _TRIES = 9
 _CLOSE = 0.004
-"""Bits below the wanted ones that are close enough."""
+"""Bits below the target at which the search stops."""
 
 _RIDGE = 1e-4
 
@@ -41,7 +41,7 @@ def watersic(
     tokens: int | None = None,
     name: str = "W",
 ) -> RoundedWeight:
-    """Code a weight by integers of any average length, with a step for each column.
+    """Quantize a weight to entropy-coded integers with a step for each column (WaterSIC).
 
     Parameters
     ----------
@@ -50,39 +50,40 @@ def watersic(
     H : numpy.ndarray (in_features, in_features)
         ``X̃ᵀX̃ / n`` of the inputs that the layer will see.
     bits : float
-        Average bits of a weight, of all that is stored; at most 8.
+        Average bits per weight, counting everything that is stored; at most 8.
     G : numpy.ndarray (in_features, in_features), optional
-        ``XᵀX̃ / n`` with the float network's inputs X: adds Qronos's correction.
+        ``XᵀX̃ / n`` with the float network's inputs X; adds Qronos's correction.
     waterfilling : bool
-        Give columns steps by what their errors cost; otherwise all have the same.
+        Choose the step of each column by the cost of its errors; otherwise all columns have the
+        same step.
     damping, act_order, tokens, name
-        As for ``gptq``, and for ``qronos`` where G is given.
+        See ``gptq``, and ``qronos`` if G is given.
 
     Returns
     -------
     RoundedWeight
-        Its weight is ``EntropyCoded``.
+        The weight is an ``EntropyCoded``.
 
     Raises
     ------
     HessianError
         If H is asymmetric or not positive semidefinite.
     NonFiniteError, ShapeError, SpecError, TypeError, ValueError
-        If an argument breaks its rule. Where ``bits`` is out of reach, the error says what is not.
+        If an argument is invalid. If ``bits`` is out of range, the error states the range.
 
     Notes
     -----
-    In the column loop of GPTQ an error e of column j costs ``L_jj² e²``, H being ``L Lᵀ``. Steps in
-    inverse proportion to L_jj make the errors of all columns cost the same, which is within 0.255
-    bits of what any code could do for normal weights, whatever H is (WaterSIC, arXiv 2603.04956).
-    Columns of small weights or inputs take less than a bit then, down to nothing; the bits that
-    they save are saved, since codes are stored in a stream of varying lengths. Published figures
-    are entropies; here it is the length of the stream, its tables and the scales.
+    In the column loop of GPTQ, an error e in column j costs ``L_jj² e²``, with ``H = L Lᵀ``. Steps
+    in inverse proportion to L_jj make the errors of all columns cost the same, which for normal
+    weights is within 0.255 bits of the best possible code, for any H (WaterSIC, arXiv 2603.04956).
+    Columns of small weights or inputs then take less than a bit, or almost nothing; as codes have
+    variable lengths, the file becomes smaller by these bits. Published figures are entropies;
+    ``bits`` counts the stream, its tables and the scales.
 
-    The step of all is found by trying: bits fall as it grows. At last the scales of columns are
-    fitted to the output error.
+    The common factor of the steps is found by search, as bits fall when it grows. Finally, the
+    scales of columns are fitted to the output error.
 
-    Decoding takes some 25 nanoseconds for a weight, and can't begin in the middle.
+    Decoding takes about 25 nanoseconds per weight, and can only start at the beginning.
 
     Examples
     --------
@@ -129,16 +130,16 @@ def watersic(
 
 @dataclass(frozen=True, eq=False)
 class _Steps:
-    """Rounding to multiples of a step for each column, which is kept as float16 has it."""
+    """Rounds each column to multiples of its step, a float16 number."""
 
     scales: Array
     codes: dict[int, Array] = field(default_factory=dict)
 
     def enter_block(self, columns: Array, values: Array, curvature: Array) -> None:
-        """Do nothing: steps are chosen already."""
+        """Do nothing: the steps are already chosen."""
 
     def quantize_column(self, w: Array, j: int) -> Array:
-        """Return the nearest multiples of the column's step, in w's dtype."""
+        """Return the nearest multiples of the column's step, in the dtype of w."""
         codes = np.clip(np.rint(w / self.scales[j]), -LARGEST, LARGEST)
         self.codes[j] = codes
         values: Array = (codes * self.scales[j]).astype(w.dtype)
@@ -146,7 +147,7 @@ class _Steps:
 
 
 def _fitted(problem: ColumnProblem, bits: float, steps: Array) -> EntropyCoded:
-    """Return the finest codes that take no more than ``bits``, by steps in these proportions."""
+    """Return the finest codes within ``bits``, with steps in these proportions."""
     rows, columns = problem.W.shape
     nothing = EntropyCoded.of(np.zeros((rows, columns), np.int16), np.ones(columns))
     if not nothing.bits_per_weight <= bits <= _MOST_BITS:
@@ -154,7 +155,7 @@ def _fitted(problem: ColumnProblem, bits: float, steps: Array) -> EntropyCoded:
         raise SpecError(
             f"bits must be {least:g} to {_MOST_BITS:g} for {problem.name}, got {bits:g}"
         )
-    # At one step for all, the weight that serves the output is as wide as this.
+    # Root mean square of the weights in units of their steps.
     spread = float(np.sqrt(np.mean(np.square(problem.centers / steps[problem.order]))))
     if not spread:
         return nothing
@@ -174,7 +175,7 @@ def _fitted(problem: ColumnProblem, bits: float, steps: Array) -> EntropyCoded:
                 break
         aim = excess + _CLOSE / 2
         if fine is None or coarse is None:
-            # A step twice as wide saves a bit, and less where bits are few.
+            # Doubling the step saves one bit, or less at low rates.
             exponent += 1.3 * aim
         else:
             slope = (fine[1] - coarse[1]) / (coarse[0] - fine[0])
@@ -183,7 +184,7 @@ def _fitted(problem: ColumnProblem, bits: float, steps: Array) -> EntropyCoded:
 
 
 def _coded(problem: ColumnProblem, steps: Array) -> EntropyCoded:
-    """Return the weight as the column loop rounds it at these steps."""
+    """Return the weight as rounded by the column loop with these steps."""
     empty = np.zeros((1, len(steps)), np.int16)
     quantizer = _Steps(EntropyCoded.of(empty, steps).scales.astype(np.float64))
     problem.run(quantizer)

@@ -1,4 +1,4 @@
-"""What llama.cpp calls a model type, and how its files differ from Transformers' own.
+"""llama.cpp's names of model types, and the differences between its files and Transformers' own.
 
 A dialect is all that reading and writing GGUF files knows about a model type besides its
 description: the name of llama.cpp's architecture, which fields of the config a file has, in which
