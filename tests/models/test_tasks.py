@@ -471,7 +471,7 @@ def test_a_line_separator_within_a_string(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        ([], "it is empty"),
+        ([], "one JSON object per line, got an empty file"),
         (["{"], "line 1 of .*task.jsonl must be a JSON object"),
         (["[1]"], "must be a JSON object, got '.1.'"),
         (["[" * 100_000], "must be a JSON object"),
@@ -483,8 +483,8 @@ def test_a_line_separator_within_a_string(tmp_path):
         ([{"ctx": "a", "choices": ["a"], "gold": 0}], "choices in line 1 .* two or more"),
         ([{"ctx": "a", "choices": "ab", "gold": 0}], "list of two or more, got 'ab'"),
         ([{"ctx": "a", "choices": ["a", " "], "gold": 0}], "choices in .* must be text, got ' '"),
-        ([{"ctx": " ", "choices": ["a", "b"], "gold": 0}], "ctx in .* must be a string with words"),
-        ([{"ctx": None, "choices": ["a", "b"], "gold": 0}], "must be a string with words"),
+        ([{"ctx": " ", "choices": ["a", "b"], "gold": 0}], "ctx in .* must be empty or text, got"),
+        ([{"ctx": None, "choices": ["a", "b"], "gold": 0}], "must be empty or text, got 'None'"),
         ([{"ctx": "a", "choices": ["a", "b"], "gold": 2}], "one of the 2 choices, .* got '2'"),
         ([{"ctx": "a", "choices": ["a", "b"], "gold": -1}], "got '-1'"),
         ([{"ctx": "a", "choices": ["a", "b"], "gold": True}], "got 'True'"),
@@ -492,7 +492,7 @@ def test_a_line_separator_within_a_string(tmp_path):
         ([{"ctx": "a", "choices": ["a", "b"], "gold": 0.0}], "got '0.0'"),
         ([{"ctx": "a", "choices": ["7", "0"], "gold": "0"}], "by its index from 0 or its text"),
         ([{"good": "a", "bad": 3}], "bad in line 1 .* must be text, got '3'"),
-        ([{"good": "a", "bad": "b"}, HELLASWAG], "line 2 .* of the first, minimal pairs, got mult"),
+        ([{"good": "a", "bad": "b"}, HELLASWAG], "line 2 .* the first line, minimal pairs, got m"),
         ([HELLASWAG | {"ctx_b": 1}], "ctx_b in line 1"),
         ([HELLASWAG | {"endings": ["[a]", "b"]}], "endings in line 1 .* must be text, got ''"),
     ],

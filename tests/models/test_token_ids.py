@@ -75,7 +75,7 @@ def test_what_is_no_array_of_tokens(job, tokens, model):
 
 @pytest.mark.parametrize("job", ["quantize", "calibrate"])
 def test_the_text_of_the_package_needs_a_tokenizer(job, model):
-    with pytest.raises(TypeError, match="tokenizer must be given to calibrate on the text of"):
+    with pytest.raises(TypeError, match="tokenizer must be given to calibrate on the built-in"):
         JOBS[job](model, None)
 
 

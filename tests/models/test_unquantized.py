@@ -89,7 +89,7 @@ def test_auto_is_the_model_s_own_dtype(given, dtype, tokens, tmp_path):
 def test_numbers_beyond_the_dtype_are_refused_by_name(tokens, tmp_path):
     model = cqhf.tiny_model("llama")
     model.lm_head.weight.data[3, 5] = 1e7
-    with pytest.raises(RecipeError, match=f"the numbers of {HEAD}, got float16"):
+    with pytest.raises(RecipeError, match=f"the values of {HEAD}, got float16"):
         cqhf.quantize(model, Recipe(block_size=16, dtype="float16"), tokens, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(RecipeError, match="dtype must be one of auto, bfloat16"):

@@ -222,7 +222,8 @@ class RunDirectory:
         """Return room for float32 numbers, removed by the next commit, if the disk has plenty."""
         try:
             free = shutil.disk_usage(self.path).free
-        except OSError:
+        except (OSError, AttributeError):
+            # Not every file system, nor every system, says.
             return None
         needed = math.prod(shape) * torch.float32.itemsize
         return self.windows(name, shape, torch.float32) if 8 * needed <= free else None
