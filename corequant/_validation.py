@@ -146,7 +146,8 @@ def check_dtype(name: str, dtype: Any, ndim: int) -> None:
 def check_floating(name: str, x: npt.NDArray[Any], minimum_ndim: int = 1) -> None:
     """Raise unless ``x`` is an array of a real floating type with enough axes."""
     if x.ndim < minimum_ndim:
-        raise ShapeError(f"{name} must have at least {minimum_ndim} axes, got shape {x.shape}")
+        axes = "1 axis" if minimum_ndim == 1 else f"{minimum_ndim} axes"
+        raise ShapeError(f"{name} must have at least {axes}, got shape {x.shape}")
     if not is_floating(x.dtype):
         raise TypeError(f"{name} must have a real floating dtype, got {x.dtype}")
 

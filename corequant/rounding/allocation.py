@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._validation import check_number
+from corequant._validation import check_number, is_floating
 from corequant.errors import BudgetError, NonFiniteError, ShapeError
 from corequant.rounding.exchanges import improve
 
@@ -133,8 +133,7 @@ def allocate_bits(
 
 def _checked(losses: Any, sizes: Any) -> tuple[Array, Array]:
     """Return losses and sizes (units, formats), infinite for formats that a unit can't have."""
-    cost = np.asarray(losses, np.float64)
-    weight = np.asarray(sizes, np.float64)
+    cost, weight = _as_floats("losses", losses), _as_floats("sizes", sizes)
     if cost.ndim != 2 or cost.size == 0:
         raise ShapeError(f"losses must be (units, formats), got shape {cost.shape}")
     if weight.shape not in (cost.shape, cost.shape[1:]):
@@ -156,6 +155,19 @@ def _checked(losses: Any, sizes: Any) -> tuple[Array, Array]:
         unit = int(np.argmin(possible.any(1)))
         raise ValueError(f"each unit must have a format with a finite loss, got none for {unit}")
     return cost, np.where(possible, weight, np.inf)
+
+
+def _as_floats(name: str, values: Any) -> Array:
+    """Return real numbers, as arrays or nested sequences, as float64."""
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise ShapeError(f"{name} must be rows of equal lengths, got rows that differ") from None
+    masked = isinstance(values, np.ma.MaskedArray)
+    if masked or not (array.dtype.kind in "iu" or is_floating(array.dtype)):
+        got = type(values).__name__ if masked else array.dtype
+        raise TypeError(f"{name} must be real numbers, got {got}")
+    return array.astype(np.float64)
 
 
 def _checked_limit(name: str, value: Any, constraint: Array, objective: Array) -> float:

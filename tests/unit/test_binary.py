@@ -447,7 +447,7 @@ GOOD = layer(4, 8)
     [
         ({"W": GOOD[0].tolist()}, TypeError, "W must be a numpy.ndarray"),
         ({"W": GOOD[0][0]}, cq.ShapeError, "W must be"),
-        ({"W": np.zeros((0, 8))}, cq.ShapeError, "at least one row"),
+        ({"W": np.zeros((0, 8))}, cq.ShapeError, "at least one weight"),
         ({"W": np.where(np.eye(4, 8) > 0, np.nan, 1.0)}, cq.NonFiniteError, "W must be finite"),
         ({"W": GOOD[0].astype(int)}, TypeError, "floating"),
         ({"H": GOOD[1][:7, :7]}, cq.ShapeError, "H of W must be"),
@@ -505,7 +505,7 @@ def test_additive_refuses_what_does_not_fit():
         cq.Additive.of(digits, scales, means=np.ones((2, 2, 1)))
     with pytest.raises(cq.ShapeError, match="column_scales must have shape"):
         cq.Additive.of(digits, scales, column_scales=np.ones((1, 3)))
-    with pytest.raises(ValueError, match="scales must be finite"):
+    with pytest.raises(ValueError, match="scales must be at most"):
         cq.Additive.of(digits, scales * 1e9)
     with pytest.raises(ValueError, match="base must be 2 or 3"):
         cq.Additive.of(digits, scales, base=4)

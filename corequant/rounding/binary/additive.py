@@ -10,11 +10,18 @@ import numpy.typing as npt
 
 from corequant._validation import check_index, check_numpy
 from corequant.errors import CheckpointError, ShapeError
-from corequant.rotation import block_hadamard
+from corequant.rotation import block_hadamard, check_block_size
 from corequant.rounding.binary.alphabet import Alphabet, nearest
 from corequant.rounding.binary.layout import Layout
 from corequant.rounding.binary.partition import Partition
-from corequant.rounding.codebooks.coded import CodedWeight, check_shape, take_tensor, whole
+from corequant.rounding.binary.scales import check_scales, halved
+from corequant.rounding.codebooks.coded import (
+    CodedWeight,
+    check_shape,
+    check_values,
+    take_tensor,
+    whole,
+)
 
 __all__ = ["MOST_PLANES", "Additive"]
 
@@ -126,10 +133,13 @@ class Additive(CodedWeight):
 
         Raises
         ------
-        ShapeError, TypeError, ValueError
-            If the arrays don't match each other.
+        BlockSizeError, HadamardOrderError
+            If columns can't be rotated in blocks of that size.
+        NonFiniteError, ShapeError, TypeError, ValueError
+            If an argument is invalid, or the arrays don't match each other.
         """
-        check_numpy("digits", digits)
+        if check_numpy("digits", digits).dtype.kind not in "biu":
+            raise TypeError(f"digits must be bool or integers, got {digits.dtype}")
         if digits.ndim != 3 or not 1 <= len(digits) <= MOST_PLANES or not digits.size:
             raise ShapeError(
                 f"digits must be (planes, rows, columns) with 1 to {MOST_PLANES} planes, "
@@ -141,27 +151,32 @@ class Additive(CodedWeight):
         if most[0] >= base or most[1] < 0:
             raise ValueError(f"digits must lie in [0, {base - 1}], got {most[0]} and {most[1]}")
         count, rows, d = digits.shape
+        orders = (count, count) if orders is None else _pair(orders)
+        if column_scales is not None:
+            check_numpy("column_scales", column_scales)
         group = d if group is None else check_index("group", group)
         form = cls(
             (rows, d),
             group,
-            (count, count) if orders is None else orders,
+            orders,
             base,
             np.empty(0, np.uint8),
             np.empty((0, rows, 1), np.float16),
-            shared=column_scales is None or len(column_scales) == 1,
+            shared=column_scales is None or column_scales.shape[:1] == (1,),
             partition=partition,
-            exponent=exponent,
+            exponent=check_index("exponent", exponent, -(1 << 12)),
             rotation=rotation,
         )
         form._check()
+        if max(orders) > count:
+            raise ShapeError(f"digits must have {max(orders)} planes for {orders=}, got {count}")
         layout = form._layout
         slots, groups = list(layout.slots()), -(-d // group)
-        _check_scales("row_scales", row_scales, (len(slots), rows, groups))
+        check_scales("row_scales", row_scales, (len(slots), rows, groups))
         if means is not None:
-            _check_scales("means", means, (layout.parts(), rows, groups))
+            check_scales("means", means, (layout.parts(), rows, groups))
         if column_scales is not None:
-            _check_scales("column_scales", column_scales, (1 if form.shared else len(slots), d))
+            check_scales("column_scales", column_scales, (1 if form.shared else len(slots), d))
             if not form.shared and means is not None:
                 raise ValueError("means must not come with column_scales of each plane, got both")
         sides, columns = layout.sides(), column_scales
@@ -169,12 +184,18 @@ class Additive(CodedWeight):
             columns = np.concatenate(
                 [columns[s][sides[kind]] for s, (kind, _, _) in enumerate(slots)]
             )
+        stored = halved("row_scales", row_scales, exponent)
+        middles = None if means is None else halved("means", means, exponent)
+        if row_scales.any() and not (stored.any() or (middles is not None and middles.any())):
+            raise ValueError(f"exponent must leave scales that aren't all zero, got {exponent}")
         return replace(
             form,
             planes=layout.pack(digits),
-            row_scales=_halved(row_scales, exponent),
-            means=None if means is None else _halved(means, exponent),
-            column_scales=None if columns is None else _halved(columns.reshape(-1), 0),
+            row_scales=stored,
+            means=middles,
+            column_scales=(
+                None if columns is None else halved("column_scales", columns.reshape(-1), 0)
+            ),
         )
 
     @property
@@ -337,10 +358,14 @@ class Additive(CodedWeight):
         Parameters
         ----------
         values : numpy.ndarray (rows, columns)
+            Values of the rotated weight if there is a rotation.
+
+        Raises
+        ------
+        NonFiniteError, ShapeError, TypeError
+            If the values are invalid or have another shape.
         """
-        check_numpy("values", values)
-        if values.shape != self.shape:
-            raise ShapeError(f"values must have shape {self.shape}, got {values.shape}")
+        values = check_values("values", values, self.shape)
         digits = np.zeros((max(self.orders), *self.shape), np.uint8)
         for kind, side in enumerate(self._layout.sides()):
             alphabet = self.alphabets[kind]
@@ -386,32 +411,17 @@ class Additive(CodedWeight):
                 raise ValueError(f"{name} must be at most {MOST_PLANES}, got {order}")
         if self.base not in (2, 3):
             raise ValueError(f"base must be 2 or 3, got {self.base}")
-        if self.partition is not None and self.partition.shape != self.shape:
+        if not isinstance(self.partition, Partition | None):
+            raise TypeError(f"partition must be a Partition, got {type(self.partition).__name__}")
+        if self.partition is not None and tuple(self.partition.shape) != self.shape:
             raise ShapeError(
                 f"partition must have the shape {self.shape}, got {self.partition.shape}"
             )
         if self.rotation is not None:
-            check_index("rotation", self.rotation)
+            check_block_size("rotation", check_index("rotation", self.rotation), self.shape[1])
 
 
 def _pair(value: Any) -> tuple[int, int]:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise TypeError(f"orders must be two integers, got {value!r}")
     return value[0], value[1]
-
-
-def _check_scales(name: str, value: Any, shape: tuple[int, ...]) -> None:
-    check_numpy(name, value)
-    if value.shape != shape:
-        raise ShapeError(f"{name} must have shape {shape}, got {value.shape}")
-
-
-def _halved(values: Array, exponent: int) -> npt.NDArray[np.float16]:
-    """Return numbers as they are stored, or raise if float16 can't hold them."""
-    scaled = np.ldexp(np.asarray(values, np.float64), -exponent)
-    if not np.isfinite(scaled).all() or np.abs(scaled).max(initial=0) > 65504:
-        raise ValueError(
-            f"scales must be finite and below 65504 times 2**{exponent}, got a largest of "
-            f"{np.abs(values).max()}"
-        )
-    return scaled.astype(np.float16)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._validation import check_numpy
+from corequant._validation import check_index, check_numpy
 from corequant.errors import CheckpointError, ShapeError
 from corequant.rounding.codebooks.coded import check_shape, take_tensor
 
@@ -74,13 +74,15 @@ class Partition:
         Raises
         ------
         ShapeError, TypeError
-            If an array has another shape or a dtype other than bool.
+            If an array is empty, has another shape, or a dtype other than bool.
+        ValueError
+            If ``rows`` isn't positive.
         """
         _check_bools("salient", salient, 1)
         if large is None:
             if rows is None:
                 raise TypeError("rows must be an integer where large is None, got None")
-            shape = rows, len(salient)
+            shape = check_index("rows", rows), len(salient)
             bits = None
         else:
             _check_bools("large", large, 2)
@@ -89,6 +91,8 @@ class Partition:
                 raise ShapeError(
                     f"large must have {len(salient)} columns as salient does, got {shape}"
                 )
+            if rows is not None and rows != shape[0]:
+                raise ShapeError(f"rows must be {shape[0]} as in large, got {rows}")
             covered = large if everywhere else large[:, ~salient]
             bits = np.packbits(covered.reshape(-1), bitorder="little")
         columns = np.packbits(salient, bitorder="little") if salient.any() else None
@@ -173,5 +177,6 @@ def _check_bools(name: str, value: Any, ndim: int) -> None:
     check_numpy(name, value)
     if value.dtype != np.bool_:
         raise TypeError(f"{name} must have dtype bool, got {value.dtype}")
-    if value.ndim != ndim:
-        raise ShapeError(f"{name} must have {ndim} axes, got shape {value.shape}")
+    if value.ndim != ndim or not value.size:
+        expected = ("(columns,)", "(rows, columns)")[ndim - 1]
+        raise ShapeError(f"{name} must be {expected}, not empty, got shape {value.shape}")

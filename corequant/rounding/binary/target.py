@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._validation import check_index, check_matrix, working_dtype
-from corequant.errors import ShapeError
+from corequant._validation import check_index, working_dtype
 from corequant.rotation import block_hadamard, check_block_size
 from corequant.rounding.binary.additive import Additive
-from corequant.rounding.codebooks.coded import CodingReport, RoundedWeight
-from corequant.rounding.eigenvalues import largest_eigenvalue
+from corequant.rounding.codebooks.coded import CodingReport, RoundedWeight, check_weight
+from corequant.rounding.damping import addition_to
 from corequant.rounding.hessian import (
     Damping,
     Factor,
@@ -25,14 +24,11 @@ from corequant.rounding.hessian import (
     mean_diagonal,
     shrunk,
 )
-from corequant.rounding.problem import check_damping, gap_product, losses_of
+from corequant.rounding.problem import gap_product, losses_of
 
 __all__ = ["Measured", "Target"]
 
 Array = npt.NDArray[Any]
-
-_DAMPING, _CROSS_DAMPING = 0.01, 1e-4
-"""GPTQ's share of the mean diagonal, and Qronos's of the largest eigenvalue for weights alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +53,7 @@ class Measured:
     @classmethod
     def of(cls, W: Any, H: Any, G: Any, tokens: Any, name: str) -> Measured:
         """Check the arguments; raises the errors of the public functions."""
-        W = check_matrix("W", W)
-        if not W.size:
-            raise ShapeError(f"W must have at least one row and one column, got shape {W.shape}")
+        W = check_weight("W", W)
         H = check_hessian(H, W.shape[1], name)
         if G is not None:
             G = check_cross_moment(G, H, name)
@@ -136,12 +130,8 @@ class Target:
         diagonal = np.diagonal(H).astype(np.float64)
         mean = mean_diagonal(diagonal, dead)
         order = _group_order(np.where(dead, -1.0, diagonal), group, act_order)
-        if damping is None:
-            share = _DAMPING if G is None else _CROSS_DAMPING
-        else:
-            share = check_damping(damping)
-        size = mean if G is None else largest_eigenvalue(H)
-        factor, used = damped_factor(H, order, dead, share * size, dtype, name)
+        addition = addition_to(H, dead, damping, corrected=G is not None)
+        factor, used = damped_factor(H, order, dead, addition, dtype, name)
         values = np.take(W, order, axis=1)
         if G is not None:
             G = np.ldexp(G.astype(H.dtype), -unit)

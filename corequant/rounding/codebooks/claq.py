@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant._validation import check_number
-from corequant.errors import ShapeError, SpecError
+from corequant.errors import SpecError
 from corequant.rounding.codebooks.allocation import hull_choice
 from corequant.rounding.codebooks.codebook import Codebook, check_choices
 from corequant.rounding.codebooks.coded import CodedWeight, CodingReport, RoundedWeight, half
@@ -127,22 +127,16 @@ def claq(
     >>> coded.bits_per_weight <= 2.5, coded.report.outliers
     (True, 41)
     """
+    bits, choices = check_number("bits", bits), check_choices(widths)
+    share = _checked_share(outliers, published)
     problem = ColumnProblem.of(
         W, H, G, damping=damping, act_order=act_order, tokens=tokens, name=name
     )
-    bits = check_number("bits", bits)
-    if problem.W.size == 0:
-        raise ShapeError(f"W must hold at least one weight, got shape {problem.W.shape}")
     if published:
-        if not isinstance(outliers, bool | None):
-            raise TypeError(f"outliers must be true or false as published, got {outliers!r}")
         own = _published_widths(problem.W, bits)
         quantizer = _Columns.of(problem, own, _published_shares(problem) if outliers else None)
     else:
-        share = check_number("outliers", 0.0 if outliers is None else outliers)
-        if not 0 <= share <= 1:
-            raise ValueError(f"outliers must be a share from 0 to 1, got {share}")
-        mask, own = _chosen(problem, bits, share, check_choices(widths))
+        mask, own = _chosen(problem, bits, share, choices)
         quantizer = _Columns.of(problem, own, None, mask)
     Q = problem.run(quantizer, _BLOCK)
     weight = quantizer.coded(Q)
@@ -160,6 +154,18 @@ def claq(
         int(quantizer.kept.sum()),
     )
     return RoundedWeight(weight, report)
+
+
+def _checked_share(outliers: Any, published: bool) -> float:
+    """Return the share of the weights to keep; 0 as published, where columns have their own."""
+    if published:
+        if not isinstance(outliers, bool | None):
+            raise TypeError(f"outliers must be true or false as published, got {outliers!r}")
+        return 0.0
+    share = check_number("outliers", 0.0 if outliers is None else outliers)
+    if not 0 <= share <= 1:
+        raise ValueError(f"outliers must be a share from 0 to 1, got {share}")
+    return share
 
 
 def outlier_order(W: Array, threshold: float = _THRESHOLD) -> npt.NDArray[np.int64]:
@@ -282,9 +288,9 @@ def _chosen(
     costs = np.array([float(w * rows + (16 << w)) for w in widths])
     budget = bits * W.size - fixed
     if not costs[0] * columns <= budget * (1 + 1e-9):
-        least, most = ((float(costs[k]) * columns + fixed) / W.size for k in (0, -1))
+        least = (float(costs[0]) * columns + fixed) / W.size
         raise SpecError(
-            f"bits must be {math.ceil(least * 1000) / 1000:g} to {most:g} for {problem.name} with "
+            f"bits must be at least {math.ceil(least * 1000) / 1000:g} for {problem.name} with "
             f"widths {widths} and {count} outliers, got {bits:g}"
         )
     chosen = hull_choice(losses, costs, budget)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -13,13 +13,21 @@ import numpy.typing as npt
 
 from corequant._cpu.loops.codebooks.labels import label_entries
 from corequant._cpu.threads import for_rows
-from corequant._validation import check_divides, check_index, check_matrix
+from corequant._validation import (
+    check_divides,
+    check_index,
+    check_matrix,
+    check_numpy,
+    working_dtype,
+)
 from corequant.errors import CheckpointError, ShapeError, SpecError
 from corequant.rounding.codebooks.coded import (
     CodedWeight,
     Description,
     Tensors,
     check_shape,
+    check_values,
+    check_weight,
     half,
     take_tensor,
     whole,
@@ -116,7 +124,7 @@ class Codebook(CodedWeight):
         BlockSizeError, NonFiniteError, ShapeError, SpecError, TypeError, ValueError
             If an argument breaks its rule.
         """
-        W = check_matrix("W", W)
+        W = check_weight("W", W)
         entries = _entries(W.shape, axis, group_size)
         widths = check_widths("widths", widths, entries)
         levels = check_matrix("levels", levels)
@@ -164,16 +172,15 @@ class Codebook(CodedWeight):
         BlockSizeError, NonFiniteError, ShapeError, SpecError, TypeError, ValueError
             If an argument breaks its rule.
         """
-        W = check_matrix("W", W)
-        if W.size == 0:
-            raise ShapeError(f"W must hold at least one weight, got shape {W.shape}")
+        W = check_weight("W", W)
         entries = _entries(W.shape, axis, group_size)
         widths = check_widths("widths", widths, entries)
         values = _by_entry(W, axis, group_size)
         counts = None
         if weights is not None:
-            spread = np.broadcast_to(np.asarray(weights), W.shape)
-            counts = _by_entry(spread, axis, group_size)
+            if check_numpy("weights", weights).shape not in (W.shape, W.shape[1:]):
+                raise ShapeError(f"weights must be {W.shape} or {W.shape[1:]}, got {weights.shape}")
+            counts = _by_entry(np.broadcast_to(weights, W.shape), axis, group_size)
         levels = np.zeros((entries, 1 << int(widths.max())))
         for width in np.unique(widths):
             chosen = np.flatnonzero(widths == width)
@@ -183,7 +190,14 @@ class Codebook(CodedWeight):
         return cls.of(W, levels, widths, axis=axis, group_size=group_size)
 
     def encode(self, values: Array) -> Codebook:
-        """Return a codebook with the same levels and the labels nearest to ``values``."""
+        """Return a codebook with the same levels and the labels nearest to ``values``.
+
+        Raises
+        ------
+        NonFiniteError, ShapeError, TypeError
+            If the values are invalid or have another shape.
+        """
+        values = check_values("values", values, self.shape)
         found = self._label(_by_entry(values, self.axis, self.group_size), slice(None))
         labels = _from_entries(found, self.shape, self.axis)
         return replace(self, labels=np.ascontiguousarray(labels))
@@ -298,7 +312,7 @@ class Codebook(CodedWeight):
     def _label(self, values: Array, part: slice | list[int]) -> npt.NDArray[np.uint8]:
         """Return the indexes of the levels nearest to ``values`` (entries, length)."""
         middles, counts = (np.ascontiguousarray(a[part]) for a in self._middles)
-        values = np.ascontiguousarray(values)
+        values = np.ascontiguousarray(values, working_dtype(values))
         labels = np.zeros(values.shape, np.uint8)
 
         def work(first: int, last: int) -> None:
@@ -311,7 +325,10 @@ class Codebook(CodedWeight):
 def check_widths(name: str, widths: Any, entries: int) -> npt.NDArray[np.uint8]:
     """Return the bits of an index for each entry, uint8 (entries,), after checking them."""
     if not isinstance(widths, np.ndarray):
-        widths = np.full(entries, check_index(name, widths, 0))
+        width = check_index(name, widths, 0)
+        if width > MOST_BITS:
+            raise ValueError(f"{name} must be 0 to {MOST_BITS}, got {width}")
+        widths = np.full(entries, width)
     if widths.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, got {widths.dtype}")
     if widths.shape != (entries,):
@@ -324,10 +341,14 @@ def check_widths(name: str, widths: Any, entries: int) -> npt.NDArray[np.uint8]:
 
 def check_choices(widths: Sequence[int]) -> tuple[int, ...]:
     """Return the widths to choose from in ascending order, without duplicates."""
-    given = check_widths("widths", np.array(list(widths), np.int64), len(widths))
-    if not len(given):
+    if isinstance(widths, str | bytes) or not isinstance(widths, Iterable):
+        raise TypeError(f"widths must be a sequence of integers, got {type(widths).__name__}")
+    given = [check_index("widths", width, 0) for width in widths]
+    if any(width > MOST_BITS for width in given):
+        raise ValueError(f"widths must be 0 to {MOST_BITS}, got {max(given)}")
+    if not given:
         raise SpecError("widths must name at least one, got none")
-    return tuple(sorted({int(w) for w in given}))
+    return tuple(sorted(set(given)))
 
 
 def _entries(shape: tuple[int, ...], axis: str, group_size: int | None) -> int:

@@ -12,15 +12,19 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from corequant.errors import CheckpointError
+from corequant._validation import check_matrix, check_numpy, working_dtype
+from corequant.errors import CheckpointError, ShapeError
 from corequant.rounding.hessian import Damping
 
 __all__ = [
+    "LARGEST_STORED",
     "CodedWeight",
     "CodingReport",
     "RoundedWeight",
     "as_inner",
     "check_shape",
+    "check_values",
+    "check_weight",
     "half",
     "load_coded",
     "load_inner",
@@ -47,6 +51,9 @@ _INNER = "base."
 
 _TOP = 15
 """Float16 numbers reach up to 2**16; the largest of an array is brought below 2**15."""
+
+LARGEST_STORED = 65504.0 * 2.0**112
+"""Largest float16 number times a power of two that float32 can hold."""
 
 
 class CodedWeight(ABC):
@@ -201,8 +208,15 @@ def half(values: Array) -> tuple[npt.NDArray[np.float16], int]:
 
     The largest magnitude is brought close to the top of float16's range, so that numbers down to
     2**-29 of it keep their eleven bits.
+
+    Raises
+    ------
+    ValueError
+        If a magnitude is above ``LARGEST_STORED``, so that it could not be restored.
     """
     largest = float(np.abs(values).max(initial=0))
+    if largest > LARGEST_STORED:
+        raise ValueError(f"stored numbers must be at most {LARGEST_STORED:.4g}, got {largest:g}")
     exponent = math.frexp(largest)[1] - _TOP if largest else 0
     return np.ldexp(values, -exponent).astype(np.float16), exponent
 
@@ -210,6 +224,22 @@ def half(values: Array) -> tuple[npt.NDArray[np.float16], int]:
 def whole(stored: npt.NDArray[np.float16], exponent: int) -> npt.NDArray[np.float32]:
     """Return float16 numbers times ``2**exponent`` as float32, the inverse of ``half``."""
     return np.ldexp(stored.astype(np.float32), exponent)
+
+
+def check_weight(name: str, W: Any) -> Array:
+    """Return a weight (rows, columns), not empty, in native float32 or float64."""
+    W = check_matrix(name, W)
+    if not W.size:
+        raise ShapeError(f"{name} must hold at least one weight, got shape {W.shape}")
+    native: Array = W.astype(working_dtype(W), copy=False)
+    return native
+
+
+def check_values(name: str, values: Any, shape: tuple[int, int]) -> Array:
+    """Return finite values (rows, columns) of this shape in native float32 or float64."""
+    if check_numpy(name, values).shape != shape:
+        raise ShapeError(f"{name} must have shape {shape}, got {values.shape}")
+    return check_weight(name, values)
 
 
 def as_inner(base: CodedWeight) -> dict[str, Array]:

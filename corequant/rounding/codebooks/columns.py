@@ -13,9 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from corequant._validation import check_matrix, working_dtype
+from corequant._validation import working_dtype
 from corequant.errors import NonFiniteError
-from corequant.rounding.eigenvalues import largest_eigenvalue
+from corequant.rounding.codebooks.coded import check_weight
+from corequant.rounding.damping import addition_to
 from corequant.rounding.hessian import (
     Damping,
     Factor,
@@ -24,10 +25,9 @@ from corequant.rounding.hessian import (
     check_tokens,
     column_order,
     damped_factor,
-    mean_diagonal,
     shrunk,
 )
-from corequant.rounding.problem import check_damping, gap_product, loss_of
+from corequant.rounding.problem import gap_product, loss_of
 from corequant.rounding.qronos import correct
 
 __all__ = ["ColumnProblem", "ColumnQuantizer"]
@@ -37,9 +37,6 @@ Array = npt.NDArray[Any]
 _BLOCK = 128
 _PANEL = 32
 """Columns of a block between two products, so that BLAS computes most of the sums."""
-
-_GPTQ, _QRONOS = 0.01, 1e-4
-"""Default dampings, relative to the mean of H's diagonal and to its largest eigenvalue."""
 
 
 class ColumnQuantizer(Protocol):
@@ -124,20 +121,15 @@ class ColumnProblem:
         act_order, dtype, tokens, name
             See ``gptq``.
         """
-        W = check_matrix("W", W)
+        W = check_weight("W", W)
         working = working_dtype(W, dtype)
         measured = check_hessian(H, W.shape[1], name)
         cross = None if G is None else check_cross_moment(G, measured, name)
         dead = np.diagonal(measured) == 0
         order = column_order(np.diagonal(measured), dead, act_order, 0)
         H, G, shrinkage = shrunk(measured, cross, check_tokens(tokens))
-        if G is None:
-            share = check_damping(_GPTQ if damping is None else damping)
-            share *= mean_diagonal(np.diagonal(H).astype(np.float64), dead)
-        else:
-            share = check_damping(_QRONOS if damping is None else damping)
-            share *= largest_eigenvalue(H)
-        factor, used = damped_factor(H, order, dead, share, working, name)
+        addition = addition_to(H, dead, damping, corrected=G is not None)
+        factor, used = damped_factor(H, order, dead, addition, working, name)
         centers = np.take(W, order, axis=1).astype(working, copy=False)
         if G is None:
             values = centers.copy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,6 +137,8 @@ def kmeans_table(
     >>> table.levels(2)
     array([0.5, 8. ])
     """
+    if not isinstance(sizes, Iterable):
+        raise TypeError(f"sizes must be a sequence of integers, got {type(sizes).__name__}")
     values = _check_values(values)
     counts = None if weights is None else _check_weights(weights, values)
     ordered = tuple(sorted({check_index("sizes", size) for size in sizes}))
@@ -201,7 +203,7 @@ def lloyd_max(distribution: str, levels: int) -> npt.NDArray[np.float64]:
     >>> cq.lloyd_max("normal", 4).round(4)
     array([-1.5104, -0.4528,  0.4528,  1.5104])
     """
-    if distribution not in DENSITIES:
+    if not isinstance(distribution, str) or distribution not in DENSITIES:
         raise SpecError(f"distribution must be {' or '.join(DENSITIES)}, got {distribution!r}")
     size = check_index("levels", levels)
     if size > MOST_LEVELS:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from corequant._validation import check_matrix, check_numpy
+from corequant._validation import check_numpy
 from corequant.errors import CheckpointError, ShapeError
 from corequant.rounding.codebooks.coded import (
     CodedWeight,
@@ -17,6 +17,7 @@ from corequant.rounding.codebooks.coded import (
     Tensors,
     as_inner,
     check_shape,
+    check_weight,
     half,
     load_inner,
     take_tensor,
@@ -76,7 +77,7 @@ class SparseOutliers:
         NonFiniteError, ShapeError, TypeError
             If an argument breaks its rule.
         """
-        W = check_matrix("W", W)
+        W = check_weight("W", W)
         check_numpy("mask", mask)
         if mask.dtype != np.bool_:
             raise TypeError(f"mask must have dtype bool, got {mask.dtype}")
@@ -100,8 +101,10 @@ class SparseOutliers:
         return 2 * len(self.values) + min(self._bitmap, self._listed)
 
     def place(self, matrix: Array) -> Array:
-        """Return a copy of a matrix with the kept weights at their positions."""
-        flat = np.ascontiguousarray(matrix.T).reshape(-1)
+        """Return a copy of a matrix (rows, columns) with the kept weights at their positions."""
+        if matrix.shape != self.shape:
+            raise ShapeError(f"matrix must have shape {self.shape}, got {matrix.shape}")
+        flat = matrix.T.flatten()
         flat[self.positions] = self.values
         return np.ascontiguousarray(flat.reshape(self.shape[::-1]).T)
 
@@ -195,7 +198,9 @@ class KeptOutliers(CodedWeight):
     outliers: SparseOutliers
 
     def __post_init__(self) -> None:
-        """Refuse parts of different shapes."""
+        """Refuse a base that isn't a coded weight, and parts of different shapes."""
+        if not isinstance(self.base, CodedWeight):
+            raise TypeError(f"base must be a CodedWeight, got {type(self.base).__name__}")
         if tuple(self.base.shape) != tuple(self.outliers.shape):
             raise ShapeError(
                 f"outliers must have base's shape {self.base.shape}, got {self.outliers.shape}"

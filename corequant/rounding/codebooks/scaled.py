@@ -57,9 +57,11 @@ class ColumnScaled(CodedWeight):
 
         Raises
         ------
-        NonFiniteError, ShapeError, TypeError
+        NonFiniteError, ShapeError, TypeError, ValueError
             If an argument breaks its rule.
         """
+        if not isinstance(base, CodedWeight):
+            raise TypeError(f"base must be a CodedWeight, got {type(base).__name__}")
         check_numpy("scales", scales)
         check_floating("scales", scales)
         if scales.shape != (base.shape[1],):
@@ -69,7 +71,13 @@ class ColumnScaled(CodedWeight):
             )
         check_finite("scales", scales)
         stored, exponent = half(scales)
-        return cls(base, whole(stored, exponent), exponent)
+        scaled = cls(base, whole(stored, exponent), exponent)
+        with np.errstate(over="ignore"):
+            if np.abs(scales).max() > 1 and not np.isfinite(scaled.dequantize()).all():
+                raise ValueError(
+                    f"scales must keep all values in float32's range, got up to {scales.max()}"
+                )
+        return scaled
 
     @property
     def shape(self) -> tuple[int, int]:  # type: ignore[override]

@@ -10,14 +10,16 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from corequant._validation import check_floating, check_matrix, check_numpy
+from corequant._validation import check_finite, check_floating, check_numpy
 from corequant.errors import CheckpointError, ShapeError
 from corequant.rounding.codebooks.codebook import MOST_BITS, Codebook, check_widths
 from corequant.rounding.codebooks.coded import (
+    LARGEST_STORED,
     CodedWeight,
     Description,
     Tensors,
     check_shape,
+    check_weight,
     half,
     take_tensor,
     whole,
@@ -90,7 +92,7 @@ class SharedCodebook(CodedWeight):
         NonFiniteError, ShapeError, TypeError, ValueError
             If an argument breaks its rule.
         """
-        W = check_matrix("W", W)
+        W = check_weight("W", W)
         widths = check_widths("widths", widths, len(W))
         check_numpy("scales", scales)
         check_floating("scales", scales)
@@ -100,19 +102,26 @@ class SharedCodebook(CodedWeight):
             raise ValueError(f"scales must be finite and not negative, got {scales.min()}")
         rounded = {}
         for width in (int(w) for w in np.unique(widths)):
-            table = np.asarray(tables[width])
-            if table.shape != (1 << width,) or (np.diff(table) < 0).any():
-                raise ValueError(
-                    f"tables of width {width} must be {1 << width} ascending levels, got {table}"
-                )
-            rounded[width] = whole(*half(table))
+            rounded[width] = whole(*half(_check_table(tables, width)))
+        largest = max(float(np.abs(table).max()) for table in rounded.values())
+        if largest * float(scales.max()) > LARGEST_STORED:
+            raise ValueError(
+                f"scales times levels must be at most {LARGEST_STORED:.4g}, got {scales.max()} "
+                f"times {largest}"
+            )
         stored, exponent = half(scales)
         shape = int(W.shape[0]), int(W.shape[1])
         none = np.zeros(shape, np.uint8)
         return cls(shape, widths, rounded, whole(stored, exponent), none, exponent).encode(W)
 
     def encode(self, values: Array) -> SharedCodebook:
-        """Return a codebook with the same levels and the labels nearest to ``values``."""
+        """Return a codebook with the same levels and the labels nearest to ``values``.
+
+        Raises
+        ------
+        NonFiniteError, ShapeError, TypeError
+            If the values are invalid or have another shape.
+        """
         return replace(self, labels=self._rows.encode(values).labels)
 
     def enter_block(self, columns: Array, values: Array, curvature: Array) -> None:
@@ -225,3 +234,20 @@ class SharedCodebook(CodedWeight):
         """The same levels as a ``Codebook`` by row, with all labels zero."""
         none = np.zeros(self.shape, np.uint8)
         return Codebook(self.shape, "row", self.widths, self.levels, none)
+
+
+def _check_table(tables: Mapping[int, Any], width: int) -> Array:
+    """Return the levels of a width, finite and ascending."""
+    if not isinstance(tables, Mapping):
+        raise TypeError(f"tables must be a mapping, got {type(tables).__name__}")
+    if width not in tables:
+        raise ValueError(f"tables must hold levels of width {width}, got {sorted(tables)}")
+    table = np.asarray(tables[width])
+    if table.shape != (1 << width,):
+        raise ShapeError(
+            f"tables of width {width} must be {1 << width} levels, got shape {table.shape}"
+        )
+    check_finite(f"table of width {width}", table)
+    if (np.diff(table) < 0).any():
+        raise ValueError(f"tables of width {width} must ascend, got {table}")
+    return table

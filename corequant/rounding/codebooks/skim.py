@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corequant._validation import check_finite, check_floating, check_number, check_numpy
+from corequant._validation import (
+    check_finite,
+    check_floating,
+    check_index,
+    check_number,
+    check_numpy,
+)
 from corequant.errors import ShapeError, SpecError
 from corequant.rounding.codebooks.allocation import hull_choice, nonconvex_rows, step_choice
 from corequant.rounding.codebooks.codebook import MOST_BITS, check_choices
@@ -92,7 +98,8 @@ def skim(
         Weights of the squared errors in k-means; H_jj by default.
     widths : sequence of int, optional
         Bits that an index may have, 0 to 8. By default, the largest width that all rows could
-        have, up to two bits more and up to two fewer, but at least 1.
+        have, up to two bits more and up to two fewer, but at least 1; in small weights without
+        the widest, if ``bits`` doesn't pay for the tables of all.
     mixed : bool
         Choose a width for each row; otherwise all rows have the largest width that fits ``bits``.
     feedback : bool
@@ -144,21 +151,20 @@ def skim(
     >>> ours.bits_per_weight <= 4 and ours.report.loss < published.report.loss
     True
     """
+    bits, refits = check_number("bits", bits), check_index("refits", refits, 0)
+    if not 0 < bits < math.inf:
+        raise ValueError(f"bits must be positive and finite, got {bits}")
+    allowed = None if widths is None else check_choices(widths)
     problem = ColumnProblem.of(
         W, H, G, damping=damping, act_order=act_order, tokens=tokens, name=name
     )
-    bits = check_number("bits", bits)
-    if not 0 < bits < math.inf:
-        raise ValueError(f"bits must be positive and finite, got {bits}")
-    if problem.W.size == 0:
-        raise ShapeError(f"W must hold at least one weight, got shape {problem.W.shape}")
-    task = _Task(problem, feedback and not published, bits, published, shared and not published)
-    chosen = task.default_widths() if widths is None else check_choices(widths)
     weights = np.diagonal(problem.H).copy()
     if sensitivity is not None:
         weights = _check_sensitivity(sensitivity, problem.W)
-    family: Any = (SharedLevels if task.shared else OwnLevels).fit(problem, weights, chosen)
+    task = _Task(problem, feedback and not published, bits, published, shared and not published)
     scaled = published if scale is None else bool(scale)
+    chosen = allowed or task.default_widths(bool(mixed), scaled)
+    family: Any = (SharedLevels if task.shared else OwnLevels).fit(problem, weights, chosen)
     book, faults = task.start(family, chosen, bool(mixed), scaled)
     nearest = float(loss_by_row(problem, book).sum())
     if task.feedback:
@@ -210,16 +216,26 @@ class _Task:
         """Return a book with the same levels and the labels of the column loop."""
         return book.encode(self.problem.run(book))
 
-    def default_widths(self) -> tuple[int, ...]:
-        """Return the widths around the largest uniform one, ascending."""
-        payable = self._widest(range(MOST_BITS + 1)) or 0
-        return tuple(range(max(1, payable - _REACH), min(MOST_BITS, max(1, payable) + _REACH) + 1))
+    def default_widths(self, mixed: bool, scaled: bool) -> tuple[int, ...]:
+        """Return the widths around the largest uniform one, ascending.
 
-    def _widest(self, widths: Iterable[int]) -> int | None:
+        The widest are left out if a small weight's budget doesn't pay for the tables of all.
+        """
+        payable = self._widest(range(MOST_BITS + 1), scaled) or 0
+        least = max(1, payable - _REACH)
+        most = min(MOST_BITS, max(1, payable) + _REACH)
+        for last in range(most, least, -1):
+            widths = tuple(range(least, last + 1))
+            budget, costs = self._budget(widths, mixed, scaled)
+            if float(costs[0]) * len(self.problem.W) <= budget * (1 + 1e-9):
+                return widths
+        return (least,)
+
+    def _widest(self, widths: Iterable[int], scaled: bool) -> int | None:
         """Return the largest uniform width within the budget, or None."""
         found = None
         for width in widths:
-            budget, costs = self._budget((width,), False, False)
+            budget, costs = self._budget((width,), False, scaled)
             if costs[0] * len(self.problem.W) <= budget * (1 + 1e-9):
                 found = width
         return found
@@ -230,7 +246,7 @@ class _Task:
         """Return a book with the chosen widths, and the number of rows that aren't convex."""
         rows = len(self.problem.W)
         if not mixed:
-            widest = self._widest(widths)
+            widest = self._widest(widths, scaled)
             self._payable(widths[:1] if widest is None else (widest,), False, scaled)
             return family.book(np.full(rows, widest, np.uint8)), 0
         budget, costs = self._payable(widths, True, scaled)
@@ -260,9 +276,10 @@ class _Task:
         if not least <= budget * (1 + 1e-9) or (
             self.published and mixed and budget > most * (1 + 1e-9)
         ):
+            lower = f"{math.ceil((least + fixed) / size * 1000) / 1000:g}"
+            reach = f"{lower} to {most / size:g}" if self.published else f"at least {lower}"
             raise SpecError(
-                f"bits must be {math.ceil((least + fixed) / size * 1000) / 1000:g} to "
-                f"{(most + fixed) / size:g} for {self.problem.name} with widths {widths}, "
+                f"bits must be {reach} for {self.problem.name} with widths {widths}, "
                 f"got {self.bits:g}"
             )
         return budget, costs
