@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from corequant._validation import check_number
-from corequant.errors import ShapeError, SpecError
+from corequant.errors import SpecError
 from corequant.rounding.codebooks.coded import CodingReport, RoundedWeight
 from corequant.rounding.codebooks.columns import ColumnProblem
 from corequant.rounding.codebooks.entropy import LARGEST, EntropyCoded
@@ -22,7 +22,10 @@ __all__ = ["watersic"]
 Array = npt.NDArray[Any]
 
 _MOST_BITS = 8.0
-_TRIES = 9
+_TRIES = 16
+_SECANTS = 6
+"""Tries with secants before bisection; the bits of a small weight jump from step to step."""
+
 _CLOSE = 0.004
 """Bits below the target at which the search stops."""
 
@@ -98,12 +101,10 @@ def watersic(
     >>> coded.report.loss < grid.report.loss
     True
     """
+    bits = check_number("bits", bits)
     problem = ColumnProblem.of(
         W, H, G, damping=damping, act_order=act_order, tokens=tokens, name=name
     )
-    bits = check_number("bits", bits)
-    if problem.W.size == 0:
-        raise ShapeError(f"W must hold at least one weight, got shape {problem.W.shape}")
     steps = np.empty(problem.W.shape[1])
     steps[problem.order] = 1 / np.diagonal(problem.factor.L).astype(np.float64)
     if not waterfilling:
@@ -150,8 +151,13 @@ def _fitted(problem: ColumnProblem, bits: float, steps: Array) -> EntropyCoded:
     """Return the finest codes within ``bits``, with steps in these proportions."""
     rows, columns = problem.W.shape
     nothing = EntropyCoded.of(np.zeros((rows, columns), np.int16), np.ones(columns))
+    least = math.ceil(nothing.bits_per_weight * 1000) / 1000
+    if least > _MOST_BITS:
+        raise SpecError(
+            f"{problem.name} must be larger: a weight {problem.W.shape} takes at least {least:g} "
+            f"bits per weight, more than the limit of {_MOST_BITS:g}"
+        )
     if not nothing.bits_per_weight <= bits <= _MOST_BITS:
-        least = math.ceil(nothing.bits_per_weight * 1000) / 1000
         raise SpecError(
             f"bits must be {least:g} to {_MOST_BITS:g} for {problem.name}, got {bits:g}"
         )
@@ -162,7 +168,7 @@ def _fitted(problem: ColumnProblem, bits: float, steps: Array) -> EntropyCoded:
     best, exponent = nothing, 2.0 - bits
     fine: tuple[float, float] | None = None
     coarse: tuple[float, float] | None = None
-    for _ in range(_TRIES):
+    for turn in range(_TRIES):
         found = _coded(problem, steps * (spread * 2.0**exponent))
         excess = found.bits_per_weight - bits
         if excess > 0:
@@ -177,6 +183,8 @@ def _fitted(problem: ColumnProblem, bits: float, steps: Array) -> EntropyCoded:
         if fine is None or coarse is None:
             # Doubling the step saves one bit, or less at low rates.
             exponent += 1.3 * aim
+        elif turn >= _SECANTS:
+            exponent = (fine[0] + coarse[0]) / 2
         else:
             slope = (fine[1] - coarse[1]) / (coarse[0] - fine[0])
             exponent = min(max(exponent + aim / slope, fine[0]), coarse[0])
