@@ -37,6 +37,12 @@ PIECE = 250
 
 FLOAT = "float"
 
+QUESTIONS = {
+    "blimp": "BLiMP's questions are 40 pairs of each of its 67 paradigms.",
+    "hellaswag": "HellaSwag's questions are the first ones of 2,000 of its validation set.",
+}
+"""Which questions of a task the section's figures are from."""
+
 
 def digest(path: Path) -> str:
     """Return a digest of a file, or of a directory's weights."""
@@ -125,6 +131,8 @@ def _figure(value: float, error: float | None) -> str:
 
 def report(found: dict[str, Any]) -> str:
     """Return the section of bench/README.md."""
+    names = dict.fromkeys(task.partition("/")[0] for task in found if table({task: found[task]}))
+    questions = " ".join(QUESTIONS[name] for name in names if name in QUESTIONS)
     return "\n".join(
         [
             "## Tasks",
@@ -132,8 +140,7 @@ def report(found: dict[str, Any]) -> str:
             "Written by `bench_tasks.py`: SmolLM2-135M-Instruct, zero-shot, in percent, each ± its "
             "standard error. A difference is that of a model's accuracy less the float model's on "
             "the same questions; p is McNemar's exact test of the questions that one of the two "
-            "alone has right. BLiMP's questions are 40 pairs of each of its 67 paradigms, "
-            "HellaSwag's the first ones of 2,000 of its validation set.",
+            f"alone has right. {questions}".rstrip(),
             "",
             "| task | | questions | acc | difference | p | acc_norm | difference | p |",
             "|---|---|---|---|---|---|---|---|---|",

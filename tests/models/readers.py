@@ -33,7 +33,7 @@ NODES = "nodes of a graph that a program of yours makes; products in float"
 KERNELS = {
     "w4a16": "a kernel for 4-bit codes; products in bfloat16",
     "w8a8": "rounds activations; integer products",
-    "nvfp4": "kernels of GPUs alone; not run",
+    "nvfp4": "kernels that need a GPU; only the layout was tested",
 }
 """What vLLM executes: ``make test-vllm`` runs it on a CPU."""
 

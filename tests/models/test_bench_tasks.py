@@ -120,3 +120,17 @@ def test_what_is_refused(script, given, tokens, tmp_path, monkeypatch):
         run(script, monkeypatch, *given)
     with pytest.raises(SystemExit):
         run(script, monkeypatch, *given, tmp_path / "two")
+
+
+def test_the_section_names_the_tasks_that_were_measured_and_no_others(script):
+    answers = {"blimp/1": {"float": {"acc": "10"}}, "hellaswag/2": {"float": {"acc": ""}}}
+    section = script.report(answers)
+    assert "has right. BLiMP's questions are" in section
+    assert "HellaSwag" not in section
+    answers["hellaswag/2"]["float"]["acc"] = "1"
+    assert "paradigms. HellaSwag's questions are" in script.report(answers)
+    assert "has right.\n" in script.report({})
+    readme = (Path(BENCH) / "README.md").read_text(encoding="utf-8")
+    measured = {"blimp": {"float": {"acc": "1"}}, "hellaswag": {"float": {"acc": "1"}}}
+    shown = {task: cells for task, cells in measured.items() if f"\n| {task} |" in readme}
+    assert script.report(shown).split("\n\n")[1] in readme
