@@ -127,10 +127,11 @@ def test_activations_of_4_bits_with_a_scale_for_each_token(tokens, readings):
         assert score.total == pytest.approx(plainly(model, pair)[0], abs=1e-5)
 
 
-@pytest.mark.parametrize("left_out", ["use_cache", "past"])
+@pytest.mark.parametrize("left_out", ["use_cache", "past", "a tenth"])
 def test_models_that_cannot_go_on_read_whole_rows(left_out, readings):
-    """One keeps nothing of what it reads; the other pays no attention to what it is given."""
+    """One keeps nothing of what it reads, one ignores what it is given, one alters it a little."""
     model = cqhf.tiny_model("llama").double()
+    altered = []
     names = {"use_cache"} if left_out == "use_cache" else {"cache", "past_key_values"}
 
     class Forgetful(type(model)):
@@ -139,6 +140,12 @@ def test_models_that_cannot_go_on_read_whole_rows(left_out, readings):
             kept = {name: value for name, value in kwargs.items() if name not in names}
             if left_out == "use_cache":
                 kept["use_cache"] = False
+            if left_out == "a tenth":
+                kept = kwargs
+                given = [value for name, value in kwargs.items() if name in names and value]
+                for cache in given:
+                    cache.layers[-1].values *= 0.9
+                altered.extend(given)
             return super().forward(*args, **kept)
 
     pairs = random_pairs()
@@ -147,6 +154,7 @@ def test_models_that_cannot_go_on_read_whole_rows(left_out, readings):
     found = score_pairs(replica_of(model), pairs, 256)
     assert [score.total for score in found] == pytest.approx(wanted, rel=1e-11)
     assert [shape for shape, how in readings if how == KEPT] == [(1, 16)]
+    assert len(altered) == (left_out == "a tenth")
     assert max(shape[1] for shape, _ in readings) == max(len(pair.row) for pair in pairs)
 
 

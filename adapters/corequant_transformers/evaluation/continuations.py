@@ -36,6 +36,14 @@ _WORTHWHILE = 64
 _TRIED = 32
 """Number of tokens on which a model is tested for continuing from what it has read."""
 
+_ROUNDING = 16
+"""Rounding errors of logits, in units of the dtype's epsilon times the largest logit, are below
+this: up to 7 were measured, over small models of all described types and SmolLM2-135M."""
+
+_NOTICEABLE = 0.1
+"""In 16-bit dtypes, that much rounding might be as large as the effect of what was read before; of
+this effect, rounding errors were at most 0.04."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -166,10 +174,13 @@ def _goes_on(model: Any, row: tuple[int, ...]) -> bool:
     """Return whether continuing from what a model has read is as good as reading all at once.
 
     Some models keep nothing of what they read, or a state that continues only by single tokens. So
-    a short row is read both ways, and the difference is compared with the effect of omitting the
-    beginning of the row, which rounding errors of any dtype stay far below. Activations are not
-    rounded to codes here: at 4 bits, a difference in the last bit grows with every code that it
-    changes, up to the size of all rounding errors together.
+    a short row is read both ways. The logits may differ by rounding errors of the dtype, and by
+    less than a tenth of what omitting the beginning of the row changes. In float32, a single layer
+    that forgets is noticed; in 16-bit dtypes, it may look like rounding. A model that does not pass
+    reads whole rows, which takes longer and gives the same result.
+
+    Activations are not rounded to codes here: at 4 bits, a difference in the last bit grows with
+    every code that it changes, up to the size of all rounding errors together.
     """
     with _activations_in_float(model):
         return _agrees(model, row)
@@ -190,7 +201,7 @@ def _activations_in_float(model: Any) -> Iterator[None]:
 
 
 def _agrees(model: Any, row: tuple[int, ...]) -> bool:
-    """Return whether a row has the same logits read in two steps as read at once."""
+    """Return whether a row has the same logits, up to rounding, read in two steps and at once."""
     row = row[-_TRIED:]
     begin, end = row[: len(row) // 2], row[len(row) // 2 :]
     if not begin:
@@ -207,7 +218,11 @@ def _agrees(model: Any, row: tuple[int, ...]) -> bool:
         went = last(end, 2, **arguments) if arguments else alone
     except Exception:  # of whatever a model does that can't
         return False
-    return bool((went - whole).abs().max() < 0.25 * (alone - whole).abs().max())
+    difference, effect = (each.sub(whole).abs().max() for each in (went, alone))
+    # Some models compute parts of a layer in float32 whatever their dtype is.
+    epsilon = max(torch.finfo(dtype).eps for dtype in (model.dtype, torch.float32))
+    rounding = _ROUNDING * epsilon * whole.abs().max()
+    return bool(difference <= rounding and difference < _NOTICEABLE * effect)
 
 
 def _jobs(rows: list[tuple[int, ...]], found: Sequence[Family], budget: int) -> Iterator[_Job]:
