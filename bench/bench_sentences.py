@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--sentences", type=int, default=1000)
+    parser.add_argument("--schemes", default=",".join(SCHEMES))
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
@@ -124,7 +125,8 @@ def main() -> None:
     model = cqhf.Source(options.model).load()
     reference = embed(model, batches)
     rows = []
-    for scheme, formats in SCHEMES.items():
+    for scheme in options.schemes.split(","):
+        formats = SCHEMES[scheme]
         for rotations, (fields, rounding) in HOW.items():
             recipe = Recipe(**formats, **fields, rounding=rounding, dtype="float32")
             started = time.perf_counter()

@@ -39,10 +39,11 @@ from corequant_transformers.model.layouts import (
     check_untouched,
 )
 from corequant_transformers.model.origins import origin_of
-from corequant_transformers.model.parts import ModelWeights, Parts, is_tied, outside_bytes, skeleton
+from corequant_transformers.model.parts import ModelWeights, Parts, is_tied, plan_of_files
 from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
 from corequant_transformers.model.recognition import plan_recognized
 from corequant_transformers.model.replicas import check_given, check_plain, unwrap
+from corequant_transformers.model.skeletons import skeleton
 from corequant_transformers.model.source_files import read_generation
 from corequant_transformers.model.sources import Source
 from corequant_transformers.model.surroundings import (
@@ -119,11 +120,9 @@ def plan(model: str | Path | Any, recipe: Recipe, *, reader: str = "corequant") 
         return replace(table, tied=table.tied and is_tied(model, table))
     # What no model can be made of should be known before any work.
     bare = source.skeleton()
-    table = replace(table, outside_bytes=outside_bytes(bare, table))
     if not source.is_gguf:
         read_generation(source.path)
-    shared = source.weights(bare, table).shared
-    return replace(table, tied=table.tied and bool(shared))
+    return plan_of_files(table, bare, source.weights(bare, table))
 
 
 def plan_for(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ import torch
 from corequant.calibration import ActivationStats
 from corequant.errors import NonFiniteError
 from corequant_transformers.calibration.choices import Calibration, needs_second_order, needs_tokens
+from corequant_transformers.model.expert_calls import Room, StreamedPass
 from corequant_transformers.model.expert_list import ExpertList
 from corequant_transformers.model.forward import Windows, run_block
 from corequant_transformers.model.parts import Parts, part_of
+from corequant_transformers.model.streamed_experts import StreamedExperts, streamed_experts
 from corequant_transformers.planning.matrix_plan import Region
 from corequant_transformers.planning.model_plan import ModelPlan
 
@@ -166,6 +169,8 @@ def collect_block(
     hidden: Windows,
     arguments: dict[str, Any],
     progress: Callable[[str, int, int], None],
+    room: Room,
+    choose: Callable[[set[str]], None] = lambda regions: None,
 ) -> None:
     """Run an open float block over all windows and collect what its layers read.
 
@@ -182,6 +187,11 @@ def collect_block(
         Arguments of the block other than its hidden states.
     progress : callable
         Called as ``progress("calibrate", done, total)``, counting windows through all blocks.
+    room : callable
+        Gives room for what experts that are read few at a time are called with and give.
+    choose : callable
+        Called with the names of the regions of such experts while these are open, when all that
+        they read is collected.
     """
     readers = [
         (region, reader)
@@ -189,33 +199,84 @@ def collect_block(
         for reader in region.readers
         if part_of(f"{reader}.", plan) == index
     ]
-    with collector.watching(parts.model, readers):
+    experts = {m.name: m.expert for m in plan.matrices if m.block == index}
+    block, collected = parts.block(index), partial(_rare, plan, collector, experts)
+    finish: Callable[[int], None] = partial(_advance, block, hidden, arguments)
+    own, streamed = readers, streamed_experts(block)
+    if streamed is not None:
+        passes = StreamedPass(block, streamed, hidden, arguments, room, "hidden")
+        finish = passes.finish
+        own = [(region, reader) for region, reader in readers if experts[reader] is None]
+        for indices in streamed.groups():
+            few = [(region, reader) for region, reader in readers if experts[reader] in indices]
+            with streamed.opened(indices):
+                _collect_experts(parts.model, collector, few, passes, streamed, indices, collected)
+                choose({region.name for region, _ in few})
+    with collector.watching(parts.model, own):
         for k in range(len(hidden)):
             collector.position = k
-            hidden[k] = run_block(parts.block(index), hidden[k : k + 1], arguments, k)
+            finish(k)
             progress("calibrate", index * len(hidden) + k + 1, len(parts.blocks) * len(hidden))
-    experts = {m.name: m.expert for m in plan.matrices if m.block == index}
-    rare = {
-        region: experts[reader]
-        for region, reader in readers
-        if plan.recipe.rare_experts == "shared"
-        and experts[reader] is not None
-        and region.name == reader
-        and collector.statistics[region.name].count < plan.recipe.expert_tokens
-    }
+    rare = collected(own)
     if not rare:
         return
     # They are shown all tokens; nothing is written this time.
     collector.restart(region.name for region in rare)
-    lists = [m for m in parts.block(index).modules() if isinstance(m, ExpertList)]
+    lists = [m for m in block.modules() if isinstance(m, ExpertList)]
     with collector.watching(parts.model, [(region, region.name) for region in rare]):
         for module in lists:
-            module.shared.update(e for e in rare.values() if e is not None)
+            module.shared.update(rare.values())
         for k in range(len(hidden)):
             collector.position = k
-            run_block(parts.block(index), hidden[k : k + 1], arguments)
+            run_block(block, hidden[k : k + 1], arguments)
         for module in lists:
             module.shared.clear()
+
+
+def _advance(block: Any, hidden: Windows, arguments: Mapping[str, Any], window: int) -> None:
+    hidden[window] = run_block(block, hidden[window : window + 1], arguments, window)
+
+
+def _rare(
+    plan: ModelPlan,
+    collector: Collector,
+    experts: Mapping[str, int | None],
+    readers: Iterable[tuple[Region, str]],
+) -> dict[Region, int]:
+    """Return the experts that are to be shown all tokens, by their regions."""
+    found: dict[Region, int] = {}
+    for region, reader in readers:
+        expert = experts[reader]
+        if plan.recipe.rare_experts != "shared" or expert is None or region.name != reader:
+            continue
+        if collector.statistics[region.name].count < plan.recipe.expert_tokens:
+            found[region] = expert
+    return found
+
+
+def _collect_experts(
+    model: Any,
+    collector: Collector,
+    readers: list[tuple[Region, str]],
+    passes: StreamedPass,
+    experts: StreamedExperts,
+    indices: range,
+    collected: Callable[[list[tuple[Region, str]]], dict[Region, int]],
+) -> None:
+    """Take all windows through a group of experts that are open, rare ones twice."""
+    with collector.watching(model, readers):
+        for k in range(len(passes.calls)):
+            collector.position = k
+            passes.add(k, indices)
+    rare = collected(readers)
+    collector.restart(region.name for region in rare)
+    with collector.watching(model, [(region, region.name) for region in rare]):
+        experts.shared.update(rare.values())
+        for k in range(len(passes.calls)):
+            collector.position = k
+            x, chosen, shares = passes.calls.of(k, experts.device)
+            experts.add(torch.zeros_like(x), x, chosen, shares, sorted(rare.values()))
+        experts.shared.clear()
 
 
 def _tokens(x: torch.Tensor, region: Region) -> torch.Tensor:

@@ -24,6 +24,7 @@ from corequant_transformers.model.quantized_embedding import QuantizedEmbedding
 from corequant_transformers.model.quantized_linear import QuantizedLinear
 from corequant_transformers.model.source_files import read_generation
 from corequant_transformers.model.sources import Source
+from corequant_transformers.model.streamed_experts import rest_of, streamed_experts
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
 from corequant_transformers.rounding.layers import as_stored
@@ -32,6 +33,7 @@ from corequant_transformers.transforms.matrices import restructure
 __all__ = [
     "assemble",
     "check_writable",
+    "layer_tensors",
     "model_tensors",
     "part_tensors",
     "place_tensors",
@@ -154,28 +156,50 @@ def _belongs(key: str, plan: ModelPlan) -> bool:
 
 
 def part_tensors(model: Any, plan: ModelPlan, part: Part) -> dict[str, torch.Tensor]:
-    """Return what is stored of an open part of a quantized model."""
+    """Return what is stored of an open part of a quantized model, but for experts read later."""
     rows = part_plan(plan, part)
-    return {k: v for k, v in model_tensors(model, rows).items() if part_of(k, plan) == part}
+    if isinstance(part, int):
+        rows = rest_of(
+            rows, streamed_experts(model.get_submodule(plan.architecture.block_path(part)))
+        )
+    tensors = model_tensors(model, rows)
+    return {k: v for k, v in tensors.items() if part_of(k, plan) == part and not v.is_meta}
+
+
+def layer_tensors(model: Any, plan: ModelPlan) -> dict[str, torch.Tensor]:
+    """Return what is stored of the layers of a plan alone."""
+    _check_layers(model, plan)
+    state: dict[str, torch.Tensor] = {}
+    for matrix in plan.matrices:
+        state |= model.get_submodule(matrix.name).state_dict(prefix=f"{matrix.name}.")
+    return _all_stored(state, plan)
 
 
 def model_tensors(model: Any, plan: ModelPlan) -> dict[str, torch.Tensor]:
     """Return what is stored of a quantized model."""
+    _check_layers(model, plan)
+    state = model.state_dict()
+    if plan.tied:
+        shared = f"{plan.architecture.head}.weight"
+        state = {k: v for k, v in state.items() if not k.startswith(shared)}
+    for name in _shared(model, plan):
+        state.pop(name, None)
+    return _all_stored(state, plan)
+
+
+def _check_layers(model: Any, plan: ModelPlan) -> None:
     for matrix in plan.quantized:
         layer = model.get_submodule(matrix.name)
         wanted = QuantizedEmbedding if matrix.role == "embedding" else QuantizedLinear
         if not isinstance(layer, wanted):
             got, kind = type(layer).__name__, wanted.__name__
             raise OutputError(f"{matrix.name} must still be a {kind}, got {got}")
+
+
+def _all_stored(state: dict[str, torch.Tensor], plan: ModelPlan) -> dict[str, torch.Tensor]:
     codes = tuple(f"{m.name}.weight_" for m in plan.quantized)
     narrow = {f"{m.name}.weight_scale" for m in plan.quantized if _has_bfloat16_scales(m)}
-    state = model.state_dict()
-    state |= {k: _narrowed(k, state[k]) for k in narrow & set(state)}
-    if plan.tied:
-        shared = f"{plan.architecture.head}.weight"
-        state = {k: v for k, v in state.items() if not k.startswith(shared)}
-    for name in _shared(model, plan):
-        state.pop(name, None)
+    state = state | {k: _narrowed(k, state[k]) for k in narrow & set(state)}
     dtype = plan.recipe.dtype
     return {k: v if k.startswith(codes) else _stored(k, v, dtype) for k, v in state.items()}
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 
 from corequant._validation import join_some
 from corequant.errors import ArchitectureError
-from corequant_transformers.architectures.description import Experts
+from corequant_transformers.architectures.experts import Experts
 
-__all__ = ["ExpertList", "check_experts", "linear_layer"]
+__all__ = ["ExpertList", "check_experts", "linear_layer", "matrices_of"]
 
 
 class ExpertList(torch.nn.Module):
@@ -48,7 +50,9 @@ class ExpertList(torch.nn.Module):
         if description.activation is None:
             self.act_fn: Any = fused.act_fn
         for index in range(self.count):
-            self.add_module(str(index), torch.nn.ModuleDict(_layers(fused, description, index)))
+            matrices = matrices_of(description, partial(_part, fused, index))
+            layers = {name: linear_layer(*pair) for name, pair in matrices.items()}
+            self.add_module(str(index), torch.nn.ModuleDict(layers))
 
     def forward(
         self,
@@ -69,13 +73,35 @@ class ExpertList(torch.nn.Module):
         if chosen is None or weights is None:
             return self._each(hidden_states)
         total = torch.zeros_like(hidden_states)
-        for index in sorted({*torch.unique(chosen).tolist(), *self.shared}):
+        visited = sorted({*torch.unique(chosen).tolist(), *self.shared})
+        self.add(total, hidden_states, chosen, weights, visited)
+        return total
+
+    def add(
+        self,
+        total: torch.Tensor,
+        hidden_states: torch.Tensor,
+        chosen: torch.Tensor,
+        weights: torch.Tensor,
+        indices: Iterable[int],
+    ) -> None:
+        """Add what some experts give to ``total``, in place; arguments are those of ``forward``.
+
+        Parameters
+        ----------
+        total : torch.Tensor (tokens, hidden)
+        hidden_states, chosen, weights : torch.Tensor
+        indices : iterable of int
+            The experts, in ascending order.
+        """
+        for index in indices:
             token, position = torch.where(chosen == index)
             shared = index in self.shared
+            if not shared and not len(token):
+                continue
             y = self._expert(index, hidden_states if shared else hidden_states[token])
             y = (y[token] if shared else y) * weights[token, position, None]
             total.index_add_(0, token, y.to(total.dtype))
-        return total
 
     def _each(self, hidden_states: torch.Tensor) -> torch.Tensor:
         given = hidden_states.view(self.count, -1, hidden_states.shape[-1])
@@ -161,21 +187,33 @@ def _check_names(fused: Any, description: Experts) -> None:
         )
 
 
-def _layers(fused: Any, description: Experts, index: int) -> dict[str, torch.nn.Module]:
-    both = getattr(fused, description.fused_gate_up)[index]
-    down = getattr(fused, description.fused_down)[index]
+def matrices_of(
+    description: Experts, part: Callable[[str], torch.Tensor]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """Return weight and bias of each layer of one expert, by the layer's name.
+
+    Parameters
+    ----------
+    description : Experts
+    part : callable
+        Returns the expert's part of one of the parameters that the description names.
+    """
+    both, down = part(description.fused_gate_up), part(description.fused_down)
     if description.transposed:
         both, down = both.T, down.T
     gate, up = _halves(both, description)
     names = (description.gate, description.up, description.down)
     biases: tuple[Any, ...] = (None, None, None)
     if description.fused_gate_up_bias is not None:
-        bias = getattr(fused, description.fused_gate_up_bias)[index]
-        biases = (*_halves(bias, description), biases[2])
+        biases = (*_halves(part(description.fused_gate_up_bias), description), biases[2])
     if description.fused_down_bias is not None:
-        biases = (*biases[:2], getattr(fused, description.fused_down_bias)[index])
-    matrices = zip(names, (gate, up, down), biases, strict=True)
-    return {name: linear_layer(W, bias) for name, W, bias in matrices}
+        biases = (*biases[:2], part(description.fused_down_bias))
+    return dict(zip(names, zip((gate, up, down), biases, strict=True), strict=True))
+
+
+def _part(fused: Any, index: int, name: str) -> torch.Tensor:
+    found: torch.Tensor = getattr(fused, name)[index]
+    return found
 
 
 def _halves(both: torch.Tensor, description: Experts) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from corequant.errors import ArchitectureError, CheckpointError
-from corequant_transformers.architectures.description import Architecture
+from corequant_transformers.architectures.description import Architecture, Experts
 from corequant_transformers.model.expert_list import ExpertList, linear_layer
 from corequant_transformers.planning.model_plan import ModelPlan
 
@@ -41,7 +41,11 @@ _RECOMPUTED: dict[type, str] = {
 """Hooks that recompute a tensor before each call, and what makes it a parameter again."""
 
 
-def standardize(model: Any, plan: ModelPlan) -> dict[str, torch.nn.Module]:
+def standardize(
+    model: Any,
+    plan: ModelPlan,
+    make: Callable[[Any, Experts, str], ExpertList] = lambda fused, e, path: ExpertList(fused, e),
+) -> dict[str, torch.nn.Module]:
     """Replace modules of other layouts in place, sharing their memory.
 
     Parameters
@@ -49,6 +53,8 @@ def standardize(model: Any, plan: ModelPlan) -> dict[str, torch.nn.Module]:
     model : transformers.PreTrainedModel
         In Transformers' layout, or in this one already.
     plan : ModelPlan
+    make : callable
+        Makes the list of fused experts, of which it gets the description and the path.
 
     Returns
     -------
@@ -71,7 +77,7 @@ def standardize(model: Any, plan: ModelPlan) -> dict[str, torch.nn.Module]:
             fused = _find(model, path, architecture.model_type)
             if hasattr(fused, experts.fused_gate_up):
                 replaced[path] = fused
-                model.set_submodule(path, ExpertList(fused, experts))
+                model.set_submodule(path, make(fused, experts, path))
     if architecture.transposed:
         for matrix in plan.matrices:
             module = _find(model, matrix.name, architecture.model_type)

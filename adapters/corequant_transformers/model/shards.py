@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
+    dot_natural_key,
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
@@ -24,6 +28,12 @@ from corequant_transformers.model.surroundings import quiet_transformers
 from corequant_transformers.planning.model_plan import ModelPlan
 
 __all__ = ["FileWeights"]
+
+_STACKED = (
+    [("MergeModulelist", 0)],
+    [("MergeModulelist", 0), ("Concatenate", 1)],
+)
+"""Conversions that put experts' matrices one behind the other, gate above up."""
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _COMPUTED = (
@@ -83,6 +93,8 @@ class FileWeights:
         self._scaled = ScaledWeights(block)
         self._scales: dict[str, str] = {}
         """Names of the scales of float8 weights."""
+        self._experts: dict[str, list[list[str]]] = {}
+        """Names of each expert's tensors, by the parameter that has those of all experts."""
         self._read_headers(files, model)
 
     def _read_headers(self, files: Sequence[Path], model: Any) -> None:
@@ -92,6 +104,7 @@ class FileWeights:
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         covered = set()
         strangers: list[str] = []
+        patterns: dict[str, str | None] = {}
         found: dict[str, tuple[Path, tuple[int, ...], str]] = {}
         for file in files:
             with _opened(file) as tensors:
@@ -120,6 +133,7 @@ class FileWeights:
                 )
             self._places[name] = (file, name)
             self._sources.setdefault(key, []).append(name)
+            patterns[name] = pattern
             if pattern is None and shape != tuple(state[key].shape):
                 raise CheckpointError(
                     f"{name} of {file} must have shape {tuple(state[key].shape)}, got {shape}"
@@ -136,6 +150,7 @@ class FileWeights:
             covered.add(key)
             if pattern is not None:
                 covered |= set(_targets(pattern, converters, key))
+        self._find_experts(state, patterns, converters)
         self._share(covered)
         missing = sorted(set(state) - covered)
         if missing:
@@ -155,6 +170,45 @@ class FileWeights:
                 if absent not in covered and present in self._sources:
                     self.shared[absent] = present
         covered |= set(self.shared)
+
+    def _find_experts(
+        self, state: Mapping[str, Any], patterns: Mapping[str, str | None], converters: list[Any]
+    ) -> None:
+        """Find the parameters that are experts' matrices, stacked as they are in files."""
+        for key, names in self._sources.items():
+            pattern = patterns[names[0]]
+            if pattern is None or state[key].ndim < 2:
+                continue
+            converter = next(c for c in converters if pattern in c.source_patterns)
+            kinds = [(type(op).__name__, op.dim) for op in converter.operations if _is_plain(op)]
+            if len(kinds) != len(converter.operations) or kinds not in _STACKED:
+                continue
+            ordered = sorted(names, key=dot_natural_key)
+            rows = [[n for n in ordered if patterns[n] == p] for p in converter.source_patterns]
+            if all(len(row) == len(state[key]) for row in rows):
+                self._experts[key] = [list(each) for each in zip(*rows, strict=True)]
+
+    def has_experts(self, key: str) -> bool:
+        """Return whether ``expert`` reads a parameter of several experts."""
+        single = self._sources.get(key, [])
+        return key in self._experts or (len(single) == 1 and single[0] not in self._scales)
+
+    def expert(self, key: str, index: int) -> torch.Tensor:
+        """Return the part of one expert of a parameter, in float32.
+
+        Parameters
+        ----------
+        key : str
+            For which ``has_experts`` is true.
+        index : int
+        """
+        if key in self._experts:
+            parts = [_as_float32(self._read(name)) for name in self._experts[key][index]]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        file, stored = self._places[self._sources[key][0]]
+        with _opened(file) as tensors:
+            part: torch.Tensor = tensors.get_slice(stored)[index : index + 1]
+        return _as_float32(part[0])
 
     def fill(self, model: Any, keys: Sequence[str], dtype: torch.dtype = torch.float32) -> None:
         """Set the parameters of these names in the modules of ``model``."""
@@ -191,6 +245,17 @@ class FileWeights:
         with _opened(file) as tensors:
             tensor: torch.Tensor = tensors.get_tensor(stored)
         return tensor
+
+
+def _is_plain(operation: Any) -> bool:
+    return isinstance(operation, MergeModulelist | Concatenate)
+
+
+def _as_float32(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dtype == torch.float64:
+        # While models are compared in float64, torch's own casts keep it.
+        return torch.from_numpy(tensor.numpy().astype(np.float32))
+    return tensor.to(torch.float32)
 
 
 def _is_ignored(name: str, model: Any) -> bool:

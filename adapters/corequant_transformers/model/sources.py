@@ -32,9 +32,9 @@ from corequant_transformers.model.configs import (
 from corequant_transformers.model.gguf_files.configs import config_of
 from corequant_transformers.model.gguf_files.weights import GgufWeights
 from corequant_transformers.model.loaders import load_model
-from corequant_transformers.model.parts import skeleton
 from corequant_transformers.model.scaled import block_of
 from corequant_transformers.model.shards import FileWeights
+from corequant_transformers.model.skeletons import skeleton
 from corequant_transformers.model.source_files import (
     check_inside,
     files_to_copy,

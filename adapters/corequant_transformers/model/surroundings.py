@@ -74,9 +74,10 @@ def check_device(device: str | torch.device) -> torch.device:
 
 
 def device_of(module: torch.nn.Module) -> torch.device:
-    """Return where a module's first parameter is; the CPU if it has none."""
+    """Return where a module's first parameter with numbers is; the CPU if it has none."""
     for parameter in module.parameters():
-        return parameter.device
+        if not parameter.is_meta:
+            return parameter.device
     return torch.device("cpu")
 
 

@@ -76,6 +76,8 @@ class ModelPlan:
         Paths of the modules and parameters that nothing is done to.
     is_shipped : bool
         Whether the description comes with the package.
+    by_expert : bool
+        Whether a file's experts can be read one by one.
     outside_bytes : int
         Bytes of the float32 modules outside of the decoder, which are read at once.
     writers : tuple of Writer
@@ -96,6 +98,7 @@ class ModelPlan:
     written: Side = field(default_factory=Side)
     inner: tuple[str, ...] = ()
     is_shipped: bool = True
+    by_expert: bool = True
 
     def draw_signs(self, draw: int = 0) -> dict[str, npt.NDArray[np.float64]]:
         """Return the residual stream's random signs by their name.
@@ -119,18 +122,16 @@ class ModelPlan:
     def peak_bytes(self) -> int:
         """Return the estimated peak memory of quantizing a model on disk.
 
-        Depth has no part in it, since the model is read a part at a time.
+        Depth has no part in it, since the model is read a part at a time, and neither has the
+        number of experts where a block's are read few at a time.
         """
         recipe, sizes = self.recipe, self.dimensions
-        blocks: dict[int, int] = {}
-        edge = 0
+        edge = max((_size(m) for m in self.matrices if m.block is None), default=0)
+        blocks: dict[int, list[MatrixPlan]] = {}
         for matrix in self.matrices:
-            count = matrix.shape[0] * matrix.shape[1]
-            if matrix.block is None:
-                edge = max(edge, count)
-            else:
-                blocks[matrix.block] = blocks.get(matrix.block, 0) + count
-        block = max(blocks.values())
+            if matrix.block is not None:
+                blocks.setdefault(matrix.block, []).append(matrix)
+        block = max(map(self._open_weights, blocks.values()))
         logits = 4 * 8 * VERIFIED_TOKENS * sizes.vocabulary
         widest = max(m.shape[1] for m in self.quantized)
         # Activations of one window, and the second moments of one input.
@@ -143,6 +144,33 @@ class ModelPlan:
         vocabulary = _VOCABULARY_BYTES * edge + logits
         parts = (running, rounding, vocabulary, 2 * self.outside_bytes)
         return _BASE + max(parts)
+
+    def experts_at_once(self, block: int) -> int:
+        """Return how many experts of a block are in memory together; 0 if all are.
+
+        They have no more weights than the rest of the block, but one is always there.
+        """
+        return self._at_once([m for m in self.matrices if m.block == block])
+
+    def _at_once(self, rows: list[MatrixPlan]) -> int:
+        experts = [m for m in rows if m.expert is not None]
+        e = self.architecture.experts
+        if not experts or not self.by_expert or e is None or e.scaled_inputs:
+            return 0
+        # Where one statistic has several experts' tokens, sums over them depend on their order;
+        # trials of signs, and of widths, change all of a block and run it again and again.
+        if self.recipe.sign_trials > 1 or self.recipe.bits is not None:
+            return 0
+        if any(m.region not in (None, m.name) for m in experts):
+            return 0
+        each = sum(_size(m) for m in experts if m.expert == 0)
+        rest = sum(_size(m) for m in rows if m.expert is None)
+        return min(max(1, rest // each), self.dimensions.experts)
+
+    def _open_weights(self, rows: list[MatrixPlan]) -> int:
+        """Return the weights of a block's rows that are in memory together."""
+        count = self._at_once(rows)
+        return sum(_size(m) for m in rows if m.expert is None or not count or m.expert < count)
 
     def share(self, matrix: MatrixPlan) -> float:
         """Return the share of the tokens that a matrix sees."""
@@ -268,17 +296,19 @@ def replan(plan: ModelPlan, config: Any, recipe: Recipe) -> ModelPlan:
     Parameters
     ----------
     plan : ModelPlan
-        Its notes hold on, and whether matrices are tied: those of the config may not be any more.
+        Its notes hold on, whether matrices are tied (those of the config may not be any more), and
+        how experts are read.
     config : transformers.PreTrainedConfig
     recipe : Recipe
     """
     other = plan_model(config, recipe, plan.architecture)
     if other.recipe.bits == plan.recipe.bits:
-        return replace(other, tied=plan.tied, notes=plan.notes)
+        return replace(other, tied=plan.tied, notes=plan.notes, by_expert=plan.by_expert)
     # What is said about widths that were to be chosen is over.
     before = plan_model(config, plan.recipe, plan.architecture).notes
     more = tuple(note for note in plan.notes if note not in before)
-    return replace(other, tied=plan.tied, notes=(*other.notes, *more))
+    notes = (*other.notes, *more)
+    return replace(other, tied=plan.tied, notes=notes, by_expert=plan.by_expert)
 
 
 def _notes_outside(a: Architecture) -> Iterator[str]:
@@ -301,6 +331,10 @@ def _rare_experts(
             yield f"{count} is permuted and rounded for all tokens of its layer"
         else:
             yield f"{count} keeps its channels in place and is rounded to nearest"
+
+
+def _size(matrix: MatrixPlan) -> int:
+    return matrix.shape[0] * matrix.shape[1]
 
 
 def _check_groups(matrices: Iterable[MatrixPlan]) -> None:

@@ -24,6 +24,7 @@ from corequant.storage.arrays import to_arrays
 from corequant_transformers.model.parts import Part, part_of
 from corequant_transformers.model.quantized_embedding import QuantizedEmbedding
 from corequant_transformers.model.quantized_linear import QuantizedLinear
+from corequant_transformers.model.streamed_experts import Layers, StreamedExperts
 from corequant_transformers.model.surroundings import to_host
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
@@ -35,6 +36,7 @@ __all__ = [
     "round_nearest",
     "round_on_inputs",
     "round_unquantized",
+    "round_unquantized_experts",
     "shared_global_scales",
 ]
 
@@ -276,21 +278,55 @@ def round_unquantized(
     for name, tensor in model.state_dict().items():
         if name in codes or part_of(name, plan) != part or not tensor.is_floating_point():
             continue
-        if only is not None and name not in only:
+        # Experts that are read later are rounded then.
+        if tensor.is_meta or (only is not None and name not in only):
             continue
-        rounded = tensor.float().to(wanted)
-        if not bool(rounded.isfinite().all()):
-            raise RecipeError(
-                f"dtype must hold the values of {name}, got {plan.recipe.dtype}, whose largest is "
-                f"{torch.finfo(wanted).max:.6g}; use bfloat16"
-            )
         path, _, key = name.rpartition(".")
-        module = model.get_submodule(path)
+        module, value = model.get_submodule(path), _rounded(name, tensor, plan.recipe.dtype)
         if key in module._buffers:
-            module._buffers[key] = rounded.to(tensor.dtype)
+            module._buffers[key] = value
         else:
-            value = rounded.to(tensor.dtype)
             module._parameters[key] = torch.nn.Parameter(value, requires_grad=False)
+
+
+def _rounded(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Return the nearest numbers that a dtype has, in the tensor's own."""
+    wanted = getattr(torch, dtype)
+    rounded = tensor.detach().float().to(wanted)
+    if not bool(rounded.isfinite().all()):
+        raise RecipeError(
+            f"dtype must have the numbers of {name}, got {dtype}, whose largest is "
+            f"{torch.finfo(wanted).max:.6g}; take bfloat16"
+        )
+    return rounded.to(tensor.dtype)
+
+
+def round_unquantized_experts(experts: StreamedExperts, plan: ModelPlan) -> None:
+    """Have what isn't quantized of experts rounded whenever they are opened, as the rest is.
+
+    Parameters
+    ----------
+    experts : StreamedExperts
+        Transformed.
+    plan : ModelPlan
+        The block's.
+    """
+    dtype = plan.recipe.dtype
+    if dtype == "float32":
+        return
+    codes = {m.name for m in plan.quantized}
+
+    def round_layers(index: int, layers: Layers) -> None:
+        for name, layer in layers.items():
+            path = f"{experts.path}.{index}.{name}"
+            if path not in codes:
+                value = _rounded(f"{path}.weight", layer.weight, dtype)
+                layer.weight = torch.nn.Parameter(value, requires_grad=False)
+            if layer.bias is not None:
+                value = _rounded(f"{path}.bias", layer.bias, dtype)
+                layer.bias = torch.nn.Parameter(value, requires_grad=False)
+
+    experts.change(round_layers)
 
 
 def check_tied(model: Any, plan: ModelPlan, entry: Mapping[str, torch.Tensor]) -> None:

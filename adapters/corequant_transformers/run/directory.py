@@ -41,6 +41,7 @@ MANIFEST = "manifest.json"
 LOG = "log.jsonl"
 _LOCK = "lock"
 _KEPT_STATES = 2
+_TENSORS = ".safetensors"
 
 
 class WindowFile:
@@ -147,6 +148,7 @@ class RunDirectory:
             raise
         self._records: dict[str, dict[str, Any]] = {}
         self._order: list[str] = []
+        self._kept: dict[str, str] = {}
 
     def _acquire(self) -> IO[bytes]:
         try:
@@ -228,6 +230,12 @@ class RunDirectory:
         needed = math.prod(shape) * torch.float32.itemsize
         return self.windows(name, shape, torch.float32) if 8 * needed <= free else None
 
+    def keep(self, step: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write tensors of a step to a file of their own, which the next commit makes count."""
+        if tensors:
+            file = self.path / f"{step}.{len(self._kept):05d}.safetensors"
+            self._kept[file.name] = write_tensors(file, tensors)
+
     def commit(
         self,
         step: str,
@@ -239,8 +247,10 @@ class RunDirectory:
         record: dict[str, Any] = {"report": report, "state": {}, "files": {}}
         for name, windows in state.items():
             record["state"][name] = self._keep(step, name, windows, record["files"])
+        record["files"] |= self._kept
+        self._kept = {}
         if tensors:
-            file = self._tensor_file(step)
+            file = self.path / f"{step}.safetensors"
             record["files"][file.name] = write_tensors(file, tensors)
         write_json(self.path / f"{step}.json", {**record, "sha256": _digest(record)})
         self._records[step] = json.loads(json_text(record))
@@ -326,8 +336,10 @@ class RunDirectory:
 
     def tensors(self, step: str) -> dict[str, torch.Tensor]:
         """Return the tensors of a step that is done."""
-        file = self._tensor_file(step)
-        return read_tensors(file) if file.exists() else {}
+        found: dict[str, torch.Tensor] = {}
+        for file in self.tensor_files([step]):
+            found |= read_tensors(file)
+        return found
 
     def state(self) -> dict[str, Windows]:
         """Return the hidden states of the last step that is done."""
@@ -344,12 +356,10 @@ class RunDirectory:
     def _state_file(self, step: str, name: str) -> Path:
         return self.path / f"{step}.{quote(name, safe='')}.bin"
 
-    def _tensor_file(self, step: str) -> Path:
-        return self.path / f"{step}.safetensors"
-
     def tensor_files(self, steps: list[str]) -> list[Path]:
         """Return the files with the tensors of steps."""
-        return [f for f in map(self._tensor_file, steps) if f.exists()]
+        names = (name for step in steps for name in self._records[step]["files"])
+        return [self.path / name for name in names if name.endswith(_TENSORS)]
 
     def log(self, event: Mapping[str, Any]) -> None:
         """Append an event to the log, one JSON object a line."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,14 +32,15 @@ from corequant_transformers.calibration.choices import (
 )
 from corequant_transformers.calibration.collector import Collector, collect_block
 from corequant_transformers.checkpoint.tensors import part_tensors
-from corequant_transformers.model.forward import Crossing, HiddenStates, Windows, enter, run_block
+from corequant_transformers.model.forward import Crossing, Windows, enter
 from corequant_transformers.model.parts import ENTRY, EXIT, OUTSIDE, Parts, part_plan
 from corequant_transformers.model.surroundings import to_host
 from corequant_transformers.planning.matrix_plan import Region
 from corequant_transformers.planning.model_plan import VERIFIED_TOKENS, ModelPlan, replan
 from corequant_transformers.planning.widths import with_rules
-from corequant_transformers.rounding.block import groups_of, round_block
+from corequant_transformers.rounding.groups import groups_of
 from corequant_transformers.rounding.layers import check_tied, round_nearest, round_unquantized
+from corequant_transformers.run.blocks import BlockStep, opened_layer, quantize_block
 from corequant_transformers.run.ledger import Ledger, quantizes, steps_of, summarize
 from corequant_transformers.run.sign_trials import SignTrials
 from corequant_transformers.run.stacks import Stacks
@@ -47,19 +49,23 @@ from corequant_transformers.transforms.embeddings import transform_entry, transf
 from corequant_transformers.transforms.matrices import Choices
 from corequant_transformers.transforms.outside import transform_writers
 from corequant_transformers.transforms.verification import (
-    KeepFloat64,
     check_any_changed,
-    check_block_error,
     check_choices,
     check_logits_error,
     is_identity,
-    stream_error,
-    transform_checked,
 )
 
 __all__ = ["Job"]
 
 Tokens = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class _Chosen:
+    """What was chosen for regions: rows for the report, and permutations and factors."""
+
+    rows: list[dict[str, Any]]
+    tensors: dict[str, torch.Tensor]
 
 
 class Job:
@@ -209,11 +215,13 @@ class Job:
         state = self._first_states() if index == 0 else self.ledger.state()
         state = self._stacks.arrive(index, state, self.ledger) if found is None else state
         following: dict[str, Windows] = {}
+        early = _Chosen([], {})
         with self.parts.open(index):
             if found is None:
-                following = self._measure(index, state)
+                choose = partial(self._choose_early, early)
+                following = self._measure(index, state, choose)
                 found = self._found()
-            report, tensors = self._choose(index, found)
+            report, tensors = self._choose(index, found, early)
         self.ledger.commit(step, report, tensors, {**following, **self._collector.state()})
 
     def _found(self) -> Calibration:
@@ -232,12 +240,25 @@ class Job:
         return state
 
     @torch.no_grad()
-    def _measure(self, index: int, state: Mapping[str, Windows]) -> dict[str, Windows]:
+    def _measure(
+        self,
+        index: int,
+        state: Mapping[str, Windows],
+        choose: Callable[[set[str]], None] = lambda regions: None,
+    ) -> dict[str, Windows]:
         after = self.ledger.windows("hidden-next", self._states, torch.float32)
         states = Crossing(state["hidden"], after)
         arguments = self._stacks.arguments(torch.float32, index, state, "hidden")
         collect_block(
-            self.parts, self.plan, index, self._collector, states, arguments, self.progress
+            self.parts,
+            self.plan,
+            index,
+            self._collector,
+            states,
+            arguments,
+            self.progress,
+            self.ledger.windows,
+            choose,
         )
         following: dict[str, Windows] = {"hidden": after, **self._stacks.carried(state)}
         if self._trials is not None:
@@ -246,14 +267,21 @@ class Job:
             following["draws"] = draws
         return following
 
+    def _choose_early(self, chosen: _Chosen, names: set[str]) -> None:
+        """Choose for experts that are open, whose statistics needn't be kept then."""
+        if self.plan.recipe.block_size != "auto":
+            own = [k for k, region in enumerate(self.plan.regions) if region.name in names]
+            self._choose_regions(self.plan, own, self._found(), chosen)
+
     def _choose(
-        self, index: int | None, found: Calibration
+        self, index: int | None, found: Calibration, chosen: _Chosen | None = None
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Choose for the regions that lie in a block, or for those that span several."""
-        plan, rows = self.plan, list[dict[str, Any]]()
-        report: dict[str, Any] = {"regions": rows}
+        plan, chosen = self.plan, chosen or _Chosen([], {})
+        report: dict[str, Any] = {"regions": chosen.rows}
         regions: dict[int, Region] = dict(enumerate(plan.regions))
-        own = [k for k, region in regions.items() if block_of(region, plan) == index]
+        done = {row["index"] for row in chosen.rows}
+        own = [k for k, r in regions.items() if block_of(r, plan) == index and k not in done]
         if index is not None and plan.recipe.block_size == "auto":
             outputs = {m.name for m in plan.mlp_outputs}
             read = [k for k in own if regions[k].name in outputs]
@@ -261,18 +289,23 @@ class Job:
             size = choose_block_size(plan, read, found) or width_of(plan, index)
             report["block_size"] = size
             plan = self._plan_with(index, size)
-        tensors: dict[str, torch.Tensor] = {}
+        self._choose_regions(plan, own, found, chosen)
+        return report, chosen.tensors
+
+    def _choose_regions(
+        self, plan: ModelPlan, own: list[int], found: Calibration, chosen: _Chosen
+    ) -> None:
+        regions = plan.regions
         for k in own:
             name = regions[k].name
-            chosen = choose(plan, k, found, self._weight)
-            if chosen.permutation is not None:
-                tensors[f"permutation:{name}"] = torch.from_numpy(chosen.permutation)
-            if chosen.factors is not None:
-                tensors[f"factors:{name}"] = torch.from_numpy(chosen.factors)
-            rows.append({"index": k, **chosen.row})
+            choice = choose(plan, k, found, self._weight)
+            if choice.permutation is not None:
+                chosen.tensors[f"permutation:{name}"] = torch.from_numpy(choice.permutation)
+            if choice.factors is not None:
+                chosen.tensors[f"factors:{name}"] = torch.from_numpy(choice.factors)
+            chosen.rows.append({"index": k, **choice.row})
             if self.calibration is None:
                 self._collector.forget(name)
-        return report, tensors
 
     def _plan_with(self, index: int, size: int) -> ModelPlan:
         sizes = [size if i == index else width_of(self.plan, i) for i in self.parts.blocks]
@@ -282,7 +315,8 @@ class Job:
         return replan(self.plan, self.parts.model.config, recipe)
 
     def _weight(self, name: str) -> npt.NDArray[Any]:
-        return to_host(self.parts.model.get_submodule(name).weight)
+        with opened_layer(self.parts, name) as layer:
+            return to_host(layer.weight)
 
     def _draw(self, state: Mapping[str, Windows]) -> tuple[int, list[float]]:
         """Return which draw of signs loses least, and the losses of all that were tried."""
@@ -342,61 +376,15 @@ class Job:
         report = {"changed": changed, "moving": moving, "matrices": rows}
         self.ledger.commit(step, report, tensors, state)
 
-    @torch.no_grad()
     def _do_block(self, step: str, index: int) -> None:
-        state = self._stacks.arrive(index, self.ledger.state(), self.ledger)
-        shape = tuple(state["reference"].shape)
-        following = {
-            name: self.ledger.windows(f"{name}-next", shape, torch.float64)
-            for name in ("reference", "transformed")
-        }
-        with self.parts.open(index) as model:
-            model.double()
-            with KeepFloat64():
-                before = self._run_verified(index, state, "reference")
-            changed = transform_checked(model, part_plan(self.plan, index), self.choices)
-            with KeepFloat64():
-                after = self._run_verified(index, state, "transformed")
-            error = stream_error(before, after, self.plan, self.choices)
-            check_block_error(index, error)
-            following["reference"][0], following["transformed"][0] = before, after
-            round_unquantized(model, self.plan, index)
-            hidden = self._stacks.rounded(state, following, self.ledger)
-            rows = self._round(index, hidden, state)
-            model.float()
-            tensors = part_tensors(model, self.plan, index)
-        self._report_progress(index + 2)
-        report = {"changed": changed, "error": error, "matrices": rows}
-        self.ledger.commit(step, report, tensors, following | self._stacks.carried(state))
-
-    def _run_verified(self, index: int, state: Mapping[str, Windows], name: str) -> torch.Tensor:
-        arguments = self._stacks.arguments(torch.float64, index, state, name)
-        return run_block(self.parts.block(index), state[name][0:1], arguments)
-
-    def _round(
-        self, index: int, hidden: HiddenStates | None, state: Mapping[str, Windows]
-    ) -> list[dict[str, Any]]:
-        """Round a transformed block in place and return rows for the report."""
-        model, rows = self.parts.model, part_plan(self.plan, index)
-        if hidden is None:
-            return round_nearest(model, rows, self.executor)
-        model.float()
         counts = [len(groups_of(part_plan(self.plan, i).quantized)) for i in self.parts.blocks]
         before, total = sum(counts[:index]), sum(counts)
-        rounded = round_block(
-            self.parts.block(index),
-            self.plan.architecture.block_path(index),
-            rows.quantized,
-            hidden,
-            *self._stacks.rounded_arguments(index, state),
-            executor=self.executor,
-            progress=lambda done: self.progress("round", before + done, total),
-            rare=(self.plan.recipe.expert_tokens, self.plan.recipe.rare_experts),
-            room=self.ledger.spare,
+        quantize_block(
+            BlockStep(self.parts, self.plan, self.choices, self.ledger, self._stacks, step, index),
+            self.executor,
+            lambda done: self.progress("round", before + done, total),
         )
-        for name, layer in rounded.layers.items():
-            model.set_submodule(name, layer)
-        return rounded.rows
+        self._report_progress(index + 2)
 
     @torch.no_grad()
     def _do_exit(self, step: str) -> None:

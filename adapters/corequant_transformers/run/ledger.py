@@ -72,6 +72,10 @@ class Ledger(Protocol):
         """Return room for float32 numbers until the next commit, or None if it isn't plentiful."""
         ...
 
+    def keep(self, step: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep tensors of a step that the next commit makes count."""
+        ...
+
     def commit(
         self,
         step: str,
@@ -79,7 +83,7 @@ class Ledger(Protocol):
         tensors: Mapping[str, torch.Tensor],
         state: Mapping[str, Windows],
     ) -> None:
-        """Keep a step's report and tensors, and its hidden states until they aren't needed."""
+        """Keep a step's report and further tensors, and hidden states until they aren't needed."""
         ...
 
     def resume(self, steps: list[str]) -> int:
@@ -105,6 +109,7 @@ class MemoryLedger:
     def __init__(self) -> None:
         self._steps: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {}
         self._state: dict[str, Windows] = {}
+        self._kept: dict[str, torch.Tensor] = {}
 
     def windows(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Windows:
         """Return room for hidden states."""
@@ -116,6 +121,10 @@ class MemoryLedger:
         small = math.prod(shape) * torch.float32.itemsize <= _SPARE_BYTES
         return self.windows(name, shape, torch.float32) if small else None
 
+    def keep(self, step: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep tensors of a step that the next commit makes count."""
+        self._kept |= {name: t.detach().contiguous() for name, t in tensors.items()}
+
     def commit(
         self,
         step: str,
@@ -123,9 +132,10 @@ class MemoryLedger:
         tensors: Mapping[str, torch.Tensor],
         state: Mapping[str, Windows],
     ) -> None:
-        """Keep a step's report and tensors, and its hidden states until the next one's."""
-        kept = {name: t.detach().contiguous() for name, t in tensors.items()}
-        self._steps[step] = (dict(report), kept)
+        """Keep a step's report and further tensors, and hidden states until the next one's."""
+        self.keep(step, tensors)
+        self._steps[step] = (dict(report), self._kept)
+        self._kept = {}
         self._state = dict(state)
 
     def resume(self, steps: list[str]) -> int:

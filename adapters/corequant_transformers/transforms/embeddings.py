@@ -22,6 +22,7 @@ from corequant_transformers.model.parts import ENTRY, EXIT, Parts, part_plan
 from corequant_transformers.model.surroundings import to_host
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
+from corequant_transformers.transforms.changes import check_changed, fingerprints, transform_checked
 from corequant_transformers.transforms.matrices import (
     Choices,
     FoldedNorm,
@@ -29,13 +30,7 @@ from corequant_transformers.transforms.matrices import (
     settle_norms,
     transform_matrix,
 )
-from corequant_transformers.transforms.verification import (
-    KeepFloat64,
-    check_changed,
-    fingerprints,
-    relative_error,
-    transform_checked,
-)
+from corequant_transformers.transforms.verification import KeepFloat64, relative_error
 
 __all__ = ["transform_entry", "transform_exit"]
 

@@ -30,11 +30,13 @@ __all__ = [
     "FoldedNorm",
     "OnlineRotation",
     "folded_norm",
+    "hook_rotation",
     "restore",
     "restructure",
     "settle_norms",
     "transform_matrix",
     "transform_model",
+    "transform_module",
     "transform_side",
 ]
 
@@ -145,18 +147,27 @@ def transform_model(
     """
     for done, matrix in enumerate(plan.matrices):
         module = model.get_submodule(matrix.name)
-        norm = folded_norm(model, matrix, plan)
-        W, b = transform_matrix(
-            to_host(module.weight), _numpy(module, "bias"), matrix, norm, choices
-        )
-        device = module.weight.device
-        module.weight = torch.nn.Parameter(torch.from_numpy(W).to(device), requires_grad=False)
-        if b is not None:
-            module.bias = torch.nn.Parameter(torch.from_numpy(b).to(device), requires_grad=False)
-        if matrix.online and matrix.input.rotation is not None:
-            module.register_forward_pre_hook(OnlineRotation(matrix.input.rotation))
+        transform_module(module, matrix, folded_norm(model, matrix, plan), choices)
+        hook_rotation(module, matrix)
         progress(done + 1, len(plan.matrices))
     settle_norms(model, plan, choices.permutations)
+
+
+def transform_module(
+    module: Any, matrix: MatrixPlan, norm: FoldedNorm | None, choices: Choices
+) -> None:
+    """Transform a layer's weight and bias in place; arguments are those of ``transform_matrix``."""
+    W, b = transform_matrix(to_host(module.weight), _numpy(module, "bias"), matrix, norm, choices)
+    device = module.weight.device
+    module.weight = torch.nn.Parameter(torch.from_numpy(W).to(device), requires_grad=False)
+    if b is not None:
+        module.bias = torch.nn.Parameter(torch.from_numpy(b).to(device), requires_grad=False)
+
+
+def hook_rotation(module: torch.nn.Module, matrix: MatrixPlan) -> None:
+    """Have a layer rotate its input if its row says that it does so at run time."""
+    if matrix.online and matrix.input.rotation is not None:
+        module.register_forward_pre_hook(OnlineRotation(matrix.input.rotation))
 
 
 def _numpy(module: torch.nn.Module, name: str) -> Array | None:

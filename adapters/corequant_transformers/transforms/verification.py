@@ -20,15 +20,12 @@ from torch.overrides import TorchFunctionMode
 from corequant.errors import VerificationError
 from corequant_transformers.model.forward import check_ids, check_positions, check_tokens
 from corequant_transformers.model.replicas import check_given, replicate
-from corequant_transformers.model.surroundings import device_of, to_host, undisturbed
-from corequant_transformers.planning.matrix_plan import MatrixPlan
+from corequant_transformers.model.surroundings import device_of, undisturbed
 from corequant_transformers.planning.model_plan import ModelPlan
+from corequant_transformers.transforms.changes import ADVICE, check_changed, fingerprints
 from corequant_transformers.transforms.matrices import (
     Choices,
-    OnlineRotation,
     restore,
-    transform_matrix,
-    transform_model,
 )
 
 __all__ = [
@@ -37,26 +34,16 @@ __all__ = [
     "Verification",
     "check_any_changed",
     "check_block_error",
-    "check_changed",
     "check_choices",
     "check_logits_error",
-    "fingerprints",
     "is_identity",
     "relative_error",
     "stream_error",
     "trace",
-    "transform_checked",
     "verify",
 ]
 
 TOLERANCE = 1e-9
-
-_ADVICE = (
-    "; nothing was written. Compare the description of the architecture "
-    "(corequant_transformers.register) with the code that this model runs: a module of another "
-    "class, or something between its layers that the description leaves out, would explain it. "
-    "Otherwise please report it with the model's config and the recipe"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +202,7 @@ def check_block_error(index: int, error: float, tolerance: float = TOLERANCE) ->
     if not error <= tolerance:
         raise VerificationError(
             f"the transformed model differs from the float model from decoder block {index} on: "
-            f"relative error {error:.2e}, allowed {tolerance:.0e}{_ADVICE}"
+            f"relative error {error:.2e}, allowed {tolerance:.0e}{ADVICE}"
         )
 
 
@@ -224,62 +211,13 @@ def check_logits_error(error: float, tolerance: float = TOLERANCE) -> None:
     if not error <= tolerance:
         raise VerificationError(
             "the transformed model's blocks agree with the float model's but its logits don't: "
-            f"relative error {error:.2e}, allowed {tolerance:.0e}{_ADVICE}"
+            f"relative error {error:.2e}, allowed {tolerance:.0e}{ADVICE}"
         )
 
 
 def _check_dtype(model: Any) -> None:
     if model.dtype != torch.float64:
         raise TypeError(f"model must be in float64 to be verified, got {model.dtype}")
-
-
-def check_changed(before: dict[str, float], model: Any, plan: ModelPlan, choices: Choices) -> int:
-    """Return how many of a plan's matrices were to be transformed; one that wasn't is an error.
-
-    Parameters
-    ----------
-    before : dict of str to float
-        Fingerprints of the matrices before they were transformed.
-    model : transformers.PreTrainedModel
-    plan : ModelPlan
-    choices : Choices
-    """
-    now = fingerprints(model, plan)
-    planned = [m.name for m in plan.matrices if _acts(m, plan, choices)]
-    rows = {m.name: m for m in plan.matrices}
-    same = [
-        name
-        for name in planned
-        if now[name] == before[name] and not _is_fixed(model, rows[name], choices)
-    ]
-    if same:
-        raise VerificationError(
-            f"{len(same)} of {len(planned)} matrices that should have been transformed did not "
-            f"change, the first is {same[0]}{_ADVICE}"
-        )
-    for matrix in plan.online:
-        hooks = model.get_submodule(matrix.name)._forward_pre_hooks.values()
-        sizes = [h.block_size for h in hooks if isinstance(h, OnlineRotation)]
-        if sizes != [matrix.input.rotation]:
-            raise VerificationError(
-                f"{matrix.name} must rotate its input by blocks of {matrix.input.rotation} once, "
-                f"got rotations {sizes}: hooks that rotate must be added by transforming the model "
-                "alone, once; transform a fresh copy of the float model"
-            )
-    return len(planned)
-
-
-def transform_checked(model: Any, plan: ModelPlan, choices: Choices) -> int:
-    """Transform the matrices of a plan in place and return how many changed.
-
-    Raises
-    ------
-    VerificationError
-        If a matrix that should change doesn't, or a run-time rotation is missing.
-    """
-    before = fingerprints(model, plan)
-    transform_model(model, plan, choices)
-    return check_changed(before, model, plan, choices)
 
 
 def check_choices(plan: ModelPlan, choices: Choices) -> int:
@@ -324,41 +262,6 @@ def _check_acted(
     changed = check_changed(reference.fingerprints, model, plan, choices)
     check_any_changed(changed)
     return changed, len(plan.online), check_choices(plan, choices)
-
-
-def _acts(matrix: MatrixPlan, plan: ModelPlan, choices: Choices) -> bool:
-    """Return whether carrying out a row has to change its matrix."""
-    if plan.folds_norm(matrix):
-        return True
-    for side in (matrix.input, *(rows.output for rows in matrix.row_slices)):
-        order = choices.permutations.get(side.permutation or "")
-        factors = choices.factors.get(side.factors or "")
-        moved = order is not None and bool((order != np.arange(len(order))).any())
-        scaled = factors is not None and bool((factors != 1).any())
-        if side.centered or side.rotation is not None or moved or scaled:
-            return True
-    return False
-
-
-def _is_fixed(model: Any, matrix: MatrixPlan, choices: Choices) -> bool:
-    """Return whether carrying out a row leaves a matrix unchanged, as it does with zeros."""
-    W = to_host(model.get_submodule(matrix.name).weight)
-    return np.array_equal(transform_matrix(W, None, matrix, None, choices)[0], W)
-
-
-def fingerprints(model: Any, plan: ModelPlan) -> dict[str, float]:
-    """Return a weighted sum of each matrix of a plan."""
-    # Weights 1..1009 in row order, so that moving entries about shows, not only changing them.
-    weights = torch.arange(1.0, 1010.0, dtype=torch.float64).repeat(1024)
-    result = {}
-    for matrix in plan.matrices:
-        flat = model.get_submodule(matrix.name).weight.detach().reshape(-1)
-        total = 0.0
-        for start in range(0, flat.numel(), len(weights)):
-            part = flat[start : start + len(weights)].double()
-            total += float(part @ weights[: len(part)].to(part.device))
-        result[matrix.name] = total
-    return result
 
 
 def _run(

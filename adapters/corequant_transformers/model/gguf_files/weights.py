@@ -110,6 +110,22 @@ class GgufWeights:
             else:
                 module._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)
 
+    def has_experts(self, key: str) -> bool:
+        """Return whether ``expert`` reads a parameter of several experts."""
+        return key in self._names and key not in self._transposed
+
+    def expert(self, key: str, index: int) -> torch.Tensor:
+        """Return the part of one expert of a parameter, in float32.
+
+        Parameters
+        ----------
+        key : str
+            For which ``has_experts`` is true.
+        index : int
+        """
+        parts = [self._file.read(name, slice(index, index + 1))[0] for name in self._names[key]]
+        return torch.from_numpy(np.concatenate(parts))
+
     def _read(self, key: str) -> Any:
         parts = [self._file.read(name) for name in self._names[key]]
         numbers = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
