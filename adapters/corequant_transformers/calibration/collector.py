@@ -18,7 +18,7 @@ from corequant_transformers.model.expert_calls import Room, StreamedPass
 from corequant_transformers.model.expert_list import ExpertList
 from corequant_transformers.model.forward import Windows, run_block
 from corequant_transformers.model.parts import Parts, part_of
-from corequant_transformers.model.streamed_experts import StreamedExperts, streamed_experts
+from corequant_transformers.model.streamed_experts import StreamedExperts
 from corequant_transformers.planning.matrix_plan import Region
 from corequant_transformers.planning.model_plan import ModelPlan
 
@@ -202,7 +202,7 @@ def collect_block(
     experts = {m.name: m.expert for m in plan.matrices if m.block == index}
     block, collected = parts.block(index), partial(_rare, plan, collector, experts)
     finish: Callable[[int], None] = partial(_advance, block, hidden, arguments)
-    own, streamed = readers, streamed_experts(block)
+    own, streamed = readers, parts.experts(index)
     if streamed is not None:
         passes = StreamedPass(block, streamed, hidden, arguments, room, "hidden")
         finish = passes.finish

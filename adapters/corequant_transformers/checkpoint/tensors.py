@@ -24,7 +24,7 @@ from corequant_transformers.model.quantized_embedding import QuantizedEmbedding
 from corequant_transformers.model.quantized_linear import QuantizedLinear
 from corequant_transformers.model.source_files import read_generation
 from corequant_transformers.model.sources import Source
-from corequant_transformers.model.streamed_experts import rest_of, streamed_experts
+from corequant_transformers.model.streamed_experts import rest_of
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
 from corequant_transformers.rounding.layers import as_stored
@@ -155,15 +155,24 @@ def _belongs(key: str, plan: ModelPlan) -> bool:
     return any(key.startswith(f"{m.name}.") for m in plan.quantized)
 
 
-def part_tensors(model: Any, plan: ModelPlan, part: Part) -> dict[str, torch.Tensor]:
-    """Return what is stored of an open part of a quantized model, but for experts read later."""
+def part_tensors(
+    model: Any, plan: ModelPlan, part: Part, *, whole: bool = True
+) -> dict[str, torch.Tensor]:
+    """Return what is stored of an open part of a quantized model.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    plan : ModelPlan
+        The whole model's.
+    part : Part
+    whole : bool
+        Whether its experts are open; otherwise they are left out.
+    """
     rows = part_plan(plan, part)
-    if isinstance(part, int):
-        rows = rest_of(
-            rows, streamed_experts(model.get_submodule(plan.architecture.block_path(part)))
-        )
-    tensors = model_tensors(model, rows)
-    return {k: v for k, v in tensors.items() if part_of(k, plan) == part and not v.is_meta}
+    tensors = model_tensors(model, rows if whole else rest_of(rows))
+    found = {k: v for k, v in tensors.items() if part_of(k, plan) == part}
+    return found if whole else {k: v for k, v in found.items() if not v.is_meta}
 
 
 def layer_tensors(model: Any, plan: ModelPlan) -> dict[str, torch.Tensor]:

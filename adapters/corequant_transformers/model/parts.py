@@ -24,7 +24,7 @@ from corequant_transformers.model.expert_list import ExpertList, check_experts
 from corequant_transformers.model.layouts import check_modules, standardize, standardized
 from corequant_transformers.model.quantized_linear import QuantizedWeight
 from corequant_transformers.model.replicas import replicate
-from corequant_transformers.model.streamed_experts import StreamedExperts
+from corequant_transformers.model.streamed_experts import StreamedExperts, streamed_experts
 from corequant_transformers.model.surroundings import check_finite, trim_memory
 from corequant_transformers.planning.model_plan import ModelPlan
 
@@ -238,6 +238,10 @@ class Parts:
             return part
 
         return StreamedExperts(fused, experts, path, read, self.plan.experts_at_once(block or 0))
+
+    def experts(self, index: int) -> StreamedExperts | None:
+        """Return an open block's experts if they are read few at a time; None otherwise."""
+        return streamed_experts(self.block(index)) if self.plan.experts_at_once(index) else None
 
     def modules(self, part: Part) -> list[str]:
         """Return the paths of the modules that a part is made of."""

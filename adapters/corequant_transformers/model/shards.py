@@ -35,6 +35,10 @@ _STACKED = (
 )
 """Conversions that put experts' matrices one behind the other, gate above up."""
 
+_WITHOUT_THREADS = {"": "cpu", "no_module_of_this_name": "disk"}
+"""Has Transformers convert tensors one after the other. They are in memory already, and the stacks
+of threads count where memory is limited."""
+
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _COMPUTED = (
     r"rotary_emb\.inv_freq$",
@@ -225,7 +229,10 @@ class FileWeights:
                 model,
                 tensors,
                 LoadStateDictConfig(
-                    dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=mapping
+                    dtype=dtype,
+                    dtype_plan=model._get_dtype_plan(dtype),
+                    weight_mapping=mapping,
+                    device_map=_WITHOUT_THREADS,
                 ),
             )
         failed = sorted(set(keys) & set(info.missing_keys))

@@ -192,10 +192,8 @@ def streamed_experts(block: torch.nn.Module) -> StreamedExperts | None:
     return next((m for m in block.modules() if isinstance(m, StreamedExperts)), None)
 
 
-def rest_of(plan: ModelPlan, experts: StreamedExperts | None) -> ModelPlan:
-    """Return a block's plan without the rows of experts that are read few at a time."""
-    if experts is None:
-        return plan
+def rest_of(plan: ModelPlan) -> ModelPlan:
+    """Return a block's plan without the rows of experts."""
     return replace(plan, matrices=tuple(m for m in plan.matrices if m.expert is None))
 
 

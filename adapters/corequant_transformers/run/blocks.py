@@ -18,7 +18,6 @@ from corequant_transformers.model.streamed_experts import (
     StreamedExperts,
     plan_of,
     rest_of,
-    streamed_experts,
 )
 from corequant_transformers.planning.model_plan import ModelPlan
 from corequant_transformers.rounding.block import round_block
@@ -75,7 +74,7 @@ class BlockStep:
     @property
     def experts(self) -> StreamedExperts | None:
         """The open block's experts, if they are read few at a time."""
-        return streamed_experts(self.parts.block(self.index))
+        return self.parts.experts(self.index)
 
     def arguments(
         self, dtype: torch.dtype, state: Mapping[str, Windows], name: str
@@ -128,7 +127,7 @@ def quantize_block(
         else:
             rows = _round(step, hidden, state, executor, progress)
         model.float()
-        tensors = part_tensors(model, plan, index)
+        tensors = part_tensors(model, plan, index, whole=step.experts is None)
     report = {"changed": changed, "error": error, "matrices": rows}
     ledger.commit(step.name, report, tensors, following | step.stacks.carried(state))
 
@@ -143,15 +142,16 @@ def _transform(step: BlockStep) -> int:
     """Transform an open block, experts whenever they are read; return how many matrices change."""
     model, experts = step.parts.model, step.experts
     later = 0 if experts is None else transform_experts(model, experts, step.rows, step.choices)
-    return later + transform_checked(model, rest_of(step.rows, experts), step.choices)
+    rows = step.rows if experts is None else rest_of(step.rows)
+    return later + transform_checked(model, rows, step.choices)
 
 
 def _round_nearest(step: BlockStep, executor: Executor | None) -> list[dict[str, Any]]:
     """Round a transformed block to nearest in place and return rows for the report."""
     model, experts, rows = step.parts.model, step.experts, step.rows
-    found = round_nearest(model, rest_of(rows, experts), executor)
     if experts is None:
-        return found
+        return round_nearest(model, rows, executor)
+    found = round_nearest(model, rest_of(rows), executor)
     model.float()
     for indices in experts.groups():
         with experts.opened(indices):
@@ -193,7 +193,7 @@ def _round(
 def opened_layer(parts: Parts, name: str) -> Iterator[Any]:
     """Yield a layer of an open block, an expert's with its numbers."""
     index = parts.plan.architecture.block_index(name)
-    experts = None if index is None else streamed_experts(parts.block(index))
+    experts = None if index is None else parts.experts(index)
     matrix = next(m for m in parts.plan.matrices if m.name == name)
     if experts is None or matrix.expert is None:
         yield parts.model.get_submodule(name)
