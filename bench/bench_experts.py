@@ -3,9 +3,10 @@
 Usage: python bench/bench_experts.py [--folder F] [--json F] [--rows R;...] [--write]
 
 Models of Mixtral's and Qwen3-MoE's shape, random, in bfloat16, whose experts are nearly all of the
-file. Each row is a process of its own. It first quantizes a tiny model of the same kind, so that
-all is imported and all code compiled, and notes its memory. Then the system limits its private
-memory (RLIMIT_DATA, what VmData counts) to what it has at that moment and a third of the file. The
+file. Each row is a process of its own. It first quantizes a model of one block with four experts of
+the same widths, so that all is imported and all code compiled, and notes its memory. Then the
+system limits its private memory (RLIMIT_DATA, what VmData counts) to what it has at that moment and
+a third of the file. The
 peak is that of resident memory (VmHWM) from there on, with the libraries; both are told. A limited
 row fails if an allocation does. Every finished row is added to the JSON file; a later run goes on
 from there. ``--write`` puts the table into bench/README.md.
@@ -107,7 +108,9 @@ def child(model: Path, output: Path, kind: str, rounding: str, allowed: int) -> 
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (WINDOWS, LENGTH))
     recipe = Recipe(block_size=32, rounding=rounding)
     tiny = output.with_name("tiny")
-    cqhf.tiny_model(kind, head_dim=16).save_pretrained(tiny)
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": 1}
+    sizes |= {"moe_intermediate_size": INTERMEDIATE, "head_dim": 64}
+    cqhf.tiny_model(kind, **sizes).save_pretrained(tiny)
     cqhf.quantize(tiny, recipe, tokens[:2, :64] % 128, output.with_name("tiny-out"))
     planned = cqhf.plan(model, recipe).peak_bytes()
     Path("/proc/self/clear_refs").write_text("5")
@@ -158,8 +161,9 @@ def report(rows: list[dict[str, Any]]) -> str:
             f"Written by `bench_experts.py`: {EXPERTS} experts of {each / 1e6:.1f} million weights "
             f"in each of {LAYERS} blocks, bfloat16, {WINDOWS} windows of {LENGTH} tokens; sizes in "
             "MiB. The system limits private memory (RLIMIT_DATA) to what a process has that has "
-            "imported everything and quantized a tiny model of the kind, and a third of the file. "
-            "Importing is that process's resident memory, the peak the most from there on (VmHWM).",
+            "imported everything and quantized a block with four such experts, and a third of the "
+            "file. Importing is that process's resident memory, the peak the most from there on "
+            "(VmHWM).",
             "",
             *lines,
         ]
