@@ -20,7 +20,7 @@ import corequant_transformers as cqhf
 from corequant.recipe import Recipe
 from corequant.storage.tensor_file import TensorFile, parse_header
 from corequant_transformers.checkpoint.reader import Stored
-from corequant_transformers.model.skeletons import skeleton
+from corequant_transformers.model.parts import skeleton
 from corequant_transformers.model.sources import Source
 
 __all__ = ["Found", "Target", "fuzz", "targets"]

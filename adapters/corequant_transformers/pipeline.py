@@ -39,13 +39,12 @@ from corequant_transformers.model.layouts import (
     check_untouched,
 )
 from corequant_transformers.model.origins import origin_of
-from corequant_transformers.model.parts import ModelWeights, Parts, is_tied, plan_of_files
+from corequant_transformers.model.parts import ModelWeights, Parts, is_tied, skeleton
 from corequant_transformers.model.rebuilding import check_rebuilt, rebuild
 from corequant_transformers.model.recognition import plan_recognized
 from corequant_transformers.model.replicas import check_given, check_plain, unwrap
-from corequant_transformers.model.skeletons import skeleton
 from corequant_transformers.model.source_files import read_generation
-from corequant_transformers.model.sources import Source
+from corequant_transformers.model.sources import Source, plan_of_files
 from corequant_transformers.model.surroundings import (
     device_for,
     device_of,

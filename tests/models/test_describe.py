@@ -13,7 +13,7 @@ from corequant_cli.app import app
 from corequant_transformers.architectures.description import Architecture
 from corequant_transformers.architectures.known import known_architectures
 from corequant_transformers.inspection.guess import guess
-from corequant_transformers.model.skeletons import skeleton
+from corequant_transformers.model.parts import skeleton
 from tests.models import foreign
 from tests.models.test_recognition import renamed
 from tests.models.wired import wired

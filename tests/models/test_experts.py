@@ -14,8 +14,7 @@ from corequant.recipe import LayerSettings, Recipe
 from corequant.rounding import AccumulatorSpec, InputMoments, RoundingOptions
 from corequant_transformers.model.expert_list import ExpertList
 from corequant_transformers.model.forward import HiddenStates, block_arguments, run_block
-from corequant_transformers.model.parts import ModelWeights, Parts
-from corequant_transformers.model.skeletons import skeleton
+from corequant_transformers.model.parts import ModelWeights, Parts, skeleton
 from corequant_transformers.rounding.block import round_block
 from tests.models.test_architectures import without_expert_2
 from tests.models.test_sequential import INT4, run

@@ -17,8 +17,7 @@ import corequant_transformers as cqhf
 from corequant.recipe import LayerSettings, Recipe
 from corequant.rounding import RoundingOptions, round_together
 from corequant_transformers.model.forward import HiddenStates
-from corequant_transformers.model.parts import ModelWeights, Parts
-from corequant_transformers.model.skeletons import skeleton
+from corequant_transformers.model.parts import ModelWeights, Parts, skeleton
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.rounding import block as sequential
 from corequant_transformers.rounding import layers

@@ -32,7 +32,7 @@ from corequant_transformers.model.configs import (
     settle_config,
 )
 from corequant_transformers.model.layouts import check_description, standardize
-from corequant_transformers.model.skeletons import skeleton
+from corequant_transformers.model.parts import skeleton
 from corequant_transformers.model.source_files import files_to_copy, read_generation
 from corequant_transformers.model.surroundings import quiet_transformers, undisturbed
 from corequant_transformers.planning.matrix_plan import MatrixPlan

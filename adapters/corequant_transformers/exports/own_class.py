@@ -10,7 +10,7 @@ import torch
 from corequant.errors import ArchitectureError
 from corequant_transformers.exports.prospect import Candidate
 from corequant_transformers.model.configs import as_config_errors
-from corequant_transformers.model.skeletons import build
+from corequant_transformers.model.parts import build
 from corequant_transformers.planning.model_plan import ModelPlan
 
 __all__ = ["check_layers", "fused_experts", "own_skeleton"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from corequant_transformers.checkpoint.reader import Stored
 from corequant_transformers.model.layouts import standardize
-from corequant_transformers.model.skeletons import skeleton
+from corequant_transformers.model.parts import skeleton
 from corequant_transformers.planning.model_plan import ModelPlan
 from corequant_transformers.transforms.matrices import restructure
 

@@ -16,9 +16,9 @@ from corequant_transformers.architectures.known import (
     own_config,
 )
 from corequant_transformers.inspection.guess import guess
+from corequant_transformers.model.parts import skeleton
 from corequant_transformers.model.recognition import Recognition, recognize
 from corequant_transformers.model.replicas import unwrap
-from corequant_transformers.model.skeletons import skeleton
 from corequant_transformers.model.sources import Source
 from corequant_transformers.model.surroundings import undisturbed
 from corequant_transformers.pipeline import plan_for

@@ -10,22 +10,29 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import torch
+import transformers
 
 from corequant.quantization import QuantizedTensor
 from corequant_transformers.architectures.experts import Experts
 from corequant_transformers.architectures.known import keep_architecture, own_config
 from corequant_transformers.model.expert_list import ExpertList, check_experts
 from corequant_transformers.model.layouts import check_modules, standardize, standardized
+from corequant_transformers.model.loaders import make_model
 from corequant_transformers.model.quantized_linear import QuantizedWeight
 from corequant_transformers.model.replicas import replicate
-from corequant_transformers.model.streamed_experts import StreamedExperts, streamed_experts
-from corequant_transformers.model.surroundings import check_finite, trim_memory
+from corequant_transformers.model.streamed_experts import (
+    StreamedExperts,
+    experts_of,
+    reads_experts,
+    streamed_experts,
+)
+from corequant_transformers.model.surroundings import check_finite, quiet_transformers, trim_memory
 from corequant_transformers.planning.model_plan import ModelPlan
 
 __all__ = [
@@ -36,12 +43,13 @@ __all__ = [
     "Part",
     "Parts",
     "Weights",
+    "build",
     "codes_of_embedding",
+    "is_rounded",
     "is_tied",
     "part_of",
     "part_plan",
-    "plan_of_files",
-    "reads_experts",
+    "skeleton",
     "tie",
     "untie",
 ]
@@ -62,31 +70,6 @@ class Weights(Protocol):
     def fill(self, model: Any, keys: Sequence[str]) -> None:
         """Set the parameters of these names in the modules of ``model``, in float32."""
         ...
-
-
-def reads_experts(weights: Any, plan: ModelPlan, keys: Iterable[str]) -> bool:
-    """Return whether experts can be read one at a time.
-
-    Parameters
-    ----------
-    weights : Weights
-        Of files: what is in memory needs no reading.
-    plan : ModelPlan
-    keys : iterable of str
-        Names of a skeleton's parameters, those of experts among them.
-    """
-    has: Any = getattr(weights, "has_experts", None)
-    fused = [key for key in keys if _experts_of(key, plan) is not None]
-    return has is not None and all(has(key) for key in fused)
-
-
-def _experts_of(key: str, plan: ModelPlan) -> str | None:
-    """Return the path of the experts that a parameter belongs to; None if it is no experts'."""
-    e, path = plan.architecture.experts, key.rpartition(".")[0]
-    block = plan.architecture.block_index(key)
-    if e is None or block is None:
-        return None
-    return path if path == f"{plan.architecture.block_path(block)}.{e.path}" else None
 
 
 class ModelWeights:
@@ -223,7 +206,7 @@ class Parts:
         """Return the path of a part's experts if they are read few at a time; None otherwise."""
         if not isinstance(part, int) or not self.plan.experts_at_once(part):
             return None
-        paths = {key: _experts_of(key, self.plan) for key in self.keys[part]}
+        paths = {key: experts_of(key, self.plan) for key in self.keys[part]}
         fused = {key: path for key, path in paths.items() if path is not None}
         if not fused or not reads_experts(self.weights, self.plan, fused):
             return None
@@ -277,28 +260,6 @@ def _exits(plan: ModelPlan) -> tuple[str, ...]:
     return plan.architecture.final_norm, plan.architecture.head
 
 
-def plan_of_files(plan: ModelPlan, model: Any, weights: Any) -> ModelPlan:
-    """Return a plan with what follows from a model's files.
-
-    Parameters
-    ----------
-    plan : ModelPlan
-        Made of the config.
-    model : transformers.PreTrainedModel
-        A skeleton.
-    weights : Weights
-        Of its files.
-    """
-    named = model.named_parameters()
-    outside = sum(p.numel() for n, p in named if part_of(n, plan) == OUTSIDE)
-    return replace(
-        plan,
-        tied=plan.tied and bool(weights.shared),
-        outside_bytes=4 * outside,
-        by_expert=reads_experts(weights, plan, model.state_dict()),
-    )
-
-
 def _outside_of(plan: ModelPlan) -> list[Part]:
     return [OUTSIDE] if plan.architecture.outside else []
 
@@ -348,3 +309,129 @@ def tie(model: Any, plan: ModelPlan) -> None:
     embedding = model.get_submodule(plan.architecture.embedding)
     model.get_submodule(plan.architecture.head).weight = embedding.weight
     model.config.tie_word_embeddings = True
+
+
+def skeleton(model: Any) -> Any:
+    """Return a model's structure with its parameters on the meta device.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or transformers.PreTrainedConfig
+        A model is left as it is.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        In evaluation mode, float32, with buffers that don't come from files in place.
+    """
+    if isinstance(model, torch.nn.Module):
+        result: Any = replicate(model, _emptied, plain=True)
+        result.config.architectures = own_config(result).architectures
+        result.config.return_dict = True
+        _settle_buffers(result)
+        return result
+    result = build(model)
+    for owner, module in _with_owners(result):
+        module._buffers.update(_computed_buffers(owner, module))
+    _compute_buffers_from_above(result)
+    return result.eval().requires_grad_(False)
+
+
+def _with_owners(model: Any, owner: Any = None) -> Iterator[tuple[Any, torch.nn.Module]]:
+    """Yield all modules, each with the model of Transformers that it is directly a part of."""
+    owner = model if isinstance(model, transformers.PreTrainedModel) else owner
+    if owner is not None:
+        yield owner, model
+    for child in model.children():
+        yield from _with_owners(child, owner)
+
+
+def _computed_buffers(model: Any, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return a module's buffers as Transformers computes them when it loads a model."""
+    own = {name: b for name, b in module._buffers.items() if b is not None}
+    if not own:
+        return {}
+    fresh: Any = copy.copy(module)
+    made = {
+        name: (
+            torch.full_like(b, torch.nan, device="cpu", dtype=torch.float32)
+            if b.is_floating_point()
+            else torch.empty_like(b, device="cpu")
+        )
+        for name, b in own.items()
+    }
+    fresh.__dict__["_buffers"] = {**module._buffers, **made}
+    model._init_weights(fresh)
+    return {name: fresh._buffers[name] for name in own}
+
+
+def _compute_buffers_from_above(model: Any) -> None:
+    """Compute in place the buffers that a module around theirs computes when a model is loaded."""
+    absent = {
+        path
+        for path, module in model.named_modules()
+        for b in module._buffers.values()
+        if b is not None and b.is_floating_point() and not b.is_meta and bool(b.isnan().any())
+    }
+    if not absent:
+        return
+    around = {id(model)}
+    for path, module in model.named_modules():
+        if any(name.startswith(f"{path}.") for name in absent):
+            around.add(id(module))
+    for owner, module in _with_owners(model):
+        if id(module) in around:
+            owner._init_weights(module)
+
+
+def _settle_buffers(model: Any) -> None:
+    """Undo in place what a cast of the model rounded that loading would compute in float32."""
+    for owner, module in _with_owners(model):
+        own = {n for n in module._non_persistent_buffers_set if module._buffers[n] is not None}
+        if not own:
+            continue
+        computed = _computed_buffers(owner, module)
+        for name in own:
+            there: Any = module._buffers[name]
+            if is_rounded(there, computed[name]):
+                module._buffers[name] = computed[name].to(there.device)
+
+
+def is_rounded(found: torch.Tensor, computed: torch.Tensor) -> bool:
+    """Return whether a buffer differs from the one that loading computes by rounding alone."""
+    there = found.detach().cpu()
+    if there.shape != computed.shape or there.is_floating_point() != computed.is_floating_point():
+        return False
+    if not computed.is_floating_point():
+        return torch.equal(there, computed)
+    there = there.float()
+    # Devices differ in the last bits of powers.
+    if torch.allclose(there, computed, rtol=1e-6, atol=0):
+        return True
+    half, brain = torch.float16, torch.bfloat16
+    casts = [computed.to(a).to(b).float() for a in (half, brain) for b in (half, brain)]
+    return any(torch.equal(there, cast) for cast in casts)
+
+
+def build(config: Any) -> Any:
+    """Return a model of a config, in float32, with all of it on the meta device.
+
+    Parameters
+    ----------
+    config : transformers.PreTrainedConfig
+        Copied.
+    """
+    config = copy.deepcopy(config)
+    # Transformers would make a dtype that it is told the process's own while it builds.
+    for each in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if each is not None:
+            each.dtype = None
+    with quiet_transformers(), torch.device("meta"):
+        result: Any = make_model(config)
+    result.config.dtype = torch.float32
+    return torch.nn.Module.float(result)
+
+
+def _emptied(parameter: torch.Tensor) -> torch.Tensor:
+    there = parameter.detach().to("meta", torch.float32)
+    return torch.nn.Parameter(there, requires_grad=False)

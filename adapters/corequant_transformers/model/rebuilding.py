@@ -23,8 +23,8 @@ from corequant_transformers.model.configs import (
     config_of,
     settle_config,
 )
+from corequant_transformers.model.parts import is_rounded, skeleton
 from corequant_transformers.model.replicas import is_own, replicate
-from corequant_transformers.model.skeletons import is_rounded, skeleton
 
 __all__ = ["check_rebuilt", "rebuild"]
 

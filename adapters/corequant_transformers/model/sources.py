@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,19 @@ from corequant_transformers.model.configs import (
 from corequant_transformers.model.gguf_files.configs import config_of
 from corequant_transformers.model.gguf_files.weights import GgufWeights
 from corequant_transformers.model.loaders import load_model
+from corequant_transformers.model.parts import OUTSIDE, part_of, skeleton
 from corequant_transformers.model.scaled import block_of
 from corequant_transformers.model.shards import FileWeights
-from corequant_transformers.model.skeletons import skeleton
 from corequant_transformers.model.source_files import (
     check_inside,
     files_to_copy,
     read_generation,
 )
+from corequant_transformers.model.streamed_experts import reads_experts
 from corequant_transformers.model.surroundings import quiet_transformers, undisturbed
 from corequant_transformers.planning.model_plan import ModelPlan
 
-__all__ = ["Source"]
+__all__ = ["Source", "plan_of_files"]
 
 _OWN_METHOD, _OWN_TYPE = "corequant", "corequant_"
 """``quant_method`` of directories that ``quantize`` writes, and how their model types began."""
@@ -376,3 +378,25 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
     except Exception as error:
         # Transformers, safetensors and gguf each raise errors of their own for broken files.
         raise CheckpointError(f"{path} can't be loaded: {type(error).__name__}: {error}") from error
+
+
+def plan_of_files(plan: ModelPlan, model: Any, weights: Any) -> ModelPlan:
+    """Return a plan with what follows from a model's files.
+
+    Parameters
+    ----------
+    plan : ModelPlan
+        Made of the config.
+    model : transformers.PreTrainedModel
+        A skeleton.
+    weights : Weights
+        Of its files.
+    """
+    named = model.named_parameters()
+    outside = sum(p.numel() for n, p in named if part_of(n, plan) == OUTSIDE)
+    return replace(
+        plan,
+        tied=plan.tied and bool(weights.shared),
+        outside_bytes=4 * outside,
+        by_expert=reads_experts(weights, plan, model.state_dict()),
+    )

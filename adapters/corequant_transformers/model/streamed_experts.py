@@ -20,7 +20,15 @@ from corequant_transformers.model.expert_list import ExpertList, matrices_of
 from corequant_transformers.model.surroundings import check_finite
 from corequant_transformers.planning.model_plan import ModelPlan
 
-__all__ = ["Layers", "StreamedExperts", "plan_of", "rest_of", "streamed_experts"]
+__all__ = [
+    "Layers",
+    "StreamedExperts",
+    "experts_of",
+    "plan_of",
+    "reads_experts",
+    "rest_of",
+    "streamed_experts",
+]
 
 Layers = Mapping[str, torch.nn.Linear]
 """The layers of one expert, by their names in it."""
@@ -202,3 +210,28 @@ def plan_of(plan: ModelPlan, indices: range) -> ModelPlan:
     return replace(
         plan, matrices=tuple(m for m in plan.matrices if m.expert in indices), norms=(), writers=()
     )
+
+
+def reads_experts(weights: Any, plan: ModelPlan, keys: Iterable[str]) -> bool:
+    """Return whether experts can be read one at a time.
+
+    Parameters
+    ----------
+    weights : Weights
+        Of files: what is in memory needs no reading.
+    plan : ModelPlan
+    keys : iterable of str
+        Names of a skeleton's parameters, those of experts among them.
+    """
+    has: Any = getattr(weights, "has_experts", None)
+    fused = [key for key in keys if experts_of(key, plan) is not None]
+    return has is not None and all(has(key) for key in fused)
+
+
+def experts_of(key: str, plan: ModelPlan) -> str | None:
+    """Return the path of the experts that a parameter belongs to; None if it is no experts'."""
+    e, path = plan.architecture.experts, key.rpartition(".")[0]
+    block = plan.architecture.block_index(key)
+    if e is None or block is None:
+        return None
+    return path if path == f"{plan.architecture.block_path(block)}.{e.path}" else None

@@ -30,7 +30,7 @@ from corequant_transformers.rounding.groups import GroupRounding, groups_of
 from corequant_transformers.rounding.networks import both_networks
 from corequant_transformers.rounding.replay import Room as SpareRoom
 
-__all__ = ["RoundedBlock", "groups_of", "round_block"]
+__all__ = ["RoundedBlock", "round_block"]
 
 
 def _in_memory(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

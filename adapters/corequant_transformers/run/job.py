@@ -38,12 +38,10 @@ from corequant_transformers.model.surroundings import to_host
 from corequant_transformers.planning.matrix_plan import Region
 from corequant_transformers.planning.model_plan import VERIFIED_TOKENS, ModelPlan, replan
 from corequant_transformers.planning.widths import with_rules
-from corequant_transformers.rounding.groups import groups_of
 from corequant_transformers.rounding.layers import check_tied, round_nearest, round_unquantized
-from corequant_transformers.run.blocks import BlockStep, opened_layer, quantize_block
+from corequant_transformers.run.blocks import BlockStep, Stacks, opened_layer, quantize_block
 from corequant_transformers.run.ledger import Ledger, quantizes, steps_of, summarize
 from corequant_transformers.run.sign_trials import SignTrials
-from corequant_transformers.run.stacks import Stacks
 from corequant_transformers.run.widths import Widths
 from corequant_transformers.transforms.embeddings import transform_entry, transform_exit
 from corequant_transformers.transforms.matrices import Choices
@@ -377,12 +375,10 @@ class Job:
         self.ledger.commit(step, report, tensors, state)
 
     def _do_block(self, step: str, index: int) -> None:
-        counts = [len(groups_of(part_plan(self.plan, i).quantized)) for i in self.parts.blocks]
-        before, total = sum(counts[:index]), sum(counts)
         quantize_block(
             BlockStep(self.parts, self.plan, self.choices, self.ledger, self._stacks, step, index),
             self.executor,
-            lambda done: self.progress("round", before + done, total),
+            self.progress,
         )
         self._report_progress(index + 2)
 

@@ -33,8 +33,8 @@ from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
 from corequant_transformers.planning.widths import Shares
 from corequant_transformers.rounding.sensitivity import Watch, gradient_of_logits, layer_losses
+from corequant_transformers.run.blocks import Stacks
 from corequant_transformers.run.ledger import ALLOCATE, Ledger, width_steps
-from corequant_transformers.run.stacks import Stacks
 from corequant_transformers.transforms.matrices import (
     Choices,
     restore,

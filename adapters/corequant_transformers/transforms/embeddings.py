@@ -22,7 +22,6 @@ from corequant_transformers.model.parts import ENTRY, EXIT, Parts, part_plan
 from corequant_transformers.model.surroundings import to_host
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
-from corequant_transformers.transforms.changes import check_changed, fingerprints, transform_checked
 from corequant_transformers.transforms.matrices import (
     Choices,
     FoldedNorm,
@@ -30,7 +29,13 @@ from corequant_transformers.transforms.matrices import (
     settle_norms,
     transform_matrix,
 )
-from corequant_transformers.transforms.verification import KeepFloat64, relative_error
+from corequant_transformers.transforms.verification import (
+    KeepFloat64,
+    check_changed,
+    fingerprints,
+    relative_error,
+    transform_checked,
+)
 
 __all__ = ["transform_entry", "transform_exit"]
 

@@ -7,19 +7,19 @@ from typing import Any
 from corequant_transformers.model.streamed_experts import Layers, StreamedExperts
 from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.planning.model_plan import ModelPlan
-from corequant_transformers.transforms.changes import (
-    acts,
-    check_moved,
-    check_online,
-    fingerprint,
-    stays,
-)
 from corequant_transformers.transforms.matrices import (
     Choices,
     FoldedNorm,
     folded_norm,
     hook_rotation,
     transform_module,
+)
+from corequant_transformers.transforms.verification import (
+    acts,
+    check_moved,
+    check_online,
+    fingerprint,
+    stays,
 )
 
 __all__ = ["transform_experts"]

@@ -29,11 +29,9 @@ from corequant.errors import (
 from corequant.hadamard import valid_block_sizes
 from corequant.recipe import Recipe
 from corequant_transformers.model.forward import block_arguments, run_block
-from corequant_transformers.model.parts import ENTRY, EXIT, Parts, part_plan
-from corequant_transformers.model.skeletons import skeleton
+from corequant_transformers.model.parts import ENTRY, EXIT, Parts, part_plan, skeleton
 from corequant_transformers.model.sources import Source
 from corequant_transformers.planning.model_plan import ModelPlan, plan_model
-from corequant_transformers.transforms.changes import transform_checked
 from corequant_transformers.transforms.embeddings import transform_entry, transform_exit
 from corequant_transformers.transforms.matrices import Choices
 from corequant_transformers.transforms.verification import (
@@ -42,6 +40,7 @@ from corequant_transformers.transforms.verification import (
     check_block_error,
     check_logits_error,
     stream_error,
+    transform_checked,
 )
 
 __all__ = ["RandomWeights", "random_choices", "rehearse"]
