@@ -19,9 +19,9 @@ from corequant.rounding import RoundingOptions, round_together
 from corequant_transformers.model.forward import HiddenStates
 from corequant_transformers.model.parts import ModelWeights, Parts, skeleton
 from corequant_transformers.planning.matrix_plan import MatrixPlan
-from corequant_transformers.rounding import block as sequential
-from corequant_transformers.rounding import layers
-from corequant_transformers.rounding.block import groups_of, round_block
+from corequant_transformers.rounding import layers, networks
+from corequant_transformers.rounding.block import round_block
+from corequant_transformers.rounding.groups import groups_of
 from corequant_transformers.run.job import Job
 from corequant_transformers.run.ledger import MemoryLedger
 
@@ -360,7 +360,7 @@ def test_blocks_are_let_go_at_once(monkeypatch, tokens, kind):
         return made
 
     model = cqhf.tiny_model(kind)
-    monkeypatch.setattr(sequential.copy, "deepcopy", watch)
+    monkeypatch.setattr(networks.copy, "deepcopy", watch)
     # Nothing looks for cycles meanwhile, which takes longer than a small block.
     monkeypatch.setattr(gc, "collect", lambda *_: pytest.fail("cycles are looked for"))
     gc.disable()
