@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import corequant as cq
 import corequant_transformers as cqhf
@@ -107,14 +108,26 @@ def test_experts_of_a_gguf_file(tmp_path, monkeypatch):
     check_streamed(source, recipe, tokens, tmp_path, monkeypatch)
 
 
-def test_an_export_is_that_of_whole_blocks(tokens, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "rounding"),
+    [("mixtral", {}), ("qwen3_moe", {"rounding": "qronos", "reference": "model"})],
+)
+def test_exports_of_64_experts_load_in_transformers(kind, rounding, tokens, tmp_path, monkeypatch):
+    """To the bit what is saved here; some experts were calibrated on no token, some on one."""
     at_once(monkeypatch, 1)
-    sizes = {"hidden_size": 64, "intermediate_size": 128}
-    source = write(tmp_path / "float", "mixtral", **sizes)
-    recipe = Recipe(rotation="offline", weights="int4:group16", activations="none", rounding="gptq")
-    cqhf.quantize(source, recipe, tokens, tmp_path / "own")
-    cqhf.quantize(source, recipe, tokens, tmp_path / "direct", reader="transformers")
-    check_equal(tmp_path / "own", tmp_path / "direct", tokens)
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32}
+    sizes |= {"num_experts": 64, "num_local_experts": 64, "num_hidden_layers": 1}
+    source = write(tmp_path / "float", kind, **sizes)
+    recipe = Recipe(
+        rotation="offline", weights="int4:group16", activations="none", dtype="float32", **rounding
+    )
+    cqhf.quantize(source, recipe, tokens[:1], tmp_path / "own")
+    exported = cqhf.export(tmp_path / "own", tmp_path / "exported", "compressed-tensors")
+    loaded = check_equal(tmp_path / "own", exported, tokens)
+    assert loaded.dtype is torch.float32
+    if rounding:
+        rows = [row for row in rows_of(tmp_path / "own")[1] if ".experts." in row["name"]]
+        assert {0, 1} <= {row["tokens"] for row in rows}
 
 
 def test_an_expert_is_read_a_few_times_whatever_the_windows(tokens, tmp_path, monkeypatch):

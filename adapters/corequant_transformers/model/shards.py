@@ -99,6 +99,8 @@ class FileWeights:
         """Names of the scales of float8 weights."""
         self._experts: dict[str, list[list[str]]] = {}
         """Names of each expert's tensors, by the parameter that has those of all experts."""
+        self._unconverted: set[str] = set()
+        """Parameters that files have as they are, in one tensor."""
         self._read_headers(files, model)
 
     def _read_headers(self, files: Sequence[Path], model: Any) -> None:
@@ -181,6 +183,8 @@ class FileWeights:
         """Find the parameters that are experts' matrices, stacked as they are in files."""
         for key, names in self._sources.items():
             pattern = patterns[names[0]]
+            if pattern is None and len(names) == 1:
+                self._unconverted.add(key)
             if pattern is None or state[key].ndim < 2:
                 continue
             converter = next(c for c in converters if pattern in c.source_patterns)
@@ -194,8 +198,9 @@ class FileWeights:
 
     def has_experts(self, key: str) -> bool:
         """Return whether ``expert`` reads a parameter of several experts."""
-        single = self._sources.get(key, [])
-        return key in self._experts or (len(single) == 1 and single[0] not in self._scales)
+        if key in self._experts:
+            return True
+        return key in self._unconverted and self._sources[key][0] not in self._scales
 
     def expert(self, key: str, index: int) -> torch.Tensor:
         """Return the part of one expert of a parameter, in float32.

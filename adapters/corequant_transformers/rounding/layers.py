@@ -295,8 +295,8 @@ def _rounded(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     rounded = tensor.detach().float().to(wanted)
     if not bool(rounded.isfinite().all()):
         raise RecipeError(
-            f"dtype must have the numbers of {name}, got {dtype}, whose largest is "
-            f"{torch.finfo(wanted).max:.6g}; take bfloat16"
+            f"dtype must hold the values of {name}, got {dtype}, whose largest is "
+            f"{torch.finfo(wanted).max:.6g}; use bfloat16"
         )
     return rounded.to(tensor.dtype)
 
