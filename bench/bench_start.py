@@ -70,6 +70,8 @@ def started(calls: list[str], folder: str, numba: bool = True) -> subprocess.Pop
     """Start a process on the first processor that makes calls and prints their seconds."""
     path = os.pathsep.join(p for p in sys.path if p)
     given = {**os.environ, "NUMBA_CACHE_DIR": folder, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    # What is installed has been compiled to bytecode; a working tree is by the first process.
+    given.pop("PYTHONDONTWRITEBYTECODE", None)
     command = [sys.executable, "-c", SCRIPT, "numba" if numba else "", *calls]
     return subprocess.Popen(command, env=given, stdout=subprocess.PIPE, text=True)
 

@@ -201,3 +201,13 @@ def test_memory_of_kernels_is_given_back_or_refused():
     assert reserve(1000) == 999
     with pytest.raises(MemoryError, match="reserve"):
         reserve(1 << 55)
+
+
+def test_a_kernel_that_calls_numbas_runtime_is_refused():
+    """It would run where it was compiled, and crash where it is read from the cache."""
+
+    def ranks(x, out):
+        out[:] = np.argsort(x)
+
+    with pytest.raises(RuntimeError, match="must not call numba's runtime or Python, got .*NRT_"):
+        jit(ranks)(np.arange(40.0), np.empty(40, np.int64))

@@ -149,8 +149,16 @@ def _compile(module: Any) -> bytes:
     options = binding.create_pipeline_tuning_options(speed_level=3)
     passes = binding.create_pass_builder(machine, options)
     passes.getModulePassManager().run(module, passes)
+    foreign = [f.name for f in module.functions if f.is_declaration and _is_foreign(f.name)]
+    if foreign:
+        raise RuntimeError(f"kernels must not call numba's runtime or Python, got {foreign}")
     code: bytes = machine.emit_object(module)
     return code
+
+
+def _is_foreign(name: str) -> bool:
+    """Return whether a function is numba's, which cached code runs without, or needs the GIL."""
+    return name.startswith(("NRT_", "numba_", "Py", "_Py"))
 
 
 @cache

@@ -33,8 +33,8 @@ splitting stops and sweeping begins. These were the fastest of those tried."""
 
 PARTS = 3
 FEW, MANY = 96, 128
-"""Uncertain entries that are swept at once instead of splitting their interval; breakpoints from
-which on a general sort is faster."""
+"""Uncertain entries that are swept at once instead of splitting their interval; breakpoints up to
+which nothing sorts faster than insertion."""
 
 SLACK = 1e-12
 """What rounding may make of equal errors, over the energy of the group."""
@@ -112,20 +112,23 @@ def _fill(magnitudes, amax, side):  # type: ignore[no-untyped-def]
 
 @jit
 def _sort(places, products, squares, n):  # type: ignore[no-untyped-def]
-    """Sort by falling place; insertion is faster than any other sort for a few dozen."""
-    for k in range(1, n):
-        place = places[k]
-        product = products[k]
-        square = squares[k]
-        i = k - 1
-        while i >= 0 and places[i] < place:
-            places[i + 1] = places[i]
-            products[i + 1] = products[i]
-            squares[i + 1] = squares[i]
-            i -= 1
-        places[i + 1] = place
-        products[i + 1] = product
-        squares[i + 1] = square
+    """Sort by falling place: a few dozen by insertion, more by Shell's method."""
+    gap = n if n > MANY else 2
+    while gap > 1:
+        gap = max(gap * 4 // 9, 1)
+        for k in range(gap, n):
+            place = places[k]
+            product = products[k]
+            square = squares[k]
+            i = k - gap
+            while i >= 0 and places[i] < place:
+                places[i + gap] = places[i]
+                products[i + gap] = products[i]
+                squares[i + gap] = squares[i]
+                i -= gap
+            places[i + gap] = place
+            products[i + gap] = product
+            squares[i + gap] = square
 
 
 @jit
@@ -306,12 +309,7 @@ def _sweep(up, down, inverse, small, big, breaks, gain, scale):  # type: ignore[
     p, q, n = _walk(down, big, small, breaks, n)
     product += p
     square += q
-    if n <= MANY:
-        _sort(places, products, squares, n)
-    else:
-        ranks = np.argsort(-places[:n])
-        products[:n] = products[ranks]
-        squares[:n] = squares[ranks]
+    _sort(places, products, squares, n)
     for k in range(n + 1):
         if k > 0:
             product += products[k - 1]

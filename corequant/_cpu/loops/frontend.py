@@ -19,11 +19,20 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import binding, ir
-from numba.core import codegen, cpu, externals, fastmathpass, types
+from numba.core import (
+    codegen,
+    cpu,
+    externals,
+    fastmathpass,
+    typed_passes,
+    types,
+    untyped_passes,
+)
+from numba.core.compiler import CompilerBase
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.compiler_machinery import PassManager
 from numba.core.dispatcher import Dispatcher
-from numba.core.registry import CPUTarget, cpu_target
-from numba.core.runtime.nrt import rtsys
+from numba.core.registry import CPUTarget
 from numba.core.target_extension import (
     CPU,
     dispatcher_registry,
@@ -101,9 +110,13 @@ class _Context(cpu.CPUContext):
         externals.c_math_functions.install(self)
 
     def load_additional_registries(self) -> None:
-        # numba's runtime is made once a process, by the first target: not with ours.
-        rtsys.initialize(cpu_target.target_context)
-        super().load_additional_registries()
+        # What kernels use; all that numba has would take ten times as long, and SciPy with it.
+        from numba.core import optional  # noqa: F401
+        from numba.cpython import iterators, mathimpl, numbers, rangeobj, slicing, tupleobj  # noqa: F401
+        from numba.np import arrayobj, npyimpl  # noqa: F401
+
+        self.install_registry(mathimpl.registry)
+        self.install_registry(npyimpl.registry)
 
     def post_lowering(self, mod: Any, library: Any) -> None:
         # Without numba's runtime, which counts atomically: ``_runtime`` stands for it.
@@ -132,6 +145,33 @@ def _target_context() -> Any:
     return _Context(_typing_context(), _TARGET)
 
 
+class _Compiler(CompilerBase):
+    """numba's passes but for those that find nothing in kernels, half of what it does before types.
+
+    They have no closures, no objects with contexts and no loops over types, and don't compute with
+    whole arrays.
+    """
+
+    def define_pipelines(self) -> list[Any]:
+        passes = PassManager("kernel")
+        for one in (
+            untyped_passes.TranslateByteCode,
+            untyped_passes.FixupArgs,
+            untyped_passes.IRProcessing,
+            untyped_passes.GenericRewrites,
+            untyped_passes.ReconstructSSA,
+            untyped_passes.DeadBranchPrune,
+            typed_passes.NopythonTypeInference,
+            typed_passes.PreLowerStripPhis,
+            typed_passes.IRLegalization,
+            typed_passes.NativeLowering,
+            typed_passes.NoPythonBackend,
+        ):
+            passes.add_pass(one, one.__name__)
+        passes.finalize()
+        return [passes]
+
+
 class _Dispatcher(Dispatcher):
     targetdescr = _Descriptor(_TARGET)
 
@@ -140,14 +180,16 @@ class _Dispatcher(Dispatcher):
             return super().compile(sig)
 
 
+_OPTIONS = {"nopython": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+
 def _njit(*functions: Any, **options: Any) -> Any:
-    """Stand in for ``numba.njit``, also where numba compiles a function of its own."""
+    """Stand in for ``numba.njit`` where numba compiles a function of its own."""
     for unknown in ("cache", "_target"):
         options.pop(unknown, None)
-    options = {"nopython": True, **options, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
     def made(function: Any) -> Any:
-        return _Dispatcher(function, targetoptions=options)
+        return _Dispatcher(function, targetoptions={**options, **_OPTIONS})
 
     return made(*functions) if functions else made
 
@@ -160,7 +202,8 @@ jit_registry[_Target] = _njit
 @cache
 def _dispatcher(kernel: Source) -> Any:
     fastmath = _REORDERED if kernel.reordered else False
-    return _njit(kernel.function, nogil=True, error_model="numpy", fastmath=fastmath)
+    options = {"nogil": True, "error_model": "numpy", "fastmath": fastmath, **_OPTIONS}
+    return _Dispatcher(kernel.function, targetoptions=options, pipeline_class=_Compiler)
 
 
 @typeof_impl.register(Source)

@@ -47,7 +47,7 @@ def room_for(entries: int) -> tuple[Any, Any]:
     """
     if entries < LEAST:
         return None, None
-    return np.zeros((2, BINS), np.int64), np.zeros((2, BINS + 2))
+    return np.zeros(2 * BINS, np.int64), np.zeros((2, BINS + 2))
 
 
 @jit_reordered
@@ -99,18 +99,18 @@ def tabulate(x, longer, words, bins, edges):  # type: ignore[no-untyped-def]
     ``x`` are float32 from -1 to 1; ``longer`` is the sign of the entries that can take more levels,
     0 if both can take as many; ``words`` is room for as many uint32.
     """
-    flat = bins.reshape(-1)
     edges[:] = 0
     _to_words(x, longer, words)
     for start in range(0, x.shape[0], PIECE):
-        _count(words[start : start + PIECE], flat)
+        _count(words[start : start + PIECE], bins)
         if longer != 0:
-            _sum_up(bins[1])
-            _take_out(bins[1], BINS, edges[1])
-        _sum_up(bins[0])
-        _take_out(bins[0], 0, edges[0])
+            _sum_up(bins[BINS:])
+            _take_out(bins[BINS:], BINS, edges[1])
+        _sum_up(bins[:BINS])
+        _take_out(bins[:BINS], 0, edges[0])
     if longer != 0:
-        edges[0] += edges[1]
+        for b in range(edges.shape[1]):
+            edges[0, b] += edges[1, b]
 
 
 @jit_reordered
