@@ -11,14 +11,14 @@ from corequant_cli.tables.console import column, console, marked, table
 __all__ = ["formats", "preset", "presets"]
 
 _FIGURES = (
-    ("perplexity", "ppl", "{:.2f}"),
-    ("kl", "KL", "{:.3f}"),
-    ("bits_per_weight", "bits", "{:.2f}"),
-    ("size_mb", "MB", "{:.0f}"),
-    ("minutes", "min", "{:.1f}"),
-    ("memory_mib", "MiB", "{:.0f}"),
+    ("perplexity", "ppl", "{:.2f}", "perplexity {}"),
+    ("kl", "KL", "{:.3f}", "KL {} nats per token"),
+    ("bits_per_weight", "bits", "{:.2f}", "{} bits per weight"),
+    ("size_mb", "MB", "{:.0f}", "{} MB"),
+    ("minutes", "min", "{:.1f}", "{} minutes"),
+    ("memory_mib", "MiB", "{:.0f}", "{} MiB of memory"),
 )
-"""Keys of a preset's ``measured``, their columns, and how they are written."""
+"""Keys of a preset's ``measured``, their columns, and how they are written there and in a line."""
 
 
 _LISTING: dict[str, Any] = {"box": None, "show_header": False, "padding": (0, 2, 0, 0)}
@@ -31,11 +31,11 @@ def presets(rows: Mapping[str, Preset]) -> None:
         default = " (the default)" if name == DEFAULT_PRESET else ""
         listed.add_row(name, f"{found.description}{default}; for {_readers(found)}")
     console().print(listed)
-    heads = [column(title, justify="right") for _, title, _ in _FIGURES]
+    heads = [column(title, justify="right") for _, title, _, _ in _FIGURES]
     grid = table(column("preset", no_wrap=True), *heads, box=None, padding=(0, 2, 0, 0))
     measured = {name: found.measured for name, found in rows.items() if found.measured}
     for name, figures in measured.items():
-        grid.add_row(name, *(_figure(figures.get(key), form) for key, _, form in _FIGURES))
+        grid.add_row(name, *(_figure(figures.get(key), form) for key, _, form, _ in _FIGURES))
     if measured:
         console().print()
         console().print(grid)
@@ -61,8 +61,8 @@ def preset(found: Preset, recipe: str) -> None:
             changed = "; ".join(f"{key} {_said(value)}" for key, value in fields.items())
             console().print(f"\nwith --for {reader}: {marked(changed)}", highlight=False)
     figures = [
-        f"{key.replace('_', ' ')} {form.format(found.measured[key])}"
-        for key, _, form in _FIGURES
+        words.format(form.format(found.measured[key]))
+        for key, _, form, words in _FIGURES
         if key in found.measured
     ]
     if figures:

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from corequant_cli.tables.console import column, console, marked, table
+from corequant_cli.tables.console import column, console, counted, marked, table
 from corequant_cli.tables.data import taken
 from corequant_cli.tables.widths import widths
 
@@ -20,7 +20,8 @@ def quantized(result: Any, model: Path, output: Path, reader: str) -> None:
     console().print(
         f"verified before quantizing: logits agree with the float model to "
         f"{found.logits_error:.1e} (float64), {found.matrices_changed} matrices changed, "
-        f"{found.rotations_online} online rotations, {found.permutations} permutations"
+        f"{counted(found.rotations_online, 'rotation')} left for run time, "
+        f"{counted(found.permutations, 'permutation')}"
     )
     if "widths" in result.report:
         widths(result.report["widths"])

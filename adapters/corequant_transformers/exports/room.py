@@ -82,7 +82,7 @@ def _bits_for(
     room = size - beside - _SLACK
     if size < min(reachable) + _SLACK:
         raise BudgetError(
-            f"size must be at least {min(reachable) + _SLACK}, and more than {max(reachable)} "
-            f"gains nothing, got {size}"
+            f"size must be at least {min(reachable) + _SLACK} bytes, and more than "
+            f"{max(reachable)} gains nothing, got {size}"
         )
     return shares.bits(room)

@@ -243,7 +243,7 @@ def stand_in(shares: Shares) -> Recipe:
 def budget_note(shares: Shares) -> str:
     """Return a plan's note on widths that are still to be chosen."""
     names = ", ".join(dict.fromkeys(spec.format.name for spec in shares.candidates))
-    count, bits = len(shares.units), shares.recipe.bits
+    count, bits = sum(map(len, shares.units)), shares.recipe.bits
     return (
         f"calibration chooses the widths of {count} {'layers' if count > 1 else 'layer'} from "
         f"{names}, within {bits:g} bits per weight on average; the widths of this plan are "

@@ -87,7 +87,7 @@ def claq(
     widths : sequence of int
         Bits that an index may have, 0 to 8.
     damping, act_order, tokens, name
-        As for ``gptq``, and for ``qronos`` where G is given.
+        See ``gptq``, and ``qronos`` if G is given.
 
     Returns
     -------
@@ -100,7 +100,7 @@ def claq(
     HessianError
         If H is asymmetric or not positive semidefinite.
     NonFiniteError, ShapeError, SpecError, TypeError, ValueError
-        If an argument is invalid. If ``bits`` is out of range, the error states the range.
+        If an argument is invalid. If ``bits`` is too low, the error states the least.
 
     Notes
     -----

@@ -123,7 +123,7 @@ def skim(
     HessianError
         If H is asymmetric or not positive semidefinite.
     NonFiniteError, ShapeError, SpecError, TypeError, ValueError
-        If an argument is invalid. If ``bits`` is out of range, the error states the range.
+        If an argument is invalid. If ``bits`` is out of range, the error states what is possible.
 
     Notes
     -----
