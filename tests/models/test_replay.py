@@ -8,7 +8,13 @@ import corequant_transformers as cqhf
 from corequant.errors import OutputError
 from corequant.recipe import Recipe
 from corequant_transformers.rounding.block_passes import BlockPasses
-from corequant_transformers.rounding.replay import Records, left_out, worth_recording
+from corequant_transformers.rounding.replay import (
+    Records,
+    left_out,
+    structure_of,
+    worth_recording,
+)
+from corequant_transformers.run.directory import RunDirectory
 from corequant_transformers.run.ledger import MemoryLedger
 
 LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 24, "q_lora_rank": 40, "head_dim": 8}
@@ -53,7 +59,7 @@ class Chain(torch.nn.Module):
         return self.layers[index](x)
 
 
-def run(block, windows, wanted=(1, 3), room=lambda name, shape: torch.empty(shape)):
+def run(block, windows, wanted=(1, 3), room=lambda name, shape: torch.empty(shape), proven=None):
     """Return what every pass gives, and how often each layer computed anything."""
     groups = [[f"layers.{i}"] for i in range(4)]
     found = []
@@ -64,7 +70,7 @@ def run(block, windows, wanted=(1, 3), room=lambda name, shape: torch.empty(shap
             groups,
             lambda k: block(windows[k]),
             lambda name, x, window: (x, x.clone()),
-            Records(wanted, len(windows), room),
+            Records(wanted, len(windows), room, proven),
         ) as passes,
     ):
         for group in range(4):
@@ -90,6 +96,44 @@ def test_layers_before_a_recorded_input_are_left_out(windows):
     assert calls[0] == 6 + 3
     assert calls[2] == 6 + 2
     assert calls[3] == 6 + 1
+
+
+def test_blocks_of_one_structure_are_tried_once(windows):
+    torch.manual_seed(0)
+    first, second, proven = Chain(), Chain(), {}
+    run(first, windows, proven=proven)
+    found, calls = run(second, windows, proven=proven)
+    assert calls == [6, 18, 6, 6]
+    plain, _ = run(second, windows, wanted=())
+    assert all(map(torch.equal, found, plain))
+    # What needs records that another block doesn't have is tried again.
+    found, _ = run(second, windows, wanted=(1,), proven=proven)
+    assert all(map(torch.equal, found, plain))
+
+
+def test_what_was_proven_for_another_block_is_given_up_where_it_fails(windows):
+    torch.manual_seed(0)
+    proven = {}
+    run(Chain(), windows, proven=proven)
+    for leak in (lambda x, first: x + first, lambda x, first: x + float(first.add_(1)[0, 0, 0])):
+        block = Chain(leak)
+        found, _ = run(block, windows, proven=dict(proven))
+        plain, _ = run(block, windows, wanted=())
+        assert all(map(torch.equal, found, plain))
+
+
+def test_the_structure_of_a_block_is_all_but_its_numbers_and_its_place():
+    model = cqhf.tiny_model("llama")
+    one, other = model.model.layers[:2]
+    given = {"attention_mask": None, "position_ids": torch.arange(4)}
+    before = structure_of(one, given)
+    assert structure_of(other, given) == before
+    assert structure_of(other, {**given, "attention_mask": torch.ones(1)}) != before
+    other.self_attn.sliding_window = 8
+    assert structure_of(other, given) != before
+    del other.self_attn.sliding_window
+    other.mlp.register_forward_pre_hook(print)
+    assert structure_of(other, given) != before
 
 
 @pytest.mark.parametrize("wanted", [(1,), (3,), (1, 3)])
@@ -159,6 +203,60 @@ def test_attention_to_nothing_is_not_computed():
     assert real.isfinite().all()
     assert "forward" not in vars(layer)
     assert layer(torch.ones(2, 8)).isfinite().all()
+
+
+def rotary(q, cos, sin):
+    half = q.shape[-1] // 2
+    return q * cos + torch.cat((-q[..., half:], q[..., :half]), dim=-1) * sin
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda q, x: rotary(q, x[..., :8], x[..., 8:]),
+        lambda q, x: torch.nn.functional.silu(q) * x[..., :8],
+        lambda q, x: x[..., :8] - q.contiguous() / 2,
+        lambda q, x: 3 * torch.nn.functional.gelu(q.transpose(0, 1), approximate="tanh"),
+        lambda q, x: torch.cat([q, q], -1) + x,
+        lambda q, x: torch.cat([q, x], -1),
+        lambda q, x: q.double() * x[..., :8],
+        lambda q, x: q.nan_to_num(2) + x[..., :8],
+        lambda q, x: x.clone().add_(x),
+    ],
+)
+def test_functions_of_what_was_left_out(function):
+    layer, x = torch.nn.Linear(16, 8), torch.randn(5, 3, 16)
+    expected = function(torch.full((5, 3, 8), torch.nan), x)
+    with left_out([layer]):
+        found = function(layer(x), x)
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found.numpy(), expected.numpy())
+
+
+def test_records_in_a_run_lie_there_as_long_as_steps_ask_for_them(tmp_path):
+    run = RunDirectory(tmp_path / "a.run", {}, resume=False)
+    one = run.spare("one", (2, 3))
+    one[1] = torch.ones(3)
+    run.commit("block-0", {}, {}, {})
+    again = run.spare("one", (2, 3))
+    assert torch.equal(again[1:2], torch.ones(1, 3))
+    assert run.spare("one", (2, 4)).path == one.path
+    run.commit("block-1", {}, {}, {})
+    assert one.path.exists()
+    run.commit("exit", {}, {}, {})
+    assert not one.path.exists()
+    run.close()
+
+
+def test_windows_that_were_not_recorded_are_not_read():
+    # Storage may hold what an earlier block left there.
+    records = Records({1}, 3, lambda name, shape: torch.ones(shape))
+    for window in range(3):
+        assert records.groups == []
+        records.keep(1, window, torch.zeros(1, 4))
+    assert records.groups == [1]
+    assert not records.read(1, 2).any()
 
 
 def test_what_is_worth_recording():

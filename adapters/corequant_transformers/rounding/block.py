@@ -28,7 +28,7 @@ from corequant_transformers.planning.matrix_plan import MatrixPlan
 from corequant_transformers.rounding.expert_groups import Keep, round_experts
 from corequant_transformers.rounding.groups import GroupRounding, groups_of
 from corequant_transformers.rounding.networks import both_networks
-from corequant_transformers.rounding.replay import Room as SpareRoom
+from corequant_transformers.rounding.replay import Replay
 
 __all__ = ["RoundedBlock", "round_block"]
 
@@ -68,7 +68,7 @@ def round_block(
     executor: Executor | None = None,
     progress: Callable[[int], None] = lambda done: None,
     rare: tuple[int, str] = (1, "nearest"),
-    room: SpareRoom | None = None,
+    replay: Replay | None = None,
     windows: Room = _in_memory,
     keep: Keep = lambda indices, layers: None,
 ) -> RoundedBlock:
@@ -96,9 +96,9 @@ def round_block(
     rare : tuple of (int, str)
         Tokens below which an expert is rare, and how it is rounded then: ``shared``, for all tokens
         of its layer, or ``nearest``, to nearest.
-    room : callable, optional
-        Called as ``room(name, shape)``: a place for float32 numbers of all windows, or None if
-        there is none. With one, passes for later groups don't compute again what is there.
+    replay : Replay, optional
+        Room for recorded inputs. With it, passes for later groups don't compute again what is
+        recorded. Blocks that share it also share what the first of a structure has shown.
     windows : callable
         Gives room for what experts that are read few at a time are called with and give.
     keep : callable
@@ -133,7 +133,7 @@ def round_block(
     with ExitStack() as stack:
         compares = any(row.options.needs_float for row in rows)
         given = (arguments, compared)
-        networks = both_networks(stack, block, path, dense, hidden, given, compares, room)
+        networks = both_networks(stack, block, path, dense, hidden, given, compares, replay)
         layers = rounding.run(networks, range(later), shared)
         if experts is not None:
             few = [row for row in rows if row.expert is not None]

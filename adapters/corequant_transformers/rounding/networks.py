@@ -25,7 +25,7 @@ from corequant_transformers.rounding.int8_products import (
     linear_on_codes,
     multiplies_codes,
 )
-from corequant_transformers.rounding.replay import Records, Room, worth_recording
+from corequant_transformers.rounding.replay import Records, Replay, structure_of, worth_recording
 
 __all__ = ["Networks", "both_networks", "rounded_inputs"]
 
@@ -120,7 +120,7 @@ def both_networks(
     hidden: HiddenStates,
     arguments: tuple[Mapping[str, Any], Mapping[str, Any]],
     compares: bool,
-    room: Room | None,
+    replay: Replay | None,
 ) -> Networks:
     """Return a decoder block in both networks; the quantized one's is a copy.
 
@@ -135,7 +135,7 @@ def both_networks(
         The block's further arguments in the quantized and in the float network.
     compares : bool
         Whether the float network is needed.
-    room : callable, optional
+    replay : Replay, optional
         As for ``round_block``.
     """
     local = [[row.name.removeprefix(f"{path}.") for row in group] for group in groups]
@@ -152,9 +152,11 @@ def both_networks(
             return run_block(module, states[window : window + 1], given, window)
 
         records = None
-        if room is not None:
-            place = lambda name, shape: room(f"{network}-{name}", shape)  # noqa: E731
-            records = Records(recorded, len(states), place)
+        if replay is not None:
+            spare, structure = replay.room, (network, structure_of(module, given), repr(local))
+            room = lambda name, shape: spare(f"{network}-{name}", shape)  # noqa: E731
+            proven = replay.proven.setdefault(structure, {})
+            records = Records(recorded, len(states), room, proven)
         made = BlockPasses(module, local, forward, inputs, records, of_experts)
         return stack.enter_context(made)
 

@@ -41,6 +41,7 @@ from corequant_transformers.rounding.layers import (
     round_unquantized,
     round_unquantized_experts,
 )
+from corequant_transformers.rounding.replay import Replay
 from corequant_transformers.run.ledger import Ledger
 from corequant_transformers.transforms.experts import transform_experts
 from corequant_transformers.transforms.matrices import Choices
@@ -168,6 +169,7 @@ class BlockStep:
     choices : Choices
     ledger : Ledger
     stacks : Stacks
+    replay : Replay
     name : str
         Of the step.
     index : int
@@ -179,6 +181,7 @@ class BlockStep:
     choices: Choices
     ledger: Ledger
     stacks: Stacks
+    replay: Replay
     name: str
     index: int
 
@@ -298,7 +301,7 @@ def _round(
         executor=executor,
         progress=lambda done: progress("round", before + done, total),
         rare=(recipe.expert_tokens, recipe.rare_experts),
-        room=step.ledger.spare,
+        replay=step.replay,
         windows=step.ledger.windows,
         keep=step.keep,
     )

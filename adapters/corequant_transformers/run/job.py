@@ -39,6 +39,7 @@ from corequant_transformers.planning.matrix_plan import Region
 from corequant_transformers.planning.model_plan import VERIFIED_TOKENS, ModelPlan, replan
 from corequant_transformers.planning.widths import with_rules
 from corequant_transformers.rounding.layers import check_tied, round_nearest, round_unquantized
+from corequant_transformers.rounding.replay import Replay
 from corequant_transformers.run.blocks import BlockStep, Stacks, opened_layer, quantize_block
 from corequant_transformers.run.ledger import Ledger, quantizes, steps_of, summarize
 from corequant_transformers.run.sign_trials import SignTrials
@@ -118,6 +119,7 @@ class Job:
         self._states = (*tokens.shape, plan.dimensions.hidden)
         self._verified = tokens[0, :VERIFIED_TOKENS]
         self._stacks = Stacks(parts, tokens, self._verified)
+        self._replay = Replay(ledger.spare)
         budget = plan.recipe.bits is not None
         self._widths = Widths(parts, plan, tokens, ledger, progress) if budget else None
 
@@ -375,11 +377,8 @@ class Job:
         self.ledger.commit(step, report, tensors, state)
 
     def _do_block(self, step: str, index: int) -> None:
-        quantize_block(
-            BlockStep(self.parts, self.plan, self.choices, self.ledger, self._stacks, step, index),
-            self.executor,
-            self.progress,
-        )
+        given = (self.parts, self.plan, self.choices, self.ledger, self._stacks, self._replay)
+        quantize_block(BlockStep(*given, step, index), self.executor, self.progress)
         self._report_progress(index + 2)
 
     @torch.no_grad()

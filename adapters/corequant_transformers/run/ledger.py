@@ -69,7 +69,10 @@ class Ledger(Protocol):
         ...
 
     def spare(self, name: str, shape: tuple[int, ...]) -> Windows | None:
-        """Return room for float32 numbers until the next commit, or None if it isn't plentiful."""
+        """Return room for float32 numbers until the next commit, or None if it isn't plentiful.
+
+        It may hold what an earlier step left there.
+        """
         ...
 
     def keep(self, step: str, tensors: Mapping[str, torch.Tensor]) -> None:
