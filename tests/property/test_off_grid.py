@@ -376,9 +376,11 @@ def test_bad_arguments_are_named(call, words):
         call()
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("method", METHODS)
 def test_tensors_of_torch_are_refused(method):
-    torch = pytest.importorskip("torch")
+    import torch
+
     with pytest.raises(TypeError, match="W must be a numpy.ndarray, got Tensor"):
         METHODS[method](torch.ones(4, 8), torch.eye(8))
     with pytest.raises(TypeError, match="H must be a numpy.ndarray, got Tensor"):
