@@ -29,13 +29,13 @@ def test_models_are_the_same_to_the_bit(kind, monkeypatch):
     model = cqhf.tiny_model(kind, **KINDS[kind])
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (3, 16))
     recipe = Recipe(block_size=8, rounding="qronos", reference="model")
-    economical = cqhf.quantize(model, recipe, tokens)
+    shortened = cqhf.quantize(model, recipe, tokens)
     monkeypatch.setattr(MemoryLedger, "spare", lambda self, name, shape: None)
     plain = cqhf.quantize(model, recipe, tokens)
-    one, other = (r.model.state_dict() for r in (economical, plain))
+    one, other = (r.model.state_dict() for r in (shortened, plain))
     assert list(one) == list(other)
     assert all(torch.equal(one[name], other[name]) for name in one)
-    rows = zip(economical.report["matrices"], plain.report["matrices"], strict=True)
+    rows = zip(shortened.report["matrices"], plain.report["matrices"], strict=True)
     assert all(a["loss"] == b["loss"] for a, b in rows)
 
 

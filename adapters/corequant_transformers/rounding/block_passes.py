@@ -116,16 +116,16 @@ class BlockPasses:
 
     def reach(self, window: int, group: int) -> torch.Tensor | None:
         """Return the input of the group's layers; None if no token of the window reaches them."""
-        return self._economically(window, group)
+        return self._shortest_pass(window, group)
 
     def finish(self, window: int) -> torch.Tensor:
         """Return the block's output for a window."""
-        output = self._economically(window, _END)
+        output = self._shortest_pass(window, _END)
         assert output is not None
         return output
 
-    def _economically(self, window: int, target: int) -> torch.Tensor | None:
-        """Run a pass without the groups that are proven not to affect it."""
+    def _shortest_pass(self, window: int, target: int) -> torch.Tensor | None:
+        """Return the result of a pass that leaves out the groups proven not to affect it."""
         records = self._records
         if records is None:
             return self._run(window, target)
