@@ -31,7 +31,6 @@ from corequant_transformers.checkpoint.origin import report_description
 from corequant_transformers.checkpoint.quantized import Quantized
 from corequant_transformers.checkpoint.tensors import assemble
 from corequant_transformers.exports.destination import Destination
-from corequant_transformers.exports.room import settle_budget
 from corequant_transformers.model.forward import check_ids, check_positions
 from corequant_transformers.model.layouts import (
     check_blocks,
@@ -111,6 +110,8 @@ def plan(model: str | Path | Any, recipe: Recipe, *, reader: str = "corequant") 
         return plan_for(source.skeleton if source else model, recipe, *more)
 
     if has_budget(recipe):
+        from corequant_transformers.exports.room import settle_budget
+
         recipe = settle_budget(recipe, reader, made, source.path if source else model)
     table = made(recipe)
     if source is None:

@@ -96,7 +96,7 @@ def file_sha256(path: Path) -> str:
 
 
 @contextmanager
-def replacing(path: Path, within: Path | None = None) -> Iterator[Path]:
+def replacing(path: Path, within: Path | None = None, *, settled: bool = True) -> Iterator[Path]:
     """Yield the name of a temporary file; it gets its real name once it is on the disk.
 
     Parameters
@@ -105,6 +105,9 @@ def replacing(path: Path, within: Path | None = None) -> Iterator[Path]:
     within : Path, optional
         Folder of the temporary file, on the same disk, whose owner removes what a process that was
         killed has left there; by default that of ``path``.
+    settled : bool
+        Whether to wait until the name is on the disk, too; otherwise that is the caller's to do,
+        for many files of a folder at once.
 
     Raises
     ------
@@ -123,7 +126,8 @@ def replacing(path: Path, within: Path | None = None) -> Iterator[Path]:
         sync(part)
         part.chmod(0o666 & ~umask())
         move(part, path)
-        sync(path.parent)
+        if settled:
+            sync(path.parent)
     except (OSError, safetensors.SafetensorError) as error:
         if isinstance(error, CorequantError):
             raise
@@ -155,8 +159,10 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
             raise OutputError(f"{path} did not read back as it was written")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, settled: bool = True) -> str:
     """Write tensors to a safetensors file, whole or not at all, and return its SHA-256.
+
+    ``settled`` is that of ``replacing``.
 
     Raises
     ------
@@ -164,7 +170,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
         If it can't be written or doesn't read back equal.
     """
     stored = {name: t.detach().contiguous() for name, t in tensors.items()}
-    with replacing(path) as part:
+    with replacing(path, settled=settled) as part:
         safetensors.torch.save_file(stored, part, metadata={"format": "pt"})
         compare(part, stored)
         return file_sha256(part)

@@ -245,7 +245,7 @@ class RunDirectory:
         """Write tensors of a step to a file of their own, which the next commit makes count."""
         if tensors:
             file = self.path / f"{step}.{len(self._kept):05d}.safetensors"
-            self._kept[file.name] = write_tensors(file, tensors)
+            self._kept[file.name] = write_tensors(file, tensors, settled=False)
 
     def commit(
         self,
@@ -262,7 +262,8 @@ class RunDirectory:
         self._kept = {}
         if tensors:
             file = self.path / f"{step}.safetensors"
-            record["files"][file.name] = write_tensors(file, tensors)
+            record["files"][file.name] = write_tensors(file, tensors, settled=False)
+        # It waits for the names of all of them; a record that is there before them doesn't count.
         write_json(self.path / f"{step}.json", {**record, "sha256": _digest(record)})
         self._records[step] = json.loads(json_text(record))
         self._order.append(step)
@@ -294,7 +295,6 @@ class RunDirectory:
             sync(windows.path)
             move(windows.path, target)
             windows.path = target
-            sync(self.path)
             files[target.name] = file_sha256(target)
         except OSError as error:
             raise OutputError(f"{target} could not be written: {error}") from error
