@@ -69,6 +69,19 @@ def test_linear_of_tensors_that_are_not_laid_out_in_rows(x, weight, used):
     assert len(used) == 1
 
 
+def test_few_numbers_of_rows_are_multiplied(used):
+    """Experts get any number of tokens, and oneDNN keeps code for each that it has met."""
+    weight, bias = normal(1000, 300, seed=1), normal(1000, seed=2)
+    for rows in (8, 9, 31, 32, 33, 64):
+        x = normal(rows, 300)
+        with QuickForward():
+            found = F.linear(x, weight, bias)
+        assert found.shape == (rows, 1000)
+        assert error(found, F.linear(x.double(), weight.double(), bias.double())) < 1e-6
+    assert {shape[0] for shape, _ in used} == {32, 64}
+    assert len(used) == 6
+
+
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_what_is_left_to_torch(used, monkeypatch):
     x, weight = normal(96, 300), normal(200, 300, seed=1)

@@ -22,6 +22,11 @@ Tensor = torch.Tensor
 _ROWS = 256
 """Query positions whose scores are held at once: 2 MiB for 2048 keys."""
 
+_STEP = 32
+"""A layer's tokens are filled up to a multiple of this with zeros if they come in a matrix. oneDNN
+keeps code for each number of rows, and experts get all numbers of tokens: that came to hundreds of
+MiB."""
+
 _LEAST_ROWS = 8
 _LEAST_PRODUCTS = 1 << 21
 """Below these the overhead of a call exceeds what it saves."""
@@ -208,7 +213,15 @@ def _attention(
     return result
 
 
+def _layer(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if input.ndim != 2 or not multiplies_quickly(input, weight, bias):
+        return linear(input, weight, bias)
+    tokens, width = input.shape
+    filled = torch.cat([input, input.new_zeros(-tokens % _STEP, width)])
+    return linear(filled, weight, bias)[:tokens]
+
+
 _INSTEAD: dict[Any, Callable[..., Any]] = {
-    torch.nn.functional.linear: linear,
+    torch.nn.functional.linear: _layer,
     torch.nn.functional.scaled_dot_product_attention: _attention,
 }
