@@ -43,8 +43,12 @@ class Replay:
     proven: dict[Hashable, dict[int, frozenset[int]]] = field(default_factory=dict)
 
 
+_PRODUCTS = 64
+"""Products for which recording a number, and reading it again, takes as long, roughly."""
+
+
 def worth_recording(groups: Sequence[tuple[int, int, bool]]) -> list[int]:
-    """Return the groups whose input is narrower than the outputs that a record of it saves.
+    """Return the groups whose input is quicker to read than to compute again.
 
     Parameters
     ----------
@@ -58,17 +62,16 @@ def worth_recording(groups: Sequence[tuple[int, int, bool]]) -> list[int]:
 
     >>> from corequant_transformers.rounding.replay import worth_recording
     >>> worth_recording([(64, 96, True), (64, 64, True), (64, 256, True), (128, 64, True)])
-    [1, 3]
+    [1, 2, 3]
     """
-    recorded, spared = [], 0
+    recorded, products = [], 0
     for index, (width, outputs, whole) in enumerate(groups):
         if not whole:
             continue
-        if index and width < spared:
+        if products >= _PRODUCTS * width:
             recorded.append(index)
-            spared -= width
-        else:
-            spared += outputs
+            products = 0
+        products += width * outputs
     return recorded
 
 
@@ -157,7 +160,10 @@ class Records:
         if target in experts:
             earlier = frozenset(range(target)) - set(known)
             sets += [earlier, earlier - {target - 1}]
-        sets += [frozenset(range(known[i])) - set(known) for i in reversed(range(len(known)))]
+        for group in reversed(known):
+            earlier = frozenset(range(group))
+            # A residual stream reads the output of a layer before it.
+            sets += [earlier, *(earlier - {k} for k in known if k < group), earlier - set(known)]
         return [found for found in dict.fromkeys(sets) if found]
 
 
