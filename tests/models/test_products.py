@@ -11,7 +11,7 @@ import corequant_transformers as cqhf
 from corequant.formats import FormatKind
 from corequant.recipe import Recipe
 from corequant_transformers.model.quantized_linear import QuantizedLinear
-from corequant_transformers.rounding import block, int8_products
+from corequant_transformers.rounding import int8_products, networks
 from corequant_transformers.rounding.int8_products import (
     input_codes,
     linear_on_codes,
@@ -137,7 +137,7 @@ def test_blocks_go_on_with_products_of_codes(monkeypatch, tokens):
 
         return counted
 
-    monkeypatch.setattr(block, "linear_on_codes", count)
+    monkeypatch.setattr(networks, "linear_on_codes", count)
     recipe = Recipe(block_size=16, rounding="gptq")
     result = cqhf.quantize(model, recipe, tokens)
     # Every layer, at least once a window.

@@ -59,7 +59,14 @@ class Chain(torch.nn.Module):
         return self.layers[index](x)
 
 
-def run(block, windows, wanted=(1, 3), room=lambda name, shape: torch.empty(shape), proven=None):
+def run(
+    block,
+    windows,
+    wanted=(1, 3),
+    room=lambda name, shape: torch.empty(shape),
+    proven=None,
+    passing=id,
+):
     """Return what every pass gives, and how often each layer computed anything."""
     groups = [[f"layers.{i}"] for i in range(4)]
     found = []
@@ -73,6 +80,7 @@ def run(block, windows, wanted=(1, 3), room=lambda name, shape: torch.empty(shap
             Records(wanted, len(windows), room, proven),
         ) as passes,
     ):
+        passing(passes)
         for group in range(4):
             found += [passes.reach(k, group) for k in range(len(windows))]
         found += [passes.finish(k) for k in range(len(windows))]
@@ -135,6 +143,21 @@ def test_the_structure_of_a_block_is_all_but_its_numbers_and_its_place():
     del other.self_attn.sliding_window
     other.mlp.register_forward_pre_hook(print)
     assert structure_of(other, given) != before
+
+
+def test_what_is_observed_in_a_pass_is_never_what_was_left_out(windows):
+    torch.manual_seed(0)
+    block, observed, seen = Chain(), [], {}
+
+    def observe(module, args, output):
+        observed[-1].check_observed((output,))
+        seen[observed[-1].window] = output
+
+    handle = block.layers[1].register_forward_hook(observe)
+    run(block, windows, wanted=(1, 2, 3), passing=observed.append)
+    handle.remove()
+    for window, output in seen.items():
+        assert torch.equal(output, block.layers[1](block.layers[0](windows[window]).tanh()))
 
 
 @pytest.mark.parametrize("wanted", [(1,), (3,), (1, 3)])

@@ -236,7 +236,7 @@ def check_whole(folder):
 def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(
     mode, status, server, whole, tmp_path, request
 ):
-    """Runs are stopped at every 31st event or 13th write; with ``--exhaustive`` far more often."""
+    """Runs are stopped at every 61st event or 23rd write; with ``--exhaustive`` far more often."""
     often = request.config.getoption("--exhaustive")
     assert server("count", resume=False).startswith("events")
     assert digest(tmp_path / "out") == whole
@@ -244,7 +244,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(
     server.process.stdout.readline()
     clear(tmp_path)
     at, stopped = 1, 0
-    step = {"kill": 11, "full": 5}[mode] if often else {"kill": 31, "full": 13}[mode]
+    step = {"kill": 11, "full": 5}[mode] if often else {"kill": 61, "full": 23}[mode]
     while True:
         result = server(mode, at, resume=False)
         if result == "0":

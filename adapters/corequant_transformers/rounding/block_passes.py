@@ -124,6 +124,14 @@ class BlockPasses:
         assert output is not None
         return output
 
+    def check_observed(self, values: Sequence[Any]) -> None:
+        """End a pass that leaves groups out if what is observed in it depends on them."""
+        if not self._omitted:
+            return
+        for x in values:
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and not x.sum().isfinite():
+                raise ArchitectureError("what is observed must not depend on what is left out")
+
     def _shortest_pass(self, window: int, target: int) -> torch.Tensor | None:
         """Return the result of a pass that leaves out the groups proven not to affect it."""
         records = self._records

@@ -208,17 +208,22 @@ def _share_routes(
         if isinstance(module, ExpertList) and not isinstance(module, StreamedExperts)
     ]
 
+    def keep(name: str, route: tuple[Any, ...]) -> None:
+        rounded.check_observed(route)
+        routes[name, rounded.window] = route
+
     def note(name: str, module: torch.nn.Module, args: Any) -> None:
-        routes[name, rounded.window] = args[1:]
+        keep(name, args[1:])
 
     def follow(name: str, module: torch.nn.Module, args: Any) -> tuple[Any, ...]:
         return (args[0], *routes[name, reference.window])
 
     def note_output(name: str, module: torch.nn.Module, args: Any, output: Any) -> None:
-        routes[name, rounded.window] = output
+        keep(name, output if isinstance(output, tuple) else (output,))
 
     def follow_output(name: str, module: torch.nn.Module, args: Any, output: Any) -> Any:
-        return routes[name, reference.window]
+        route = routes[name, reference.window]
+        return route if isinstance(output, tuple) else route[0]
 
     for name in lists:
         description: Any = block.get_submodule(name).description
