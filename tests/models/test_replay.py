@@ -147,16 +147,16 @@ def test_the_structure_of_a_block_is_all_but_its_numbers_and_its_place():
 
 def test_what_is_observed_in_a_pass_is_never_what_was_left_out(windows):
     torch.manual_seed(0)
-    block, observed, seen = Chain(), [], {}
+    block, observed, seen = Chain(), [], []
 
     def observe(module, args, output):
         observed[-1].check_observed((output,))
-        seen[observed[-1].window] = output
+        seen.append((observed[-1].window, output))
 
     handle = block.layers[1].register_forward_hook(observe)
     run(block, windows, wanted=(1, 2, 3), passing=observed.append)
     handle.remove()
-    for window, output in seen.items():
+    for window, output in seen:
         assert torch.equal(output, block.layers[1](block.layers[0](windows[window]).tanh()))
 
 
