@@ -19,6 +19,7 @@ import pytest
 
 import corequant_transformers as cqhf
 from corequant.recipe import Recipe
+from corequant_cli import app
 from tests import capabilities
 from tests.models.test_checkpoint import word_level
 from tests.models.test_gguf_files import write_model
@@ -49,20 +50,34 @@ def folder(tmp_path_factory):
 SMALL = ("--samples", "2", "--sequence-length", "64", "--block-size", "16")
 
 
-def test_plan_json(folder):
-    plan = json.loads(run("plan", "model", "--block-size", "16", "--json", cwd=folder).stdout)
+@pytest.fixture
+def run_here(monkeypatch, capfd):
+    """``run`` in this process, which has imported everything."""
+
+    def run_here(*arguments, cwd=None, check=True):
+        monkeypatch.chdir(cwd or Path.cwd())
+        monkeypatch.setattr(sys, "argv", ["corequant", *map(str, arguments)])
+        status, shown = app.run(), capfd.readouterr()
+        assert not (check and status), shown.err
+        return subprocess.CompletedProcess(sys.argv, status, shown.out, shown.err)
+
+    return run_here
+
+
+def test_plan_json(folder, run_here):
+    plan = json.loads(run_here("plan", "model", "--block-size", "16", "--json", cwd=folder).stdout)
     down = next(m for m in plan["matrices"] if m["name"].endswith("0.mlp.down_proj"))
     assert down["online"]
     assert down["input_rotation"] == 16
     assert plan["online_rotations"] == 2
-    table = run("plan", "model", "--block-size", "16", cwd=folder).stdout
+    table = run_here("plan", "model", "--block-size", "16", cwd=folder).stdout
     assert "valid block sizes for" in table
 
 
-def test_plan_of_layers_that_differ(folder):
+def test_plan_of_layers_that_differ(folder, run_here):
     rules = ("--layer", "re:.*down_proj=int8:channel,rounding=gptq", "--layer", "layers.1=keep")
     given = (*rules, "--keep", "lm_head", "--keep", "layers.0.self_attn", *SMALL)
-    plan = json.loads(run("plan", "model", *given, "--json", cwd=folder).stdout)
+    plan = json.loads(run_here("plan", "model", *given, "--json", cwd=folder).stdout)
     found = {m["name"]: (m["weights"], m["rounding"]) for m in plan["matrices"] if m["quantized"]}
     default = Recipe.from_dict({**plan["recipe"], "layers": [], "keep": []})
     other = ("int6:group64:symmetric:mse:bfloat16", default.rounding)
@@ -77,25 +92,25 @@ def test_plan_of_layers_that_differ(folder):
         "layers.1=keep",
     ]
     assert recipe.keep == ("lm_head", "layers.0.self_attn")
-    table = run("plan", "model", *given, cwd=folder).stdout
+    table = run_here("plan", "model", *given, cwd=folder).stdout
     assert re.search(r"block 0 .*down_proj .* int8 .*block 1 .*after the blocks", table, re.S)
     assert "2 × weights int6" in table
     assert "1 × weights int8:channel:symmetric:mse" in table
-    wrong = run("plan", "model", "--keep", "head", cwd=folder, check=False)
+    wrong = run_here("plan", "model", "--keep", "head", cwd=folder, check=False)
     assert wrong.returncode == 1
     assert "keep must name layers, got 'head'" in wrong.stderr
 
 
-def test_plan_of_an_online_model(folder):
+def test_plan_of_an_online_model(folder, run_here):
     online = ("--rotation", "online", "--block-size", "16")
-    plan = json.loads(run("plan", "model", *online, "--json", cwd=folder).stdout)
+    plan = json.loads(run_here("plan", "model", *online, "--json", cwd=folder).stdout)
     assert plan["online_rotations"] == 14
     query = next(m for m in plan["matrices"] if m["name"].endswith("0.self_attn.q_proj"))
     assert query["online"]
     assert query["input_permuted"]
     assert query["norm"] is None
-    assert "all rotated widths" in run("plan", "model", *online, cwd=folder).stdout
-    heads = run("plan", "model", "--head-block-size", "8", "--json", cwd=folder).stdout
+    assert "all rotated widths" in run_here("plan", "model", *online, cwd=folder).stdout
+    heads = run_here("plan", "model", "--head-block-size", "8", "--json", cwd=folder).stdout
     output = next(
         m for m in json.loads(heads)["matrices"] if m["name"].endswith("0.self_attn.o_proj")
     )
@@ -103,13 +118,13 @@ def test_plan_of_an_online_model(folder):
     assert output["input_permuted"]
 
 
-def test_quantize_with_rounding_options(folder, tmp_path):
+def test_quantize_with_rounding_options(folder, tmp_path, run_here):
     out = tmp_path / "out"
     options = ("--rounding", "gptq", "--damping", "0.05", "--no-act-order", "--correction", "0.25")
     more = ("--reference", "model", "--magr", "0.001", "--accumulator", "16x16")
     more += ("--weights", "int4:channel", "--activations", "int4:token:asymmetric")
     arguments = ("quantize", "model", "-o", out, "--calibration", "text.txt", *SMALL)
-    done = run(*arguments, *options, *more, "--json", cwd=folder)
+    done = run_here(*arguments, *options, *more, "--json", cwd=folder)
     report = json.loads(done.stdout)
     wanted = {
         "rounding": "gptq", "damping": 0.05, "act_order": False, "correction": 0.25,
@@ -117,7 +132,7 @@ def test_quantize_with_rounding_options(folder, tmp_path):
     }  # fmt: skip
     assert {k: report["recipe"][k] for k in wanted} == wanted
     assert {row["method"] for row in report["matrices"]} == {"gptaq"}
-    shown = run("inspect", out).stdout
+    shown = run_here("inspect", out).stdout
     assert "gptaq" in shown
 
 
@@ -229,14 +244,21 @@ def test_backends():
         (["inspect", "nowhere"], 1, "must be a directory"),
     ],
 )
-def test_errors_are_one_line(folder, arguments, status, words):
+def test_errors_are_one_line(folder, run_here, arguments, status, words):
     (folder / "empty.txt").write_text("")
-    done = run(*arguments, cwd=folder, check=False)
+    done = run_here(*arguments, cwd=folder, check=False)
     assert done.returncode == status
     assert done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1
     assert words in done.stderr
     assert not (folder / "out").exists()
+
+
+def test_an_error_ends_the_process_with_its_status(folder):
+    done = run("plan", "model", "--block-size", "7", cwd=folder, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "block_size must divide d=128, got 7" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @capabilities.forks
@@ -265,13 +287,13 @@ def test_interrupt(folder, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} <= {"log", "long.txt", "out.run"}
 
 
-def test_dry_run_lists_every_tensor(folder, tmp_path):
+def test_dry_run_lists_every_tensor(folder, tmp_path, run_here):
     arguments = ("quantize", "model", "-o", tmp_path / "out", "--calibration", "none.txt")
-    done = run(*arguments, *SMALL, "--dry-run", "--json", cwd=folder)
+    done = run_here(*arguments, *SMALL, "--dry-run", "--json", cwd=folder)
     names = {row["name"] for row in json.loads(done.stdout)["tensors"]}
     assert names == set(cqhf.tiny_model("llama").state_dict())
     assert list(tmp_path.iterdir()) == []
-    table = run(*arguments, *SMALL, "--dry-run", cwd=folder).stdout
+    table = run_here(*arguments, *SMALL, "--dry-run", cwd=folder).stdout
     assert "norm folded" in table
 
 
@@ -348,8 +370,8 @@ def test_a_recipe_file_goes_without_options(folder, tmp_path):
         ("plan", "model", "--block-size", "abc"),
     ],
 )
-def test_numbers_out_of_range_are_one_line(folder, options):
-    done = run(*options, cwd=folder, check=False)
+def test_numbers_out_of_range_are_one_line(folder, run_here, options):
+    done = run_here(*options, cwd=folder, check=False)
     assert done.returncode in (1, 2)
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert options[-2].lstrip("-").replace("-", "_") in done.stderr.replace("-", "_")
