@@ -71,7 +71,9 @@ def write_model(folder: Path, kind: str) -> int:
         places.update(dict.fromkeys(tensors, file))
         total += (folder / file).stat().st_size
 
-    ones = lambda n=HIDDEN: torch.ones(n, dtype=torch.bfloat16)  # noqa: E731
+    def ones(n: int = HIDDEN) -> torch.Tensor:
+        return torch.ones(n, dtype=torch.bfloat16)
+
     path, *projections = NAMES[kind]
     for i in range(LAYERS):
         prefix = f"model.layers.{i}."

@@ -153,10 +153,12 @@ def both_networks(
 
         records = None
         if replay is not None:
-            spare, structure = replay.room, (network, structure_of(module, given), repr(local))
-            room = lambda name, shape: spare(f"{network}-{name}", shape)  # noqa: E731
-            proven = replay.proven.setdefault(structure, {})
-            records = Records(recorded, len(states), room, proven)
+            records = Records(
+                recorded,
+                len(states),
+                lambda name, shape: replay.room(f"{network}-{name}", shape),
+                replay.proven.setdefault((network, structure_of(module, given), repr(local)), {}),
+            )
         made = BlockPasses(module, local, forward, inputs, records, of_experts)
         return stack.enter_context(made)
 
